@@ -1,0 +1,57 @@
+"""What a user can mend. Every message gives the values found, then the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class ExpoError(Exception):
+    """Base of every error whose remedy is in the user's hands."""
+
+
+class JobError(ExpoError):
+    """The job file or the command line asks for something that cannot be."""
+
+
+class CheckpointError(ExpoError):
+    """One parent is not a checkpoint that can be extrapolated."""
+
+
+class PairError(ExpoError):
+    """Two parents do not fit each other."""
+
+
+class ArithmeticFault(ExpoError):
+    """The weights themselves forbid a usable result: NaN, infinity, overflow."""
+
+
+class OutputError(ExpoError):
+    """The output folder belongs to something else, or cannot hold the result."""
+
+
+class StorageError(ExpoError):
+    """A store refused; asking again would fail the same way."""
+
+
+class NotFound(StorageError):
+    """No such object, folder or bucket."""
+
+
+class AlreadyExists(StorageError):
+    """A put-if-absent found another content in its place."""
+
+
+class InputChanged(StorageError):
+    """An input is no longer the one that was planned."""
+
+
+class TransientStorageError(StorageError):
+    """The store did not answer as it should; the same request may succeed later. The only error that is retried."""
+
+
+class Problems(ExpoError):
+    """Several errors found in one look, so that a user mends them all at once."""
+
+    def __init__(self, problems: Sequence[ExpoError]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(f"- {problem}" for problem in self.problems))

@@ -1,0 +1,103 @@
+"""The one protocol that local folders, S3, the Hub and the in-memory twin speak."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, Self
+
+from typing_extensions import Buffer
+
+
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """One stored object as it was when last seen.
+
+    Attributes:
+        key: path below the store's folder, parts joined by `/`.
+        size: length in bytes.
+        etag: names these bytes: S3's ETag, `mtime_ns-size` of a local file, the digest or blob id on the Hub.
+    """
+
+    key: str
+    size: int
+    etag: str
+
+
+class Writer(Protocol):
+    """A file being written front to back; nobody sees it before `commit`.
+
+    As a context manager it aborts on the way out unless it was committed.
+    """
+
+    def write(self, data: Buffer) -> None:
+        """Append `data`; returns when the buffer may be reused."""
+
+    def commit(self) -> FileInfo:
+        """Make the file visible and durable.
+
+        Raises:
+            StorageError: if the bytes written are not the size announced.
+        """
+
+    def abort(self) -> None:
+        """Drop what was written: no file, no temp file, no pending multipart upload. Harmless after `commit`."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class Store(Protocol):
+    """One folder of objects. Keys are relative; methods are safe to call from several threads.
+
+    Every method raises `NotFound`, `TransientStorageError` (after its own retries) or `StorageError`, with the object's URI in
+    the text. Stores pickle as their URI, so a Ray worker opens its own connection.
+
+    Attributes:
+        uri: the folder, without a trailing slash and without credentials.
+        chunk_bytes: size of a read that keeps this store busy.
+        concurrency: number of such reads in flight that keeps this store busy.
+    """
+
+    uri: str
+    chunk_bytes: int
+    concurrency: int
+
+    def list(self, prefix: str = "") -> list[FileInfo]:
+        """Every object whose key starts with `prefix`, at any depth, sorted by key; empty if there is none."""
+
+    def stat(self, key: str) -> FileInfo:
+        """Size and ETag of one object."""
+
+    def read(self, key: str) -> bytes:
+        """The whole of a small object."""
+
+    def read_into(self, key: str, start: int, out: memoryview, *, etag: str) -> None:
+        """Fill `out` with the bytes from `start` on, of the version `etag` and no other.
+
+        Raises:
+            InputChanged: if the object is no longer that version.
+            StorageError: if the object ends early.
+        """
+
+    def put(self, key: str, data: bytes) -> FileInfo:
+        """Write a small object in one piece, over whatever is there."""
+
+    def put_if_absent(self, key: str, data: bytes) -> FileInfo:
+        """Write a small object in one piece unless its key is taken; atomic against every other writer.
+
+        A key that already holds the same bytes counts as written: it is our own write whose acknowledgement was lost, or a
+        twin's.
+
+        Raises:
+            AlreadyExists: if the key holds other bytes.
+        """
+
+    def writer(self, key: str, size: int) -> Writer:
+        """Begin an object of exactly `size` bytes."""
+
+    def delete(self, key: str) -> None:
+        """Remove one object; a missing one is no error."""
