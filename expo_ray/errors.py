@@ -55,3 +55,9 @@ class Problems(ExpoError):
     def __init__(self, problems: Sequence[ExpoError]) -> None:
         self.problems = tuple(problems)
         super().__init__("\n".join(f"- {problem}" for problem in self.problems))
+
+
+def some(texts: Sequence[str], shown: int = 5) -> str:
+    """The first few of many texts, and how many more there are."""
+    more = f" and {len(texts) - shown} more" if len(texts) > shown else ""
+    return ", ".join(texts[:shown]) + more

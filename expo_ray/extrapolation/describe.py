@@ -1,0 +1,48 @@
+"""What a planned job would do, in a table a person can check before paying for it."""
+
+from __future__ import annotations
+
+from expo_ray.config import format_alpha
+from expo_ray.extrapolation.job import JobPlan
+from expo_ray.extrapolation.progress import clock
+
+
+def describe(job: JobPlan, *, workers: int, bandwidth: int) -> str:
+    """A table of the pairs and an estimate of the time.
+
+    Args:
+        workers: shards under way at once.
+        bandwidth: bytes a second that one worker reads and writes.
+    """
+    head = ("pair", "tensors", "shards", "alphas", "read", "write", "there already")
+    rows = [head]
+    read_in_all = 0
+    for plan in job.pairs:
+        written = job.bytes_of(plan)
+        read = sum(shard.size for index, shard in enumerate(plan.shards) if job.missing(plan, index))
+        read = round(plan.bytes_read * read / max(1, plan.bytes_written))
+        read_in_all += read
+        rows.append(
+            (
+                plan.name,
+                str(sum(len(shard.tensors) for shard in plan.shards)),
+                str(len(plan.shards)),
+                " ".join(map(format_alpha, plan.outputs)),
+                _gb(read),
+                _gb(written),
+                _gb(plan.bytes_written * len(plan.outputs) - written),
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    moved = read_in_all + job.bytes_to_write
+    lines.append(
+        f"{len(job.pairs)} pair(s): {_gb(read_in_all)} to read, {_gb(job.bytes_to_write)} to write, about "
+        f"{clock(moved / (workers * bandwidth))} with {workers} worker(s) of {_gb(bandwidth)}/s"
+    )
+    lines += [f"note: {plan.name}: {note}" for plan in job.pairs for note in plan.notes]
+    return "\n".join(lines)
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"

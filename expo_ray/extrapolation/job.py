@@ -1,0 +1,224 @@
+"""A whole job: plan every pair, extrapolate what is missing, publish; whoever executes it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from expo_ray.config import Job, Pair, format_alpha
+from expo_ray.errors import ExpoError, JobError, Problems, some
+from expo_ray.extrapolation.output import OutputState, check_space, claim, clear, inspect_output
+from expo_ray.extrapolation.plan import PairPlan, plan_pair
+from expo_ray.extrapolation.progress import Progress
+from expo_ray.extrapolation.publish import Published
+from expo_ray.storage import check_conditional_writes, join_uri, open_store
+
+log = logging.getLogger("expo_ray")
+
+_PLANNING_THREADS = 8
+STALL_WARNING_S = 300
+
+
+class Executor(Protocol):
+    """Where the work runs: threads of this process, or a Ray cluster. Both tell their `Progress` what they have written.
+
+    Attributes:
+        slots: number of shards worth having under way at once.
+    """
+
+    slots: int
+
+    def extrapolate(self, plan: PairPlan, index: int, alphas: Sequence[float]) -> Future[Any]:
+        """Write one shard of the models at `alphas`, and their receipts."""
+
+    def publish(self, plan: PairPlan, alpha: float) -> Future[Published]:
+        """Complete a model whose shards are stored."""
+
+    def cancel(self) -> None:
+        """Stop what is under way; unfinished files and uploads are removed."""
+
+
+@dataclass(frozen=True)
+class JobPlan:
+    """All that a job will do.
+
+    Attributes:
+        states: what is already there, by pair name and alpha.
+    """
+
+    pairs: tuple[PairPlan, ...]
+    states: Mapping[tuple[str, float], OutputState]
+
+    def missing(self, plan: PairPlan, index: int) -> list[float]:
+        """The alphas whose model lacks shard `index`."""
+        file = plan.shards[index].file
+        return [
+            alpha
+            for alpha in plan.outputs
+            if not (state := self.states[plan.name, alpha]).published and file not in state.done
+        ]
+
+    @property
+    def bytes_to_write(self) -> int:
+        return sum(map(self.bytes_of, self.pairs))
+
+    def bytes_of(self, plan: PairPlan) -> int:
+        """What is still to be written for one pair."""
+        return sum(shard.size * len(self.missing(plan, index)) for index, shard in enumerate(plan.shards))
+
+
+@dataclass
+class Outcome:
+    """What came of a job: `failures` holds the first error of each pair or model that failed."""
+
+    published: list[Published] = field(default_factory=list)
+    failures: dict[str, Exception] = field(default_factory=dict)
+
+
+def outputs_of(job: Job, pair: Pair) -> dict[float, str]:
+    """The folder of each alpha's model, `<output>/pairs/<pair>/alpha=<alpha>`."""
+    return {alpha: join_uri(job.output, "pairs", pair.name, f"alpha={format_alpha(alpha)}") for alpha in pair.alphas}
+
+
+def plan_job(
+    pairs: Sequence[Pair], outputs: Sequence[Mapping[float, str]], *, overwrite: bool = False
+) -> JobPlan:
+    """Plan all pairs and look at their outputs; nothing is written.
+
+    Raises:
+        Problems: with everything that is wrong with any of them.
+    """
+    problems: list[ExpoError] = []
+    plans: list[PairPlan] = []
+    states: dict[tuple[str, float], OutputState] = {}
+    with ThreadPoolExecutor(_PLANNING_THREADS, "plan") as pool:
+        planned = [pool.submit(_plan_and_inspect, *each, overwrite) for each in zip(pairs, outputs, strict=True)]
+    for future in planned:
+        plan, found, wrong = future.result()
+        problems += wrong
+        if plan:
+            plans.append(plan)
+            states |= found
+    job_plan = JobPlan(tuple(plans), states)
+    if not problems:
+        problems = check_space((plan, job_plan.bytes_of(plan)) for plan in plans)
+    if problems:
+        raise Problems(problems)
+    return job_plan
+
+
+def _plan_and_inspect(
+    pair: Pair, outputs: Mapping[float, str], overwrite: bool
+) -> tuple[PairPlan | None, dict[tuple[str, float], OutputState], list[ExpoError]]:
+    if not pair.alphas:
+        return None, {}, [JobError(f"{pair.name}: no alpha is given; add `alphas: [0.5]` to the pair or to `defaults`")]
+    try:
+        plan = plan_pair(pair, outputs)
+    except Problems as error:
+        return None, {}, list(error.problems)
+    states: dict[tuple[str, float], OutputState] = {}
+    problems: list[ExpoError] = []
+    for alpha in outputs:
+        try:
+            states[pair.name, alpha] = inspect_output(plan, alpha, overwrite=overwrite)
+        except ExpoError as error:
+            problems.append(type(error)(f"{pair.name}: {error}"))
+    return plan, states, problems
+
+
+def run_job(job: JobPlan, executor: Executor, progress: Progress) -> Outcome:
+    """Do all that `job` still lacks. A pair that fails does not stop the others.
+
+    Raises:
+        ExpoError: if an output cannot be reserved; then nothing has been done.
+    """
+    _reserve(job)
+    run = _Run(job, executor, progress)
+    try:
+        run.work_off()
+    except BaseException:
+        executor.cancel()
+        raise
+    return run.outcome
+
+
+def _reserve(job: JobPlan) -> None:
+    todo = [(plan, alpha) for plan in job.pairs for alpha in plan.outputs if not job.states[plan.name, alpha].published]
+    checked: set[str] = set()
+    for plan, alpha in todo:
+        store = open_store(plan.outputs[alpha])
+        place = store.uri.split("/")[2] if store.uri.startswith("s3://") else store.uri
+        if place not in checked:
+            check_conditional_writes(store)
+            checked.add(place)
+        if job.states[plan.name, alpha].stale:
+            clear(store)
+        claim(plan, alpha)
+
+
+class _Run:
+    """The state of one run: what is queued, under way, and still owed to each pair."""
+
+    def __init__(self, job: JobPlan, executor: Executor, progress: Progress) -> None:
+        self.job, self.executor, self.progress = job, executor, progress
+        self.outcome = Outcome()
+        work = [(plan, index) for plan in job.pairs for index in range(len(plan.shards)) if job.missing(plan, index)]
+        # The biggest first, so that no big one is left to run alone at the end; popped from the back.
+        self.queue = sorted(work, key=lambda item: item[0].shards[item[1]].size)
+        self.owed = {plan.name: sum(one is plan for one, _ in work) for plan in job.pairs}
+        self.under_way: dict[Future[Any], tuple[PairPlan, float | None]] = {}
+        progress.begin(len(work), job.bytes_to_write)
+
+    def work_off(self) -> None:
+        for plan in self.job.pairs:
+            if not self.owed[plan.name]:
+                self._publish(plan)
+        while self.queue or self.under_way:
+            self._submit()
+            done, _ = wait(self.under_way, timeout=STALL_WARNING_S, return_when=FIRST_COMPLETED)
+            for future in done:
+                self._settle(future, *self.under_way.pop(future))
+            if self.under_way and not done:
+                names = sorted({plan.name for plan, _ in self.under_way.values()})
+                log.warning(
+                    "nothing has finished for %d s; %d shard(s) are under way (%s): look for a lost node or a stalled store",
+                    STALL_WARNING_S, len(self.under_way), some(names),
+                )  # fmt: skip
+
+    def _submit(self) -> None:
+        while self.queue and len(self.under_way) < 2 * self.executor.slots:
+            plan, index = self.queue.pop()
+            if plan.name not in self.outcome.failures:
+                future = self.executor.extrapolate(plan, index, self.job.missing(plan, index))
+                self.under_way[future] = (plan, None)
+
+    def _settle(self, future: Future[Any], plan: PairPlan, alpha: float | None) -> None:
+        error = future.exception()
+        if error is not None and not isinstance(error, Exception):
+            raise error
+        if alpha is not None:
+            if error:
+                self._fail(f"{plan.name} alpha={format_alpha(alpha)}", error)
+            else:
+                self.outcome.published.append(future.result())
+                log.info("published %s", plan.outputs[alpha])
+            return
+        if error:
+            self._fail(plan.name, error)
+            return
+        self.progress.shard_done()
+        self.owed[plan.name] -= 1
+        if not self.owed[plan.name] and plan.name not in self.outcome.failures:
+            self._publish(plan)
+
+    def _publish(self, plan: PairPlan) -> None:
+        for alpha in plan.outputs:
+            self.under_way[self.executor.publish(plan, alpha)] = (plan, alpha)
+
+    def _fail(self, name: str, error: Exception) -> None:
+        if name not in self.outcome.failures:
+            self.outcome.failures[name] = error
+            log.error("%s failed: %s", name, error, exc_info=None if isinstance(error, ExpoError) else error)

@@ -1,0 +1,208 @@
+"""The plan of a pair: everything that decides the bytes, from headers alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from expo_ray.checkpoint.adapter import lora_layers
+from expo_ray.checkpoint.folder import read_checkpoint
+from expo_ray.checkpoint.header import write_header
+from expo_ray.checkpoint.quantisation import quantisation_of
+from expo_ray.checkpoint.tensors import DTYPE_BYTES, Checkpoint
+from expo_ray.checkpoint.vocabulary import RowRun, row_map, vocabulary
+from expo_ray.config import Pair, PairOptions
+from expo_ray.errors import CheckpointError, ExpoError, PairError, Problems
+from expo_ray.extrapolation.match import Match, TensorPlan, match_tensors, multiplier_of, output_dtype
+from expo_ray.storage import open_store
+
+# Part of every plan id: raised when the same plan would give other bytes than before.
+ARITHMETIC_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One output file.
+
+    Attributes:
+        size: of the whole file in bytes.
+    """
+
+    file: str
+    tensors: tuple[TensorPlan, ...]
+    size: int
+
+    @property
+    def header(self) -> bytes:
+        """What stands in front of the data: length and JSON of the safetensors format."""
+        return _header(self.tensors)
+
+
+@dataclass(frozen=True)
+class PairPlan:
+    """A pair, matched tensor by tensor and laid out in shards.
+
+    Attributes:
+        outputs: folder of the model of each alpha; where it is written is not part of what it is.
+        notes: what a user should know and nothing is wrong with.
+    """
+
+    name: str
+    sft: Checkpoint
+    dpo: Checkpoint
+    options: PairOptions
+    shards: tuple[ShardPlan, ...]
+    outputs: Mapping[float, str]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def base(self) -> Checkpoint:
+        """The checkpoint whose tensors the plan starts from: dpo, or sft where an adapter is merged into it."""
+        return self.sft if self.dpo.adapter and self.options.adapter == "merge" else self.dpo
+
+    @property
+    def bytes_written(self) -> int:
+        """Size of one model's weights."""
+        return sum(shard.size for shard in self.shards)
+
+    @property
+    def bytes_read(self) -> int:
+        """What one pass reads from both parents, whatever the number of alphas."""
+        return sum(
+            plan.dpo.nbytes + (plan.sft.nbytes if plan.sft else 0) for shard in self.shards for plan in shard.tensors
+        )
+
+    def plan_id(self, alpha: float) -> str:
+        """Digest of all that decides the bytes of the model at `alpha`: inputs, arithmetic, layout; never a place."""
+        options = self.options.model_dump(mode="json", exclude={"alphas", "allow_pickle"})
+        identity = {
+            "arithmetic_version": ARITHMETIC_VERSION,
+            "alpha": alpha,
+            "options": {key: value for key, value in options.items() if key in PairOptions.model_fields},
+            "sft": _fingerprint(self.sft),
+            "dpo": _fingerprint(self.dpo),
+        }
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def plan_pair(pair: Pair, outputs: Mapping[float, str]) -> PairPlan:
+    """Read both parents' headers, match their tensors and lay out the shards.
+
+    Raises:
+        Problems: with everything that is wrong with the pair.
+    """
+    problems: list[ExpoError] = []
+    if pair.rounding == "reference" and pair.dtype not in ("keep", "bf16"):
+        problems.append(PairError(f"rounding is reference, which writes bf16, and dtype is {pair.dtype}; drop one"))
+    sft, dpo = (_read_parent(side, getattr(pair, side), pair.allow_pickle, problems) for side in ("sft", "dpo"))
+    if sft is None or dpo is None:
+        raise Problems([_named(pair.name, problem) for problem in problems])
+    if sft.adapter:
+        problems.append(
+            CheckpointError("sft is an adapter; merge it first (`merge_and_unload`, save) and pass the merged folder")
+        )
+    elif _fingerprint(sft) == _fingerprint(dpo):
+        problems.append(PairError(f"sft ({sft.uri}) and dpo ({dpo.uri}) are the same files; name two different models"))
+    match = _match(sft, dpo, pair) if not problems else Match()
+    problems += match.problems
+    if problems:
+        raise Problems([_named(pair.name, problem) for problem in problems])
+    file = "adapter_model" if dpo.adapter and pair.adapter == "scale" else "model"
+    shards = lay_out(match.tensors, pair.shard_size, file)
+    return PairPlan(pair.name, sft, dpo, pair, shards, outputs, tuple(match.notes))
+
+
+def lay_out(tensors: Sequence[TensorPlan], shard_bytes: int, stem: str = "model") -> tuple[ShardPlan, ...]:
+    """Pack tensors in their order into files of at most `shard_bytes` of data, named as `transformers` does."""
+    groups: list[list[TensorPlan]] = [[]]
+    filled = 0
+    for plan in tensors:
+        size = _nbytes(plan)
+        if groups[-1] and filled + size > shard_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(plan)
+        filled += size
+    names = [f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
+    if len(groups) == 1:
+        names = [f"{stem}.safetensors"]
+    return tuple(
+        ShardPlan(name, tuple(group), len(_header(group)) + sum(map(_nbytes, group)))
+        for name, group in zip(names, groups, strict=True)
+    )
+
+
+def _read_parent(side: str, uri: str, allow_pickle: bool, problems: list[ExpoError]) -> Checkpoint | None:
+    try:
+        checkpoint = read_checkpoint(open_store(uri), allow_pickle=allow_pickle)
+    except ExpoError as error:
+        found = error.problems if isinstance(error, Problems) else (error,)
+        problems.extend(_named(side, problem) for problem in found)
+        return None
+    scheme = quantisation_of(checkpoint)
+    if scheme:
+        problems.append(
+            CheckpointError(
+                f"{side}: {uri} is quantised ({scheme}); extrapolate the checkpoint it was made from, in bf16, fp16 or fp32, "
+                "and quantise the result"
+            )
+        )
+    return checkpoint
+
+
+def _match(sft: Checkpoint, dpo: Checkpoint, pair: Pair) -> Match:
+    if not dpo.adapter:
+        return match_tensors(sft, dpo, pair, lambda *rows: _map_rows(sft, dpo, pair, *rows))
+    try:
+        layers = {layer.base_name: layer for layer in lora_layers(dpo, sft)}
+    except ExpoError as error:
+        return Match(problems=[error])
+    source = sft if pair.adapter == "merge" else dpo
+    plans = [
+        TensorPlan(
+            name=name,
+            dtype=output_dtype(tensor.dtype, pair) if pair.adapter == "merge" else tensor.dtype,
+            shape=tensor.shape,
+            dpo=tensor,
+            sft=None,
+            multiplier=multiplier_of(name, pair),
+            random_name=name,
+            lora=layers.get(name) if pair.adapter == "merge" else None,
+        )
+        for name, tensor in source.tensors.items()
+    ]
+    problems: list[ExpoError] = []
+    if pair.adapter == "scale" and (pair.multipliers or pair.dtype != "keep"):
+        problems.append(
+            PairError("dpo is an adapter and only its scale is changed, so `multipliers` and `dtype` cannot be kept; "
+                      "set `adapter: merge` to write a whole model")
+        )  # fmt: skip
+    return Match(plans, problems)
+
+
+def _map_rows(sft: Checkpoint, dpo: Checkpoint, pair: Pair, dpo_rows: int, sft_rows: int) -> Sequence[RowRun]:
+    if pair.vocab == "by-token":
+        return row_map(
+            vocabulary(open_store(dpo.uri), dpo), vocabulary(open_store(sft.uri), sft), dpo_rows, sft_rows
+        )
+    shared = min(dpo_rows, sft_rows)
+    runs = [RowRun(0, 0, shared)]
+    return runs if dpo_rows == shared else [*runs, RowRun(shared, None, dpo_rows - shared)]
+
+
+def _fingerprint(checkpoint: Checkpoint) -> list[list[str | int]]:
+    return [[info.key, info.size, info.etag] for _, info in sorted(checkpoint.files.items())]
+
+
+def _named(name: str, error: ExpoError) -> ExpoError:
+    return type(error)(f"{name}: {error}")
+
+
+def _header(tensors: Sequence[TensorPlan]) -> bytes:
+    return write_header([(plan.name, plan.dtype, plan.shape) for plan in tensors])
+
+
+def _nbytes(plan: TensorPlan) -> int:
+    return plan.dpo.numel * DTYPE_BYTES[plan.dtype]

@@ -1,0 +1,189 @@
+"""Turn stored shards into a published model: side files, index, card, and the manifest last."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from expo_ray import __version__
+from expo_ray.checkpoint.adapter import scaled_adapter_config
+from expo_ray.checkpoint.tensors import Checkpoint
+from expo_ray.errors import ArithmeticFault, NotFound, OutputError, some
+from expo_ray.extrapolation.arithmetic import FORMULAS
+from expo_ray.extrapolation.output import MANIFEST
+from expo_ray.extrapolation.plan import PairPlan
+from expo_ray.extrapolation.receipt import Receipt, read_receipt
+from expo_ray.extrapolation.statistics import TensorStatistics
+from expo_ray.extrapolation.findings import warnings_of
+from expo_ray.report.model_card import model_card
+from expo_ray.storage import open_store
+
+FORMAT = 1
+_TORCH_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+@dataclass(frozen=True)
+class Published:
+    """A model that readers may trust.
+
+    Attributes:
+        effective_alpha: the alpha that the written weights carry, over all tensors.
+        warnings: what a user should look at before using it.
+    """
+
+    pair: str
+    alpha: float
+    uri: str
+    plan_id: str
+    size: int
+    effective_alpha: float
+    warnings: tuple[str, ...]
+
+
+def publish(plan: PairPlan, alpha: float) -> Published:
+    """Complete the model at `alpha`, whose shards are all stored. A model that is already complete is left alone.
+
+    Raises:
+        OutputError: if a shard is missing.
+        ArithmeticFault: if sft and dpo turn out to be the same weights.
+    """
+    store = open_store(plan.outputs[alpha])
+    try:
+        return published_from(json.loads(store.read(MANIFEST)), store.uri)
+    except NotFound:
+        pass
+    receipts = _receipts(plan, alpha)
+    statistics = {name: one for receipt in receipts for name, one in receipt.statistics.items()}
+    total = sum(statistics.values(), TensorStatistics())
+    if total.elements and not total.changed:
+        raise ArithmeticFault(
+            f"{plan.name}: dpo equals sft in all {total.elements:,} weights ({plan.dpo.uri}, {plan.sft.uri}), so there is "
+            "nothing to extrapolate; name the model from before and the model from after alignment"
+        )
+    manifest = _manifest(plan, alpha, receipts, statistics)
+    small = dict(_small_files(plan, alpha)) | {"README.md": model_card(manifest).encode()}
+    for key, data in small.items():
+        store.put(key, data)
+    files = {key: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for key, data in small.items()}
+    store.put_if_absent(MANIFEST, _json(manifest | {"files": files}))
+    return published_from(manifest, store.uri)
+
+
+def published_from(manifest: Mapping[str, Any], uri: str) -> Published:
+    """What a stored manifest says of its model."""
+    size = sum(shard["size"] for shard in manifest["shards"])
+    effective = manifest["statistics"]["effective_alpha"]
+    return Published(
+        manifest["pair"], manifest["alpha"], uri, manifest["plan"], size, effective, tuple(manifest["warnings"])
+    )
+
+
+def _receipts(plan: PairPlan, alpha: float) -> list[Receipt]:
+    store = open_store(plan.outputs[alpha])
+    present = {info.key: info for info in store.list()}
+    found = {shard.file: read_receipt(store, plan.plan_id(alpha), shard.file, present) for shard in plan.shards}
+    missing = [file for file, receipt in found.items() if receipt is None]
+    if missing:
+        raise OutputError(f"{store.uri}: {len(missing)} shard(s) are missing or changed ({some(missing)}); run the job again")
+    return [receipt for receipt in found.values() if receipt]
+
+
+def _small_files(plan: PairPlan, alpha: float) -> Iterator[tuple[str, bytes]]:
+    """Everything beside the weights, byte for byte from dpo, but for the few values that must change."""
+    scaled = bool(plan.dpo.adapter) and plan.options.adapter == "scale"
+    sources: dict[str, Checkpoint] = {}
+    if plan.base is plan.sft:
+        sources |= dict.fromkeys(plan.sft.side_files, plan.sft)
+    sources |= dict.fromkeys(plan.dpo.side_files, plan.dpo)
+    sources.pop("adapter_config.json", None)
+    for key, checkpoint in sources.items():
+        data = _read_pinned(checkpoint, key)
+        yield key, _with_dtype(data, plan) if key == "config.json" else data
+    if scaled:
+        yield "adapter_config.json", _json(scaled_adapter_config(plan.dpo.adapter, alpha))
+    elif len(plan.shards) > 1:
+        yield "model.safetensors.index.json", _json(_index(plan))
+
+
+def _read_pinned(checkpoint: Checkpoint, key: str) -> bytes:
+    info = checkpoint.files[key]
+    data = bytearray(info.size)
+    open_store(checkpoint.uri).read_into(key, 0, memoryview(data), etag=info.etag)
+    return bytes(data)
+
+
+def _with_dtype(config: bytes, plan: PairPlan) -> bytes:
+    """`config.json` as it is, unless the weights are written in another dtype than it says."""
+    wanted = "bf16" if plan.options.rounding == "reference" else plan.options.dtype
+    if wanted == "keep":
+        return config
+    data = json.loads(config)
+    key = "dtype" if "dtype" in data else "torch_dtype"
+    if data.get(key) == _TORCH_DTYPES[wanted]:
+        return config
+    return _json(data | {key: _TORCH_DTYPES[wanted]})
+
+
+def _index(plan: PairPlan) -> dict[str, Any]:
+    """The index of a sharded model, as `transformers` writes it."""
+    weight_map = {tensor.name: shard.file for shard in plan.shards for tensor in shard.tensors}
+    total = plan.bytes_written - sum(len(shard.header) for shard in plan.shards)
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def _manifest(
+    plan: PairPlan, alpha: float, receipts: Sequence[Receipt], statistics: Mapping[str, TensorStatistics]
+) -> dict[str, Any]:
+    options = plan.options
+    return {
+        "format": FORMAT,
+        "expo_ray": __version__,
+        "plan": plan.plan_id(alpha),
+        "pair": plan.name,
+        "alpha": alpha,
+        "arithmetic": {
+            "formula": FORMULAS[options.rounding],
+            "rounding": options.rounding,
+            "seed": options.seed,
+            "dtype": options.dtype,
+            "vocab": options.vocab,
+            "adapter": options.adapter if plan.dpo.adapter else None,
+            "multipliers": dict(options.multipliers),
+            "shard_size": options.shard_size,
+        },
+        "parents": {side: _parent(checkpoint) for side, checkpoint in (("sft", plan.sft), ("dpo", plan.dpo))},
+        "shards": [
+            {"file": one.file, "size": one.size, "sha256": one.sha256, "etag": one.etag} for one in receipts
+        ],
+        "warnings": list(warnings_of(plan, alpha, statistics)),
+        "statistics": _described(sum(statistics.values(), TensorStatistics()))
+        | {"tensors": {name: _described(one) for name, one in statistics.items()}},
+    }
+
+
+def _parent(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "uri": checkpoint.uri,
+        "revision": checkpoint.revision,
+        "files": {key: {"size": info.size, "etag": info.etag} for key, info in sorted(checkpoint.files.items())},
+    }
+
+
+def _described(one: TensorStatistics) -> dict[str, float | int]:
+    rms_weight = (one.dpo_square / one.elements) ** 0.5 if one.elements else 0.0
+    return {
+        "elements": one.elements,
+        "changed_share": float(f"{one.changed_share:.6g}"),
+        "rms_weight": float(f"{rms_weight:.6g}"),
+        "rms_delta": float(f"{rms_weight * one.relative_delta:.6g}"),
+        "effective_alpha": float(f"{one.effective_alpha:.6g}"),
+    }
+
+
+def _json(data: Mapping[str, Any]) -> bytes:
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+
+

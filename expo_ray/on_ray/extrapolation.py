@@ -1,0 +1,110 @@
+"""The executor of a cluster: one Ray task for each shard."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Any, Self
+
+import ray
+from ray.exceptions import RayTaskError
+
+from expo_ray.config import Device
+from expo_ray.errors import TransientStorageError
+from expo_ray.extrapolation.arithmetic import resolve_device
+from expo_ray.extrapolation.plan import PairPlan
+from expo_ray.extrapolation.progress import Progress
+from expo_ray.extrapolation.publish import Published, publish
+from expo_ray.extrapolation.shard import extrapolate_shard
+from expo_ray.on_ray.cluster import SHARD_IO
+
+log = logging.getLogger("expo_ray")
+
+# Deaths of worker or node that one shard outlives, beside transient storage errors, which count the same.
+MAX_RETRIES = 5
+# Shards are bound by input and output, so several share a GPU.
+GPU_PER_SHARD = 0.25
+# Tasks kept submitted even on a small cluster, so that an autoscaler sees what is wanted.
+_FEWEST_SLOTS = 32
+_CLEAN_UP_S = 30.0
+
+
+class OnRay:
+    """Runs shards on the connected Ray cluster; see `expo_ray.extrapolation.job.Executor`."""
+
+    def __init__(self, progress: Progress, *, device: Device = "auto") -> None:
+        resources = ray.cluster_resources()
+        self._progress, self._device = progress, device
+        self._plans: dict[str, ray.ObjectRef[Any]] = {}
+        self._refs: dict[Future[Any], ray.ObjectRef[Any]] = {}
+        options: dict[str, Any] = {
+            "num_cpus": 1,
+            "max_retries": MAX_RETRIES,
+            "retry_exceptions": [TransientStorageError],
+            "scheduling_strategy": "SPREAD",
+        }
+        self._publish = ray.remote(**options)(publish)
+        if SHARD_IO in resources:
+            options["resources"] = {SHARD_IO: 1}
+        else:
+            log.warning("no node has the resource %s; shards are bounded by CPUs alone", SHARD_IO)
+        if device == "cuda" or (device == "auto" and resources.get("GPU")):
+            options["num_gpus"] = GPU_PER_SHARD
+        self._extrapolate = ray.remote(**options)(_extrapolate)
+        self.slots = max(_FEWEST_SLOTS, int(resources.get(SHARD_IO, resources.get("CPU", 1))))
+
+    def extrapolate(self, plan: PairPlan, index: int, alphas: Sequence[float]) -> Future[Any]:
+        size = plan.shards[index].size * len(alphas)
+        return self._follow(self._extrapolate.remote(self._shared(plan), index, alphas, self._device), size)
+
+    def publish(self, plan: PairPlan, alpha: float) -> Future[Published]:
+        return self._follow(self._publish.remote(self._shared(plan), alpha))
+
+    def cancel(self) -> None:
+        refs = list(self._refs.values())
+        for ref in refs:
+            ray.cancel(ref)
+        if refs:  # a cancelled task still has to remove its uploads
+            ray.wait(refs, num_returns=len(refs), timeout=_CLEAN_UP_S)
+
+    def _shared(self, plan: PairPlan) -> ray.ObjectRef[Any]:
+        """The plan in the object store, put there once however many shards it has."""
+        if plan.name not in self._plans:
+            self._plans[plan.name] = ray.put(plan)
+        return self._plans[plan.name]
+
+    def _follow(self, ref: ray.ObjectRef[Any], size: int = 0) -> Future[Any]:
+        """A future of `ref` that fails with the task's own error, not with Ray's wrapping of it."""
+        ours: Future[Any] = Future()
+        self._refs[ours] = ref
+
+        def settle(theirs: Future[Any]) -> None:
+            self._refs.pop(ours, None)
+            error = theirs.exception()
+            if error is None:
+                self._progress.add(size)
+                ours.set_result(theirs.result())
+            else:
+                ours.set_exception(error.cause if isinstance(error, RayTaskError) and error.cause else error)
+
+        ref.future().add_done_callback(settle)
+        return ours
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+
+def _extrapolate(plan: PairPlan, index: int, alphas: Sequence[float], device: str) -> None:
+    """The task. Its receipts are in storage, so the driver need not hold them."""
+    started = time.monotonic()
+    receipts = extrapolate_shard(plan, index, alphas, device=resolve_device(device))
+    size, seconds = sum(receipt.size for receipt in receipts), time.monotonic() - started
+    log.info("%s %s: %.2f GB in %.1f s", plan.name, plan.shards[index].file, size / 1e9, seconds)

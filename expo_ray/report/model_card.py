@@ -1,0 +1,73 @@
+"""The model card of a published model, in the Hub's conventions, from its manifest alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from expo_ray.config import format_alpha
+
+_HUB = re.compile(r"^hf://([^/@]+/[^/@]+)")
+_TENSORS_SHOWN = 10
+
+
+def model_card(manifest: Mapping[str, Any]) -> str:
+    """`README.md` of the model that `manifest` (the content of `expo.json`) describes."""
+    alpha, arithmetic, parents = manifest["alpha"], manifest["arithmetic"], manifest["parents"]
+    sections = [
+        _front_matter(manifest),
+        f"# {manifest['pair']}, extrapolated by alpha = {format_alpha(alpha)}\n",
+        "Made without training from two checkpoints by [ExPO](https://arxiv.org/abs/2404.16792): "
+        f"`W = W_dpo + alpha (W_dpo - W_sft)` with alpha = {format_alpha(alpha)}.\n",
+        *(f"> **Look at this first:** {warning}\n" for warning in manifest["warnings"]),
+        "## Parents\n",
+        _table(("", "folder", "revision"), [(s, f"`{p['uri']}`", p["revision"] or "-") for s, p in parents.items()]),
+        "## Arithmetic\n",
+        f"{arithmetic['formula']}\n",
+        _table(("option", "value"), [(f"`{key}`", f"`{value}`") for key, value in arithmetic.items() if key != "formula"]),
+        "## What changed\n",
+        _changes(manifest["statistics"]),
+        "## Files\n",
+        _table(("file", "bytes", "sha256"), [(s["file"], f"{s['size']:,}", f"`{s['sha256']}`") for s in manifest["shards"]]),
+        f"Plan `{manifest['plan']}`, written by expo-ray {manifest['expo_ray']}. `expo.json` holds the statistics of every "
+        "tensor and the digests of both parents; `expo-ray verify` checks this folder against it.\n",
+    ]  # fmt: skip
+    return "\n".join(sections)
+
+
+def _front_matter(manifest: Mapping[str, Any]) -> str:
+    named = (_HUB.match(manifest["parents"][side]["uri"]) for side in ("dpo", "sft"))
+    base = [match[1] for match in named if match]
+    data: dict[str, Any] = {"library_name": "peft" if manifest["arithmetic"]["adapter"] == "scale" else "transformers"}
+    if base:
+        data |= {"base_model": base, "base_model_relation": "merge"}
+    data["tags"] = ["merge", "expo", "model-extrapolation", "expo-ray"]
+    return f"---\n{yaml.safe_dump(data, sort_keys=False)}---\n"
+
+
+def _changes(statistics: Mapping[str, Any]) -> str:
+    if not statistics["elements"]:
+        return "No weight was recomputed: the adapter's scale carries alpha exactly.\n"
+    tensors = sorted(
+        statistics["tensors"].items(), key=lambda item: -(item[1]["rms_delta"] / (item[1]["rms_weight"] or 1))
+    )
+    rows = [("**all**", *_row(statistics)), *((f"`{name}`", *_row(one)) for name, one in tensors[:_TENSORS_SHOWN])]
+    head = ("tensor", "RMS weight", "RMS delta", "changed", "effective alpha")
+    return _table(head, rows) + (f"\nThe {len(rows) - 1} tensors with the largest relative delta are listed.\n")
+
+
+def _row(one: Mapping[str, Any]) -> tuple[str, ...]:
+    return (
+        f"{one['rms_weight']:.3g}",
+        f"{one['rms_delta']:.3g}",
+        f"{one['changed_share']:.1%}",
+        f"{one['effective_alpha']:.3f}",
+    )
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -1,0 +1,42 @@
+"""`ray job submit --working-dir . -- python jobs/extrapolate.py JOB.yaml`: every pair of a job file, to published models."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from expo_ray.cli import guarded, plan_of, report
+from expo_ray.config import load_job, parse_bytes
+from expo_ray.extrapolation.describe import describe
+from expo_ray.extrapolation.job import run_job
+from expo_ray.extrapolation.progress import Progress
+from expo_ray.storage import open_store
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("job", metavar="JOB.yaml")
+    parser.add_argument("--overwrite", action="store_true", help="replace models that expo-ray wrote there before")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop; nothing is written")
+    arguments = parser.parse_args()
+    return guarded(lambda: run(arguments))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    job = load_job(arguments.job)
+    plan = plan_of(job, overwrite=arguments.overwrite)
+    print(describe(plan, workers=os.cpu_count() or 1, bandwidth=parse_bytes("500MB")), flush=True)
+    if arguments.dry_run:
+        return 0
+    from expo_ray.on_ray.cluster import cluster
+    from expo_ray.on_ray.extrapolation import OnRay
+
+    with cluster(), Progress(open_store(job.output)) as progress, OnRay(progress, device=job.device) as executor:
+        outcome = run_job(plan, executor, progress)
+        progress.finish("failed" if outcome.failures else "done", len(outcome.published), sorted(outcome.failures))
+    return report(outcome)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
