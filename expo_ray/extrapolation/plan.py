@@ -128,10 +128,13 @@ def lay_out(tensors: Sequence[TensorPlan], shard_bytes: int, stem: str = "model"
     names = [f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
     if len(groups) == 1:
         names = [f"{stem}.safetensors"]
-    return tuple(
-        ShardPlan(name, tuple(group), len(_header(group)) + sum(map(_nbytes, group)))
-        for name, group in zip(names, groups, strict=True)
-    )
+    return tuple(map(_shard, names, groups))
+
+
+def _shard(file: str, tensors: Sequence[TensorPlan]) -> ShardPlan:
+    # Wide dtypes first, so that every tensor starts at a multiple of its element's width, as readers that map files want.
+    ordered = tuple(sorted(tensors, key=lambda plan: -DTYPE_BYTES[plan.dtype]))
+    return ShardPlan(file, ordered, len(_header(ordered)) + sum(map(_nbytes, ordered)))
 
 
 def _read_parent(side: str, uri: str, allow_pickle: bool, problems: list[ExpoError]) -> Checkpoint | None:
@@ -156,7 +159,7 @@ def _match(sft: Checkpoint, dpo: Checkpoint, pair: Pair) -> Match:
     if not dpo.adapter:
         return match_tensors(sft, dpo, pair, lambda *rows: _map_rows(sft, dpo, pair, *rows))
     try:
-        layers = {layer.base_name: layer for layer in lora_layers(dpo, sft)}
+        layers = {layer.base_name: layer for layer in lora_layers(dpo, sft, merging=pair.adapter == "merge")}
     except ExpoError as error:
         return Match(problems=[error])
     source = sft if pair.adapter == "merge" else dpo
