@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -46,18 +47,28 @@ def main() -> None:
         step("running python jobs/extrapolate.py examples/smollm2.yaml on a local Ray")
         run(sys.executable, ROOT / "jobs" / "extrapolate.py", JOB)
 
-        models = {alpha: f"{job['output']}/pairs/{pair['name']}/alpha={alpha}" for alpha in job["defaults"]["alphas"]}
+        models = {
+            alpha: f"{job['output']}/pairs/{pair['name']}/alpha={alpha}"
+            for alpha in job["defaults"]["alphas"]
+        }
         for uri in models.values():
             step(f"verifying {uri}")
             run(sys.executable, "-m", "expo_ray.cli", "verify", uri)
 
         step("asking each model one question")
-        local = {f"alpha {alpha}": download(open_store(uri), WORK / f"alpha={alpha}") for alpha, uri in models.items()}
-    replies = {name: reply(folder) for name, folder in ({"dpo": WORK / "models" / "dpo_100pct"} | local).items()}
+        local = {
+            f"alpha {alpha}": download(open_store(uri), WORK / f"alpha={alpha}")
+            for alpha, uri in models.items()
+        }
+    replies = {
+        name: reply(folder) for name, folder in ({"dpo": WORK / "models" / "dpo_100pct"} | local).items()
+    }
     for name, text in replies.items():
         print(f"  {name:10} {text}")
     path = write_report(replies, list(local.values()))
-    print(f"\nDone in {time.monotonic() - started:.0f} s. The models are in {WORK}/alpha=*; the report is {path}")
+    print(
+        f"\nDone in {time.monotonic() - started:.0f} s. The models are in {WORK}/alpha=*; the report is {path}"
+    )
 
 
 def step(text: str) -> None:
@@ -97,12 +108,12 @@ def copy(source: Store, target: Store, key: str) -> None:
 
 def reply(folder: Path) -> str:
     """What the model of a folder answers, greedily."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+    import transformers
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder)
     chat = [{"role": "user", "content": QUESTION}]
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     tokens = model.generate(**inputs, max_new_tokens=32, do_sample=False)

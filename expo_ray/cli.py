@@ -12,7 +12,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from expo_ray import __version__
-from expo_ray.config import Job, Pair, PairOptions, format_alpha, job_schema, load_job, parse_bytes, parse_pair
+from expo_ray.config import (
+    Job,
+    Pair,
+    PairOptions,
+    format_alpha,
+    job_schema,
+    load_job,
+    parse_bytes,
+    parse_pair,
+)
 from expo_ray.errors import ExpoError, Problems
 from expo_ray.extrapolation.describe import describe
 from expo_ray.extrapolation.in_threads import InThreads
@@ -50,7 +59,9 @@ def guarded(command: Callable[[], int]) -> int:
 def report(outcome: Outcome) -> int:
     """Print what came of a job; the exit status of the process."""
     for model in sorted(outcome.published, key=lambda model: (model.pair, model.alpha)):
-        print(f"{model.uri}: alpha {format_alpha(model.alpha)}, effective {model.effective_alpha:.3f}, {model.size / 1e9:.2f} GB")
+        print(
+            f"{model.uri}: alpha {format_alpha(model.alpha)}, effective {model.effective_alpha:.3f}, {model.size / 1e9:.2f} GB"
+        )
         for warning in model.warnings:
             print(f"  warning: {warning}")
     for name, error in outcome.failures.items():
@@ -61,7 +72,9 @@ def report(outcome: Outcome) -> int:
 def _extrapolate(arguments: argparse.Namespace) -> int:
     pair = parse_pair(_options_of(arguments), "command line")
     outputs = {
-        alpha: arguments.output if len(pair.alphas) == 1 else join_uri(arguments.output, f"alpha={format_alpha(alpha)}")
+        alpha: arguments.output
+        if len(pair.alphas) == 1
+        else join_uri(arguments.output, f"alpha={format_alpha(alpha)}")
         for alpha in pair.alphas
     }
     job = plan_job([pair], [outputs], overwrite=arguments.overwrite)
@@ -90,10 +103,14 @@ def _verify(arguments: argparse.Namespace) -> int:
     store = open_store(arguments.folder)
     manifest = read_manifest(store)
     if manifest is None and arguments.sft is None:
-        raise ExpoError(f"{store.uri} has no expo.json; give --sft and --dpo to see which alpha fits its weights")
+        raise ExpoError(
+            f"{store.uri} has no expo.json; give --sft and --dpo to see which alpha fits its weights"
+        )
     problems = verify_files(store, manifest) if manifest else []
     if manifest and not problems:
-        print(f"{store.uri}: {len(manifest['shards'])} shard(s) and {len(manifest['files'])} file(s) are as published")
+        print(
+            f"{store.uri}: {len(manifest['shards'])} shard(s) and {len(manifest['files'])} file(s) are as published"
+        )
     if arguments.sft:
         _print_fits(list(fit_alphas(arguments.folder, arguments.sft, arguments.dpo)))
         if manifest:
@@ -112,7 +129,9 @@ def _print_fits(fits: Sequence[Fit]) -> None:
         print(f"{fit.name:{width}}  {fit.alpha:8.4f}  {fit.relative_delta:12.2e}  {fit.residual:9.2e}")
     moved = [fit.alpha for fit in fits if fit.relative_delta]
     if moved:
-        print(f"alpha fits between {min(moved):.4f} and {max(moved):.4f} over {len(moved)} tensors with a delta")
+        print(
+            f"alpha fits between {min(moved):.4f} and {max(moved):.4f} over {len(moved)} tensors with a delta"
+        )
 
 
 def _schema(arguments: argparse.Namespace) -> int:
@@ -121,14 +140,17 @@ def _schema(arguments: argparse.Namespace) -> int:
 
 
 def _options_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    given = {key: value for key, value in vars(arguments).items() if key in Pair.model_fields and value is not None}
+    given = {
+        key: value for key, value in vars(arguments).items() if key in Pair.model_fields and value is not None
+    }
     multipliers = dict(text.rpartition("=")[::2] for text in arguments.multiplier)
     return given | ({"multipliers": multipliers} if multipliers else {})
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="expo-ray", description="Better-aligned models without training: W = W_dpo + alpha (W_dpo - W_sft)."
+        prog="expo-ray",
+        description="Better-aligned models without training: W = W_dpo + alpha (W_dpo - W_sft).",
     )
     parser.add_argument("--version", action="version", version=f"expo-ray {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -136,11 +158,15 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="what a job would do, from headers alone; nothing is written")
     plan.add_argument("job", metavar="JOB.yaml")
     plan.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="shards under way at once")
-    plan.add_argument("--bandwidth", type=_size, default="500MB", help="bytes a second of one worker (%(default)s)")
+    plan.add_argument(
+        "--bandwidth", type=_size, default="500MB", help="bytes a second of one worker (%(default)s)"
+    )
     plan.set_defaults(command=_plan)
     verify = commands.add_parser("verify", help="check a model against its manifest and its parents")
     verify.add_argument("folder", metavar="FOLDER", help="a model, made by this or any other tool")
-    verify.add_argument("--sft", metavar="URI", help="with --dpo: compute the weights again, print the alpha that fits")
+    verify.add_argument(
+        "--sft", metavar="URI", help="with --dpo: compute the weights again, print the alpha that fits"
+    )
     verify.add_argument("--dpo", metavar="URI")
     verify.set_defaults(command=_verify)
     commands.add_parser("schema", help="print the JSON schema of the job file").set_defaults(command=_schema)
@@ -148,12 +174,26 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_extrapolate(commands: Any) -> None:
-    parser = commands.add_parser("extrapolate", help="extrapolate one pair in this process, without a cluster")
+    parser = commands.add_parser(
+        "extrapolate", help="extrapolate one pair in this process, without a cluster"
+    )
     add = parser.add_argument
     add("--sft", required=True, metavar="URI", help=_text(Pair, "sft"))
     add("--dpo", required=True, metavar="URI", help=_text(Pair, "dpo"))
-    add("--alpha", required=True, action="append", dest="alphas", metavar="A", help=_text(PairOptions, "alphas"))
-    add("--output", required=True, metavar="URI", help="the model's folder; with several alphas, folders alpha=A below it")
+    add(
+        "--alpha",
+        required=True,
+        action="append",
+        dest="alphas",
+        metavar="A",
+        help=_text(PairOptions, "alphas"),
+    )
+    add(
+        "--output",
+        required=True,
+        metavar="URI",
+        help="the model's folder; with several alphas, folders alpha=A below it",
+    )
     for name, choices in (
         ("rounding", ("nearest", "stochastic", "reference")),
         ("dtype", ("keep", "bf16", "fp16", "fp32")),
@@ -161,7 +201,9 @@ def _add_extrapolate(commands: Any) -> None:
         ("adapter", ("scale", "merge")),
     ):
         add(f"--{name}", choices=choices, help=_text(PairOptions, name))
-    add("--multiplier", action="append", default=[], metavar="REGEX=M", help=_text(PairOptions, "multipliers"))
+    add(
+        "--multiplier", action="append", default=[], metavar="REGEX=M", help=_text(PairOptions, "multipliers")
+    )
     add("--shard-size", metavar="SIZE", help=_text(PairOptions, "shard_size"))
     add("--seed", metavar="N", help=_text(PairOptions, "seed"))
     add("--allow-pickle", action="store_true", default=None, help=_text(PairOptions, "allow_pickle"))
@@ -183,7 +225,11 @@ def _text(model: type[PairOptions] | type[Job], field: str) -> str:
     info = model.model_fields[field]
     text = " ".join((info.description or "").split()).replace("%", "%%")
     default = info.get_default(call_default_factory=True) if not info.is_required() else None
-    return f"{text} Default: {default}." if isinstance(default, str | int) and not isinstance(default, bool) else text
+    return (
+        f"{text} Default: {default}."
+        if isinstance(default, str | int) and not isinstance(default, bool)
+        else text
+    )
 
 
 if __name__ == "__main__":

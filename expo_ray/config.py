@@ -53,7 +53,9 @@ def parse_bytes(text: object) -> int:
 def check_alpha(alpha: float) -> float:
     """Any finite float from -1 up: -1 is sft, between -1 and 0 interpolates, 0 is dpo, above 0 extrapolates."""
     if not math.isfinite(alpha) or alpha < -1:
-        raise ValueError(f"alpha is {alpha}; it must be a finite number of at least -1 (-1 gives sft, 0 gives dpo)")
+        raise ValueError(
+            f"alpha is {alpha}; it must be a finite number of at least -1 (-1 gives sft, 0 gives dpo)"
+        )
     return alpha + 0.0  # -0.0 becomes 0.0, so that both name one folder
 
 
@@ -199,7 +201,9 @@ def load_job(path: str | Path) -> Job:
     except yaml.YAMLError as error:
         raise JobError(f"{path}: is not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(data, dict):
-        raise JobError(f"{path}: holds {type(data).__name__}; a job file is a mapping with `output` and `pairs`")
+        raise JobError(
+            f"{path}: holds {type(data).__name__}; a job file is a mapping with `output` and `pairs`"
+        )
     return parse_job(data, str(path))
 
 
@@ -221,26 +225,35 @@ def parse_pair(data: Mapping[str, Any], source: str) -> Pair:
 
 def job_schema() -> dict[str, Any]:
     """JSON schema of the job file, for editors."""
-    return Job.model_json_schema() | {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "expo-ray job"}
+    return Job.model_json_schema() | {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "expo-ray job",
+    }
 
 
 def _explain(error: ValidationError) -> Iterator[str]:
     problems = error.errors()
-    in_defaults = {(problem["loc"][1:], problem["msg"]) for problem in problems if problem["loc"][:1] == ("defaults",)}
+    in_defaults = {
+        (problem["loc"][1:], problem["msg"]) for problem in problems if problem["loc"][:1] == ("defaults",)
+    }
     in_pairs = any(problem["loc"][:1] == ("pairs",) and len(problem["loc"]) > 1 for problem in problems)
     for problem in problems:
         if problem["loc"][:1] == ("pairs",) and (problem["loc"][2:], problem["msg"]) in in_defaults:
             continue  # inherited; told once, where it stands
         if problem["loc"] == ("pairs",) and problem["type"] == "too_short" and in_pairs:
             continue  # pydantic counts the valid pairs only
-        place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]).lstrip(".")
+        place = "".join(
+            f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]
+        ).lstrip(".")
         if problem["type"] == "extra_forbidden":
             yield _explain_unknown(place, problem["loc"])
         elif problem["type"] == "missing":
             yield f"{place} is missing; {_field_text(problem['loc'])}"
         else:
             text = problem["msg"].removeprefix("Value error, ")
-            found = problem["input"] if isinstance(problem["input"], str | int | float | bool | None) else None
+            found = (
+                problem["input"] if isinstance(problem["input"], str | int | float | bool | None) else None
+            )
             shown = f" (found {found!r})" if found is not None and repr(found) not in text else ""
             yield f"{place}: {text}{shown}" if place else text
 

@@ -40,10 +40,13 @@ def chunks_of(shard: ShardPlan, chunk_bytes: int) -> Iterator[Chunk]:
 
 def _chunks_of_run(plan: TensorPlan, run: RowRun, chunk_bytes: int) -> Iterator[Chunk]:
     row = plan.dpo.numel // plan.shape[0] if plan.runs else plan.dpo.numel
-    widest = max(DTYPE_BYTES[dtype] for dtype in (plan.dtype, plan.dpo.dtype, plan.sft.dtype if plan.sft else "U8"))
+    widest = max(
+        DTYPE_BYTES[dtype] for dtype in (plan.dtype, plan.dpo.dtype, plan.sft.dtype if plan.sft else "U8")
+    )
     step = max(1, chunk_bytes // widest)
     begin, end = run.dpo_first * row, (run.dpo_first + run.count) * row
     for first in range(begin, end, step):
-        kept = plan.sft is None or run.sft_first is None
-        sft_first = None if kept else run.sft_first * row + first - begin
+        sft_first = None
+        if plan.sft is not None and run.sft_first is not None:
+            sft_first = run.sft_first * row + first - begin
         yield Chunk(plan, first, min(step, end - first), sft_first)

@@ -34,7 +34,9 @@ def describe(job: JobPlan, *, workers: int, bandwidth: int) -> str:
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
     moved = read_in_all + job.bytes_to_write
     lines.append(
         f"{len(job.pairs)} pair(s): {_gb(read_in_all)} to read, {_gb(job.bytes_to_write)} to write, about "

@@ -18,7 +18,9 @@ LARGEST_ALIGNMENT_DELTA = 3e-2
 
 def warnings_of(plan: PairPlan, alpha: float, statistics: Mapping[str, TensorStatistics]) -> Iterator[str]:
     """Warnings for the model of `plan` at `alpha`, given the statistics of its tensors."""
-    wanted = {name: alpha * multiplier_of(name, plan.options) * one.delta_square for name, one in statistics.items()}
+    wanted = {
+        name: alpha * multiplier_of(name, plan.options) * one.delta_square for name, one in statistics.items()
+    }
     total = sum(statistics.values(), TensorStatistics())
     if _off(total.moved_delta, sum(wanted.values())):
         nominal = sum(wanted.values()) / total.delta_square

@@ -80,7 +80,10 @@ class Outcome:
 
 def outputs_of(job: Job, pair: Pair) -> dict[float, str]:
     """The folder of each alpha's model, `<output>/pairs/<pair>/alpha=<alpha>`."""
-    return {alpha: join_uri(job.output, "pairs", pair.name, f"alpha={format_alpha(alpha)}") for alpha in pair.alphas}
+    return {
+        alpha: join_uri(job.output, "pairs", pair.name, f"alpha={format_alpha(alpha)}")
+        for alpha in pair.alphas
+    }
 
 
 def plan_job(
@@ -95,7 +98,9 @@ def plan_job(
     plans: list[PairPlan] = []
     states: dict[tuple[str, float], OutputState] = {}
     with ThreadPoolExecutor(_PLANNING_THREADS, "plan") as pool:
-        planned = [pool.submit(_plan_and_inspect, *each, overwrite) for each in zip(pairs, outputs, strict=True)]
+        planned = [
+            pool.submit(_plan_and_inspect, *each, overwrite) for each in zip(pairs, outputs, strict=True)
+        ]
     for future in planned:
         plan, found, wrong = future.result()
         problems += wrong
@@ -114,7 +119,11 @@ def _plan_and_inspect(
     pair: Pair, outputs: Mapping[float, str], overwrite: bool
 ) -> tuple[PairPlan | None, dict[tuple[str, float], OutputState], list[ExpoError]]:
     if not pair.alphas:
-        return None, {}, [JobError(f"{pair.name}: no alpha is given; add `alphas: [0.5]` to the pair or to `defaults`")]
+        return (
+            None,
+            {},
+            [JobError(f"{pair.name}: no alpha is given; add `alphas: [0.5]` to the pair or to `defaults`")],
+        )
     try:
         plan = plan_pair(pair, outputs)
     except Problems as error:
@@ -146,7 +155,12 @@ def run_job(job: JobPlan, executor: Executor, progress: Progress) -> Outcome:
 
 
 def _reserve(job: JobPlan) -> None:
-    todo = [(plan, alpha) for plan in job.pairs for alpha in plan.outputs if not job.states[plan.name, alpha].published]
+    todo = [
+        (plan, alpha)
+        for plan in job.pairs
+        for alpha in plan.outputs
+        if not job.states[plan.name, alpha].published
+    ]
     checked: set[str] = set()
     for plan, alpha in todo:
         store = open_store(plan.outputs[alpha])
@@ -165,7 +179,12 @@ class _Run:
     def __init__(self, job: JobPlan, executor: Executor, progress: Progress) -> None:
         self.job, self.executor, self.progress = job, executor, progress
         self.outcome = Outcome()
-        work = [(plan, index) for plan in job.pairs for index in range(len(plan.shards)) if job.missing(plan, index)]
+        work = [
+            (plan, index)
+            for plan in job.pairs
+            for index in range(len(plan.shards))
+            if job.missing(plan, index)
+        ]
         # The biggest first, so that no big one is left to run alone at the end; popped from the back.
         self.queue = sorted(work, key=lambda item: item[0].shards[item[1]].size)
         self.owed = {plan.name: sum(one is plan for one, _ in work) for plan in job.pairs}

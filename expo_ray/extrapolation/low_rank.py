@@ -14,7 +14,9 @@ def widen(data: memoryview, dtype: str) -> Float64:
     """Raw weights (BF16, F16, F32 or F64) as float64, exactly."""
     if dtype == "BF16":
         return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return np.frombuffer(data, {"F16": np.float16, "F32": np.float32, "F64": np.float64}[dtype]).astype(np.float64)
+    return np.frombuffer(data, {"F16": np.float16, "F32": np.float32, "F64": np.float64}[dtype]).astype(
+        np.float64
+    )
 
 
 class LowRank:

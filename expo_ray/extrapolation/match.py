@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
 
 from expo_ray.checkpoint.adapter import LoraLayer
 from expo_ray.checkpoint.tensors import WEIGHT_DTYPES, Checkpoint, Tensor
@@ -76,67 +77,110 @@ def match_tensors(
     """Pair every tensor of dpo with its partner in sft by name.
 
     Args:
+        sft: parent before alignment.
+        dpo: parent after alignment; decides which tensors the output has.
+        options: of the pair.
         map_rows: `(dpo_rows, sft_rows) -> runs`, asked only where the vocabularies differ and `vocab` allows it.
     """
-    match = Match()
-    missing: list[str] = []
-    misshapen: list[str] = []
-    runs: dict[tuple[int, int], tuple[RowRun, ...]] = {}
-    dpo_tied = tied_alias(dpo.tensors, dpo.config)
-    sft_tied = tied_alias(sft.tensors, sft.config)
-    rows = _embedding_rows(dpo), _embedding_rows(sft)
-    for name, tensor in dpo.tensors.items():
-        plan = _plan_alone(tensor, options, dpo_tied.get(name, name))
-        partner = sft.tensors.get(name) or sft.tensors.get(sft_tied.get(name, ""))
-        match.tensors.append(plan)
-        if tensor.dtype not in WEIGHT_DTYPES or plan.multiplier == 0:
-            continue
-        if partner is None:
-            (match.notes if _KNOWN_BUFFERS.search(name) else missing).append(name)
+    matcher = _Matcher(sft, dpo, options, map_rows)
+    tensors = [matcher.plan(tensor) for tensor in dpo.tensors.values()]
+    return Match(tensors, matcher.problems(), matcher.notes)
+
+
+class _Matcher:
+    """Both parents, and what has been found wrong with them so far."""
+
+    def __init__(
+        self,
+        sft: Checkpoint,
+        dpo: Checkpoint,
+        options: PairOptions,
+        map_rows: Callable[[int, int], Sequence[RowRun]],
+    ) -> None:
+        self.sft, self.dpo, self.options = sft, dpo, options
+        self.dpo_tied, self.sft_tied = (tied_alias(one.tensors, one.config) for one in (dpo, sft))
+        self.rows = _embedding_rows(dpo), _embedding_rows(sft)
+        self.map_rows = cache(lambda *rows: tuple(map_rows(*rows)))
+        self.missing: list[str] = []
+        self.resized: list[str] = []
+        self.misfits: list[str] = []
+        self.notes: list[str] = []
+
+    def plan(self, tensor: Tensor) -> TensorPlan:
+        """What becomes of one tensor of dpo; a problem is noted and dpo's tensor stands in."""
+        name = tensor.name
+        alone = TensorPlan(
+            name=name,
+            dtype=output_dtype(tensor.dtype, self.options),
+            shape=tensor.shape,
+            dpo=tensor,
+            sft=None,
+            multiplier=multiplier_of(name, self.options),
+            random_name=self.dpo_tied.get(name, name),
+        )
+        if tensor.dtype not in WEIGHT_DTYPES or alone.multiplier == 0:
+            return alone
+        partner = self.sft.tensors.get(name) or self.sft.tensors.get(self.sft_tied.get(name, ""))
+        if partner is None and _KNOWN_BUFFERS.search(name):
+            self.notes.append(f"{name} is in dpo only and kept as it is")
+        elif partner is None:
+            self.missing.append(name)
         elif partner.dtype not in WEIGHT_DTYPES:
-            misshapen.append(f"{name}: dpo is {tensor.dtype}, sft is {partner.dtype}")
+            self.misfits.append(f"{name}: dpo is {tensor.dtype}, sft is {partner.dtype}")
         elif partner.shape == tensor.shape:
-            match.tensors[-1] = _with(plan, partner)
-        elif _is_vocabulary(tensor, partner, rows):
-            if options.vocab == "refuse":
-                misshapen.append(f"{name}: dpo has {tensor.shape[0]} rows, sft has {partner.shape[0]}")
-                continue
-            sizes = tensor.shape[0], partner.shape[0]
-            if sizes not in runs:
-                runs[sizes] = tuple(map_rows(*sizes))
-            match.tensors[-1] = _with(plan, partner, runs[sizes])
+            return replace(alone, sft=partner)
+        elif not _is_vocabulary(tensor, partner, self.rows):
+            self.misfits.append(f"{name}: dpo has shape {list(tensor.shape)}, sft has {list(partner.shape)}")
+        elif self.options.vocab == "refuse":
+            self.resized.append(name)
         else:
-            misshapen.append(f"{name}: dpo has shape {list(tensor.shape)}, sft has {list(partner.shape)}")
-    match.notes = [f"{name} is in dpo only and kept as it is" for name in match.notes]
-    extra = [
-        name
-        for name, tensor in sft.tensors.items()
-        if name not in dpo.tensors
-        and name not in dpo_tied
-        and tensor.dtype in WEIGHT_DTYPES
-        and not _KNOWN_BUFFERS.search(name)
-        and multiplier_of(name, options) != 0
-    ]
-    match.problems = list(_problems(missing, extra, misshapen, rows))
-    return match
+            return replace(alone, sft=partner, runs=self.map_rows(*self.rows))
+        return alone
 
+    def problems(self) -> list[ExpoError]:
+        """Everything wrong, one error for each kind."""
+        found: list[ExpoError] = []
+        if self.missing:
+            found.append(
+                PairError(
+                    f"sft lacks {len(self.missing)} tensor(s) of dpo: {some(self.missing)}; give two whole checkpoints of one "
+                    "architecture, or keep dpo's with `multipliers: {<pattern>: 0}`"
+                )
+            )
+        if extra := self._extra():
+            found.append(
+                PairError(
+                    f"sft has {len(extra)} tensor(s) that dpo lacks: {some(extra)}; give two whole checkpoints of one "
+                    "architecture, or leave them out with `multipliers: {<pattern>: 0}`"
+                )
+            )
+        if self.resized:
+            found.append(
+                PairError(
+                    f"vocabularies differ, dpo has {self.rows[0]} rows and sft {self.rows[1]} ({some(self.resized)}); set "
+                    "`vocab: by-token` to match rows through both tokenizers, or `vocab: keep-dpo` to leave the extra rows "
+                    "as in dpo"
+                )
+            )
+        if self.misfits:
+            found.append(
+                PairError(
+                    f"{len(self.misfits)} tensor(s) do not fit: {some(self.misfits)}; sft and dpo must be of one "
+                    "architecture and size"
+                )
+            )
+        return found
 
-def _plan_alone(tensor: Tensor, options: PairOptions, random_name: str) -> TensorPlan:
-    return TensorPlan(
-        name=tensor.name,
-        dtype=output_dtype(tensor.dtype, options),
-        shape=tensor.shape,
-        dpo=tensor,
-        sft=None,
-        multiplier=multiplier_of(tensor.name, options),
-        random_name=random_name,
-    )
-
-
-def _with(plan: TensorPlan, partner: Tensor, runs: tuple[RowRun, ...] = ()) -> TensorPlan:
-    return TensorPlan(
-        plan.name, plan.dtype, plan.shape, plan.dpo, partner, plan.multiplier, runs, plan.random_name
-    )
+    def _extra(self) -> list[str]:
+        return [
+            name
+            for name, tensor in self.sft.tensors.items()
+            if name not in self.dpo.tensors
+            and name not in self.dpo_tied
+            and tensor.dtype in WEIGHT_DTYPES
+            and not _KNOWN_BUFFERS.search(name)
+            and multiplier_of(name, self.options) != 0
+        ]
 
 
 def _embedding_rows(checkpoint: Checkpoint) -> int:
@@ -147,29 +191,3 @@ def _embedding_rows(checkpoint: Checkpoint) -> int:
 def _is_vocabulary(dpo: Tensor, sft: Tensor, rows: tuple[int, int]) -> bool:
     same_row = len(dpo.shape) > 0 and dpo.shape[1:] == sft.shape[1:]
     return same_row and (dpo.shape[0], sft.shape[:1]) == (rows[0], (rows[1],))
-
-
-def _problems(
-    missing: list[str], extra: list[str], misshapen: list[str], rows: tuple[int, int]
-) -> Iterable[ExpoError]:
-    if missing:
-        yield PairError(
-            f"sft lacks {len(missing)} tensor(s) of dpo: {some(missing)}; give two whole checkpoints of one "
-            "architecture, or keep dpo's with `multipliers: {<pattern>: 0}`"
-        )
-    if extra:
-        yield PairError(
-            f"sft has {len(extra)} tensor(s) that dpo lacks: {some(extra)}; give two whole checkpoints of one "
-            "architecture, or leave them out with `multipliers: {<pattern>: 0}`"
-        )
-    vocabulary = [text for text in misshapen if " rows, " in text]
-    if vocabulary:
-        yield PairError(
-            f"vocabularies differ, dpo has {rows[0]} rows and sft {rows[1]} ({some(vocabulary)}); set `vocab: by-token` "
-            "to match rows through both tokenizers, or `vocab: keep-dpo` to leave the extra rows as in dpo"
-        )
-    others = [text for text in misshapen if " rows, " not in text]
-    if others:
-        yield PairError(
-            f"{len(others)} tensor(s) do not fit: {some(others)}; sft and dpo must be of one architecture and size"
-        )

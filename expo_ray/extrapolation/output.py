@@ -41,13 +41,17 @@ def inspect_output(plan: PairPlan, alpha: float, *, overwrite: bool) -> OutputSt
     uri = plan.outputs[alpha]
     for side, parent in (("sft", plan.sft.uri), ("dpo", plan.dpo.uri)):
         if _overlap(uri, parent):
-            raise OutputError(f"output {uri} and {side} {parent} lie in each other; choose another output folder")
+            raise OutputError(
+                f"output {uri} and {side} {parent} lie in each other; choose another output folder"
+            )
     store = open_store(uri)
     present = {info.key: info for info in store.list()}
     if not present:
         return OutputState()
     if CLAIM not in present:
-        raise OutputError(f"output {uri} holds other files ({some(list(present), 3)}); choose an empty or new folder")
+        raise OutputError(
+            f"output {uri} holds other files ({some(list(present), 3)}); choose an empty or new folder"
+        )
     holder = claimed_by(store)
     if overwrite:
         return OutputState(stale=True)
@@ -82,7 +86,9 @@ def claimed_by(store: Store) -> str:
     try:
         return str(json.loads(store.read(CLAIM))["plan"])
     except (NotFound, ValueError, KeyError, TypeError) as error:
-        raise OutputError(f"{store.uri}/{CLAIM} cannot be read ({error}); delete the folder and run again") from error
+        raise OutputError(
+            f"{store.uri}/{CLAIM} cannot be read ({error}); delete the folder and run again"
+        ) from error
 
 
 def clear(store: Store) -> None:
@@ -122,7 +128,11 @@ def check_space(plans: Iterable[tuple[PairPlan, int]]) -> list[ExpoError]:
 
 def local_folder(uri: str) -> str | None:
     """The path of a local store's folder, None for any other store."""
-    return None if "://" in uri and not uri.startswith("file://") else os.path.realpath(uri.removeprefix("file://"))
+    return (
+        None
+        if "://" in uri and not uri.startswith("file://")
+        else os.path.realpath(uri.removeprefix("file://"))
+    )
 
 
 def _existing(folder: str) -> str:

@@ -71,7 +71,9 @@ class PairPlan:
     def bytes_read(self) -> int:
         """What one pass reads from both parents, whatever the number of alphas."""
         return sum(
-            plan.dpo.nbytes + (plan.sft.nbytes if plan.sft else 0) for shard in self.shards for plan in shard.tensors
+            plan.dpo.nbytes + (plan.sft.nbytes if plan.sft else 0)
+            for shard in self.shards
+            for plan in shard.tensors
         )
 
     def plan_id(self, alpha: float) -> str:
@@ -95,16 +97,24 @@ def plan_pair(pair: Pair, outputs: Mapping[float, str]) -> PairPlan:
     """
     problems: list[ExpoError] = []
     if pair.rounding == "reference" and pair.dtype not in ("keep", "bf16"):
-        problems.append(PairError(f"rounding is reference, which writes bf16, and dtype is {pair.dtype}; drop one"))
-    sft, dpo = (_read_parent(side, getattr(pair, side), pair.allow_pickle, problems) for side in ("sft", "dpo"))
+        problems.append(
+            PairError(f"rounding is reference, which writes bf16, and dtype is {pair.dtype}; drop one")
+        )
+    sft, dpo = (
+        _read_parent(side, getattr(pair, side), pair.allow_pickle, problems) for side in ("sft", "dpo")
+    )
     if sft is None or dpo is None:
         raise Problems([_named(pair.name, problem) for problem in problems])
     if sft.adapter:
         problems.append(
-            CheckpointError("sft is an adapter; merge it first (`merge_and_unload`, save) and pass the merged folder")
+            CheckpointError(
+                "sft is an adapter; merge it first (`merge_and_unload`, save) and pass the merged folder"
+            )
         )
     elif _fingerprint(sft) == _fingerprint(dpo):
-        problems.append(PairError(f"sft ({sft.uri}) and dpo ({dpo.uri}) are the same files; name two different models"))
+        problems.append(
+            PairError(f"sft ({sft.uri}) and dpo ({dpo.uri}) are the same files; name two different models")
+        )
     match = _match(sft, dpo, pair) if not problems else Match()
     problems += match.problems
     if problems:

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from types import TracebackType
 from typing import Self
 
@@ -113,7 +113,9 @@ class Progress:
                 log.info("%s", snapshot.line)
             self._write_status("running")
 
-    def _write_status(self, state: str, published: int | None = None, failures: list[str] | None = None) -> None:
+    def _write_status(
+        self, state: str, published: int | None = None, failures: list[str] | None = None
+    ) -> None:
         if self._status is None:
             return
         snapshot = self.snapshot(state)
@@ -124,7 +126,7 @@ class Progress:
             "bytes": {"done": snapshot.bytes_done, "all": snapshot.bytes},
             "seconds": round(snapshot.seconds, 1),
             "seconds_left": None if snapshot.seconds_left is None else round(snapshot.seconds_left, 1),
-            "updated": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "updated": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         if published is not None:
             data |= {"published": published, "failed": failures or []}

@@ -13,11 +13,11 @@ from expo_ray.checkpoint.adapter import scaled_adapter_config
 from expo_ray.checkpoint.tensors import Checkpoint
 from expo_ray.errors import ArithmeticFault, NotFound, OutputError, some
 from expo_ray.extrapolation.arithmetic import FORMULAS
+from expo_ray.extrapolation.findings import warnings_of
 from expo_ray.extrapolation.output import MANIFEST
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.receipt import Receipt, read_receipt
 from expo_ray.extrapolation.statistics import TensorStatistics
-from expo_ray.extrapolation.findings import warnings_of
 from expo_ray.report.model_card import model_card
 from expo_ray.storage import open_store
 
@@ -67,7 +67,9 @@ def publish(plan: PairPlan, alpha: float) -> Published:
     small = dict(_small_files(plan, alpha)) | {"README.md": model_card(manifest).encode()}
     for key, data in small.items():
         store.put(key, data)
-    files = {key: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for key, data in small.items()}
+    files = {
+        key: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for key, data in small.items()
+    }
     store.put_if_absent(MANIFEST, _json(manifest | {"files": files}))
     return published_from(manifest, store.uri)
 
@@ -77,17 +79,27 @@ def published_from(manifest: Mapping[str, Any], uri: str) -> Published:
     size = sum(shard["size"] for shard in manifest["shards"])
     effective = manifest["statistics"]["effective_alpha"]
     return Published(
-        manifest["pair"], manifest["alpha"], uri, manifest["plan"], size, effective, tuple(manifest["warnings"])
+        manifest["pair"],
+        manifest["alpha"],
+        uri,
+        manifest["plan"],
+        size,
+        effective,
+        tuple(manifest["warnings"]),
     )
 
 
 def _receipts(plan: PairPlan, alpha: float) -> list[Receipt]:
     store = open_store(plan.outputs[alpha])
     present = {info.key: info for info in store.list()}
-    found = {shard.file: read_receipt(store, plan.plan_id(alpha), shard.file, present) for shard in plan.shards}
+    found = {
+        shard.file: read_receipt(store, plan.plan_id(alpha), shard.file, present) for shard in plan.shards
+    }
     missing = [file for file, receipt in found.items() if receipt is None]
     if missing:
-        raise OutputError(f"{store.uri}: {len(missing)} shard(s) are missing or changed ({some(missing)}); run the job again")
+        raise OutputError(
+            f"{store.uri}: {len(missing)} shard(s) are missing or changed ({some(missing)}); run the job again"
+        )
     return [receipt for receipt in found.values() if receipt]
 
 
@@ -168,7 +180,9 @@ def _parent(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "uri": checkpoint.uri,
         "revision": checkpoint.revision,
-        "files": {key: {"size": info.size, "etag": info.etag} for key, info in sorted(checkpoint.files.items())},
+        "files": {
+            key: {"size": info.size, "etag": info.etag} for key, info in sorted(checkpoint.files.items())
+        },
     }
 
 
@@ -185,5 +199,3 @@ def _described(one: TensorStatistics) -> dict[str, float | int]:
 
 def _json(data: Mapping[str, Any]) -> bytes:
     return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
-
-

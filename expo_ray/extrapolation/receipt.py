@@ -29,10 +29,12 @@ class Receipt:
 
 
 def receipt_key(plan_id: str, file: str) -> str:
+    """Where the receipt of a shard lies in the model's folder."""
     return f".expo/{plan_id}/{file.removesuffix('.safetensors')}.json"
 
 
 def write_receipt(store: Store, receipt: Receipt) -> None:
+    """Store a receipt; its shard must be there already."""
     text = json.dumps(asdict(receipt), indent=1, sort_keys=True)
     store.put(receipt_key(receipt.plan_id, receipt.file), text.encode())
 

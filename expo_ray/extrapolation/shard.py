@@ -16,7 +16,6 @@ from expo_ray.extrapolation.stream import computed_chunks
 from expo_ray.storage import Store, open_store
 
 
-
 def extrapolate_shard(
     plan: PairPlan,
     index: int,
@@ -42,7 +41,9 @@ def extrapolate_shard(
     shard = plan.shards[index]
     with ExitStack() as stack:
         hashing = stack.enter_context(ThreadPoolExecutor(len(alphas), "hash"))
-        outputs = [_Output(open_store(plan.outputs[alpha]), shard.file, shard.size, stack) for alpha in alphas]
+        outputs = [
+            _Output(open_store(plan.outputs[alpha]), shard.file, shard.size, stack) for alpha in alphas
+        ]
         totals: list[dict[str, TensorStatistics]] = [{} for _ in alphas]
         _append(outputs, [memoryview(shard.header)] * len(alphas), hashing)
         for chunk in computed_chunks(plan, index, alphas, device):
@@ -84,7 +85,9 @@ def _append(outputs: Sequence[_Output], outs: Sequence[memoryview], hashing: Thr
 
 def _refuse_broken_weights(totals: Mapping[float, Mapping[str, TensorStatistics]]) -> None:
     first = next(iter(totals.values()))
-    broken = [f"{name} ({one.nan} NaN, {one.inf} infinite)" for name, one in first.items() if one.nan or one.inf]
+    broken = [
+        f"{name} ({one.nan} NaN, {one.inf} infinite)" for name, one in first.items() if one.nan or one.inf
+    ]
     if broken:
         raise ArithmeticFault(
             f"{len(broken)} tensor(s) of the parents hold values that no alpha can mend: {some(broken)}; "

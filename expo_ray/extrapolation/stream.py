@@ -13,10 +13,10 @@ from typing import TypeVar
 import numpy as np
 
 from expo_ray.checkpoint.adapter import LoraLayer
-from expo_ray.checkpoint.tensors import DTYPE_BYTES, WEIGHT_DTYPES, Checkpoint, Tensor
+from expo_ray.checkpoint.tensors import DTYPE_BYTES, Checkpoint, Tensor
 from expo_ray.extrapolation.arithmetic import Rule, kernel_for, random_key
 from expo_ray.extrapolation.chunks import Chunk, chunks_of
-from expo_ray.extrapolation.low_rank import LowRank, widen
+from expo_ray.extrapolation.low_rank import Float64, LowRank, widen
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.statistics import TensorStatistics
 from expo_ray.storage import open_store
@@ -53,7 +53,10 @@ def computed_chunks(plan: PairPlan, index: int, alphas: Sequence[float], device:
     chunks = chunks_of(plan.shards[index], parents.chunk_bytes)
     with ThreadPoolExecutor(min(parents.threads, window), "chunk") as pool:
         yield from _in_order(
-            pool, lambda work: _compute(parents, *work, alphas, device), zip(chunks, slots, strict=False), window
+            pool,
+            lambda work: _compute(parents, *work, alphas, device),
+            zip(chunks, slots, strict=False),
+            window,
         )
 
 
@@ -74,7 +77,7 @@ class _Slot:
     """The buffers of one chunk, used again and again."""
 
     def __init__(self, chunk_bytes: int, outputs: int) -> None:
-        self.dpo, self.sft, *self.outs = (memoryview(np.empty(chunk_bytes, np.uint8)) for _ in range(2 + outputs))
+        self.dpo, self.sft, *self.outs = (np.empty(chunk_bytes, np.uint8).data for _ in range(2 + outputs))
 
 
 class _Parents:
@@ -87,7 +90,9 @@ class _Parents:
         self.threads = max(store.concurrency for store in self.stores.values())
         self.low_rank = lru_cache(maxsize=2)(self._load_low_rank)
 
-    def read(self, checkpoint: Checkpoint, tensor: Tensor, first: int, count: int, out: memoryview) -> memoryview:
+    def read(
+        self, checkpoint: Checkpoint, tensor: Tensor, first: int, count: int, out: memoryview
+    ) -> memoryview:
         """Elements `first` to `first + count` of a tensor, as stored, in the front of `out`."""
         width = DTYPE_BYTES[tensor.dtype]
         view = out[: count * width]
@@ -99,7 +104,7 @@ class _Parents:
         a, b = (self._load(self.plan.dpo, tensor) for tensor in (layer.a, layer.b))
         return LowRank(a, b, layer)
 
-    def _load(self, checkpoint: Checkpoint, tensor: Tensor) -> np.ndarray:
+    def _load(self, checkpoint: Checkpoint, tensor: Tensor) -> Float64:
         data = self.read(checkpoint, tensor, 0, tensor.numel, memoryview(bytearray(tensor.nbytes)))
         return widen(data, tensor.dtype).reshape(tensor.shape)
 
@@ -111,9 +116,9 @@ def _compute(parents: _Parents, chunk: Chunk, slot: _Slot, alphas: Sequence[floa
         return Computed(plan.name, [dpo] * len(alphas), ())
     kept = False
     if plan.lora is not None:
-        sft = memoryview(widen(dpo, plan.dpo.dtype)).cast("B")
+        sft = widen(dpo, plan.dpo.dtype).data.cast("B")
         delta = parents.low_rank(plan.lora).delta(first, count)
-        dpo = memoryview(np.frombuffer(sft, np.float64) + delta).cast("B")
+        dpo = (np.frombuffer(sft, np.float64) + delta).data.cast("B")
         rule = Rule("F64", "F64", plan.dtype, parents.plan.options.rounding)
     elif plan.sft is not None and chunk.sft_first is not None:
         sft = parents.read(parents.plan.sft, plan.sft, chunk.sft_first, count, slot.sft)

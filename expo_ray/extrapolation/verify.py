@@ -16,7 +16,7 @@ from expo_ray.checkpoint.folder import read_checkpoint
 from expo_ray.checkpoint.tensors import DTYPE_BYTES, WEIGHT_DTYPES, Checkpoint, Tensor
 from expo_ray.config import Pair
 from expo_ray.errors import CheckpointError, ExpoError, NotFound, Problems
-from expo_ray.extrapolation.low_rank import widen
+from expo_ray.extrapolation.low_rank import Float64, widen
 from expo_ray.extrapolation.output import MANIFEST
 from expo_ray.extrapolation.plan import PairPlan, plan_pair
 from expo_ray.extrapolation.stream import computed_chunks
@@ -49,9 +49,13 @@ def read_manifest(store: Store) -> dict[str, Any] | None:
     except NotFound:
         return None
     except ValueError as error:
-        raise CheckpointError(f"{store.uri}/{MANIFEST} is not JSON ({error}); publish the model again") from error
+        raise CheckpointError(
+            f"{store.uri}/{MANIFEST} is not JSON ({error}); publish the model again"
+        ) from error
     if not isinstance(manifest, dict) or not {"shards", "files", "arithmetic", "plan"} <= manifest.keys():
-        raise CheckpointError(f"{store.uri}/{MANIFEST} is not a manifest of this format; publish the model again")
+        raise CheckpointError(
+            f"{store.uri}/{MANIFEST} is not a manifest of this format; publish the model again"
+        )
     return manifest
 
 
@@ -62,13 +66,17 @@ def verify_files(store: Store, manifest: Mapping[str, Any]) -> list[ExpoError]:
     with ThreadPoolExecutor(_THREADS, "verify") as pool:
         checked = pool.map(lambda item: _verify_file(store, present.get(item[0]), *item), wanted.items())
         problems = [problem for problem in checked if problem]
-    for key in present:
-        if key.endswith((".safetensors", ".bin")) and key not in wanted:
-            problems.append(CheckpointError(f"{store.uri}/{key}: is not part of the model; delete it"))
+    problems += (
+        CheckpointError(f"{store.uri}/{key}: is not part of the model; delete it")
+        for key in present
+        if key.endswith((".safetensors", ".bin")) and key not in wanted
+    )
     return problems
 
 
-def _verify_file(store: Store, info: FileInfo | None, key: str, wanted: Mapping[str, Any]) -> ExpoError | None:
+def _verify_file(
+    store: Store, info: FileInfo | None, key: str, wanted: Mapping[str, Any]
+) -> ExpoError | None:
     if info is None:
         return CheckpointError(f"{store.uri}/{key}: is missing; publish the model again")
     if info.size != wanted["size"]:
@@ -90,12 +98,22 @@ def _verify_file(store: Store, info: FileInfo | None, key: str, wanted: Mapping[
 
 def rederive(manifest: Mapping[str, Any], sft: str, dpo: str) -> list[ExpoError]:
     """Compute a published model again from its parents, without writing, and compare the digests of its shards."""
-    arithmetic = {key: value for key, value in manifest["arithmetic"].items() if key in Pair.model_fields and value is not None}
+    arithmetic = {
+        key: value
+        for key, value in manifest["arithmetic"].items()
+        if key in Pair.model_fields and value is not None
+    }
     alpha = manifest["alpha"]
-    plan = plan_pair(Pair(sft=sft, dpo=dpo, name=manifest["pair"], alphas=(alpha,), **arithmetic), {alpha: ""})
+    plan = plan_pair(
+        Pair(sft=sft, dpo=dpo, name=manifest["pair"], alphas=(alpha,), **arithmetic), {alpha: ""}
+    )
     wanted = {shard["file"]: shard["sha256"] for shard in manifest["shards"]}
     if [shard.file for shard in plan.shards] != list(wanted):
-        return [CheckpointError(f"these parents give {len(plan.shards)} shard(s), the model has {len(wanted)}; name its own parents")]
+        return [
+            CheckpointError(
+                f"these parents give {len(plan.shards)} shard(s), the model has {len(wanted)}; name its own parents"
+            )
+        ]
     return [
         CheckpointError(f"{shard.file}: sft {sft} and dpo {dpo} give other weights; name the parents that the manifest names")
         for index, shard in enumerate(plan.shards)
@@ -123,7 +141,9 @@ def fit_alphas(model: str, sft: str, dpo: str) -> Iterator[Fit]:
         shapes = [one.tensors[name].shape if name in one.tensors else None for one in checkpoints]
         if len(set(shapes)) > 1:
             problems.append(
-                CheckpointError(f"{name}: model, sft and dpo have shapes {shapes}; only tensors of one shape can be compared")
+                CheckpointError(
+                    f"{name}: model, sft and dpo have shapes {shapes}; only tensors of one shape can be compared"
+                )
             )
     if problems:
         raise Problems(problems)
@@ -151,7 +171,7 @@ def _fit(name: str, checkpoints: list[Checkpoint], stores: list[Store]) -> Fit:
     return Fit(name, alpha, sqrt(delta_square / scale), sqrt(rest / scale))
 
 
-def _read(store: Store, checkpoint: Checkpoint, tensor: Tensor, first: int, count: int) -> np.ndarray:
+def _read(store: Store, checkpoint: Checkpoint, tensor: Tensor, first: int, count: int) -> Float64:
     width = DTYPE_BYTES[tensor.dtype]
     data = memoryview(bytearray(count * width))
     store.read_into(tensor.file, tensor.start + first * width, data, etag=checkpoint.files[tensor.file].etag)

@@ -14,7 +14,7 @@ from ray.exceptions import RayTaskError
 
 from expo_ray.config import Device
 from expo_ray.errors import TransientStorageError
-from expo_ray.extrapolation.arithmetic import resolve_device
+from expo_ray.extrapolation.on_device import resolve_device
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.progress import Progress
 from expo_ray.extrapolation.publish import Published, publish
