@@ -1,0 +1,57 @@
+"""Folders of objects: local, S3, the Hub (read-only) and an in-memory twin, behind one protocol."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from expo_ray.storage.conditional import check_conditional_writes
+from expo_ray.storage.local import LocalStore
+from expo_ray.storage.memory import MemoryStore
+from expo_ray.storage.protocol import FileInfo, Store, Writer
+from expo_ray.storage.uri import join_uri, redact, split_uri
+
+__all__ = [
+    "FileInfo",
+    "Store",
+    "Writer",
+    "check_conditional_writes",
+    "forget_stores",
+    "join_uri",
+    "open_store",
+    "redact",
+]
+
+
+def open_store(uri: str) -> Store:
+    """The store of this process for a folder.
+
+    Args:
+        uri: a local path, `file:///path`, `s3://bucket/folder`, `hf://org/name[@revision][/folder]` (read-only) or
+            `memory://name/folder` (this process only).
+
+    Raises:
+        StorageError: for an unknown scheme, missing credentials, or a Hub repository that cannot be seen.
+    """
+    scheme, _ = split_uri(uri)
+    return LocalStore(uri) if scheme == "file" else _open(scheme, uri.rstrip("/"))
+
+
+def forget_stores() -> None:
+    """Let the next `open_store` read the environment and its credentials anew."""
+    from expo_ray.storage.s3_connection import connect
+
+    _open.cache_clear()
+    connect.cache_clear()
+
+
+@cache
+def _open(scheme: str, uri: str) -> Store:
+    if scheme == "memory":
+        return MemoryStore(uri)
+    if scheme == "s3":
+        from expo_ray.storage.s3 import S3Store
+
+        return S3Store(uri)
+    from expo_ray.storage.hub import HubStore
+
+    return HubStore(uri)

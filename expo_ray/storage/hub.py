@@ -1,0 +1,216 @@
+"""Model repositories of the Hugging Face Hub, read-only, pinned to one commit."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn, TypeVar
+
+from expo_ray.errors import InputChanged, NotFound, StorageError, TransientStorageError
+from expo_ray.storage.hub_errors import translate
+from expo_ray.storage.local import fill
+from expo_ray.storage.protocol import FileInfo, Writer
+from expo_ray.storage.retry import read_agreed, retry_transient
+from expo_ray.storage.uri import check_key, redact
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+TIMEOUT_S = 10.0  # without a byte
+_COMMIT_LENGTH = 40
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class HubStore:
+    """A model repository, or a folder of one, at one commit.
+
+    Token, `HF_ENDPOINT`, proxies and the cache are huggingface_hub's. A file that the cache holds at this commit is read from
+    disk; ranges of others are fetched without downloading the whole.
+
+    Args:
+        uri: `hf://org/name`, `hf://org/name@revision` or `hf://org/name@revision/folder`; a revision with a slash is written
+            with `%2F`, or as `refs/pr/<n>`.
+
+    Attributes:
+        uri: with the commit as revision, so that whoever opens it again reads the same files.
+        revision: the commit, 40 hex digits.
+    """
+
+    chunk_bytes = 8 << 20  # a request to the Hub takes longer than one within a data centre
+    concurrency = 8
+
+    def __init__(self, uri: str) -> None:
+        try:
+            from huggingface_hub import HfApi, parse_hf_uri
+            from huggingface_hub.errors import HfUriError
+        except ImportError as error:
+            raise StorageError(
+                f"{uri}: {error.name} is not installed; pip install 'expo-ray[hub]'"
+            ) from error
+        try:
+            parsed = parse_hf_uri(uri)
+        except HfUriError as error:
+            raise StorageError(
+                f"{redact(uri)}: not a model on the Hub; write hf://org/name or hf://org/name@revision"
+            ) from error
+        if parsed.type != "model":
+            raise StorageError(
+                f"{uri}: a {parsed.type}, not a model; write hf://org/name or hf://org/name@revision"
+            )
+        self._repo = parsed.id
+        self._folder = f"{parsed.path_in_repo.strip('/')}/" if parsed.path_in_repo.strip("/") else ""
+        self._api: HfApi = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
+        self._named = f"hf://{self._repo}" + (f"@{parsed.revision}" if parsed.revision else "")
+        self.revision = self._commit(parsed.revision)
+        self.uri = f"hf://{self._repo}@{self.revision}/{self._folder}".rstrip("/")
+        self._lock = threading.Lock()
+        self._locations: dict[str, str] = {}
+
+    def __reduce__(self) -> tuple[type[HubStore], tuple[str]]:
+        return HubStore, (self.uri,)
+
+    def list(self, prefix: str = "") -> list[FileInfo]:
+        return [info for key, info in self._files.items() if key.startswith(prefix)]
+
+    def stat(self, key: str) -> FileInfo:
+        try:
+            return self._files[check_key(key, self.uri)]
+        except KeyError:
+            raise NotFound(f"{self.uri}/{key}: no such file in the repository") from None
+
+    def read(self, key: str) -> bytes:
+        self.stat(key)
+        return Path(self._ask(lambda: self._download(key), f"{self.uri}/{key}")).read_bytes()
+
+    def read_into(self, key: str, start: int, out: memoryview, *, etag: str) -> None:
+        info = self.stat(key)
+        uri = f"{self.uri}/{key}"
+        view = out.cast("B")
+        if info.etag != etag:
+            raise InputChanged(f"{uri} is not the file that was planned; plan again")
+        if start + len(view) > info.size:
+            raise StorageError(f"{uri} ends at byte {info.size}, before byte {start + len(view)}")
+        if not view or self._read_cached(info, start, view):
+            return
+
+        def fetch() -> bytes:
+            return self._ask(lambda: self._range(key, start, len(view)), uri)
+
+        view[:] = fetch() if self._guarded else read_agreed(fetch, uri)
+
+    def put(self, key: str, data: bytes) -> FileInfo:
+        self._refuse()
+
+    def put_if_absent(self, key: str, data: bytes) -> FileInfo:
+        self._refuse()
+
+    def writer(self, key: str, size: int) -> Writer:
+        self._refuse()
+
+    def delete(self, key: str) -> None:
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise StorageError(
+            f"{self.uri}: the Hub is read-only here; write to a local folder or S3, and upload with `hf upload`"
+        )
+
+    @property
+    def _guarded(self) -> bool:
+        return self._api.endpoint.startswith("https://")
+
+    def _commit(self, revision: str | None) -> str:
+        if revision and len(revision) == _COMMIT_LENGTH and not revision.strip("0123456789abcdef"):
+            return revision
+        sha = self._ask(
+            lambda: self._api.model_info(self._repo, revision=revision, timeout=TIMEOUT_S).sha, self._named
+        )
+        if not sha:
+            raise StorageError(f"{self._named}: the Hub names no commit; is HF_ENDPOINT a Hub?")
+        return sha
+
+    @cached_property
+    def _files(self) -> dict[str, FileInfo]:
+        from huggingface_hub.hf_api import RepoFile
+
+        def ask() -> dict[str, FileInfo]:
+            tree = self._api.list_repo_tree(self._repo, recursive=True, revision=self.revision)
+            files = (
+                entry for entry in tree if isinstance(entry, RepoFile) and entry.path.startswith(self._folder)
+            )
+            return {
+                key: FileInfo(key, file.size, file.lfs.sha256 if file.lfs else file.blob_id)
+                for file in sorted(files, key=lambda file: file.path)
+                if (key := file.path.removeprefix(self._folder))
+            }
+
+        return self._ask(ask, self._named)
+
+    def _download(self, key: str) -> str:
+        return self._api.hf_hub_download(self._repo, self._folder + key, revision=self.revision)
+
+    def _read_cached(self, info: FileInfo, start: int, view: memoryview) -> bool:
+        """Fill `view` from huggingface_hub's cache, if it holds the whole file at this commit."""
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(self._repo, self._folder + info.key, revision=self.revision)
+        if not isinstance(cached, str):
+            return False
+        fd = os.open(cached, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return os.fstat(fd).st_size == info.size and fill(fd, start, view) == len(view)
+        finally:
+            os.close(fd)
+
+    def _range(self, key: str, start: int, size: int) -> bytes:
+        """Bytes of one file; from where the Hub last redirected to, so that a file costs one look-up and not one per range.
+
+        The Hub limits look-ups to a few thousand per five minutes, which a model of 70 B parameters has ranges.
+        """
+        from huggingface_hub import get_session, hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
+
+        path = self._folder + key
+        home = hf_hub_url(self._repo, path, revision=self.revision, endpoint=self._api.endpoint)
+        location = self._locations.get(key)
+        headers = {"Range": f"bytes={start}-{start + size - 1}", "Accept-Encoding": "identity"}
+        if location is None:  # the token is for the Hub, not for where it redirects to
+            headers |= build_hf_headers()
+        response = get_session().get(
+            location or home, headers=headers, follow_redirects=True, timeout=TIMEOUT_S
+        )
+        if location is not None and response.status_code in {
+            401,
+            403,
+            404,
+            410,
+        }:  # a signed address that has expired
+            self._locations.pop(key, None)
+            raise TransientStorageError(f"{self.uri}/{key}: the address to download from has expired")
+        hf_raise_for_status(response)
+        if response.status_code != 206 or len(response.content) != size:
+            raise TransientStorageError(
+                f"{self.uri}/{key}: asked for {size} bytes, got {len(response.content)} with status {response.status_code}"
+            )
+        if response.url.host != get_session().build_request("GET", home).url.host:
+            self._locations[key] = str(response.url)
+        return response.content
+
+    def _ask(self, ask: Callable[[], T], uri: str) -> T:
+        """`ask()`, transient failures asked again, huggingface_hub's errors turned into ours."""
+
+        def translated() -> T:
+            try:
+                return ask()
+            except StorageError:
+                raise
+            except Exception as error:
+                raise translate(error, uri, self._api.endpoint) from error
+
+        return retry_transient(translated)

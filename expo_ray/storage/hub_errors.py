@@ -1,0 +1,55 @@
+"""What an error of huggingface_hub means, and what the user can do about it."""
+
+from __future__ import annotations
+
+from expo_ray.errors import NotFound, StorageError, TransientStorageError
+
+TRANSIENT_STATUS = {408, 429, 500, 502, 503, 504}
+
+# By class name, the most derived first: the classes themselves sit in libraries that take a second to import.
+_MEANING: dict[str, tuple[type[StorageError], str]] = {
+    "OfflineModeIsEnabled": (
+        StorageError,
+        "HF_HUB_OFFLINE is set; unset it, or give a local folder that holds the model",
+    ),
+    "GatedRepoError": (
+        StorageError,
+        "the model is gated; accept its terms at {endpoint}/{repo}, and set HF_TOKEN to a token of that account",
+    ),
+    "RevisionNotFoundError": (
+        NotFound,
+        "no such revision; give a branch, a tag or a commit listed at {endpoint}/{repo}/commits",
+    ),
+    "RepositoryNotFoundError": (
+        NotFound,
+        "no such model at {endpoint}, or a private one; check the name, and set HF_TOKEN to a token that may read it",
+    ),
+    "RemoteEntryNotFoundError": (NotFound, "no such file in the repository"),
+    "LocalEntryNotFoundError": (TransientStorageError, "no complete answer from {endpoint} ({error})"),
+    "TransportError": (TransientStorageError, "no complete answer from {endpoint} ({error})"),
+    "OSError": (
+        StorageError,
+        "{error}; if it is the cache, set HF_HOME to a writable folder with free space",
+    ),
+}
+
+
+def translate(error: Exception, uri: str, endpoint: str) -> StorageError:
+    """The error to raise in place of `error`, met while working on `uri`."""
+    for kind in type(error).__mro__:
+        if kind.__name__ in _MEANING:
+            raised, text = _MEANING[kind.__name__]
+            repo = uri.removeprefix("hf://").partition("@")[0]
+            cause = str(error) or type(error).__name__
+            return raised(f"{uri}: " + text.format(endpoint=endpoint, repo=repo, error=cause))
+        if kind.__name__ == "HfHubHTTPError":
+            return _answered(error.response.status_code, uri, endpoint)  # type: ignore[attr-defined]
+    return StorageError(f"{uri}: {error}")
+
+
+def _answered(status: int, uri: str, endpoint: str) -> StorageError:
+    if status in TRANSIENT_STATUS:
+        return TransientStorageError(f"{uri}: {endpoint} answered {status}")
+    if status in {401, 403}:
+        return StorageError(f"{uri}: {endpoint} answered {status}; set HF_TOKEN to a token that may read it")
+    return StorageError(f"{uri}: {endpoint} answered {status}")

@@ -1,0 +1,271 @@
+"""A folder of the local file system, with the promises of an object store: whole files or none, and durable once named."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+from urllib.parse import unquote
+
+from typing_extensions import Buffer
+
+from expo_ray.errors import AlreadyExists, InputChanged, NotFound, StorageError
+from expo_ray.storage.protocol import FileInfo
+from expo_ray.storage.uri import check_key
+
+TEMP_PREFIX = ".partial-"
+# Every this many bytes the kernel is asked to begin writing back. For a 2 GiB file that left 0.01 s to the final fsync instead of
+# 0.9 s, and 0.9 s in all instead of 1.4 s; a thread calling fdatasync, and fallocate, were both slower than doing nothing.
+WRITE_BACK_BYTES = 8 << 20
+
+_REMEDIES = {
+    errno.ENOSPC: "free space there, or choose another output",
+    errno.EDQUOT: "the quota is used up: free space, or choose another output",
+    errno.EFBIG: "this process or file system forbids files of that size; choose another output or a smaller shard size",
+    errno.EROFS: "choose an output on a writable file system",
+    errno.EACCES: "give this user the right to it, or choose another folder",
+    errno.EPERM: "give this user the right to it, or choose another folder",
+    errno.ENOTDIR: "a part of the path is a file; choose another folder",
+    errno.EISDIR: "it is a folder; choose another path",
+    errno.ENAMETOOLONG: "choose a shorter path",
+}
+
+
+class LocalStore:
+    """A local folder; it need not exist until something is written.
+
+    Args:
+        uri: a path, absolute or relative to the current folder, `~` allowed, or `file:///path`.
+
+    Attributes:
+        uri: the absolute path.
+    """
+
+    # In chunks of this size the data stays in the processor's cache between reading, computing and writing: 1.2 s, where chunks
+    # of 4 MiB took 2.4 s.
+    chunk_bytes = 1 << 20
+    concurrency = 2
+
+    def __init__(self, uri: str) -> None:
+        path = unquote(uri.removeprefix("file://")) if uri.startswith("file://") else uri
+        if uri.startswith("file://") and not path.startswith("/"):
+            raise StorageError(f"{uri}: a file URI names an absolute path, file:///folder")
+        self._root = Path(os.path.abspath(os.path.expanduser(path)))
+        self.uri = str(self._root)
+
+    def __reduce__(self) -> tuple[type[LocalStore], tuple[str]]:
+        return LocalStore, (self.uri,)
+
+    def list(self, prefix: str = "") -> list[FileInfo]:
+        if prefix:
+            check_key(prefix.rstrip("/"), self.uri)
+        folder = self._root / prefix.rpartition("/")[0]
+        found = []
+        with _named(folder):
+            for path in _files(folder):
+                key = path.relative_to(self._root).as_posix()
+                if key.startswith(prefix):
+                    with contextlib.suppress(FileNotFoundError):  # deleted meanwhile, or a link to nowhere
+                        found.append(_info(key, path.stat()))
+        return sorted(found, key=lambda info: info.key)
+
+    def stat(self, key: str) -> FileInfo:
+        path = self._path(key)
+        with _named(path):
+            if path.is_dir():
+                raise NotFound(f"{path}: a folder, not a file")
+            return _info(key, path.stat())
+
+    def read(self, key: str) -> bytes:
+        path = self._path(key)
+        with _named(path):
+            return path.read_bytes()
+
+    def read_into(self, key: str, start: int, out: memoryview, *, etag: str) -> None:
+        path = self._path(key)
+        with _named(path):
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                filled = fill(fd, start, out)
+                found = os.fstat(fd)
+            finally:
+                os.close(fd)
+        # Looked at after reading, so that a file rewritten during the read is found out as well.
+        if _etag(found) != etag:
+            raise InputChanged(f"{path} was replaced since it was planned; plan again")
+        if filled < out.nbytes:
+            raise StorageError(f"{path} ends at byte {found.st_size}, before byte {start + out.nbytes}")
+
+    def put(self, key: str, data: bytes) -> FileInfo:
+        with self.writer(key, len(data)) as writer:
+            writer.write(data)
+            return writer.commit()
+
+    def put_if_absent(self, key: str, data: bytes) -> FileInfo:
+        path = self._path(key)
+        with LocalWriter(path, key, len(data)) as writer:
+            writer.write(data)
+            try:
+                return writer.commit_if_absent()
+            except FileExistsError:
+                if self.read(key) != data:
+                    raise AlreadyExists(f"{path} already holds something else") from None
+        return self.stat(key)
+
+    def writer(self, key: str, size: int) -> LocalWriter:
+        return LocalWriter(self._path(key), key, size)
+
+    def delete(self, key: str) -> None:
+        path = self._path(key)
+        with _named(path), contextlib.suppress(FileNotFoundError):
+            path.unlink()
+
+    def _path(self, key: str) -> Path:
+        return self._root / check_key(key, self.uri)
+
+
+class LocalWriter:
+    """A temp file beside its goal, renamed onto it once it is on disk."""
+
+    def __init__(self, path: Path, key: str, size: int) -> None:
+        self._path = path
+        self._key = key
+        self._size = size
+        self._written = 0
+        self._writing_back = 0
+        self._temp: Path | None = path.with_name(f"{TEMP_PREFIX}{uuid.uuid4().hex}")
+        with _named(path):
+            _make_folder(path.parent)
+            self._fd = os.open(self._temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+    def write(self, data: Buffer) -> None:
+        view = memoryview(data).cast("B")
+        if self._written + len(view) > self._size:
+            raise StorageError(f"{self._path}: more than the {self._size} bytes announced")
+        with _named(self._path):
+            while view:
+                count = os.write(self._fd, view)
+                self._written += count
+                view = view[count:]
+        behind = self._written - self._writing_back
+        if behind >= WRITE_BACK_BYTES and hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):  # it is only advice
+                os.posix_fadvise(self._fd, self._writing_back, behind, os.POSIX_FADV_DONTNEED)
+            self._writing_back = self._written
+
+    def commit(self) -> FileInfo:
+        with _named(self._path):
+            temp, found = self._sync()
+            temp.replace(self._path)
+            self._temp = None
+            _sync_folder(self._path.parent)
+        return _info(self._key, found)
+
+    def commit_if_absent(self) -> FileInfo:
+        """`commit`, but a file already there stays.
+
+        Raises:
+            FileExistsError: if there is one.
+        """
+        with _named(self._path):
+            temp, found = self._sync()
+            os.link(temp, self._path)
+            _sync_folder(self._path.parent)
+        return _info(self._key, found)
+
+    def abort(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        if self._temp is not None:
+            self._temp.unlink(missing_ok=True)
+            self._temp = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abort()
+
+    def _sync(self) -> tuple[Path, os.stat_result]:
+        """The finished temp file, on disk and closed."""
+        assert self._temp is not None, "committed or aborted before"
+        if self._written != self._size:
+            raise StorageError(f"{self._path}: {self._written} bytes written, {self._size} announced")
+        os.fsync(self._fd)
+        found = os.fstat(self._fd)
+        os.close(self._fd)
+        self._fd = -1
+        return self._temp, found
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Turn an OSError into a StorageError that names `path` and a remedy; FileExistsError passes."""
+    try:
+        yield
+    except FileExistsError:
+        raise
+    except FileNotFoundError as error:
+        raise NotFound(f"{path}: no such file or folder") from error
+    except OSError as error:
+        remedy = _REMEDIES.get(error.errno or 0)
+        raise StorageError(f"{path}: {error.strerror}" + (f"; {remedy}" if remedy else "")) from error
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Every file below, not our own temp files; a missing folder has none."""
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise error
+
+    for parent, _, names in os.walk(folder, onerror=refuse):
+        for name in names:
+            if not name.startswith(TEMP_PREFIX):
+                yield Path(parent, name)
+
+
+def fill(fd: int, start: int, out: memoryview) -> int:
+    """Read from byte `start` of an open file into `out`; the number of bytes read is short only at the end of the file."""
+    view = out.cast("B")
+    filled = 0
+    while filled < len(view):
+        count = os.preadv(fd, [view[filled:]], start + filled)
+        if count == 0:
+            break
+        filled += count
+    return filled
+
+
+def _make_folder(folder: Path) -> None:
+    """`mkdir -p`, with each new entry on disk, so that a file synced into it cannot lose its folder."""
+    if folder.is_dir():
+        return
+    _make_folder(folder.parent)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir()
+        _sync_folder(folder.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _etag(found: os.stat_result) -> str:
+    return f"{found.st_mtime_ns}-{found.st_size}"
+
+
+def _info(key: str, found: os.stat_result) -> FileInfo:
+    return FileInfo(key, found.st_size, _etag(found))

@@ -1,0 +1,89 @@
+"""What an error of obstore means, and what the user can do about it."""
+
+from __future__ import annotations
+
+import re
+
+from expo_ray.errors import NotFound, StorageError, TransientStorageError
+from expo_ray.storage.s3_connection import SET_CREDENTIALS, Connection
+
+# Answers after which the same request, or the same upload from its start, may succeed: overload, damage on the way that the server
+# noticed, and an upload that is gone.
+TRANSIENT_STATUS = {408, 429, 500, 502, 503, 504}
+TRANSIENT_CODES = {
+    "BadDigest",
+    "IncompleteBody",
+    "InternalError",
+    "InvalidDigest",
+    "NoSuchUpload",
+    "RequestTimeout",
+    "ServiceUnavailable",
+    "SlowDown",
+    "XAmzContentChecksumMismatch",
+    "XAmzContentSHA256Mismatch",
+}
+_REGION_CODES = {"AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect"}
+_CREDENTIAL_CODES = {"ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch"}
+
+_STATUS = re.compile(r"status code: (\d{3})")
+_CODE = re.compile(r"<Code>(\w+)</Code>")
+_MESSAGE = re.compile(r"<Message>([^<]*)</Message>")
+_CAUSE = re.compile(
+    r'(?:message|error): "([^"]+)"|kind: (Timeout|Interrupted|Connect)\b|source: (TimedOut|IncompleteMessage)'
+)
+
+
+def status_of(error: Exception) -> int:
+    """HTTP status that obstore wrote into its message; 0 if there was no answer."""
+    match = _STATUS.search(str(error))
+    return int(match[1]) if match else 0
+
+
+def translate(error: Exception, uri: str, connection: Connection) -> StorageError:
+    """The error to raise in place of `error`, met while working on `uri`."""
+    status = status_of(error)
+    return _answered(status, str(error), uri, connection) if status else _unanswered(error, uri, connection)
+
+
+def _answered(status: int, text: str, uri: str, connection: Connection) -> StorageError:
+    code = match[1] if (match := _CODE.search(text)) else ""
+    message = match[1] if (match := _MESSAGE.search(text)) else ""
+    said = " ".join(filter(None, [str(status), code, message]))
+    bucket = f"bucket {connection.bucket!r} at {connection.endpoint}"
+    if status in TRANSIENT_STATUS or code in TRANSIENT_CODES:
+        return TransientStorageError(f"{uri}: the store answered {said}")
+    if code in _REGION_CODES or status in {301, 307}:
+        return StorageError(f"{uri}: {bucket} is in another region; set AWS_REGION to it ({said})")
+    if code == "NoSuchBucket":
+        return NotFound(f"{uri}: there is no {bucket}; create it, or correct the URI or AWS_ENDPOINT_URL")
+    if status == 404:
+        return NotFound(f"{uri}: no such object in {bucket}")
+    if status in {401, 403}:
+        return _denied(uri, bucket, code, said)
+    return StorageError(f"{uri}: the store answered {said}")
+
+
+def _denied(uri: str, bucket: str, code: str, said: str) -> StorageError:
+    if code in _CREDENTIAL_CODES:
+        return StorageError(f"{uri}: {bucket} refused the credentials ({said}); {SET_CREDENTIALS}")
+    if code == "RequestTimeTooSkewed":
+        return StorageError(f"{uri}: {bucket} refused the request ({said}); set this machine's clock")
+    return StorageError(
+        f"{uri}: permission denied by {bucket} ({said}); check the credentials, and grant them s3:ListBucket, s3:GetObject, "
+        "and for outputs s3:PutObject, s3:DeleteObject and s3:AbortMultipartUpload"
+    )
+
+
+def _unanswered(error: Exception, uri: str, connection: Connection) -> StorageError:
+    text = str(error)
+    if "InvalidCertificate" in text:
+        return StorageError(
+            f"{uri}: the TLS certificate of {connection.endpoint} is not trusted; set AWS_CA_BUNDLE to the file of its authority"
+        )
+    if "HTTP error" in text or isinstance(error, TimeoutError):
+        causes = ["".join(groups) for groups in _CAUSE.findall(text)]
+        cause = causes[-1] if causes else "the connection broke"
+        return TransientStorageError(f"{uri}: no complete answer from {connection.endpoint} ({cause})")
+    if type(error).__name__ == "UnauthenticatedError":
+        return StorageError(f"{uri}: {text.partition('Debug source')[0].strip()}; {SET_CREDENTIALS}")
+    return StorageError(f"{uri}: {text.partition('Debug source')[0].strip()}")
