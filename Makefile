@@ -64,7 +64,8 @@ clean: ## remove .venv and every cache
 	rm -rf .venv && $(PYTHON) -m venv .venv; \
 	echo 'installing $(TORCH) (about 200 MB)'; \
 	$(PIP) '$(TORCH)' 2> .venv/pip.log || { echo '  not in the configured index, asking $(TORCH_INDEX)'; \
-		$(PIP) --index-url $(TORCH_INDEX) '$(TORCH)' || { cat .venv/pip.log >&2; exit 1; }; }; \
+		$(PIP) --index-url $(TORCH_INDEX) '$(TORCH)' || { cat .venv/pip.log >&2; \
+			echo 'no index has it: check the network, or set PIP_FIND_LINKS to a folder with its wheel for this Python' >&2; exit 1; }; }; \
 	echo 'installing the other packages of requirements/cpu.txt (about 350 MB, 1-3 minutes)'; \
 	$(PIP) -r $<; \
 	cp $< $@
