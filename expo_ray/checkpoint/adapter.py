@@ -1,0 +1,246 @@
+"""PEFT LoRA adapters: which low-rank delta each layer adds, with its exact scale.
+
+`W = W_sft + scale * B @ A`, so the delta of ExPO is `scale * B @ A` and the extrapolated model is the same adapter with its
+scale times (1 + alpha). Everything that is not linear in the scale, or changes more than that product, is refused by name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from math import isfinite, sqrt
+from typing import Any
+
+from expo_ray.checkpoint.tensors import WEIGHT_DTYPES, Checkpoint, Tensor
+from expo_ray.checkpoint.tied import tied_alias
+from expo_ray.checkpoint.weight_files import some
+from expo_ray.errors import CheckpointError
+
+_MERGE_FIRST = "merge the adapter first (`merge_and_unload`, save) and pass the merged folder"
+
+# Settings of PEFT's LoraConfig that do not change what the adapter computes, or that are taken into account here. Any other
+# setting that is switched on is refused, so that a variant of next year is not taken for plain LoRA.
+_UNDERSTOOD = frozenset({
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "eva_config", "exclude_modules", "fan_in_fan_out",
+    "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout",
+    "loftq_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
+    "target_modules", "task_type", "use_rslora",
+})  # fmt: skip
+# Initialisations that leave the base weights alone; the others (PiSSA, OLoRA, LoftQ, CorDA, ...) move part of them into A and B.
+_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+_NAME = re.compile(
+    r"base_model\.model\.(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(?P<end>\.weight)?"
+)
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True, slots=True)
+class LoraLayer:
+    """The low-rank delta of one weight of the base model.
+
+    Attributes:
+        base_name: the weight it is added to.
+        a: shape (r, in).
+        b: shape (out, r).
+        scale: the delta is `scale * b @ a`.
+        transposed: whether the weight is stored as (in, out), so that the delta has to be transposed.
+    """
+
+    base_name: str
+    a: Tensor
+    b: Tensor
+    scale: float
+    transposed: bool
+
+
+def lora_layers(adapter: Checkpoint, base: Checkpoint, *, merging: bool = False) -> list[LoraLayer]:
+    """The layers of a plain LoRA adapter, in the order they are stored, each matched with its weight in `base`.
+
+    Args:
+        adapter: a checkpoint whose `adapter` is set.
+        base: the model it was trained on.
+        merging: also refuse what can be rescaled and not merged: an embedding that is tied to the output head, where the
+            adapter changes one of the two uses and a merged weight both.
+
+    Raises:
+        CheckpointError: if it is no plain LoRA, or does not fit `base`.
+    """
+    _refuse_variants(adapter.adapter, adapter.uri)
+    pairs = _pairs(adapter)
+    tied = tied_alias(base.tensors, base.config)
+    names = {module: f"{module}.weight" for module in pairs}
+    absent = [name for name in names.values() if tied.get(name, name) not in base.tensors]
+    if absent:
+        raise CheckpointError(
+            f"{adapter.uri}: adapts {len(absent)} weight(s) that {base.uri} does not have: {some(absent)}; pass as sft the "
+            f"model it was trained on, or {_MERGE_FIRST}"
+        )
+    shared = [name for name in names.values() if name in tied or name in tied.values()]
+    if merging and shared:
+        raise CheckpointError(
+            f"{adapter.uri}: adapts {some(shared)}, and {base.uri} ties embedding and output head, so that merging would "
+            "change both; keep it an adapter with `adapter: scale`"
+        )
+    layers = [
+        _layer(adapter, module, a, b, base.tensors[tied.get(names[module], names[module])].shape)
+        for module, (a, b) in pairs.items()
+    ]
+    _refuse_ambiguous(layers, adapter)
+    return layers
+
+
+def scaled_adapter_config(config: Mapping[str, Any], alpha: float) -> dict[str, Any]:
+    """`adapter_config.json` of the same adapter with every scale times (1 + alpha).
+
+    Raises:
+        CheckpointError: if a scale is not a number.
+    """
+    where = "adapter_config.json"
+    patterns = {
+        key: _scaled(_number(value, key, where), alpha)
+        for key, value in _pattern(config, "alpha_pattern", where)
+    }
+    lora_alpha = _scaled(_number(config.get("lora_alpha"), "lora_alpha", where), alpha)
+    return {**config, "lora_alpha": lora_alpha, "alpha_pattern": patterns}
+
+
+def _scaled(value: float, alpha: float) -> float:
+    scaled = value * (1 + alpha)
+    return int(scaled) if scaled.is_integer() else scaled
+
+
+def _refuse_variants(config: Mapping[str, Any], where: str) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise CheckpointError(
+            f"{where}: peft_type is {kind}, and only plain LoRA can be rescaled; {_MERGE_FIRST}"
+        )
+    found = [f"{key} is {_short(value)}" for key, value in config.items() if value and key not in _UNDERSTOOD]
+    if config.get("bias", "none") != "none":
+        found.append(f"bias is {config['bias']}")
+    start = config.get("init_lora_weights", True)
+    if not any(start is known or (isinstance(start, str) and start == known) for known in _INITIALISATIONS):
+        found.append(f"init_lora_weights is {_short(start)}, which changes the base weights")
+    if found:
+        raise CheckpointError(f"{where}: not plain LoRA ({'; '.join(found)}); {_MERGE_FIRST}")
+
+
+def _pairs(adapter: Checkpoint) -> dict[str, tuple[Tensor, Tensor]]:
+    """Module -> its A and B."""
+    sides: dict[str, dict[str, Tensor]] = {}
+    others = []
+    for name, tensor in adapter.tensors.items():
+        match = _NAME.fullmatch(name)
+        # Linear layers keep A and B as modules with a weight, embeddings as bare parameters.
+        if match is None or bool(match["kind"]) == bool(match["end"]):
+            others.append(name)
+        else:
+            sides.setdefault(match["module"], {})[(match["kind"] or "") + match["side"]] = tensor
+    # PEFT stores a copy of an adapted embedding beside its A and B, which training leaves as it was.
+    copies = {f"{_PREFIX}{module}.base_layer.weight" for module in sides}
+    _refuse_others([name for name in others if name not in copies], adapter.uri)
+    pairs = {}
+    for module, found in sides.items():
+        if set(found) not in ({"A", "B"}, {"embedding_A", "embedding_B"}):
+            raise CheckpointError(
+                f"{adapter.uri}: {module} has {', '.join(f'lora_{side}' for side in sorted(found))} instead of A and B; "
+                "save the adapter again"
+            )
+        a, b = (found[side] for side in sorted(found))
+        pairs[module] = (a, b)
+    if not pairs:
+        raise CheckpointError(f"{adapter.uri}: no lora_A and lora_B tensors; save the adapter again")
+    return pairs
+
+
+def _refuse_others(names: Collection[str], where: str) -> None:
+    if names:
+        raise CheckpointError(
+            f"{where}: holds {len(names)} tensor(s) that are no LoRA matrices: {some(names)}; {_MERGE_FIRST}"
+        )
+
+
+def _layer(adapter: Checkpoint, module: str, a: Tensor, b: Tensor, base_shape: tuple[int, ...]) -> LoraLayer:
+    here = f"{adapter.uri}: {module}"
+    shapes = f"A {list(a.shape)}, B {list(b.shape)}, base {list(base_shape)}"
+    if len(a.shape) != 2 or len(b.shape) != 2 or len(base_shape) != 2:
+        raise CheckpointError(f"{here}: not a linear layer or an embedding ({shapes}); {_MERGE_FIRST}")
+    if a.dtype not in WEIGHT_DTYPES or b.dtype not in WEIGHT_DTYPES:
+        raise CheckpointError(
+            f"{here}: A is {a.dtype}, B is {b.dtype}; save the adapter in bf16, fp16 or fp32"
+        )
+    rank, scale = _rank_and_scale(adapter.adapter, module, adapter.uri)
+    if (a.shape[0], b.shape[1]) != (rank, rank):
+        raise CheckpointError(
+            f"{here}: {shapes}, and adapter_config.json says rank {rank}; save the adapter again"
+        )
+    delta = (b.shape[0], a.shape[1])
+    flipped = delta[::-1]
+    is_embedding = _is_embedding(a)
+    if base_shape != flipped and (is_embedding or base_shape != delta):
+        raise CheckpointError(
+            f"{here}: {shapes} do not fit; pass as sft the model the adapter was trained on"
+        )
+    is_flipped = bool(adapter.adapter.get("fan_in_fan_out")) if delta == flipped else base_shape == flipped
+    return LoraLayer(f"{module}.weight", a, b, scale, is_embedding or is_flipped)
+
+
+def _is_embedding(a: Tensor) -> bool:
+    return a.name.endswith(".lora_embedding_A")
+
+
+def _refuse_ambiguous(layers: Iterable[LoraLayer], adapter: Checkpoint) -> None:
+    """PEFT settles `fan_in_fan_out` layer by layer and saves the last; a square layer then has no sure orientation."""
+    linear = [layer for layer in layers if not _is_embedding(layer.a)]
+    square = [layer.base_name for layer in linear if layer.b.shape[0] == layer.a.shape[1]]
+    declared = bool(adapter.adapter.get("fan_in_fan_out"))
+    # A square layer was given the setting's orientation and cannot contradict it.
+    others = [layer.base_name for layer in linear if layer.transposed != declared]
+    if square and others:
+        raise CheckpointError(
+            f"{adapter.uri}: fan_in_fan_out is {declared}, which {some(others)} contradict, so the orientation of "
+            f"{some(square)} is unknown; {_MERGE_FIRST}"
+        )
+
+
+def _rank_and_scale(config: Mapping[str, Any], module: str, where: str) -> tuple[int, float]:
+    rank = _number(_by_pattern(config, "rank_pattern", module, config.get("r"), where), "r", where)
+    alpha = _number(
+        _by_pattern(config, "alpha_pattern", module, config.get("lora_alpha"), where), "lora_alpha", where
+    )
+    if rank < 1 or rank != int(rank):
+        raise CheckpointError(f"{where}: {module} has rank {rank}; save the adapter again")
+    return int(rank), alpha / (sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _by_pattern(config: Mapping[str, Any], key: str, module: str, default: object, where: str) -> object:
+    """As PEFT has it: the first key that is, as a regular expression, the whole or a dotted end of the module's name."""
+    for pattern, value in _pattern(config, key, where):
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return value
+        except re.error as error:
+            raise CheckpointError(
+                f"{where}: {key} has {pattern!r}, no regular expression ({error}); mend it"
+            ) from error
+    return default
+
+
+def _pattern(config: Mapping[str, Any], key: str, where: str) -> Iterable[tuple[str, object]]:
+    found = config.get(key) or {}
+    if not isinstance(found, Mapping):
+        raise CheckpointError(f"{where}: {key} is {_short(found)}, not an object; save the adapter again")
+    return found.items()
+
+
+def _number(value: object, key: str, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
+        raise CheckpointError(f"{where}: {key} is {_short(value)}, not a number; save the adapter again")
+    return value
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."

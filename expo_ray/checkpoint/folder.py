@@ -1,0 +1,191 @@
+"""A checkpoint folder, read from its listing and the headers of its files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from expo_ray.checkpoint.header import read_header
+from expo_ray.checkpoint.json_file import read_json
+from expo_ray.checkpoint.side_files import side_files
+from expo_ray.checkpoint.tensors import Checkpoint, Tensor
+from expo_ray.checkpoint.weight_files import WeightFiles, find_adapter_weights, find_weights, some
+from expo_ray.errors import CheckpointError, Problems
+from expo_ray.storage.protocol import FileInfo, Store
+
+_HEADERS_AT_ONCE = 16
+
+
+def read_checkpoint(store: Store, *, allow_pickle: bool = False) -> Checkpoint:
+    """What the folder holds, from its listing, `config.json`, the index and the weight files' headers.
+
+    Args:
+        allow_pickle: read `pytorch_model*.bin` where there are no safetensors; no code in them is run.
+
+    Raises:
+        CheckpointError: if one thing is wrong with the folder.
+        Problems: if several are.
+        StorageError: if the folder cannot be read.
+    """
+    listing = {info.key: info for info in store.list()}
+    if not listing:
+        raise CheckpointError(
+            f"{store.uri}: no such folder, or nothing in it; check the path, and your access to it"
+        )
+    problems: list[CheckpointError] = []
+    is_adapter = "adapter_config.json" in listing
+    config = _config(store, listing, "config.json", problems, required=not is_adapter)
+    adapter = _config(store, listing, "adapter_config.json", problems) if is_adapter else {}
+    weights = _find(store, listing, is_adapter, allow_pickle, problems)
+    tensors = _tensors(store, listing, weights, problems)
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise Problems(problems)
+    copied = side_files(listing)
+    keys = {*weights.keys, *copied, *filter(None, [weights.index])} | (
+        {"adapter_config.json"} if is_adapter else set()
+    )
+    return Checkpoint(
+        uri=store.uri,
+        revision=getattr(store, "revision", ""),
+        config=config,
+        tensors=tensors,
+        files={key: listing[key] for key in sorted(keys)},
+        side_files=copied,
+        adapter=adapter,
+    )
+
+
+def _config(
+    store: Store,
+    listing: Mapping[str, FileInfo],
+    key: str,
+    problems: list[CheckpointError],
+    *,
+    required: bool = False,
+) -> dict[str, Any]:
+    if key not in listing:
+        if required:
+            problems.append(
+                CheckpointError(f"{store.uri}: no {key}; pass a folder as `save_pretrained` writes it")
+            )
+        return {}
+    try:
+        return read_json(store, listing[key])
+    except CheckpointError as error:
+        problems.append(error)
+        return {}
+
+
+def _find(
+    store: Store,
+    listing: Mapping[str, FileInfo],
+    is_adapter: bool,
+    allow_pickle: bool,
+    problems: list[CheckpointError],
+) -> WeightFiles:
+    find = find_adapter_weights if is_adapter else find_weights
+    whole = [
+        key
+        for key in listing
+        if key.startswith(("model", "pytorch_model")) and key.endswith((".safetensors", ".bin"))
+    ]
+    try:
+        if is_adapter and whole:
+            raise CheckpointError(
+                f"{store.uri}: holds both a model ({some(sorted(whole))}) and adapter_config.json; move the adapter to its "
+                "own folder, or remove it if it is merged"
+            )
+        return find(store, listing, allow_pickle=allow_pickle)
+    except CheckpointError as error:
+        problems.append(error)
+        return WeightFiles()
+
+
+def _tensors(
+    store: Store, listing: Mapping[str, FileInfo], weights: WeightFiles, problems: list[CheckpointError]
+) -> dict[str, Tensor]:
+    headers = _read_headers(store, [listing[key] for key in weights.keys], weights.pickled, problems)
+    tensors: dict[str, Tensor] = {}
+    for found in headers.values():
+        twice = [name for name in found if name in tensors]
+        if twice:
+            files = " and ".join(sorted({tensors[name].file for name in twice} | {found[twice[0]].file}))
+            problems.append(
+                CheckpointError(
+                    f"{store.uri}: {some(twice)} stands in several files ({files}); remove the stale ones"
+                )
+            )
+        tensors |= found
+    if weights.missing:
+        needed = len(weights.keys) + len(weights.missing)
+        problems.append(
+            CheckpointError(
+                f"{store.uri}: {len(weights.missing)} of the {needed} weight files are missing: {some(weights.missing)}; "
+                "download or copy them"
+            )
+        )
+    elif len(headers) == len(weights.keys):
+        problems += _against_index(store, weights, headers)
+        if weights.keys and not tensors:
+            problems.append(
+                CheckpointError(f"{store.uri}: {some(weights.keys)} holds no tensors; save the model again")
+            )
+    return tensors
+
+
+def _read_headers(
+    store: Store, infos: Sequence[FileInfo], pickled: bool, problems: list[CheckpointError]
+) -> dict[str, dict[str, Tensor]]:
+    """Tensors by file, of the files whose headers are sound."""
+    read: Callable[[Store, FileInfo], dict[str, Tensor]] = read_header
+    if pickled:
+        from expo_ray.checkpoint.torch_zip import read_torch_zip as read  # imports torch
+
+    def attempt(info: FileInfo) -> dict[str, Tensor] | CheckpointError:
+        try:
+            return read(store, info)
+        except CheckpointError as error:
+            return error
+
+    headers: dict[str, dict[str, Tensor]] = {}
+    with ThreadPoolExecutor(_HEADERS_AT_ONCE) as pool:
+        for info, found in zip(infos, pool.map(attempt, infos), strict=True):
+            if isinstance(found, CheckpointError):
+                problems.append(found)
+            else:
+                headers[info.key] = found
+    return headers
+
+
+def _against_index(
+    store: Store, weights: WeightFiles, headers: Mapping[str, Mapping[str, Tensor]]
+) -> list[CheckpointError]:
+    """What index and headers tell differently."""
+    if not weights.index:
+        return []
+    where = f"{store.uri}/{weights.index}"
+    problems = []
+    absent = [f"{name} ({file})" for name, file in weights.mapped.items() if name not in headers[file]]
+    if absent:
+        problems.append(
+            CheckpointError(
+                f"{where}: {len(absent)} tensor(s) are not in the file it names: {some(absent)}; save the checkpoint again"
+            )
+        )
+    extra = [
+        f"{name} ({file})"
+        for file, found in headers.items()
+        for name in found
+        if weights.mapped.get(name) != file
+    ]
+    if extra:
+        problems.append(
+            CheckpointError(
+                f"{where}: does not name {len(extra)} tensor(s) where they are: {some(extra)}; save the checkpoint again, or "
+                "remove the index if the files are right"
+            )
+        )
+    return problems

@@ -1,0 +1,179 @@
+"""Which files of a folder hold its weights, and what an index promises about them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from expo_ray.checkpoint.json_file import read_json
+from expo_ray.errors import CheckpointError
+from expo_ray.storage.protocol import FileInfo, Store
+
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{1,6})-of-(?P<total>\d{1,6})\.\w+")
+_OTHER_FORMATS = {
+    ".gguf": "GGUF", ".ggml": "GGML", ".bin": "PyTorch pickle", ".pt": "PyTorch pickle", ".pth": "PyTorch pickle",
+    ".ckpt": "PyTorch pickle", ".h5": "TensorFlow", ".msgpack": "Flax", ".onnx": "ONNX", ".npz": "NumPy",
+    ".nemo": "NeMo", ".safetensors": "safetensors",
+}  # fmt: skip
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The files that hold the weights.
+
+    Attributes:
+        keys: those that exist, sorted.
+        missing: files that the index or the numbers in the names call for and that are not there.
+        index: key of the index that names them, or empty.
+        mapped: what the index says: tensor name -> key.
+        pickled: whether they are PyTorch pickles.
+    """
+
+    keys: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    index: str = ""
+    mapped: Mapping[str, str] = field(default_factory=dict)
+    pickled: bool = False
+
+
+def find_weights(store: Store, listing: Mapping[str, FileInfo], *, allow_pickle: bool) -> WeightFiles:
+    """The weight files of a model folder: safetensors where there are any, else `pytorch_model*.bin` if allowed.
+
+    Args:
+        listing: every file of the folder by key.
+
+    Raises:
+        CheckpointError: if there are none, some are missing, or it is not clear which are meant.
+    """
+    top = [key for key in sorted(listing) if "/" not in key and not key.startswith("adapter_model.")]
+    if any(key.endswith((".safetensors", ".safetensors.index.json")) for key in top):
+        return _choose(store, listing, [key for key in top if ".safetensors" in key], "model.safetensors")
+    pickles = [
+        key for key in top if key.startswith("pytorch_model") and key.endswith((".bin", ".bin.index.json"))
+    ]
+    if pickles and not allow_pickle:
+        raise _pickle_refused(store, pickles)
+    if pickles:
+        return _choose(store, listing, pickles, "pytorch_model.bin")
+    raise _no_weights(store, listing)
+
+
+def find_adapter_weights(store: Store, listing: Mapping[str, FileInfo], *, allow_pickle: bool) -> WeightFiles:
+    """The weight file of a PEFT adapter folder; errors as of `find_weights`."""
+    if "adapter_model.safetensors" in listing:
+        return WeightFiles(("adapter_model.safetensors",))
+    if "adapter_model.bin" not in listing:
+        raise CheckpointError(
+            f"{store.uri}: adapter_config.json without adapter_model.safetensors; save the adapter again, or remove "
+            "adapter_config.json if this is a whole model"
+        )
+    if not allow_pickle:
+        raise _pickle_refused(store, ["adapter_model.bin"])
+    return WeightFiles(("adapter_model.bin",), pickled=True)
+
+
+def some(texts: Iterable[str]) -> str:
+    """The first few, and how many more there are."""
+    listed = list(texts)
+    more = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
+    return ", ".join(listed[:_SHOWN]) + more
+
+
+def _choose(store: Store, listing: Mapping[str, FileInfo], keys: Sequence[str], single: str) -> WeightFiles:
+    """The meant ones among the weight files and indexes of one format, of which `single` is the usual only file."""
+    suffix = f".{single.partition('.')[2]}"
+    files = [key for key in keys if key.endswith(suffix)]
+    pickled = suffix == ".bin"
+    index = _index_key(store, [key for key in keys if key.endswith(".index.json")], f"{single}.index.json")
+    shards = [match for match in map(_SHARD.fullmatch, files) if match]
+    if index:
+        mapped = _read_index(store, listing[index], suffix)
+        named = sorted(set(mapped.values()))
+        if single in files and single not in named:
+            raise _two_models(store, single, index)
+        present = tuple(key for key in named if key in listing)
+        return WeightFiles(present, tuple(key for key in named if key not in listing), index, mapped, pickled)
+    if single in files:
+        if shards:
+            raise _two_models(store, single, some(shard[0] for shard in shards))
+        return WeightFiles((single,), pickled=pickled)
+    if shards:
+        return WeightFiles(
+            tuple(shard[0] for shard in shards), _missing_shards(store, shards, suffix), pickled=pickled
+        )
+    return WeightFiles(tuple(files), pickled=pickled)
+
+
+def _pickle_refused(store: Store, keys: Sequence[str]) -> CheckpointError:
+    return CheckpointError(
+        f"{store.uri}: no safetensors, only PyTorch pickles ({some(keys)}); convert them (load and `save_pretrained` with "
+        "transformers), or allow restricted unpickling with `--allow-pickle` (in a job file `allow_pickle: true`)"
+    )
+
+
+def _two_models(store: Store, single: str, other: str) -> CheckpointError:
+    return CheckpointError(
+        f"{store.uri}: holds both {single} and {other}, and programs differ in which they read; remove one of the two"
+    )
+
+
+def _index_key(store: Store, found: list[str], usual: str) -> str:
+    if usual in found or not found:
+        return usual if found else ""
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{store.uri}: {len(found)} indexes ({some(found)}) and no {usual}; keep one of them"
+        )
+    return found[0]
+
+
+def _read_index(store: Store, info: FileInfo, suffix: str) -> dict[str, str]:
+    where = f"{store.uri}/{info.key}"
+    mapped = read_json(store, info, strict=True).get("weight_map")
+    if not isinstance(mapped, dict) or not mapped:
+        raise CheckpointError(
+            f"{where}: no `weight_map` from tensor names to files; save the checkpoint again"
+        )
+    for name, file in mapped.items():
+        # Slashes of either kind, `..` and drive letters would leave the folder on one system or another.
+        if not isinstance(file, str) or not re.fullmatch(r"[^/\\:\0]+", file) or not file.endswith(suffix):
+            raise CheckpointError(
+                f"{where}: {name!r} is mapped to {str(file)[:100]!r}, which is not the plain name of a {suffix} file in the "
+                "same folder; save the checkpoint again"
+            )
+    return mapped
+
+
+def _missing_shards(store: Store, shards: Sequence[re.Match[str]], suffix: str) -> tuple[str, ...]:
+    """Without an index only the numbers in the names tell whether all are there."""
+    sets = sorted({(shard["stem"], shard["total"]) for shard in shards})
+    if len(sets) > 1:
+        names = some(f"{stem}-*-of-{total}{suffix}" for stem, total in sets)
+        raise CheckpointError(f"{store.uri}: several sets of weights and no index: {names}; keep one of them")
+    stem, total = sets[0]
+    present = {int(shard["number"]) for shard in shards}
+    width = len(total)
+    numbers = (number for number in range(1, int(total) + 1) if number not in present)
+    return tuple(f"{stem}-{number:0{width}d}-of-{total}{suffix}" for number in numbers)
+
+
+def _no_weights(store: Store, listing: Mapping[str, FileInfo]) -> CheckpointError:
+    formats: dict[str, list[str]] = {}
+    for key in sorted(listing):
+        for ending, kind in _OTHER_FORMATS.items():
+            if key.endswith(ending):
+                formats.setdefault("in a subfolder" if "/" in key else kind, []).append(key)
+    if set(formats) == {"in a subfolder"}:
+        folder = formats["in a subfolder"][0].rpartition("/")[0]
+        return CheckpointError(
+            f"{store.uri}: no weights at its top level; is {store.uri}/{folder} the one you mean?"
+        )
+    if formats:
+        found = "; ".join(f"{kind}: {some(keys)}" for kind, keys in formats.items())
+        remedy = "pass the original checkpoint in safetensors, or convert this one"
+        return CheckpointError(f"{store.uri}: no safetensors, only other formats ({found}); {remedy}")
+    return CheckpointError(
+        f"{store.uri}: no weights; there are {some(sorted(listing))}; pass the folder that holds the *.safetensors"
+    )

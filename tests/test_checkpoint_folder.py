@@ -1,0 +1,367 @@
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GemmaConfig, GPT2Config, LlamaConfig, PreTrainedConfig
+
+from expo_ray.checkpoint.folder import read_checkpoint
+from expo_ray.checkpoint.side_files import side_files
+from expo_ray.checkpoint.tied import embedding_name, tied_alias
+from expo_ray.errors import CheckpointError, Problems
+from tests.stored_files import CountingStore, stored, stored_folder, weights
+
+Files = dict[str, bytes | Mapping[str, Any]]
+CONFIG: Files = {"config.json": {"model_type": "llama"}}
+INDEX = "model.safetensors.index.json"
+
+
+def index(**files: str) -> dict[str, Any]:
+    return {"metadata": {"total_size": 1}, "weight_map": files}
+
+
+def sharded(**more: bytes | Mapping[str, Any]) -> Files:
+    return {
+        **CONFIG,
+        "model-00001-of-00002.safetensors": weights("a", "b"),
+        "model-00002-of-00002.safetensors": weights("c"),
+        INDEX: index(
+            a="model-00001-of-00002.safetensors",
+            b="model-00001-of-00002.safetensors",
+            c="model-00002-of-00002.safetensors",
+        ),
+        **more,
+    }
+
+
+def refusal(files: Files, *, allow_pickle: bool = False) -> str:
+    """The text of the one problem of a folder."""
+    with pytest.raises(CheckpointError) as caught:
+        read_checkpoint(stored(files), allow_pickle=allow_pickle)
+    return str(caught.value)
+
+
+def test_a_saved_model_is_read_as_transformers_names_it(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=32
+    )
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)  # type: ignore[no-untyped-call]
+    model.save_pretrained(tmp_path, max_shard_size="4KB")
+    store = stored_folder(tmp_path)
+    found = read_checkpoint(store)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in found.tensors.items()} == expected
+    assert len({tensor.file for tensor in found.tensors.values()}) > 2
+    for name, tensor in found.tensors.items():
+        raw = bytearray(store.read(tensor.file)[tensor.start : tensor.start + tensor.nbytes])
+        assert torch.equal(
+            torch.frombuffer(raw, dtype=torch.bfloat16).view(tensor.shape), model.state_dict()[name]
+        )
+    assert found.config["hidden_size"] == 16
+    assert found.weight_bytes == 2 * sum(tensor.numel() for tensor in model.state_dict().values())
+    assert found.side_files == ("config.json", "generation_config.json")
+    assert set(found.files) == {*found.side_files, INDEX, *(tensor.file for tensor in found.tensors.values())}
+    assert found.files["config.json"] == store.stat("config.json")
+    assert not found.adapter
+    assert found.revision == ""
+
+
+def test_the_order_is_file_by_file_front_to_back() -> None:
+    found = read_checkpoint(stored(sharded()))
+    assert list(found.tensors) == ["a", "b", "c"]
+    keys = [(tensor.file, tensor.start) for tensor in found.tensors.values()]
+    assert keys == sorted(keys)
+
+
+def test_several_files_without_an_index_are_read_by_their_headers() -> None:
+    files = sharded()
+    del files[INDEX]
+    assert list(read_checkpoint(stored(files)).tensors) == ["a", "b", "c"]
+
+
+def test_files_outside_the_index_are_left_alone() -> None:
+    found = read_checkpoint(stored(sharded(**{"consolidated.safetensors": weights("other")})))
+    assert list(found.tensors) == ["a", "b", "c"]
+    assert "consolidated.safetensors" not in found.files
+
+
+def test_a_revision_is_passed_on() -> None:
+    class Pinned(CountingStore):
+        revision = "abc123"
+
+    source = stored({**CONFIG, "model.safetensors": weights("w")})
+    assert read_checkpoint(Pinned(source.uri)).revision == "abc123"
+
+
+def test_headers_of_many_files_are_read_at_once() -> None:
+    class Slow(CountingStore):
+        """Each read waits until eight are under way."""
+
+        barrier = threading.Barrier(8, timeout=20)
+
+        def read_into(self, key: str, start: int, out: memoryview, *, etag: str) -> None:
+            if key.endswith(".safetensors"):
+                self.barrier.wait()
+            super().read_into(key, start, out, etag=etag)
+
+    files = {f"model-{i:05d}-of-00008.safetensors": weights(f"w{i}") for i in range(1, 9)}
+    assert len(read_checkpoint(Slow(stored({**CONFIG, **files}).uri)).tensors) == 8
+
+
+def test_safetensors_win_over_pickles() -> None:
+    files = {**CONFIG, "model.safetensors": weights("w"), "pytorch_model.bin": b"never opened"}
+    found = read_checkpoint(stored(files), allow_pickle=True)
+    assert list(found.tensors) == ["w"]
+    assert "pytorch_model.bin" not in found.files
+
+
+def test_an_adapter_folder() -> None:
+    files: Files = {
+        "adapter_config.json": {"peft_type": "LORA"},
+        "adapter_model.safetensors": weights("base_model.model.q.lora_A.weight"),
+        "tokenizer.json": b"{}",
+        "README.md": b"",
+    }
+    found = read_checkpoint(stored(files))
+    assert found.adapter == {"peft_type": "LORA"}
+    assert found.config == {}
+    assert list(found.tensors) == ["base_model.model.q.lora_A.weight"]
+    assert set(found.files) == {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"}
+    assert found.side_files == ("tokenizer.json",)
+
+
+REFUSALS: list[tuple[Files, str]] = [
+    ({}, "no such folder, or nothing in it; check the path, and your access to it"),
+    ({"model.safetensors": weights("w")}, "no config.json; pass a folder as `save_pretrained` writes it"),
+    ({"model.safetensors": weights("w"), "config.json": b"{"}, "/config.json: not valid JSON (Expecting property name"),
+    ({"model.safetensors": weights("w"), "config.json": b"[1]"}, "/config.json: a JSON list instead of an object"),
+    ({**CONFIG, "notes.md": b""}, "no weights; there are config.json, notes.md; pass the folder that holds the *.safetensors"),
+    ({**CONFIG, "m.Q4_K_M.gguf": b""}, "no safetensors, only other formats (GGUF: m.Q4_K_M.gguf); pass the original checkpoint"),
+    ({**CONFIG, "tf_model.h5": b"", "consolidated.00.pth": b""}, "(PyTorch pickle: consolidated.00.pth; TensorFlow: tf_model.h5)"),
+    ({**CONFIG, "checkpoint-9/model.safetensors": b""}, "no weights at its top level; is memory://checkpoints/"),
+    ({**CONFIG, "checkpoint-9/model.safetensors": b""}, "/checkpoint-9 the one you mean?"),
+    (
+        {**CONFIG, "pytorch_model-00001-of-00001.bin": b"", "pytorch_model.bin.index.json": b"{}"},
+        "no safetensors, only PyTorch pickles (pytorch_model-00001-of-00001.bin, pytorch_model.bin.index.json); convert them "
+        "(load and `save_pretrained` with transformers), or allow restricted unpickling with `--allow-pickle` (in a job file "
+        "`allow_pickle: true`)",
+    ),
+    (
+        {"adapter_config.json": b"{}", "adapter_model.bin": b""},
+        "no safetensors, only PyTorch pickles (adapter_model.bin); convert",
+    ),
+    ({"adapter_config.json": b"{}"}, "adapter_config.json without adapter_model.safetensors; save the adapter again, or remove"),
+    ({"adapter_config.json": b"{", "adapter_model.safetensors": weights("w")}, "/adapter_config.json: not valid JSON"),
+    (
+        {**CONFIG, "adapter_config.json": b"{}", "adapter_model.safetensors": weights("w"), "model.safetensors": weights("w")},
+        "holds both a model (model.safetensors) and adapter_config.json; move the adapter to its own folder, or remove it if",
+    ),
+    (
+        sharded(**{"model.safetensors": weights("a")}),
+        "holds both model.safetensors and model.safetensors.index.json, and programs differ in which they read; remove one",
+    ),
+    (
+        {**CONFIG, "model.safetensors": weights("a"), "model-00001-of-00001.safetensors": weights("a")},
+        "holds both model.safetensors and model-00001-of-00001.safetensors",
+    ),
+    (
+        {**CONFIG, "x.safetensors.index.json": b"{}", "y.safetensors.index.json": b"{}"},
+        "2 indexes (x.safetensors.index.json, y.safetensors.index.json) and no model.safetensors.index.json; keep one of them",
+    ),
+    (
+        {**CONFIG, "model-00002-of-00003.safetensors": weights("a")},
+        "2 of the 3 weight files are missing: model-00001-of-00003.safetensors, model-00003-of-00003.safetensors; download",
+    ),
+    (
+        {**CONFIG, "model-00001-of-00001.safetensors": weights("a"), "old-00001-of-00001.safetensors": weights("a")},
+        "several sets of weights and no index: model-*-of-00001.safetensors, old-*-of-00001.safetensors; keep one of them",
+    ),
+    (
+        {**CONFIG, "x.safetensors": weights("a", "b"), "y.safetensors": weights("b")},
+        "b stands in several files (x.safetensors and y.safetensors); remove the stale ones",
+    ),
+    ({**CONFIG, "model.safetensors": weights()}, "model.safetensors holds no tensors; save the model again"),
+    ({**CONFIG, "model.safetensors": weights("w")[:-1]}, "/model.safetensors: truncated: the header promises"),
+    (sharded(**{INDEX: b"{"}), f"/{INDEX}: not valid JSON"),
+    (sharded(**{INDEX: b'{"weight_map":{"a":"x.safetensors","a":"x.safetensors"}}'}), "the key 'a' stands twice"),
+    (sharded(**{INDEX: {"weight_map": []}}), f"/{INDEX}: no `weight_map` from tensor names to files; save the checkpoint again"),
+    (sharded(**{INDEX: {"weight_map": {}}}), "no `weight_map`"),
+    (sharded(**{INDEX: {"weight_map": {"a": 3}}}), "'a' is mapped to '3', which is not the plain name of a .safetensors file"),
+    (sharded(**{INDEX: index(a="pytorch_model.bin")}), "'a' is mapped to 'pytorch_model.bin', which is not the plain name"),
+    (
+        sharded(**{INDEX: index(a="gone.safetensors", c="model-00002-of-00002.safetensors")}),
+        "1 of the 2 weight files are missing: gone.safetensors; download or copy them",
+    ),
+    (
+        sharded(**{INDEX: index(a="model-00001-of-00002.safetensors", c="model-00002-of-00002.safetensors")}),
+        f"/{INDEX}: does not name 1 tensor(s) where they are: b (model-00001-of-00002.safetensors); save the checkpoint again",
+    ),
+    (
+        sharded(**{INDEX: {"weight_map": {**index(a="model-00001-of-00002.safetensors", b="model-00001-of-00002.safetensors", c="model-00002-of-00002.safetensors")["weight_map"], "d": "model-00001-of-00002.safetensors"}}}),
+        f"/{INDEX}: 1 tensor(s) are not in the file it names: d (model-00001-of-00002.safetensors); save the checkpoint again",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("files", "message"), REFUSALS, ids=range(len(REFUSALS)))
+def test_refusals(files: Files, message: str) -> None:
+    found = refusal(files)
+    assert message in found
+    assert found.startswith("memory://checkpoints/")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../x.safetensors",
+        "/etc/x.safetensors",
+        "sub/x.safetensors",
+        "..\\x.safetensors",
+        "C:x.safetensors",
+        "..",
+    ],
+)
+def test_an_index_cannot_leave_the_folder(name: str) -> None:
+    store = stored(sharded(**{INDEX: index(a=name)}))
+    with pytest.raises(
+        CheckpointError, match=r"which is not the plain name of a \.safetensors file in the same folder"
+    ):
+        read_checkpoint(store)
+    assert store.reads == 2  # config.json and the index; nothing else was opened
+
+
+def test_all_problems_of_a_folder_are_told_at_once() -> None:
+    files = sharded(**{"model-00001-of-00002.safetensors": b"bad"})
+    del files["config.json"], files["model-00002-of-00002.safetensors"]
+    with pytest.raises(Problems) as caught:
+        read_checkpoint(stored(files))
+    texts = [str(problem) for problem in caught.value.problems]
+    assert len(texts) == 3
+    assert "no config.json" in texts[0]
+    assert "model-00001-of-00002.safetensors: truncated" in texts[1]
+    assert "1 of the 2 weight files are missing: model-00002-of-00002.safetensors" in texts[2]
+
+
+def test_two_files_swapped_by_the_index_are_both_told() -> None:
+    swapped = {"weight_map": {"a": "model-00002-of-00002.safetensors", "b": "model-00001-of-00002.safetensors",
+                              "c": "model-00001-of-00002.safetensors"}}  # fmt: skip
+    with pytest.raises(Problems) as caught:
+        read_checkpoint(stored(sharded(**{INDEX: swapped})))
+    text = str(caught.value)
+    assert (
+        "2 tensor(s) are not in the file it names: a (model-00002-of-00002.safetensors), c (model-00001"
+        in text
+    )
+    assert (
+        "does not name 2 tensor(s) where they are: a (model-00001-of-00002.safetensors), c (model-00002"
+        in text
+    )
+
+
+def test_side_files_travel_and_the_rest_stays() -> None:
+    travel = [
+        "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+        "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
+        "sentencepiece.bpe.model", "qwen.tiktoken", "tekken.json", "chat_template.jinja", "chat_template.json",
+        "additional_chat_templates/tool_use.jinja", "preprocessor_config.json", "processor_config.json",
+        "video_preprocessor_config.json", "modeling_custom.py", "configuration_custom.py", "LICENSE", "LICENSE.txt",
+        "LICENSE.md", "NOTICE", "Notice", "USE_POLICY.md", "Gemma_LICENSE",
+    ]  # fmt: skip
+    stay = [
+        "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
+        "pytorch_model.bin.index.json", "consolidated.00.pth", "model.gguf", "tf_model.h5", "flax_model.msgpack",
+        "model.onnx", "README.md", "expo.json", ".expo/claim.json", ".gitattributes", ".git/config", "training_args.bin",
+        "trainer_state.json", "all_results.json", "eval_results.json", "scheduler.pt", "optimizer.pt", "optimizer.bin",
+        "rng_state_0.pth", "adapter_config.json", "adapter_model.safetensors", "original/params.json",
+        "checkpoint-500/config.json", "runs/events.out.tfevents.1", "image.png", "additional_chat_templates/deep/x.jinja",
+    ]  # fmt: skip
+    assert side_files([*stay, *travel]) == tuple(sorted(travel))
+
+
+def tiny(config: PreTrainedConfig, path: Path) -> tuple[set[str], dict[str, Any]]:
+    AutoModelForCausalLM.from_config(config).save_pretrained(path)  # type: ignore[no-untyped-call]
+    found = read_checkpoint(stored_folder(path))
+    return set(found.tensors), json.loads((path / "config.json").read_text())
+
+
+LLAMA: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 32,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "embedding"),
+    [
+        (LlamaConfig(**LLAMA, tie_word_embeddings=True), "model.embed_tokens.weight"),
+        (GemmaConfig(**LLAMA, num_key_value_heads=1, head_dim=8), "model.embed_tokens.weight"),
+        (GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32), "transformer.wte.weight"),
+    ],
+)
+def test_a_head_that_transformers_left_out_stands_for_the_embedding(
+    config: PreTrainedConfig, embedding: str, tmp_path: Path
+) -> None:
+    names, stored_config = tiny(config, tmp_path)
+    assert "lm_head.weight" not in names
+    assert embedding_name(names) == embedding
+    assert tied_alias(names, stored_config)["lm_head.weight"] == embedding
+    # Older libraries leave out a setting that equals their default.
+    stored_config.pop("tie_word_embeddings", None)
+    assert tied_alias(names, stored_config)["lm_head.weight"] == embedding
+
+
+def test_an_untied_head_stands_for_itself(tmp_path: Path) -> None:
+    names, config = tiny(LlamaConfig(**LLAMA, tie_word_embeddings=False), tmp_path)
+    assert "lm_head.weight" in names
+    assert tied_alias(names, config) == {}
+    config.pop("tie_word_embeddings", None)
+    assert tied_alias(names, config) == {}
+
+
+@pytest.mark.parametrize(
+    ("names", "config", "expected"),
+    [
+        (["model.embed_tokens.weight", "lm_head.weight"], {"tie_word_embeddings": True},
+         {"lm_head.weight": "model.embed_tokens.weight"}),
+        (["model.embed_tokens.weight"], {"tie_word_embeddings": False}, {}),
+        (["language_model.model.embed_tokens.weight", "language_model.lm_head.weight"],
+         {"text_config": {"tie_word_embeddings": True}},
+         {"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"}),
+        (["language_model.model.embed_tokens.weight", "language_model.lm_head.weight"],
+         {"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": True}}, {}),
+        (["gpt_neox.embed_in.weight", "embed_out.weight"], {"tie_word_embeddings": True},
+         {"embed_out.weight": "gpt_neox.embed_in.weight"}),
+        (["model.tok_embeddings.weight", "output.weight"], {"tie_word_embeddings": True},
+         {"output.weight": "model.tok_embeddings.weight"}),
+        (["transformer.word_embeddings.weight", "lm_head.weight"], {"tie_word_embeddings": True},
+         {"lm_head.weight": "transformer.word_embeddings.weight"}),
+        (["vision.patch.weight"], {"tie_word_embeddings": True}, {}),
+    ],
+)  # fmt: skip
+def test_tied_alias(names: list[str], config: dict[str, Any], expected: dict[str, str]) -> None:
+    assert tied_alias(names, config) == expected
+
+
+def test_an_absent_head_of_a_nested_model_has_every_name_it_could_have() -> None:
+    alias = tied_alias(
+        ["model.language_model.embed_tokens.weight"], {"text_config": {"tie_word_embeddings": True}}
+    )
+    assert {"lm_head.weight", "model.lm_head.weight", "model.language_model.lm_head.weight"} == set(alias)
+
+
+def test_the_outermost_embedding_is_the_text_embedding() -> None:
+    names = [
+        "model.layers.61.embed_tokens.weight",
+        "model.embed_tokens.weight",
+        "model.embed_tokens_per_layer.weight",
+    ]
+    assert embedding_name(names) == "model.embed_tokens.weight"
+    assert embedding_name(["weight", "wte.bias"]) is None
