@@ -57,6 +57,11 @@ class Problems(ExpoError):
         super().__init__("\n".join(f"- {problem}" for problem in self.problems))
 
 
+def each(error: ExpoError) -> tuple[ExpoError, ...]:
+    """The errors that `error` stands for: itself, or those of a `Problems`."""
+    return error.problems if isinstance(error, Problems) else (error,)
+
+
 def some(texts: Sequence[str], shown: int = 5) -> str:
     """The first few of many texts, and how many more there are."""
     more = f" and {len(texts) - shown} more" if len(texts) > shown else ""

@@ -12,7 +12,7 @@ from expo_ray.checkpoint.tensors import WEIGHT_DTYPES, Checkpoint, Tensor
 from expo_ray.checkpoint.tied import embedding_name, tied_alias
 from expo_ray.checkpoint.vocabulary import RowRun
 from expo_ray.config import PairOptions
-from expo_ray.errors import ExpoError, PairError, some
+from expo_ray.errors import ExpoError, PairError, each, some
 
 OUTPUT_DTYPES: Mapping[str, str] = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
@@ -31,7 +31,7 @@ class TensorPlan:
         shape: dpo's.
         dpo: the tensor of dpo; of sft's where `lora` is set.
         sft: its partner, or None where dpo is kept as it is.
-        multiplier: alpha times this is the alpha of the tensor.
+        multiplier: alpha times this is the alpha of the tensor; tied copies share one, so that they stay equal.
         runs: rows of dpo and their rows in sft, where the vocabularies differ; empty if elements match one to one.
         random_name: name that seeds its random bits; tied copies share one, so that they stay equal.
         lora: the low-rank delta to merge.
@@ -84,7 +84,7 @@ def match_tensors(
     """
     matcher = _Matcher(sft, dpo, options, map_rows)
     tensors = [matcher.plan(tensor) for tensor in dpo.tensors.values()]
-    return Match(tensors, matcher.problems(), matcher.notes)
+    return Match(tensors, matcher.problems(), matcher.notes())
 
 
 class _Matcher:
@@ -104,25 +104,27 @@ class _Matcher:
         self.missing: list[str] = []
         self.resized: list[str] = []
         self.misfits: list[str] = []
-        self.notes: list[str] = []
+        self.buffers: list[str] = []
+        self.unmapped: ExpoError | None = None
 
     def plan(self, tensor: Tensor) -> TensorPlan:
         """What becomes of one tensor of dpo; a problem is noted and dpo's tensor stands in."""
         name = tensor.name
+        weight = self.dpo_tied.get(name, name)
         alone = TensorPlan(
             name=name,
             dtype=output_dtype(tensor.dtype, self.options),
             shape=tensor.shape,
             dpo=tensor,
             sft=None,
-            multiplier=multiplier_of(name, self.options),
-            random_name=self.dpo_tied.get(name, name),
+            multiplier=multiplier_of(weight, self.options),
+            random_name=weight,
         )
         if tensor.dtype not in WEIGHT_DTYPES or alone.multiplier == 0:
             return alone
         partner = self.sft.tensors.get(name) or self.sft.tensors.get(self.sft_tied.get(name, ""))
         if partner is None and _KNOWN_BUFFERS.search(name):
-            self.notes.append(f"{name} is in dpo only and kept as it is")
+            self.buffers.append(name)
         elif partner is None:
             self.missing.append(name)
         elif partner.dtype not in WEIGHT_DTYPES:
@@ -133,9 +135,27 @@ class _Matcher:
             self.misfits.append(f"{name}: dpo has shape {list(tensor.shape)}, sft has {list(partner.shape)}")
         elif self.options.vocab == "refuse":
             self.resized.append(name)
-        else:
-            return replace(alone, sft=partner, runs=self.map_rows(*self.rows))
+        elif self.unmapped is None:
+            try:
+                return replace(alone, sft=partner, runs=self.map_rows(*self.rows))
+            except ExpoError as error:
+                self.unmapped = error
         return alone
+
+    def notes(self) -> list[str]:
+        """What is worth telling and not wrong."""
+        names = [*self.dpo.tensors, *self.sft.tensors]
+        idle = [
+            pattern
+            for pattern in self.options.multipliers
+            if not any(re.search(pattern, name) for name in names)
+        ]
+        notes = [f"no tensor has a name with the pattern `{pattern}` of `multipliers`" for pattern in idle]
+        if self.buffers:
+            notes.append(
+                f"{len(self.buffers)} buffer(s) are in dpo only and kept as they are: {some(self.buffers)}"
+            )
+        return notes
 
     def problems(self) -> list[ExpoError]:
         """Everything wrong, one error for each kind."""
@@ -162,6 +182,8 @@ class _Matcher:
                     "as in dpo"
                 )
             )
+        if self.unmapped:
+            found += each(self.unmapped)
         if self.misfits:
             found.append(
                 PairError(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 
 from expo_ray.checkpoint.adapter import lora_layers
 from expo_ray.checkpoint.folder import read_checkpoint
@@ -13,8 +15,8 @@ from expo_ray.checkpoint.header import write_header
 from expo_ray.checkpoint.quantisation import quantisation_of
 from expo_ray.checkpoint.tensors import DTYPE_BYTES, Checkpoint
 from expo_ray.checkpoint.vocabulary import RowRun, row_map, vocabulary
-from expo_ray.config import Pair, PairOptions
-from expo_ray.errors import CheckpointError, ExpoError, PairError, Problems
+from expo_ray.config import Pair, PairOptions, format_alpha
+from expo_ray.errors import CheckpointError, ExpoError, PairError, Problems, each
 from expo_ray.extrapolation.match import Match, TensorPlan, match_tensors, multiplier_of, output_dtype
 from expo_ray.storage import open_store
 
@@ -63,6 +65,17 @@ class PairPlan:
         return self.sft if self.dpo.adapter and self.options.adapter == "merge" else self.dpo
 
     @property
+    def scaled(self) -> bool:
+        """Whether the output is dpo's adapter with another scale."""
+        return bool(self.dpo.adapter) and self.options.adapter == "scale"
+
+    @property
+    def side_files(self) -> Mapping[str, Checkpoint]:
+        """The files copied beside the weights, by key, and the parent that each is taken from."""
+        sources = dict.fromkeys(self.base.side_files, self.base)
+        return sources | dict.fromkeys(self.dpo.side_files, self.dpo)
+
+    @property
     def bytes_written(self) -> int:
         """Size of one model's weights."""
         return sum(shard.size for shard in self.shards)
@@ -78,11 +91,14 @@ class PairPlan:
 
     def plan_id(self, alpha: float) -> str:
         """Digest of all that decides the bytes of the model at `alpha`: inputs, arithmetic, layout; never a place."""
-        options = self.options.model_dump(mode="json", exclude={"alphas", "allow_pickle"})
+        options = self.options.model_dump(mode="json", include=set(PairOptions.model_fields))
         identity = {
             "arithmetic_version": ARITHMETIC_VERSION,
             "alpha": alpha,
-            "options": {key: value for key, value in options.items() if key in PairOptions.model_fields},
+            "options": {key: value for key, value in options.items() if key not in ("alphas", "allow_pickle")}
+            | {
+                "multipliers": list(self.options.multipliers.items())
+            },  # in order: the first that is found counts
             "sft": _fingerprint(self.sft),
             "dpo": _fingerprint(self.dpo),
         }
@@ -100,6 +116,7 @@ def plan_pair(pair: Pair, outputs: Mapping[float, str]) -> PairPlan:
         problems.append(
             PairError(f"rounding is reference, which writes bf16, and dtype is {pair.dtype}; drop one")
         )
+    problems += _impossible_steps(pair)
     sft, dpo = (
         _read_parent(side, getattr(pair, side), pair.allow_pickle, problems) for side in ("sft", "dpo")
     )
@@ -119,8 +136,10 @@ def plan_pair(pair: Pair, outputs: Mapping[float, str]) -> PairPlan:
     problems += match.problems
     if problems:
         raise Problems([_named(pair.name, problem) for problem in problems])
-    file = "adapter_model" if dpo.adapter and pair.adapter == "scale" else "model"
-    shards = lay_out(match.tensors, pair.shard_size, file)
+    if dpo.adapter and pair.adapter == "scale":  # readers of adapters know one file only
+        shards = lay_out(match.tensors, sys.maxsize, "adapter_model")
+    else:
+        shards = lay_out(match.tensors, pair.shard_size)
     return PairPlan(pair.name, sft, dpo, pair, shards, outputs, tuple(match.notes))
 
 
@@ -151,8 +170,7 @@ def _read_parent(side: str, uri: str, allow_pickle: bool, problems: list[ExpoErr
     try:
         checkpoint = read_checkpoint(open_store(uri), allow_pickle=allow_pickle)
     except ExpoError as error:
-        found = error.problems if isinstance(error, Problems) else (error,)
-        problems.extend(_named(side, problem) for problem in found)
+        problems += (_named(side, problem) for problem in each(error))
         return None
     scheme = quantisation_of(checkpoint)
     if scheme:
@@ -163,6 +181,19 @@ def _read_parent(side: str, uri: str, allow_pickle: bool, problems: list[ExpoErr
             )
         )
     return checkpoint
+
+
+def _impossible_steps(pair: Pair) -> list[ExpoError]:
+    """Multipliers that carry an alpha out of its range."""
+    return [
+        PairError(
+            f"alpha {format_alpha(alpha)} times the multiplier {multiplier} of `{pattern}` is {alpha * multiplier}; it must be a "
+            "finite number of at least -1"
+        )
+        for alpha in pair.alphas
+        for pattern, multiplier in pair.multipliers.items()
+        if not isfinite(alpha * multiplier) or alpha * multiplier < -1
+    ]
 
 
 def _match(sft: Checkpoint, dpo: Checkpoint, pair: Pair) -> Match:
@@ -197,12 +228,24 @@ def _match(sft: Checkpoint, dpo: Checkpoint, pair: Pair) -> Match:
 
 def _map_rows(sft: Checkpoint, dpo: Checkpoint, pair: Pair, dpo_rows: int, sft_rows: int) -> Sequence[RowRun]:
     if pair.vocab == "by-token":
-        return row_map(
-            vocabulary(open_store(dpo.uri), dpo), vocabulary(open_store(sft.uri), sft), dpo_rows, sft_rows
-        )
+        dpo_vocab, sft_vocab = _vocabularies(dpo, sft)
+        return row_map(dpo_vocab, sft_vocab, dpo_rows, sft_rows)
     shared = min(dpo_rows, sft_rows)
     runs = [RowRun(0, 0, shared)]
     return runs if dpo_rows == shared else [*runs, RowRun(shared, None, dpo_rows - shared)]
+
+
+def _vocabularies(*checkpoints: Checkpoint) -> list[dict[str, int]]:
+    found: list[dict[str, int]] = []
+    problems: list[ExpoError] = []
+    for checkpoint in checkpoints:
+        try:
+            found.append(vocabulary(open_store(checkpoint.uri), checkpoint))
+        except CheckpointError as error:
+            problems.append(error)
+    if problems:
+        raise Problems(problems)
+    return found
 
 
 def _fingerprint(checkpoint: Checkpoint) -> list[list[str | int]]:
