@@ -6,15 +6,20 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from expo_ray.config import format_alpha
 from expo_ray.errors import AlreadyExists, ExpoError, NotFound, OutputError, some
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.receipt import read_receipt
 from expo_ray.storage import Store, open_store
+from expo_ray.storage.conditional import PROBE_PREFIX
 
 CLAIM = ".expo/claim.json"
 MANIFEST = "expo.json"
+CARD = "README.md"
+INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -38,14 +43,14 @@ def inspect_output(plan: PairPlan, alpha: float, *, overwrite: bool) -> OutputSt
     Raises:
         OutputError: if the folder is a parent's, or holds something that is not to be overwritten.
     """
-    uri = plan.outputs[alpha]
+    store = open_store(plan.outputs[alpha])
+    uri = store.uri
     for side, parent in (("sft", plan.sft.uri), ("dpo", plan.dpo.uri)):
         if _overlap(uri, parent):
             raise OutputError(
                 f"output {uri} and {side} {parent} lie in each other; choose another output folder"
             )
-    store = open_store(uri)
-    present = {info.key: info for info in store.list()}
+    present = {info.key: info for info in store.list() if not info.key.startswith(PROBE_PREFIX)}
     if not present:
         return OutputState()
     if CLAIM not in present:
@@ -54,11 +59,17 @@ def inspect_output(plan: PairPlan, alpha: float, *, overwrite: bool) -> OutputSt
         )
     holder = claimed_by(store)
     if overwrite:
+        foreign = sorted(present.keys() - _claimed_files(store, present))
+        if foreign:
+            raise OutputError(
+                f"output {uri} holds files that expo-ray did not write ({some(foreign, 3)}); move them elsewhere, or choose "
+                "another output folder"
+            )
         return OutputState(stale=True)
     if holder != plan.plan_id(alpha):
         raise OutputError(
-            f"output {uri} holds the model of another plan ({holder}; this one is {plan.plan_id(alpha)}): other parents, "
-            f"alpha or options; choose another output folder, or replace it with --overwrite"
+            f"output {uri} holds {'the' if MANIFEST in present else 'an unfinished'} model of another plan ({holder}; this one is "
+            f"{plan.plan_id(alpha)}): other parents, alpha or options; choose another output folder, or replace it with --overwrite"
         )
     done = (read_receipt(store, holder, shard.file, present) for shard in plan.shards)
     return OutputState(MANIFEST in present, frozenset(receipt.file for receipt in done if receipt))
@@ -71,31 +82,70 @@ def claim(plan: PairPlan, alpha: float) -> None:
         OutputError: if another plan was faster.
     """
     store = open_store(plan.outputs[alpha])
-    text = json.dumps({"plan": plan.plan_id(alpha)})
+    text = json.dumps({"plan": plan.plan_id(alpha), "files": _files_of(plan)}, indent=1)
     try:
         store.put_if_absent(CLAIM, text.encode())
-    except AlreadyExists as error:
+    except AlreadyExists:
+        check_claim(plan, alpha)
+
+
+def check_claim(plan: PairPlan, alpha: float) -> None:
+    """Make sure that the output folder is still this plan's.
+
+    Raises:
+        OutputError: if another plan holds it, or none.
+    """
+    store = open_store(plan.outputs[alpha])
+    holder = claimed_by(store)
+    if holder != plan.plan_id(alpha):
         raise OutputError(
-            f"output {store.uri} was claimed by another job (plan {claimed_by(store)}, this one is {plan.plan_id(alpha)}) "
-            f"for alpha {format_alpha(alpha)}; choose another output folder"
-        ) from error
+            f"output {store.uri} was claimed by another job (plan {holder}, this one is {plan.plan_id(alpha)}) for alpha "
+            f"{format_alpha(alpha)}; choose another output folder"
+        )
 
 
 def claimed_by(store: Store) -> str:
     """The id of the plan that holds the folder."""
-    try:
-        return str(json.loads(store.read(CLAIM))["plan"])
-    except (NotFound, ValueError, KeyError, TypeError) as error:
-        raise OutputError(
-            f"{store.uri}/{CLAIM} cannot be read ({error}); delete the folder and run again"
-        ) from error
+    return str(_read_claim(store)["plan"])
 
 
 def clear(store: Store) -> None:
-    """Delete a model that was claimed, the manifest first, so that at no moment a torn model looks whole."""
-    keys = [info.key for info in store.list()]
+    """Delete a model that was claimed, and nothing else.
+
+    The manifest goes first, so that at no moment a torn model looks whole, and the claim last, so that a second attempt
+    still knows what may be deleted.
+    """
+    keys = _claimed_files(store, [info.key for info in store.list()])
     for key in sorted(keys, key=lambda key: (key != MANIFEST, key == CLAIM, key)):
         store.delete(key)
+
+
+def _files_of(plan: PairPlan) -> list[str]:
+    """Every file of a model but those below `.expo/`."""
+    files = {shard.file for shard in plan.shards} | {*plan.side_files, CARD, MANIFEST}
+    if plan.scaled:
+        files.add(ADAPTER_CONFIG)
+    elif len(plan.shards) > 1:
+        files.add(INDEX)
+    return sorted(files)
+
+
+def _claimed_files(store: Store, present: Iterable[str]) -> set[str]:
+    """Those of `present` that the plan which holds the folder writes."""
+    named = _read_claim(store)["files"]
+    return {key for key in present if key in named or key.startswith(".expo/")}
+
+
+def _read_claim(store: Store) -> dict[str, Any]:
+    try:
+        data = json.loads(store.read(CLAIM))
+    except (NotFound, ValueError) as error:
+        raise OutputError(
+            f"{store.uri}/{CLAIM} cannot be read ({error}); delete the folder and run again"
+        ) from error
+    if not isinstance(data, dict) or not isinstance(data.get("files"), list) or "plan" not in data:
+        raise OutputError(f"{store.uri}/{CLAIM} is no claim of this format; delete the folder and run again")
+    return data
 
 
 def check_space(plans: Iterable[tuple[PairPlan, int]]) -> list[ExpoError]:
@@ -127,12 +177,9 @@ def check_space(plans: Iterable[tuple[PairPlan, int]]) -> list[ExpoError]:
 
 
 def local_folder(uri: str) -> str | None:
-    """The path of a local store's folder, None for any other store."""
-    return (
-        None
-        if "://" in uri and not uri.startswith("file://")
-        else os.path.realpath(uri.removeprefix("file://"))
-    )
+    """The path of a local store's folder, links resolved; None for any other store."""
+    folder = open_store(uri).uri
+    return None if "://" in folder else os.path.realpath(folder)
 
 
 def _existing(folder: str) -> str:

@@ -11,15 +11,15 @@ from typing import Any
 from expo_ray import __version__
 from expo_ray.checkpoint.adapter import scaled_adapter_config
 from expo_ray.checkpoint.tensors import Checkpoint
-from expo_ray.errors import ArithmeticFault, NotFound, OutputError, some
+from expo_ray.errors import AlreadyExists, ArithmeticFault, NotFound, OutputError, some
 from expo_ray.extrapolation.arithmetic import FORMULAS
 from expo_ray.extrapolation.findings import warnings_of
-from expo_ray.extrapolation.output import MANIFEST
+from expo_ray.extrapolation.output import ADAPTER_CONFIG, CARD, INDEX, MANIFEST, check_claim
 from expo_ray.extrapolation.plan import PairPlan
-from expo_ray.extrapolation.receipt import Receipt, read_receipt
+from expo_ray.extrapolation.receipt import Receipt, read_receipt, read_receipt_of_twin
 from expo_ray.extrapolation.statistics import TensorStatistics
 from expo_ray.report.model_card import model_card
-from expo_ray.storage import open_store
+from expo_ray.storage import Store, open_store
 
 FORMAT = 1
 _TORCH_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -47,14 +47,14 @@ def publish(plan: PairPlan, alpha: float) -> Published:
     """Complete the model at `alpha`, whose shards are all stored. A model that is already complete is left alone.
 
     Raises:
-        OutputError: if a shard is missing.
+        OutputError: if a shard is missing, or another plan has taken the folder.
         ArithmeticFault: if sft and dpo turn out to be the same weights.
     """
     store = open_store(plan.outputs[alpha])
-    try:
-        return published_from(json.loads(store.read(MANIFEST)), store.uri)
-    except NotFound:
-        pass
+    check_claim(plan, alpha)
+    complete = _published(store)
+    if complete:
+        return complete
     receipts = _receipts(plan, alpha)
     statistics = {name: one for receipt in receipts for name, one in receipt.statistics.items()}
     total = sum(statistics.values(), TensorStatistics())
@@ -64,14 +64,36 @@ def publish(plan: PairPlan, alpha: float) -> Published:
             "nothing to extrapolate; name the model from before and the model from after alignment"
         )
     manifest = _manifest(plan, alpha, receipts, statistics)
-    small = dict(_small_files(plan, alpha)) | {"README.md": model_card(manifest).encode()}
+    small = dict(_small_files(plan, alpha))
     for key, data in small.items():
         store.put(key, data)
+    small[CARD] = _put_first(store, CARD, model_card(manifest).encode())
     files = {
         key: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for key, data in small.items()
     }
-    store.put_if_absent(MANIFEST, _json(manifest | {"files": files}))
-    return published_from(manifest, store.uri)
+    return published_from(
+        json.loads(_put_first(store, MANIFEST, _json(manifest | {"files": files}))), store.uri
+    )
+
+
+def _published(store: Store) -> Published | None:
+    try:
+        return published_from(json.loads(store.read(MANIFEST)), store.uri)
+    except NotFound:
+        return None
+
+
+def _put_first(store: Store, key: str, data: bytes) -> bytes:
+    """What the folder then holds: `data`, or what a twin put there before.
+
+    Card and manifest of two runs of one plan differ where the runs name their parents differently. The first of each stays, so
+    that a manifest never speaks of a card that was overwritten.
+    """
+    try:
+        store.put_if_absent(key, data)
+    except AlreadyExists:
+        return store.read(key)
+    return data
 
 
 def published_from(manifest: Mapping[str, Any], uri: str) -> Published:
@@ -95,6 +117,8 @@ def _receipts(plan: PairPlan, alpha: float) -> list[Receipt]:
     found = {
         shard.file: read_receipt(store, plan.plan_id(alpha), shard.file, present) for shard in plan.shards
     }
+    for file, receipt in found.items():
+        found[file] = receipt or read_receipt_of_twin(store, plan.plan_id(alpha), file)
     missing = [file for file, receipt in found.items() if receipt is None]
     if missing:
         raise OutputError(
@@ -105,25 +129,20 @@ def _receipts(plan: PairPlan, alpha: float) -> list[Receipt]:
 
 def _small_files(plan: PairPlan, alpha: float) -> Iterator[tuple[str, bytes]]:
     """Everything beside the weights, byte for byte from dpo, but for the few values that must change."""
-    scaled = bool(plan.dpo.adapter) and plan.options.adapter == "scale"
-    sources: dict[str, Checkpoint] = {}
-    if plan.base is plan.sft:
-        sources |= dict.fromkeys(plan.sft.side_files, plan.sft)
-    sources |= dict.fromkeys(plan.dpo.side_files, plan.dpo)
-    sources.pop("adapter_config.json", None)
-    for key, checkpoint in sources.items():
+    for key, checkpoint in plan.side_files.items():
         data = _read_pinned(checkpoint, key)
         yield key, _with_dtype(data, plan) if key == "config.json" else data
-    if scaled:
-        yield "adapter_config.json", _json(scaled_adapter_config(plan.dpo.adapter, alpha))
+    if plan.scaled:
+        yield ADAPTER_CONFIG, _json(scaled_adapter_config(plan.dpo.adapter, alpha))
     elif len(plan.shards) > 1:
-        yield "model.safetensors.index.json", _json(_index(plan))
+        yield INDEX, _json(_index(plan))
 
 
 def _read_pinned(checkpoint: Checkpoint, key: str) -> bytes:
     info = checkpoint.files[key]
     data = bytearray(info.size)
-    open_store(checkpoint.uri).read_into(key, 0, memoryview(data), etag=info.etag)
+    if data:  # an empty range is no request that S3 understands
+        open_store(checkpoint.uri).read_into(key, 0, memoryview(data), etag=info.etag)
     return bytes(data)
 
 
@@ -167,9 +186,7 @@ def _manifest(
             "shard_size": options.shard_size,
         },
         "parents": {side: _parent(checkpoint) for side, checkpoint in (("sft", plan.sft), ("dpo", plan.dpo))},
-        "shards": [
-            {"file": one.file, "size": one.size, "sha256": one.sha256, "etag": one.etag} for one in receipts
-        ],
+        "shards": [{"file": one.file, "size": one.size, "sha256": one.sha256} for one in receipts],
         "warnings": list(warnings_of(plan, alpha, statistics)),
         "statistics": _described(sum(statistics.values(), TensorStatistics()))
         | {"tensors": {name: _described(one) for name, one in statistics.items()}},

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
-from expo_ray.errors import NotFound
+from expo_ray.errors import InputChanged, NotFound
 from expo_ray.extrapolation.statistics import TensorStatistics
 from expo_ray.storage import FileInfo, Store
+
+# More runs of one plan than will ever meet in one folder.
+_TWINS = 8
 
 
 @dataclass(frozen=True)
@@ -47,11 +51,50 @@ def read_receipt(store: Store, plan_id: str, file: str, present: Mapping[str, Fi
     """
     if receipt_key(plan_id, file) not in present or file not in present:
         return None
+    receipt, stored = _parse(store, receipt_key(plan_id, file)), present[file]
+    return receipt if receipt and (receipt.size, receipt.etag) == (stored.size, stored.etag) else None
+
+
+def read_receipt_of_twin(store: Store, plan_id: str, file: str) -> Receipt | None:
+    """The receipt of `file` if the stored bytes are those it speaks of, whenever they were written, else None.
+
+    Another run of the same plan may have written the shard again a moment ago and not yet its receipt. The bytes are the same,
+    so the whole file is read to make sure of it.
+    """
+    for _ in range(_TWINS):
+        receipt = _parse(store, receipt_key(plan_id, file))
+        try:
+            stored = store.stat(file)
+            if receipt is None or stored.size != receipt.size or sha256_of(store, stored) != receipt.sha256:
+                return None
+        except NotFound:
+            return None
+        except InputChanged:  # yet another twin
+            continue
+        return replace(receipt, etag=stored.etag)
+    return None
+
+
+def sha256_of(store: Store, info: FileInfo) -> str:
+    """Hex digest of a stored file.
+
+    Raises:
+        InputChanged: if it is no longer the one of `info`.
+    """
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(store.chunk_bytes))
+    for start in range(0, info.size, len(buffer)):
+        view = buffer[: min(len(buffer), info.size - start)]
+        store.read_into(info.key, start, view, etag=info.etag)
+        digest.update(view)
+    return digest.hexdigest()
+
+
+def _parse(store: Store, key: str) -> Receipt | None:
+    """A receipt that is not there, or damaged, counts as none: its shard is written again."""
     try:
-        data = json.loads(store.read(receipt_key(plan_id, file)))
-    except (NotFound, ValueError):
+        data = json.loads(store.read(key))
+        statistics = {name: TensorStatistics(**sums) for name, sums in data.pop("statistics").items()}
+        return Receipt(**data, statistics=statistics)
+    except (NotFound, ValueError, TypeError, KeyError, AttributeError):
         return None
-    statistics = {name: TensorStatistics(**sums) for name, sums in data.pop("statistics").items()}
-    receipt = Receipt(**data, statistics=statistics)
-    stored = present[file]
-    return receipt if (receipt.size, receipt.etag) == (stored.size, stored.etag) else None

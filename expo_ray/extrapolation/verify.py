@@ -19,6 +19,7 @@ from expo_ray.errors import CheckpointError, ExpoError, NotFound, Problems
 from expo_ray.extrapolation.low_rank import Float64, widen
 from expo_ray.extrapolation.output import MANIFEST
 from expo_ray.extrapolation.plan import PairPlan, plan_pair
+from expo_ray.extrapolation.receipt import sha256_of
 from expo_ray.extrapolation.stream import computed_chunks
 from expo_ray.storage import FileInfo, Store, open_store
 
@@ -83,15 +84,10 @@ def _verify_file(
         return CheckpointError(
             f"{store.uri}/{key}: has {info.size} bytes, the manifest says {wanted['size']}; publish the model again"
         )
-    digest = hashlib.sha256()
-    buffer = memoryview(bytearray(store.chunk_bytes))
-    for start in range(0, info.size, len(buffer)):
-        view = buffer[: min(len(buffer), info.size - start)]
-        store.read_into(key, start, view, etag=info.etag)
-        digest.update(view)
-    if digest.hexdigest() != wanted["sha256"]:
+    found = sha256_of(store, info)
+    if found != wanted["sha256"]:
         return CheckpointError(
-            f"{store.uri}/{key}: has sha256 {digest.hexdigest()}, the manifest says {wanted['sha256']}; publish the model again"
+            f"{store.uri}/{key}: has sha256 {found}, the manifest says {wanted['sha256']}; publish the model again"
         )
     return None
 

@@ -7,6 +7,9 @@ import uuid
 from expo_ray.errors import AlreadyExists, StorageError
 from expo_ray.storage.protocol import Store
 
+# One that is left over, or another job's, is no part of a model.
+PROBE_PREFIX = ".expo-probe-"
+
 
 def check_conditional_writes(store: Store) -> None:
     """Find out that `put_if_absent` refuses a key that is taken; two jobs with one output rely on it.
@@ -16,7 +19,7 @@ def check_conditional_writes(store: Store) -> None:
     Raises:
         StorageError: if the store accepted the second write, or cannot be written at all.
     """
-    key = f".expo-probe-{uuid.uuid4().hex}"
+    key = f"{PROBE_PREFIX}{uuid.uuid4().hex}"
     try:
         store.put_if_absent(key, b"first")
         store.put_if_absent(key, b"second")
