@@ -24,10 +24,11 @@ from expo_ray.config import (
 )
 from expo_ray.errors import ExpoError, Problems
 from expo_ray.extrapolation.describe import describe
+from expo_ray.extrapolation.fit import Fit, fit_alphas
 from expo_ray.extrapolation.in_threads import InThreads
 from expo_ray.extrapolation.job import JobPlan, Outcome, outputs_of, plan_job, run_job
-from expo_ray.extrapolation.progress import Progress
-from expo_ray.extrapolation.verify import Fit, fit_alphas, read_manifest, rederive, verify_files
+from expo_ray.extrapolation.progress import Progress, size_text
+from expo_ray.extrapolation.verify import read_manifest, rederive, verify_files
 from expo_ray.storage import join_uri, open_store
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
@@ -59,9 +60,8 @@ def guarded(command: Callable[[], int]) -> int:
 def report(outcome: Outcome) -> int:
     """Print what came of a job; the exit status of the process."""
     for model in sorted(outcome.published, key=lambda model: (model.pair, model.alpha)):
-        print(
-            f"{model.uri}: alpha {format_alpha(model.alpha)}, effective {model.effective_alpha:.3f}, {model.size / 1e9:.2f} GB"
-        )
+        effective = "" if model.effective_alpha is None else f" (effective {model.effective_alpha:.3f})"
+        print(f"{model.uri}: alpha {format_alpha(model.alpha)}{effective}, {size_text(model.size)}")
         for warning in model.warnings:
             print(f"  warning: {warning}")
     for name, error in outcome.failures.items():
@@ -112,26 +112,35 @@ def _verify(arguments: argparse.Namespace) -> int:
             f"{store.uri}: {len(manifest['shards'])} shard(s) and {len(manifest['files'])} file(s) are as published"
         )
     if arguments.sft:
-        _print_fits(list(fit_alphas(arguments.folder, arguments.sft, arguments.dpo)))
+        parents = arguments.sft, arguments.dpo
+        if not (manifest and manifest["arithmetic"].get("adapter")):
+            _print_fits(*fit_alphas(arguments.folder, *parents, allow_pickle=arguments.allow_pickle))
         if manifest:
-            problems += rederive(manifest, arguments.sft, arguments.dpo)
-            if not problems:
+            wrong = rederive(manifest, *parents, allow_pickle=arguments.allow_pickle)
+            problems += wrong
+            if not wrong:
                 print("computed again from both parents: the same bytes")
     for problem in problems:
         print(f"failed: {problem}", file=sys.stderr)
     return FAILED if problems else 0
 
 
-def _print_fits(fits: Sequence[Fit]) -> None:
+def _print_fits(fits: Sequence[Fit], skipped: Sequence[str]) -> None:
     width = max(len(fit.name) for fit in fits)
     print(f"{'tensor':{width}}  {'alpha':>8}  {'delta/weight':>12}  {'residual':>9}")
     for fit in fits:
         print(f"{fit.name:{width}}  {fit.alpha:8.4f}  {fit.relative_delta:12.2e}  {fit.residual:9.2e}")
-    moved = [fit.alpha for fit in fits if fit.relative_delta]
+    for text in skipped:
+        print(f"not compared: {text}")
+    moved = [fit for fit in fits if fit.delta_square]
     if moved:
+        best = sum(fit.alpha * fit.delta_square for fit in moved) / sum(fit.delta_square for fit in moved)
+        least, most = (choose(fit.alpha for fit in moved) for choose in (min, max))
         print(
-            f"alpha fits between {min(moved):.4f} and {max(moved):.4f} over {len(moved)} tensors with a delta"
+            f"alpha {best:.4f} fits best over the {len(moved)} tensors with a delta, {least:.4f} to {most:.4f} one by one"
         )
+    else:
+        print("sft and dpo do not differ in these tensors, so that any alpha fits")
 
 
 def _schema(arguments: argparse.Namespace) -> int:
@@ -143,8 +152,9 @@ def _options_of(arguments: argparse.Namespace) -> dict[str, Any]:
     given = {
         key: value for key, value in vars(arguments).items() if key in Pair.model_fields and value is not None
     }
-    multipliers = dict(text.rpartition("=")[::2] for text in arguments.multiplier)
-    return given | ({"multipliers": multipliers} if multipliers else {})
+    if "://" not in arguments.dpo:  # `.` and `..` have a name as well
+        given["name"] = Pair(sft="-", dpo=os.path.abspath(os.path.expanduser(arguments.dpo))).name
+    return given | ({"multipliers": dict(arguments.multiplier)} if arguments.multiplier else {})
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -155,28 +165,54 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"expo-ray {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_extrapolate(commands)
-    plan = commands.add_parser("plan", help="what a job would do, from headers alone; nothing is written")
-    plan.add_argument("job", metavar="JOB.yaml")
-    plan.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="shards under way at once")
-    plan.add_argument(
-        "--bandwidth", type=_size, default="500MB", help="bytes a second of one worker (%(default)s)"
-    )
-    plan.set_defaults(command=_plan)
-    verify = commands.add_parser("verify", help="check a model against its manifest and its parents")
-    verify.add_argument("folder", metavar="FOLDER", help="a model, made by this or any other tool")
-    verify.add_argument(
-        "--sft", metavar="URI", help="with --dpo: compute the weights again, print the alpha that fits"
-    )
-    verify.add_argument("--dpo", metavar="URI")
-    verify.set_defaults(command=_verify)
-    commands.add_parser("schema", help="print the JSON schema of the job file").set_defaults(command=_schema)
+    _add_plan(commands)
+    _add_verify(commands)
+    _add_command(commands, "schema", "print the JSON schema of the job file").set_defaults(command=_schema)
     return parser
 
 
-def _add_extrapolate(commands: Any) -> None:
-    parser = commands.add_parser(
-        "extrapolate", help="extrapolate one pair in this process, without a cluster"
+def _add_command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=f"{text[0].upper()}{text[1:]}."
     )
+    return parser
+
+
+def _add_plan(commands: Any) -> None:
+    parser = _add_command(
+        commands, "plan", "print what a job would do, from headers alone; nothing is written"
+    )
+    add = parser.add_argument
+    add("job", metavar="JOB.yaml", help="the job file")
+    add(
+        "--workers",
+        type=_count,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="shards under way at once. Default: %(default)s.",
+    )
+    add(
+        "--bandwidth",
+        type=_size,
+        default="500MB",
+        metavar="SIZE",
+        help="bytes a second of one worker. Default: %(default)s.",
+    )
+    parser.set_defaults(command=_plan)
+
+
+def _add_verify(commands: Any) -> None:
+    parser = _add_command(commands, "verify", "check a model against its manifest and its parents")
+    add = parser.add_argument
+    add("folder", metavar="FOLDER", help="a model, made by this or any other tool")
+    add("--sft", metavar="URI", help="with --dpo: compute the weights again, print the alpha that fits each")
+    add("--dpo", metavar="URI", help="see --sft")
+    add("--allow-pickle", action="store_true", help=_text(PairOptions, "allow_pickle"))
+    parser.set_defaults(command=_verify)
+
+
+def _add_extrapolate(commands: Any) -> None:
+    parser = _add_command(commands, "extrapolate", "extrapolate one pair in this process, without a cluster")
     add = parser.add_argument
     add("--sft", required=True, metavar="URI", help=_text(Pair, "sft"))
     add("--dpo", required=True, metavar="URI", help=_text(Pair, "dpo"))
@@ -186,7 +222,7 @@ def _add_extrapolate(commands: Any) -> None:
         action="append",
         dest="alphas",
         metavar="A",
-        help=_text(PairOptions, "alphas"),
+        help="step past dpo, a finite number of at least -1 (-1 gives sft, 0 gives dpo); repeat it for several models",
     )
     add(
         "--output",
@@ -202,7 +238,12 @@ def _add_extrapolate(commands: Any) -> None:
     ):
         add(f"--{name}", choices=choices, help=_text(PairOptions, name))
     add(
-        "--multiplier", action="append", default=[], metavar="REGEX=M", help=_text(PairOptions, "multipliers")
+        "--multiplier",
+        action="append",
+        type=_multiplier,
+        default=[],
+        metavar="REGEX=M",
+        help="multiply alpha by M in tensors whose name has REGEX; 0 freezes them at dpo; repeatable, the first found counts",
     )
     add("--shard-size", metavar="SIZE", help=_text(PairOptions, "shard_size"))
     add("--seed", metavar="N", help=_text(PairOptions, "seed"))
@@ -211,6 +252,19 @@ def _add_extrapolate(commands: Any) -> None:
     add("--overwrite", action="store_true", help="replace a model that expo-ray wrote there before")
     add("--dry-run", action="store_true", help="print the plan and stop; nothing is written")
     parser.set_defaults(command=_extrapolate)
+
+
+def _multiplier(text: str) -> tuple[str, str]:
+    pattern, equals, factor = text.rpartition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} has no factor; write it like 'embed_tokens|lm_head=0'")
+    return pattern, factor
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
 
 
 def _size(text: str) -> int:
@@ -225,11 +279,10 @@ def _text(model: type[PairOptions] | type[Job], field: str) -> str:
     info = model.model_fields[field]
     text = " ".join((info.description or "").split()).replace("%", "%%")
     default = info.get_default(call_default_factory=True) if not info.is_required() else None
-    return (
-        f"{text} Default: {default}."
-        if isinstance(default, str | int) and not isinstance(default, bool)
-        else text
-    )
+    if isinstance(default, bool) or not isinstance(default, str | int):
+        return text
+    shown = size_text(default) if isinstance(default, int) and default >= 1000 else default
+    return f"{text} Default: {shown}."
 
 
 if __name__ == "__main__":

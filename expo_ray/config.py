@@ -148,7 +148,7 @@ class Pair(PairOptions):
     def _name_after_dpo(cls, data: Any) -> Any:
         if isinstance(data, dict) and isinstance(data.get("dpo"), str) and data.get("name") is None:
             last = data["dpo"].rstrip("/").rpartition("/")[2].partition("@")[0]
-            return data | {"name": re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip(".-_")}
+            return data | {"name": re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip(".-_") or "pair"}
         return data
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from math import ceil
+
 from expo_ray.config import format_alpha
 from expo_ray.extrapolation.job import JobPlan
-from expo_ray.extrapolation.progress import clock
+from expo_ray.extrapolation.progress import clock, size_text
 
 
 def describe(job: JobPlan, *, workers: int, bandwidth: int) -> str:
@@ -28,9 +30,9 @@ def describe(job: JobPlan, *, workers: int, bandwidth: int) -> str:
                 str(sum(len(shard.tensors) for shard in plan.shards)),
                 str(len(plan.shards)),
                 " ".join(map(format_alpha, plan.outputs)),
-                _gb(read),
-                _gb(written),
-                _gb(plan.bytes_written * len(plan.outputs) - written),
+                size_text(read),
+                size_text(written),
+                size_text(plan.bytes_written * len(plan.outputs) - written),
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
@@ -39,12 +41,8 @@ def describe(job: JobPlan, *, workers: int, bandwidth: int) -> str:
     ]
     moved = read_in_all + job.bytes_to_write
     lines.append(
-        f"{len(job.pairs)} pair(s): {_gb(read_in_all)} to read, {_gb(job.bytes_to_write)} to write, about "
-        f"{clock(moved / (workers * bandwidth))} with {workers} worker(s) of {_gb(bandwidth)}/s"
+        f"{len(job.pairs)} pair(s): {size_text(read_in_all)} to read, {size_text(job.bytes_to_write)} to write, about "
+        f"{clock(ceil(moved / (workers * bandwidth)))} with {workers} worker(s) of {size_text(bandwidth)}/s"
     )
     lines += [f"note: {plan.name}: {note}" for plan in job.pairs for note in plan.notes]
     return "\n".join(lines)
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"

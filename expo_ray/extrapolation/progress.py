@@ -38,8 +38,8 @@ class Snapshot:
     def line(self) -> str:
         left = "" if self.seconds_left is None else f", {clock(self.seconds_left)} left"
         return (
-            f"{self.shards_done}/{self.shards} shards, {self.bytes_done / 1e9:.2f}/{self.bytes / 1e9:.2f} GB, "
-            f"{self.bytes_done / 1e9 / max(self.seconds, 1e-9):.2f} GB/s{left}"
+            f"{self.shards_done}/{self.shards} shards, {size_text(self.bytes_done)} of {size_text(self.bytes)}, "
+            f"{size_text(self.bytes_done / max(self.seconds, 1e-9))}/s{left}"
         )
 
 
@@ -134,6 +134,15 @@ class Progress:
             self._status.put("status.json", (json.dumps(data, indent=1) + "\n").encode())
         except ExpoError as error:  # a lost status line must not cost the job
             log.warning("status.json could not be written: %s", error)
+
+
+def size_text(size: float) -> str:
+    """`1.24 GB`: three digits, in the unit that suits."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 999.5:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
 
 
 def clock(seconds: float) -> str:

@@ -30,7 +30,7 @@ class Published:
     """A model that readers may trust.
 
     Attributes:
-        effective_alpha: the alpha that the written weights carry, over all tensors.
+        effective_alpha: the alpha that the written weights carry, over all tensors; None where none was computed.
         warnings: what a user should look at before using it.
     """
 
@@ -39,7 +39,7 @@ class Published:
     uri: str
     plan_id: str
     size: int
-    effective_alpha: float
+    effective_alpha: float | None
     warnings: tuple[str, ...]
 
 
@@ -99,7 +99,8 @@ def _put_first(store: Store, key: str, data: bytes) -> bytes:
 def published_from(manifest: Mapping[str, Any], uri: str) -> Published:
     """What a stored manifest says of its model."""
     size = sum(shard["size"] for shard in manifest["shards"])
-    effective = manifest["statistics"]["effective_alpha"]
+    statistics = manifest["statistics"]
+    effective = statistics["effective_alpha"] if statistics["elements"] else None
     return Published(
         manifest["pair"],
         manifest["alpha"],

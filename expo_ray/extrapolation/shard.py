@@ -46,6 +46,7 @@ def extrapolate_shard(
         ]
         totals: list[dict[str, TensorStatistics]] = [{} for _ in alphas]
         _append(outputs, [memoryview(shard.header)] * len(alphas), hashing)
+        on_bytes(len(shard.header) * len(alphas))
         for chunk in computed_chunks(plan, index, alphas, device):
             _append(outputs, chunk.outs, hashing)
             for total, one in zip(totals, chunk.statistics, strict=False):
