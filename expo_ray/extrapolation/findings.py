@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 
 from expo_ray.config import format_alpha
 from expo_ray.errors import some
-from expo_ray.extrapolation.match import multiplier_of
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.statistics import TensorStatistics
 
@@ -15,19 +14,24 @@ EFFECTIVE_ALPHA_TOLERANCE = 0.05
 # model moves its weights ten times as far, and extrapolating that is a known failure (paper, section 4.3).
 LARGEST_ALIGNMENT_DELTA = 3e-2
 
+_CAUSES = {
+    "nearest": "rounding to nearest loses small changes; use `rounding: stochastic` or `dtype: fp32`",
+    "reference": "rounding to bf16 at each step loses small changes; use `rounding: stochastic`, or `nearest` with `dtype: fp32`",
+    "stochastic": "stochastic rounding is exact in the mean only, and so few weights differ that its noise shows; use `dtype: fp32`",
+}
+
 
 def warnings_of(plan: PairPlan, alpha: float, statistics: Mapping[str, TensorStatistics]) -> Iterator[str]:
     """Warnings for the model of `plan` at `alpha`, given the statistics of its tensors."""
-    wanted = {
-        name: alpha * multiplier_of(name, plan.options) * one.delta_square for name, one in statistics.items()
-    }
+    multipliers = {tensor.name: tensor.multiplier for shard in plan.shards for tensor in shard.tensors}
+    wanted = {name: alpha * multipliers[name] * one.delta_square for name, one in statistics.items()}
     total = sum(statistics.values(), TensorStatistics())
     if _off(total.moved_delta, sum(wanted.values())):
         nominal = sum(wanted.values()) / total.delta_square
         off = [name for name, one in statistics.items() if _off(one.moved_delta, wanted[name])]
         yield (
-            f"the effective alpha is {total.effective_alpha:.3f} where {nominal:.3g} was asked for: rounding to nearest loses "
-            f"small changes, most in {some(off, 3)}; use `rounding: stochastic` or `dtype: fp32`"
+            f"the effective alpha is {total.effective_alpha:.3f} where {nominal:.3g} was asked for: {_CAUSES[plan.options.rounding]} "
+            f"(most in {some(off, 3)})"
         )
     if total.relative_delta > LARGEST_ALIGNMENT_DELTA:
         yield (

@@ -27,23 +27,26 @@ def model_card(manifest: Mapping[str, Any]) -> str:
         _table(("", "folder", "revision"), [(s, f"`{p['uri']}`", p["revision"] or "-") for s, p in parents.items()]),
         "## Arithmetic\n",
         f"{arithmetic['formula']}\n",
-        _table(("option", "value"), [(f"`{key}`", f"`{value}`") for key, value in arithmetic.items() if key != "formula"]),
+        _table(("option", "value"), [(f"`{k}`", f"`{v}`") for k, v in arithmetic.items() if k != "formula" and v not in (None, {})]),
         "## What changed\n",
         _changes(manifest["statistics"]),
         "## Files\n",
         _table(("file", "bytes", "sha256"), [(s["file"], f"{s['size']:,}", f"`{s['sha256']}`") for s in manifest["shards"]]),
         f"Plan `{manifest['plan']}`, written by expo-ray {manifest['expo_ray']}. `expo.json` holds the statistics of every "
-        "tensor and the digests of both parents; `expo-ray verify` checks this folder against it.\n",
+        "tensor, and size and ETag of every file of both parents; `expo-ray verify` checks this folder against it.\n",
     ]  # fmt: skip
     return "\n".join(sections)
 
 
 def _front_matter(manifest: Mapping[str, Any]) -> str:
-    named = (_HUB.match(manifest["parents"][side]["uri"]) for side in ("dpo", "sft"))
+    """The Hub's metadata; parents that are not on the Hub cannot be named there."""
+    adapter = manifest["arithmetic"]["adapter"]
+    sides = ("sft",) if adapter == "scale" else ("dpo", "sft")
+    named = (_HUB.match(manifest["parents"][side]["uri"]) for side in sides)
     base = [match[1] for match in named if match]
-    data: dict[str, Any] = {"library_name": "peft" if manifest["arithmetic"]["adapter"] == "scale" else "transformers"}
+    data: dict[str, Any] = {"library_name": "peft" if adapter == "scale" else "transformers"}
     if base:
-        data |= {"base_model": base, "base_model_relation": "merge"}
+        data |= {"base_model": base, "base_model_relation": "adapter" if adapter == "scale" else "merge"}
     data["tags"] = ["merge", "expo", "model-extrapolation", "expo-ray"]
     return f"---\n{yaml.safe_dump(data, sort_keys=False)}---\n"
 
@@ -54,9 +57,14 @@ def _changes(statistics: Mapping[str, Any]) -> str:
     tensors = sorted(
         statistics["tensors"].items(), key=lambda item: -(item[1]["rms_delta"] / (item[1]["rms_weight"] or 1))
     )
-    rows = [("**all**", *_row(statistics)), *((f"`{name}`", *_row(one)) for name, one in tensors[:_TENSORS_SHOWN])]
+    rows = [
+        ("**all**", *_row(statistics)),
+        *((f"`{name}`", *_row(one)) for name, one in tensors[:_TENSORS_SHOWN]),
+    ]
     head = ("tensor", "RMS weight", "RMS delta", "changed", "effective alpha")
-    return _table(head, rows) + (f"\nThe {len(rows) - 1} tensors with the largest relative delta are listed.\n")
+    return _table(head, rows) + (
+        f"\nThe {len(rows) - 1} tensors with the largest relative delta are listed.\n"
+    )
 
 
 def _row(one: Mapping[str, Any]) -> tuple[str, ...]:
