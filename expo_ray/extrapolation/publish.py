@@ -153,10 +153,20 @@ def _with_dtype(config: bytes, plan: PairPlan) -> bytes:
     if wanted == "keep":
         return config
     data = json.loads(config)
-    key = "dtype" if "dtype" in data else "torch_dtype"
-    if data.get(key) == _TORCH_DTYPES[wanted]:
-        return config
-    return _json(data | {key: _TORCH_DTYPES[wanted]})
+    declared = {"torch_dtype": ""} | data if "dtype" not in data else data
+    changed = _declaring(declared, _TORCH_DTYPES[wanted])
+    return config if changed == data else _json(changed)
+
+
+def _declaring(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The same configuration with `dtype` wherever one is declared, in those of towers as well."""
+    changed = dict(config)
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype") and value is not None:
+            changed[key] = dtype
+        elif key.endswith("_config") and isinstance(value, Mapping):
+            changed[key] = _declaring(value, dtype)
+    return changed
 
 
 def _index(plan: PairPlan) -> dict[str, Any]:
