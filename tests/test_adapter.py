@@ -28,13 +28,13 @@ def llama(**changes: Any) -> PreTrainedModel:
     config = {
         "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "vocab_size": 32,
     }  # fmt: skip
-    return LlamaForCausalLM(LlamaConfig(**config | changes)).double()  # type: ignore[no-untyped-call]
+    return LlamaForCausalLM(LlamaConfig(**config | changes)).double()
 
 
 def gpt2() -> PreTrainedModel:
     torch.manual_seed(0)
     config = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32)
-    return GPT2LMHeadModel(config).double()  # type: ignore[no-untyped-call]
+    return GPT2LMHeadModel(config).double()
 
 
 def save_adapter(base: PreTrainedModel, path: Path, **settings: Any) -> None:
@@ -134,6 +134,17 @@ def test_layers_of_conv1d_are_transposed_even_where_they_are_square(tmp_path: Pa
     assert all(layer.transposed for layer in layers)
     assert any(layer.b.shape[0] == layer.a.shape[1] for layer in layers)
     by_peft = merged_by_peft(gpt2(), tmp_path / "adapter")
+    for name, mine in merged_by_hand(tmp_path, 0.0).items():
+        torch.testing.assert_close(mine, by_peft[name], rtol=1e-12, atol=1e-12)
+
+
+def test_a_square_embedding_is_transposed(tmp_path: Path) -> None:
+    save_adapter(llama(vocab_size=16), tmp_path, target_modules=["embed_tokens", "q_proj"])
+    assert {layer.base_name: layer.transposed for layer in layers_of(tmp_path)} == {
+        "model.embed_tokens.weight": True,
+        **{f"model.layers.{i}.self_attn.q_proj.weight": False for i in range(3)},
+    }
+    by_peft = merged_by_peft(llama(vocab_size=16), tmp_path / "adapter")
     for name, mine in merged_by_hand(tmp_path, 0.0).items():
         torch.testing.assert_close(mine, by_peft[name], rtol=1e-12, atol=1e-12)
 

@@ -116,6 +116,7 @@ REFUSALS: list[tuple[bytes, str]] = [
     (file_of(one(dtype="F6_E2M3")), "F6_E2M3 is a quantised dtype"),
     (file_of(one(dtype="F6_E3M2")), "F6_E3M2 is a quantised dtype"),
     (file_of(one(shape=[-2])), "shape [-2] is not a list of whole numbers from 0"),
+    (file_of(b'{"w":{"dtype":"U8","shape":[-0],"data_offsets":[0,0]}}'), "shape [-0.0] is not a list of whole numbers"),
     (file_of(one(shape=[2.0])), "shape [2.0] is not a list of whole numbers"),
     (file_of(one(shape=[True, 2])), "shape [True, 2] is not a list of whole numbers"),
     (file_of(one(shape="2")), "shape 2 is not a list of whole numbers"),

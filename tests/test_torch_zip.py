@@ -105,6 +105,15 @@ def test_files_of_older_torch_without_stored_alignment() -> None:
     assert_ranges(state, bytes(data))
 
 
+def test_files_saved_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {"a": torch.arange(6.0).view(2, 3), "b": torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))}
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        data = saved(state)
+    assert b"cuda:0" in data
+    assert_ranges(state, data)
+
+
 def test_only_the_directory_and_the_pickle_are_read() -> None:
     state = {f"layer.{i}.weight": torch.zeros(4096, 16) for i in range(300)}
     data = saved(state)

@@ -80,9 +80,8 @@ def _no_constant(text: str) -> Any:
 
 
 def _parse_int(text: str) -> int | float:
-    return (
-        -0.0 if text == "-0" else int(text)
-    )  # RFC 8259 readers in other languages keep the sign, so it is no integer
+    # JSON readers with unsigned integers refuse a sign, even before 0.
+    return -0.0 if text == "-0" else int(text)
 
 
 def _kind(value: object) -> str:

@@ -14,7 +14,7 @@ _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{1,6})-of-(?P<total>\d{1,6})\.\w
 _OTHER_FORMATS = {
     ".gguf": "GGUF", ".ggml": "GGML", ".bin": "PyTorch pickle", ".pt": "PyTorch pickle", ".pth": "PyTorch pickle",
     ".ckpt": "PyTorch pickle", ".h5": "TensorFlow", ".msgpack": "Flax", ".onnx": "ONNX", ".npz": "NumPy",
-    ".nemo": "NeMo", ".safetensors": "safetensors",
+    ".nemo": "NeMo",
 }  # fmt: skip
 _SHOWN = 5
 
@@ -160,20 +160,24 @@ def _missing_shards(store: Store, shards: Sequence[re.Match[str]], suffix: str) 
 
 
 def _no_weights(store: Store, listing: Mapping[str, FileInfo]) -> CheckpointError:
+    nested = sorted(
+        {key.rpartition("/")[0] for key in listing if "/" in key and key.endswith(".safetensors")}
+    )
+    top = sorted(key for key in listing if "/" not in key)
     formats: dict[str, list[str]] = {}
-    for key in sorted(listing):
+    for key in top:
         for ending, kind in _OTHER_FORMATS.items():
             if key.endswith(ending):
-                formats.setdefault("in a subfolder" if "/" in key else kind, []).append(key)
-    if set(formats) == {"in a subfolder"}:
-        folder = formats["in a subfolder"][0].rpartition("/")[0]
+                formats.setdefault(kind, []).append(key)
+    if nested and not formats:
         return CheckpointError(
-            f"{store.uri}: no weights at its top level; is {store.uri}/{folder} the one you mean?"
+            f"{store.uri}: no weights at its top level; there are some in {some(nested)}: pass the one you mean, such as "
+            f"{store.uri}/{nested[0]}"
         )
     if formats:
         found = "; ".join(f"{kind}: {some(keys)}" for kind, keys in formats.items())
         remedy = "pass the original checkpoint in safetensors, or convert this one"
         return CheckpointError(f"{store.uri}: no safetensors, only other formats ({found}); {remedy}")
     return CheckpointError(
-        f"{store.uri}: no weights; there are {some(sorted(listing))}; pass the folder that holds the *.safetensors"
+        f"{store.uri}: no weights; there are {some(top) or 'only subfolders'}; pass the folder that holds the *.safetensors"
     )
