@@ -170,8 +170,13 @@ def _read_directory(file: RangedFile, where: str) -> _Directory:
 
 
 def _load(file: RangedFile, where: str) -> Any:
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    try:
+        import torch
+        from torch._subclasses.fake_tensor import FakeTensorMode
+    except ImportError as error:
+        raise CheckpointError(
+            f"{where}: reading it takes torch ({error}); pip install 'expo-ray[torch]', or {_CONVERT}"
+        ) from error
 
     file.seek(0)
     try:

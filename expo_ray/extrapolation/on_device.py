@@ -51,8 +51,10 @@ def _obstacle_to_cuda() -> str:
     driver = any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
     if not driver and shutil.which("nvidia-smi") is None:
         return "this machine has no NVIDIA driver (neither /dev/nvidia0 nor nvidia-smi)"
-    import torch
-
+    try:
+        import torch
+    except ImportError as error:
+        return f"torch cannot be imported ({error}; pip install 'expo-ray[torch]')"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a build without CUDA"
     return "" if torch.cuda.is_available() else "torch finds no usable GPU (see `nvidia-smi`)"
