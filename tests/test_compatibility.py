@@ -37,7 +37,9 @@ MODELS: dict[str, PretrainedConfig] = {
     "gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=96, n_positions=64),
     "gpt-neox": GPTNeoXConfig(**SIZES),
     "mixtral": MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
-    "qwen3-moe": Qwen3MoeConfig(**SIZES | {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 8}),
+    "qwen3-moe": Qwen3MoeConfig(
+        **SIZES | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+    ),
 }
 
 
