@@ -7,12 +7,15 @@ import logging
 import sys
 import threading
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Self
 
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from expo_ray.errors import ExpoError
 from expo_ray.storage import Store
@@ -59,6 +62,7 @@ class Progress:
         self._started = time.monotonic()
         self._shards = self._shards_done = self._bytes = self._bytes_done = 0
         self._bar: tqdm[None] | None = None
+        self._shown = ExitStack()
 
     def begin(self, shards: int, size: int) -> None:
         """Start the clock on `shards` shards of `size` bytes in all."""
@@ -66,7 +70,9 @@ class Progress:
             self._started = time.monotonic()
             self._shards, self._bytes = shards, size
             if size and not self._quiet and sys.stderr.isatty():
-                self._bar = tqdm(total=size, unit="B", unit_scale=True, desc="extrapolate", mininterval=0.2)
+                bar = tqdm(total=size, unit="B", unit_scale=True, desc="extrapolate", mininterval=0.2)
+                self._bar = self._shown.enter_context(bar)
+                self._shown.enter_context(logging_redirect_tqdm())
 
     def add(self, written: int) -> None:
         """Count bytes of output."""
@@ -95,16 +101,22 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop.set()
-        self._thread.join()
-        if self._bar is not None:
-            self._bar.close()
-        elif self._shards and not self._quiet:
+        if error is not None:
+            self.finish("failed" if isinstance(error, Exception) else "interrupted")
+        self._end()
+        self._shown.close()
+        if self._shards and self._bar is None and not self._quiet:
             log.info("%s", self.snapshot().line)
 
-    def finish(self, state: str, published: int, failures: list[str]) -> None:
-        """Write the last `status.json`."""
+    def finish(self, state: str, published: int | None = None, failures: Sequence[str] = ()) -> None:
+        """Write the last `status.json`, after which it stays as it is."""
+        self._end()
         self._write_status(state, published, failures)
+
+    def _end(self) -> None:
+        """Stop showing; a last `running` must not overtake the final state on its way to the store."""
+        self._stop.set()
+        self._thread.join()
 
     def _show(self) -> None:
         while not self._stop.wait(LINE_PERIOD_S):
@@ -113,9 +125,7 @@ class Progress:
                 log.info("%s", snapshot.line)
             self._write_status("running")
 
-    def _write_status(
-        self, state: str, published: int | None = None, failures: list[str] | None = None
-    ) -> None:
+    def _write_status(self, state: str, published: int | None = None, failures: Sequence[str] = ()) -> None:
         if self._status is None:
             return
         snapshot = self.snapshot(state)
@@ -129,7 +139,7 @@ class Progress:
             "updated": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         if published is not None:
-            data |= {"published": published, "failed": failures or []}
+            data |= {"published": published, "failed": list(failures)}
         try:
             self._status.put("status.json", (json.dumps(data, indent=1) + "\n").encode())
         except ExpoError as error:  # a lost status line must not cost the job

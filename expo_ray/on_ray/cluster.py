@@ -1,62 +1,109 @@
-"""The Ray cluster a job runs on: the one it finds itself in, or a local one."""
+"""The Ray cluster a job runs on: the one it finds itself in, or a private one on this machine."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import secrets
+import signal
+import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
 
 import ray
+from ray._private import ray_constants
+from ray._private.utils import get_num_cpus, read_ray_address
+
+from expo_ray.errors import JobError
 
 log = logging.getLogger("expo_ray")
 
 # Custom resource that bounds the shards under way on one node: what its network and disk can carry, not its cores.
 SHARD_IO = "shard_io"
 
-# Ray notices a node that vanished without a word after 7 minutes; with these, read by every process of the cluster at its
-# start, after about half a minute.
-KEEPALIVE = {
-    "RAY_grpc_client_keepalive_time_ms": "10000",
-    "RAY_grpc_client_keepalive_timeout_ms": "5000",
-    "RAY_grpc_keepalive_time_ms": "10000",
-    "RAY_grpc_keepalive_timeout_ms": "5000",
-    "RAY_health_check_period_ms": "2000",
-    "RAY_health_check_failure_threshold": "5",
-    "RAY_health_check_timeout_ms": "5000",
-}
+# Ray itself would ask an address where nobody answers for a quarter of an hour.
+CONNECT_TIMEOUT_S = 5.0
+# Only plans pass through it; weights never do.
+OBJECT_STORE_BYTES = 256 << 20
 
 
-@contextmanager
+@contextlib.contextmanager
 def cluster() -> Iterator[None]:
-    """Connect to the cluster named by RAY_ADDRESS or running on this machine, or start one here on loopback."""
-    for name, value in KEEPALIVE.items():
-        os.environ.setdefault(name, value)
+    """Connect to the cluster named by RAY_ADDRESS or begun on this machine with `ray start`, or start a private one.
+
+    Raises:
+        JobError: if RAY_ADDRESS names a cluster that cannot be reached.
+    """
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    with contextlib.ExitStack() as stack:
+        if address := _address():
+            stack.callback(ray.shutdown)
+            ray.init(logging_level=logging.WARNING)
+            log.info("connected to the Ray cluster at %s", address)
+        else:
+            _start(stack)
+        signal.signal(
+            signal.SIGTERM, on_sigterm
+        )  # ray.init put its own there, which ends without cleaning up
+        yield
+
+
+def _address() -> str | None:
+    """Where a cluster answers that was meant for this job, or None. Another program's private Ray is not."""
+    named = os.environ.get("RAY_ADDRESS", "")
+    if named == "local":
+        return None
+    if "://" in named:
+        raise JobError(
+            f"RAY_ADDRESS is {named}, from where jobs are submitted; run `ray job submit --working-dir . -- python "
+            "jobs/extrapolate.py JOB.yaml`, or unset RAY_ADDRESS to work on this machine"
+        )
+    if named not in {"", "auto"}:
+        if not _answers(named):
+            raise JobError(
+                f"RAY_ADDRESS is {named}, and nobody answers there; correct it, or unset it to work on this machine"
+            )
+        return named
+    found: str | None = read_ray_address()
+    if found and not _answers(found):
+        log.info("the Ray cluster at %s, begun here with `ray start`, is gone; starting a local one", found)
+        return None
+    return found
+
+
+def _answers(address: str) -> bool:
+    try:
+        place = urlsplit(f"//{address}")
+        socket.create_connection((place.hostname or "", place.port or 0), CONNECT_TIMEOUT_S).close()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _start(stack: contextlib.ExitStack) -> None:
+    """Start a Ray that nobody else can reach: on loopback alone, and with a token that only this user can read."""
     # Ray's socket paths must stay short, whatever TMPDIR is.
-    with tempfile.TemporaryDirectory(prefix="expo-ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        try:
-            ray.init(address="auto")
-            log.info("connected to the Ray cluster at %s", ray.get_runtime_context().gcs_address)
-        except ConnectionError:
-            if os.environ.get("RAY_ADDRESS"):
-                raise
-            _start(folder)
-        try:
-            yield
-        finally:
-            ray.shutdown()
-
-
-def _start(folder: str) -> None:
-    cpus = os.cpu_count() or 1
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # nobody but this machine can reach it
+    temporary = tempfile.TemporaryDirectory(prefix="expo-ray-", dir="/tmp", ignore_cleanup_errors=True)
+    folder = stack.enter_context(temporary)
+    if "RAY_AUTH_TOKEN_PATH" not in os.environ:  # else Ray leaves one in ~/.ray
+        os.environ["RAY_AUTH_TOKEN_PATH"] = f"{folder}/token"
+        stack.callback(os.environ.pop, "RAY_AUTH_TOKEN_PATH")
+        Path(folder, "token").write_text(secrets.token_hex(32))
+    # What Ray does on macOS. Otherwise it puts the network card's address in the place of 127.0.0.1 and opens every port to
+    # the network.
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    cpus = max(1, int(get_num_cpus(override_docker_cpu_warning=True)))
+    stack.callback(ray.shutdown)
     ray.init(
         address="local",
         num_cpus=cpus,
         resources={SHARD_IO: cpus},
+        object_store_memory=OBJECT_STORE_BYTES,
         include_dashboard=False,
-        log_to_driver=False,
+        logging_level=logging.ERROR,
         _node_ip_address="127.0.0.1",
         _temp_dir=folder,
     )

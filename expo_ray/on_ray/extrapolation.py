@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,7 +19,7 @@ from expo_ray.config import Device
 from expo_ray.errors import TransientStorageError
 from expo_ray.extrapolation.on_device import resolve_device
 from expo_ray.extrapolation.plan import PairPlan
-from expo_ray.extrapolation.progress import Progress
+from expo_ray.extrapolation.progress import Progress, size_text
 from expo_ray.extrapolation.publish import Published, publish
 from expo_ray.extrapolation.shard import extrapolate_shard
 from expo_ray.on_ray.cluster import SHARD_IO
@@ -32,11 +35,27 @@ _FEWEST_SLOTS = 32
 _CLEAN_UP_S = 30.0
 
 
-class OnRay:
-    """Runs shards on the connected Ray cluster; see `expo_ray.extrapolation.job.Executor`."""
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What the driver is told of one shard; its receipts are in storage."""
 
-    def __init__(self, progress: Progress, *, device: Device = "auto") -> None:
-        resources = ray.cluster_resources()
+    size: int
+    seconds: float
+    node: str
+
+
+ShardTask = Callable[[PairPlan, int, Sequence[float], str], Made]
+
+
+class OnRay:
+    """Runs shards on the connected Ray cluster; see `expo_ray.extrapolation.job.Executor`.
+
+    Args:
+        task: what writes one shard on a worker; another one to see what Ray and the driver cost by themselves.
+    """
+
+    def __init__(self, progress: Progress, *, device: Device = "auto", task: ShardTask | None = None) -> None:
+        resources = _resources()
         self._progress, self._device = progress, device
         self._plans: dict[str, ray.ObjectRef[Any]] = {}
         self._refs: dict[Future[Any], ray.ObjectRef[Any]] = {}
@@ -53,12 +72,16 @@ class OnRay:
             log.warning("no node has the resource %s; shards are bounded by CPUs alone", SHARD_IO)
         if device == "cuda" or (device == "auto" and resources.get("GPU")):
             options["num_gpus"] = GPU_PER_SHARD
-        self._extrapolate = ray.remote(**options)(_extrapolate)
+        self._extrapolate = ray.remote(**options)(task or _extrapolate)
         self.slots = max(_FEWEST_SLOTS, int(resources.get(SHARD_IO, resources.get("CPU", 1))))
 
     def extrapolate(self, plan: PairPlan, index: int, alphas: Sequence[float]) -> Future[Any]:
-        size = plan.shards[index].size * len(alphas)
-        return self._follow(self._extrapolate.remote(self._shared(plan), index, alphas, self._device), size)
+        def done(made: Made) -> None:
+            self._progress.add(made.size)
+            name = f"{plan.name} {plan.shards[index].file}"
+            log.info("%s: %s in %.1f s on %s", name, size_text(made.size), made.seconds, made.node)
+
+        return self._follow(self._extrapolate.remote(self._shared(plan), index, alphas, self._device), done)
 
     def publish(self, plan: PairPlan, alpha: float) -> Future[Published]:
         return self._follow(self._publish.remote(self._shared(plan), alpha))
@@ -76,19 +99,22 @@ class OnRay:
             self._plans[plan.name] = ray.put(plan)
         return self._plans[plan.name]
 
-    def _follow(self, ref: ray.ObjectRef[Any], size: int = 0) -> Future[Any]:
+    def _follow(
+        self, ref: ray.ObjectRef[Any], done: Callable[[Any], None] = lambda result: None
+    ) -> Future[Any]:
         """A future of `ref` that fails with the task's own error, not with Ray's wrapping of it."""
         ours: Future[Any] = Future()
         self._refs[ours] = ref
 
         def settle(theirs: Future[Any]) -> None:
             self._refs.pop(ours, None)
-            error = theirs.exception()
-            if error is None:
-                self._progress.add(size)
-                ours.set_result(theirs.result())
-            else:
+            try:
+                result = theirs.result()
+                done(result)
+            except BaseException as error:
                 ours.set_exception(error.cause if isinstance(error, RayTaskError) and error.cause else error)
+            else:
+                ours.set_result(result)
 
         ref.future().add_done_callback(settle)
         return ours
@@ -102,9 +128,19 @@ class OnRay:
         self.cancel()
 
 
-def _extrapolate(plan: PairPlan, index: int, alphas: Sequence[float], device: str) -> None:
-    """The task. Its receipts are in storage, so the driver need not hold them."""
+def _resources() -> dict[str, float]:
+    """What the cluster has, once it has a node to work on: an autoscaled one may begin without."""
+    resources: dict[str, float] = ray.cluster_resources()
+    if not resources.get("CPU"):
+        log.info("waiting for the cluster's first worker node")
+        ray.get(ray.remote(num_cpus=1)(os.getpid).remote())
+        resources = ray.cluster_resources()
+    return resources
+
+
+def _extrapolate(plan: PairPlan, index: int, alphas: Sequence[float], device: str) -> Made:
+    """The task."""
     started = time.monotonic()
     receipts = extrapolate_shard(plan, index, alphas, device=resolve_device(device))
-    size, seconds = sum(receipt.size for receipt in receipts), time.monotonic() - started
-    log.info("%s %s: %.2f GB in %.1f s", plan.name, plan.shards[index].file, size / 1e9, seconds)
+    size = sum(receipt.size for receipt in receipts)
+    return Made(size, time.monotonic() - started, socket.gethostname())
