@@ -94,10 +94,11 @@ class SeaweedFS:
 
     def client(self) -> Any:
         """A boto3 S3 client of this server, independent of the process's environment."""
-        import boto3
+        import botocore.session
         from botocore.config import Config
 
-        return boto3.client(
+        session = botocore.session.Session(session_vars={"profile": (None, None, None, None)})
+        return session.create_client(
             "s3",
             endpoint_url=self.endpoint,
             region_name="us-east-1",
@@ -151,7 +152,7 @@ class SeaweedFS:
             return
         process.send_signal(number)
         try:
-            process.wait(timeout=20)
+            process.wait(timeout=5)  # it waits for its clients to hang up
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import re
 import socket
+import ssl
 import struct
 import threading
 from dataclasses import dataclass, field
@@ -21,6 +22,9 @@ from urllib.parse import urlsplit
 
 class Action(StrEnum):
     SLOW_DOWN = auto()  # 503 without asking the server
+    CONFLICT = (
+        auto()
+    )  # 409 without asking the server, as AWS answers while another request to the key is under way
     RESET = auto()  # connection reset before the answer; the server is not asked
     RESET_BODY = auto()  # connection reset half way through the answer's body
     TRUNCATE = auto()  # connection closed in good order half way through the answer's body
@@ -76,6 +80,7 @@ class FaultProxy:
 
     Args:
         upstream: endpoint of the real server, `http://127.0.0.1:<port>`.
+        tls: speak https to the client.
 
     Attributes:
         endpoint: what the client is to be given.
@@ -83,7 +88,7 @@ class FaultProxy:
         requests: (method, path and query) of every request seen.
     """
 
-    def __init__(self, upstream: str) -> None:
+    def __init__(self, upstream: str, tls: ssl.SSLContext | None = None) -> None:
         self._upstream = urlsplit(upstream)
         self._faults: list[Fault] = []
         self.log: list[tuple[Action, str, str]] = []
@@ -94,7 +99,8 @@ class FaultProxy:
             target=self._loop.run_until_complete, args=(self._serve(),), daemon=True
         )
         self._listener = socket.create_server(("127.0.0.1", 0))
-        self.endpoint = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._tls = tls
+        self.endpoint = f"{'https' if tls else 'http'}://127.0.0.1:{self._listener.getsockname()[1]}"
 
     def inject(self, *faults: Fault) -> None:
         """Replace the faults in force; the log starts anew."""
@@ -114,7 +120,9 @@ class FaultProxy:
         self._loop.close()
 
     async def _serve(self) -> None:
-        server = await asyncio.start_server(self._connection, sock=self._listener, limit=1 << 20)
+        server = await asyncio.start_server(
+            self._connection, sock=self._listener, limit=1 << 20, ssl=self._tls
+        )
         await self._stopped.wait()
         server.close()
         running = asyncio.all_tasks() - {asyncio.current_task()}
@@ -131,8 +139,8 @@ class FaultProxy:
                     self._upstream.hostname, self._upstream.port, limit=1 << 20
                 )
                 await self._exchange(request, writer, *up)
-        except (asyncio.IncompleteReadError, ConnectionError, OSError):
-            pass
+        except (asyncio.IncompleteReadError, OSError, asyncio.CancelledError):
+            pass  # one side hung up, or the proxy ends
         finally:
             for open_end in (writer, up[1] if up else None):
                 if open_end is not None:
@@ -148,8 +156,8 @@ class FaultProxy:
         """One request and its answer; a ConnectionError ends the client's connection."""
         method, target, _ = request.first_line.split(" ", 2)
         action = self._pick(method, target)
-        if action is Action.SLOW_DOWN:
-            await _send(client, _SLOW_DOWN_HEAD if method == "HEAD" else _SLOW_DOWN)
+        if action in _CANNED:
+            await _send(client, _canned(action, method))
             return
         if action is Action.STALL:
             await asyncio.sleep(3600)
@@ -173,10 +181,19 @@ class FaultProxy:
         return None
 
 
-_SLOW_DOWN_HEAD = b"HTTP/1.1 503 Slow Down\r\ncontent-type: application/xml\r\ncontent-length: 74\r\n\r\n"
-_SLOW_DOWN = (
-    _SLOW_DOWN_HEAD + b"<Error><Code>SlowDown</Code><Message>reduce your rate, go on</Message></Error>"[:74]
-)
+_CANNED = {
+    Action.SLOW_DOWN: (
+        b"503 Slow Down",
+        b"<Error><Code>SlowDown</Code><Message>Reduce your rate.</Message></Error>",
+    ),
+    Action.CONFLICT: (b"409 Conflict", b"<Error><Code>ConditionalRequestConflict</Code></Error>"),
+}
+
+
+def _canned(action: Action, method: str) -> bytes:
+    status, body = _CANNED[action]
+    head = b"HTTP/1.1 %s\r\ncontent-type: application/xml\r\ncontent-length: %d\r\n\r\n" % (status, len(body))
+    return head if method == "HEAD" else head + body
 
 
 async def _read_message(reader: asyncio.StreamReader, *, answers: str) -> _Message:

@@ -32,8 +32,8 @@ def open_store(uri: str) -> Store:
     Raises:
         StorageError: for an unknown scheme, missing credentials, or a Hub repository that cannot be seen.
     """
-    scheme, _ = split_uri(uri)
-    return LocalStore(uri) if scheme == "file" else _open(scheme, uri.rstrip("/"))
+    scheme, rest = split_uri(uri)
+    return LocalStore(uri) if scheme == "file" else _open(scheme, f"{scheme}://{rest.rstrip('/')}")
 
 
 def forget_stores() -> None:

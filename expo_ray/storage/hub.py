@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
+from urllib.parse import urlsplit
 
 from expo_ray.errors import InputChanged, NotFound, StorageError, TransientStorageError
 from expo_ray.storage.hub_errors import translate
 from expo_ray.storage.local import fill
 from expo_ray.storage.protocol import FileInfo, Writer
-from expo_ray.storage.retry import read_agreed, retry_transient
+from expo_ray.storage.retry import copy_pieces, equal_pieces, read_agreed, retry_transient
 from expo_ray.storage.uri import check_key, redact
 
 if TYPE_CHECKING:
@@ -22,8 +21,9 @@ if TYPE_CHECKING:
 
 TIMEOUT_S = 10.0  # without a byte
 _COMMIT_LENGTH = 40
+_PARTIAL_CONTENT = 206
+_EXPIRED = {401, 403, 404, 410}  # what signed addresses answer after a while
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -69,7 +69,6 @@ class HubStore:
         self._named = f"hf://{self._repo}" + (f"@{parsed.revision}" if parsed.revision else "")
         self.revision = self._commit(parsed.revision)
         self.uri = f"hf://{self._repo}@{self.revision}/{self._folder}".rstrip("/")
-        self._lock = threading.Lock()
         self._locations: dict[str, str] = {}
 
     def __reduce__(self) -> tuple[type[HubStore], tuple[str]]:
@@ -99,10 +98,16 @@ class HubStore:
         if not view or self._read_cached(info, start, view):
             return
 
-        def fetch() -> bytes:
-            return self._ask(lambda: self._range(key, start, len(view)), uri)
+        def copy() -> None:
+            self._ask(lambda: copy_pieces(self._range(key, start, len(view)), view, uri), uri)
 
-        view[:] = fetch() if self._guarded else read_agreed(fetch, uri)
+        def agrees(_: None) -> bool:
+            return self._ask(lambda: equal_pieces(self._range(key, start, len(view)), view), uri)
+
+        if self._guarded:
+            copy()
+        else:
+            read_agreed(copy, agrees, uri)
 
     def put(self, key: str, data: bytes) -> FileInfo:
         self._refuse()
@@ -168,39 +173,34 @@ class HubStore:
         finally:
             os.close(fd)
 
-    def _range(self, key: str, start: int, size: int) -> bytes:
-        """Bytes of one file; from where the Hub last redirected to, so that a file costs one look-up and not one per range.
+    def _range(self, key: str, start: int, size: int) -> Iterator[bytes]:
+        """Bytes of one file, in pieces, from where the Hub last redirected to.
 
-        The Hub limits look-ups to a few thousand per five minutes, which a model of 70 B parameters has ranges.
+        So a file costs one look-up and not one per range: the Hub allows a few thousand per five minutes, and a model of 70 B
+        parameters has ten times as many ranges.
         """
         from huggingface_hub import get_session, hf_hub_url
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
-        path = self._folder + key
-        home = hf_hub_url(self._repo, path, revision=self.revision, endpoint=self._api.endpoint)
+        home = hf_hub_url(self._repo, self._folder + key, revision=self.revision, endpoint=self._api.endpoint)
         location = self._locations.get(key)
         headers = {"Range": f"bytes={start}-{start + size - 1}", "Accept-Encoding": "identity"}
         if location is None:  # the token is for the Hub, not for where it redirects to
             headers |= build_hf_headers()
-        response = get_session().get(
-            location or home, headers=headers, follow_redirects=True, timeout=TIMEOUT_S
-        )
-        if location is not None and response.status_code in {
-            401,
-            403,
-            404,
-            410,
-        }:  # a signed address that has expired
-            self._locations.pop(key, None)
-            raise TransientStorageError(f"{self.uri}/{key}: the address to download from has expired")
-        hf_raise_for_status(response)
-        if response.status_code != 206 or len(response.content) != size:
-            raise TransientStorageError(
-                f"{self.uri}/{key}: asked for {size} bytes, got {len(response.content)} with status {response.status_code}"
-            )
-        if response.url.host != get_session().build_request("GET", home).url.host:
-            self._locations[key] = str(response.url)
-        return response.content
+        with get_session().stream(
+            "GET", location or home, headers=headers, follow_redirects=True, timeout=TIMEOUT_S
+        ) as answer:
+            if location is not None and answer.status_code in _EXPIRED:
+                self._locations.pop(key, None)
+                raise TransientStorageError(f"{self.uri}/{key}: the address to download from has expired")
+            hf_raise_for_status(answer)
+            if answer.status_code != _PARTIAL_CONTENT:
+                raise StorageError(
+                    f"{self.uri}/{key}: answered {answer.status_code} to a request for a range; is HF_ENDPOINT a Hub?"
+                )
+            if answer.url.host != urlsplit(home).hostname:
+                self._locations[key] = str(answer.url)
+            yield from answer.iter_raw()
 
     def _ask(self, ask: Callable[[], T], uri: str) -> T:
         """`ask()`, transient failures asked again, huggingface_hub's errors turned into ours."""

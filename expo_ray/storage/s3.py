@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from types import TracebackType
-from typing import TYPE_CHECKING, Self, TypeVar
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
-from typing_extensions import Buffer
-
-from expo_ray.errors import AlreadyExists, InputChanged, NotFound, StorageError
+from expo_ray.errors import AlreadyExists, InputChanged, NotFound, StorageError, TransientStorageError
 from expo_ray.storage.protocol import FileInfo
-from expo_ray.storage.retry import read_agreed, retry_transient
+from expo_ray.storage.retry import copy_pieces, equal_pieces, read_agreed, retry_transient
 from expo_ray.storage.s3_connection import connect
 from expo_ray.storage.s3_errors import status_of, translate
+from expo_ray.storage.s3_writer import S3Writer
 from expo_ray.storage.uri import check_key, split_bucket
 
 if TYPE_CHECKING:
-    from obstore import Bytes, GetOptions, ObjectMeta
+    from obstore import ObjectMeta
 
-PART_BYTES = 8 << 20
-MAX_PARTS = 10_000
-PARTS_IN_FLIGHT = 4
+PIECE_BYTES = 256 << 10
+RANGE_NOT_SATISFIABLE = 416
 
 T = TypeVar("T")
 
@@ -77,18 +75,29 @@ class S3Store:
         )
 
     def read(self, key: str) -> bytes:
-        return bytes(self._get(key, {}))
+        import obstore
+
+        path = self._path(key)
+        uri = f"{self.uri}/{key}"
+
+        def ask() -> bytes:
+            return bytes(obstore.get(self._connection.reads, path).bytes())
+
+        return self._agreed(ask, lambda data: self._retry(ask, uri) == data, uri)
 
     def read_into(self, key: str, start: int, out: memoryview, *, etag: str) -> None:
+        path = self._path(key)
+        uri = f"{self.uri}/{key}"
         view = out.cast("B")
         if not view:
             return
-        data = self._get(key, {"range": (start, start + len(view)), "if_match": etag})
-        if len(data) < len(view):
-            raise StorageError(
-                f"{self.uri}/{key} ends at byte {start + len(data)}, before byte {start + len(view)}"
-            )
-        view[:] = memoryview(data)
+
+        fetch = partial(self._range, path, start, len(view), etag, uri)
+        self._agreed(
+            lambda: copy_pieces(fetch(), view, uri),
+            lambda _: self._retry(lambda: equal_pieces(fetch(), view), uri),
+            uri,
+        )
 
     def put(self, key: str, data: bytes) -> FileInfo:
         import obstore
@@ -107,20 +116,18 @@ class S3Store:
 
         path = self._path(key)
 
-        def ask() -> FileInfo | None:
+        def ask() -> FileInfo:
             try:
                 result = obstore.put(self._connection.puts, path, data, mode="create", use_multipart=False)
             except AlreadyExistsError:
-                return None
+                return self._taken(key, data)
             return FileInfo(key, len(data), result["e_tag"] or "")
 
-        written = self._retry(ask, f"{self.uri}/{key}")
-        if written is None and self.read(key) != data:
-            raise AlreadyExists(f"{self.uri}/{key} already holds something else")
-        return written or self.stat(key)
+        return self._retry(ask, f"{self.uri}/{key}")
 
     def writer(self, key: str, size: int) -> S3Writer:
-        return S3Writer(self, key, self._path(key), size)
+        path = self._path(key)
+        return S3Writer(self._connection, path, f"{self.uri}/{key}", size, lambda: self.stat(key))
 
     def delete(self, key: str) -> None:
         import obstore
@@ -129,27 +136,42 @@ class S3Store:
         with contextlib.suppress(NotFound):
             self._retry(lambda: obstore.delete(self._connection.puts, path), f"{self.uri}/{key}")
 
-    def _get(self, key: str, options: GetOptions) -> Bytes:
+    def _taken(self, key: str, data: bytes) -> FileInfo:
+        """The object that kept us from writing, if it holds the same bytes."""
+        uri = f"{self.uri}/{key}"
+        try:
+            held = self.read(key)
+        except NotFound as error:  # AWS answers 409 while another request to this key is under way
+            raise TransientStorageError(f"{uri}: another writer was at it, and left nothing") from error
+        if held != data:
+            raise AlreadyExists(f"{uri} already holds something else")
+        return self.stat(key)
+
+    def _range(self, path: str, start: int, size: int, etag: str, uri: str) -> Iterable[bytes]:
+        """A range as it arrives, in pieces: eight whole ranges in flight would take 30 MiB more, and no less time."""
         import obstore
         from obstore.exceptions import PreconditionError
 
-        path = self._path(key)
-        uri = f"{self.uri}/{key}"
+        try:
+            answer = obstore.get(
+                self._connection.reads, path, options={"range": (start, start + size), "if_match": etag}
+            )
+        except PreconditionError as error:
+            raise InputChanged(f"{uri} was replaced since it was planned; plan again") from error
+        except Exception as error:
+            if status_of(error) == RANGE_NOT_SATISFIABLE:
+                raise StorageError(f"{uri} ends before byte {start}") from error
+            raise
+        end = answer.range[1]
+        if end < start + size:
+            raise StorageError(f"{uri} ends at byte {end}, before byte {start + size}")
+        return answer.stream(min_chunk_size=PIECE_BYTES)
 
-        def ask() -> Bytes:
-            try:
-                return obstore.get(self._connection.reads, path, options=options).bytes()
-            except PreconditionError as error:
-                raise InputChanged(f"{uri} was replaced since it was planned; plan again") from error
-            except Exception as error:
-                if status_of(error) == 416:
-                    raise StorageError(f"{uri} ends before the range {options.get('range')}") from error
-                raise
-
-        def fetch() -> Bytes:
+    def _agreed(self, ask: Callable[[], T], agrees: Callable[[T], bool], uri: str) -> T:
+        def read() -> T:
             return self._retry(ask, uri)
 
-        return fetch() if self._guarded else read_agreed(fetch, uri)
+        return read() if self._guarded else read_agreed(read, agrees, uri)
 
     def _retry(self, ask: Callable[[], T], uri: str) -> T:
         """`ask()`, transient failures asked again, obstore's errors turned into ours."""
@@ -169,77 +191,3 @@ class S3Store:
 
     def _path(self, key: str) -> str:
         return self._folder + check_key(key, self.uri)
-
-
-class S3Writer:
-    """A multipart upload, `PARTS_IN_FLIGHT` parts at a time; one plain PUT if it fits into a part."""
-
-    def __init__(self, store: S3Store, key: str, path: str, size: int) -> None:
-        import obstore
-
-        self._store = store
-        self._key = key
-        self._uri = f"{store.uri}/{key}"
-        self._size = size
-        self._written = 0
-        self._open = True
-        self._before = self._find()
-        self._file = obstore.open_writer(
-            store._connection.parts,
-            path,
-            buffer_size=max(PART_BYTES, -(-size // MAX_PARTS)),
-            max_concurrency=PARTS_IN_FLIGHT,
-        )
-
-    def write(self, data: Buffer) -> None:
-        # A copy, for obstore reads the buffer later, while a part is sent.
-        piece = bytes(data)
-        if self._written + len(piece) > self._size:
-            raise StorageError(f"{self._uri}: more than the {self._size} bytes announced")
-        try:
-            self._file.write(piece)
-        except Exception as error:
-            raise translate(error, self._uri, self._store._connection) from error
-        self._written += len(piece)
-
-    def commit(self) -> FileInfo:
-        if self._written != self._size:
-            raise StorageError(f"{self._uri}: {self._written} bytes written, {self._size} announced")
-        self._open = False
-        try:
-            self._file.close()
-        except Exception as error:
-            return self._landed_nevertheless(translate(error, self._uri, self._store._connection))
-        found = self._store.stat(self._key)
-        if found.size != self._size:
-            raise StorageError(f"{self._uri} has {found.size} bytes after an upload of {self._size}")
-        return found
-
-    def abort(self) -> None:
-        if not self._open:
-            return
-        self._open = False
-        # obstore aborts the upload where a `with` block is left by an error, and only there.
-        with contextlib.suppress(Exception):
-            self._file.__exit__(RuntimeError, RuntimeError("aborted"), None)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.abort()
-
-    def _landed_nevertheless(self, error: StorageError) -> FileInfo:
-        """The object, if only the acknowledgement of the upload was lost; obstore asked again and was told `NoSuchUpload`."""
-        found = self._find()
-        if found is not None and found.size == self._size and found != self._before:
-            return found
-        raise error
-
-    def _find(self) -> FileInfo | None:
-        try:
-            return self._store.stat(self._key)
-        except NotFound:
-            return None

@@ -5,17 +5,19 @@ botocore decides credentials, region, endpoint and addressing style; obstore mov
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 from urllib.parse import urlsplit
 
 from expo_ray.errors import StorageError
 
 if TYPE_CHECKING:
     import boto3
+    from botocore.awsrequest import AWSPreparedRequest
     from obstore.store import ClientConfig
     from obstore.store import S3Store as Client
 
@@ -64,19 +66,19 @@ def connect(bucket: str) -> Connection:
     try:
         import boto3
         import obstore  # noqa: F401
-        from botocore.exceptions import BotoCoreError
+        from botocore.exceptions import BotoCoreError, ClientError
     except ImportError as error:
         raise StorageError(
             f"s3://{bucket}: {error.name} is not installed; pip install 'expo-ray[s3]'"
         ) from error
     try:
-        session = boto3.Session()
+        # Every AWS SDK but Python's reads AWS_REGION, and Kubernetes sets it.
+        session = boto3.Session(region_name=os.environ.get("AWS_REGION") or None)
         frozen = credentials.get_frozen_credentials() if (credentials := session.get_credentials()) else None
         if frozen is None or not frozen.access_key:
             raise StorageError(f"s3://{bucket}: no AWS credentials found; {SET_CREDENTIALS}")
-        address = _address(session, bucket)
-        return _connection(session, bucket, address)
-    except (BotoCoreError, ValueError) as error:
+        return _connection(session, bucket, _address(session, bucket))
+    except (BotoCoreError, ClientError, OSError, ValueError) as error:
         raise StorageError(
             f"s3://{bucket}: {error}; correct the AWS settings (environment, ~/.aws)"
         ) from error
@@ -92,17 +94,37 @@ class Address:
 
 
 def _address(session: boto3.Session, bucket: str) -> Address:
-    """Read off a URL that botocore signs, so that every setting, variable and default counts as it does in AWS's own tools."""
-    from botocore.config import Config
+    """Read off a request that botocore makes and we keep from being sent, so that every setting, variable and default counts.
 
-    client = session.client("s3", config=Config(signature_version="s3v4"))
+    (A presigned URL would tell less: botocore signs those for the global endpoint, whatever the region.)
+    """
     key = "expo-ray"
-    url = urlsplit(client.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": key}))
-    origin = f"{url.scheme}://{url.netloc}"
+    client = session.client("s3")
+    client.meta.events.register("before-send.s3", _keep)
+    try:
+        client.head_object(Bucket=bucket, Key=key)
+        raise AssertionError("botocore sent a request without announcing it")
+    except _Kept as kept:
+        url = urlsplit(kept.url)
     path_style = url.path.endswith(f"/{bucket}/{key}")
     base = url.path.removesuffix(f"/{bucket}/{key}" if path_style else f"/{key}")
     region = client.meta.region_name
-    return Address(origin + base, not path_style, "us-east-1" if region == "aws-global" else region)
+    return Address(
+        endpoint=f"{url.scheme}://{url.netloc}{base}",
+        virtual_hosted=not path_style,
+        region="us-east-1" if region == "aws-global" else region,
+    )
+
+
+class _Kept(Exception):
+    """A request that was ready to be sent."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+
+def _keep(request: AWSPreparedRequest, **_: object) -> NoReturn:
+    raise _Kept(request.url)
 
 
 def _connection(session: boto3.Session, bucket: str, address: Address) -> Connection:

@@ -7,14 +7,17 @@ import re
 from expo_ray.errors import NotFound, StorageError, TransientStorageError
 from expo_ray.storage.s3_connection import SET_CREDENTIALS, Connection
 
-# Answers after which the same request, or the same upload from its start, may succeed: overload, damage on the way that the server
-# noticed, and an upload that is gone.
+# Answers after which the same request, or the same upload from its start, may succeed: overload, an upload that is gone, and damage
+# on the way (our requests to complete an upload are well-formed and name the right parts when they leave).
 TRANSIENT_STATUS = {408, 429, 500, 502, 503, 504}
 TRANSIENT_CODES = {
     "BadDigest",
     "IncompleteBody",
     "InternalError",
     "InvalidDigest",
+    "InvalidPart",
+    "InvalidPartOrder",
+    "MalformedXML",
     "NoSuchUpload",
     "RequestTimeout",
     "ServiceUnavailable",
@@ -22,7 +25,7 @@ TRANSIENT_CODES = {
     "XAmzContentChecksumMismatch",
     "XAmzContentSHA256Mismatch",
 }
-_REGION_CODES = {"AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "PermanentRedirect"}
+_REGION_CODES = {"AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}
 _CREDENTIAL_CODES = {"ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch"}
 
 _STATUS = re.compile(r"status code: (\d{3})")
@@ -52,13 +55,13 @@ def _answered(status: int, text: str, uri: str, connection: Connection) -> Stora
     bucket = f"bucket {connection.bucket!r} at {connection.endpoint}"
     if status in TRANSIENT_STATUS or code in TRANSIENT_CODES:
         return TransientStorageError(f"{uri}: the store answered {said}")
-    if code in _REGION_CODES or status in {301, 307}:
+    if code in _REGION_CODES:
         return StorageError(f"{uri}: {bucket} is in another region; set AWS_REGION to it ({said})")
     if code == "NoSuchBucket":
         return NotFound(f"{uri}: there is no {bucket}; create it, or correct the URI or AWS_ENDPOINT_URL")
     if status == 404:
         return NotFound(f"{uri}: no such object in {bucket}")
-    if status in {401, 403}:
+    if status in {401, 403} or code in _CREDENTIAL_CODES:
         return _denied(uri, bucket, code, said)
     return StorageError(f"{uri}: the store answered {said}")
 
@@ -76,6 +79,8 @@ def _denied(uri: str, bucket: str, code: str, said: str) -> StorageError:
 
 def _unanswered(error: Exception, uri: str, connection: Connection) -> StorageError:
     text = str(error)
+    if "redirect without LOCATION" in text:
+        return StorageError(f"{uri}: bucket {connection.bucket!r} is in another region; set AWS_REGION to it")
     if "InvalidCertificate" in text:
         return StorageError(
             f"{uri}: the TLS certificate of {connection.endpoint} is not trusted; set AWS_CA_BUNDLE to the file of its authority"

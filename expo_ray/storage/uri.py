@@ -55,8 +55,8 @@ def join_uri(root: str, *parts: str) -> str:
 
 def split_bucket(rest: str) -> tuple[str, str]:
     """Bucket (or name) and folder of `bucket/folder`, without empty parts."""
-    name, *folder = [part for part in rest.split("/") if part] or [""]
-    return name, "/".join(folder)
+    name, _, folder = rest.partition("/")
+    return name, "/".join(filter(None, folder.split("/")))
 
 
 def check_key(key: str, uri: str) -> str:
