@@ -11,6 +11,7 @@ from typing import Any
 from expo_ray.config import format_alpha
 from expo_ray.errors import AlreadyExists, ExpoError, NotFound, OutputError, some
 from expo_ray.extrapolation.plan import PairPlan
+from expo_ray.extrapolation.progress import size_text
 from expo_ray.extrapolation.receipt import read_receipt
 from expo_ray.storage import Store, open_store
 from expo_ray.storage.conditional import PROBE_PREFIX
@@ -171,8 +172,10 @@ def check_space(plans: Iterable[tuple[PairPlan, int]]) -> list[ExpoError]:
         free = stat.f_bavail * stat.f_frsize
         if size > free:
             problems.append(
-                OutputError(f"{place}: {size / 1e9:.2f} GB are to be written, {free / 1e9:.2f} GB are free; free space or choose another output")
-            )  # fmt: skip
+                OutputError(
+                    f"{place}: {size_text(size)} are to be written, {size_text(free)} are free; free space or choose another output"
+                )
+            )
     return problems
 
 

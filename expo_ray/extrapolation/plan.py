@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -96,9 +97,7 @@ class PairPlan:
             "arithmetic_version": ARITHMETIC_VERSION,
             "alpha": alpha,
             "options": {key: value for key, value in options.items() if key not in ("alphas", "allow_pickle")}
-            | {
-                "multipliers": list(self.options.multipliers.items())
-            },  # in order: the first that is found counts
+            | {"multipliers": list(self.options.multipliers.items())},  # their order counts
             "sft": _fingerprint(self.sft),
             "dpo": _fingerprint(self.dpo),
         }
@@ -112,29 +111,22 @@ def plan_pair(pair: Pair, outputs: Mapping[float, str]) -> PairPlan:
         Problems: with everything that is wrong with the pair.
     """
     problems: list[ExpoError] = []
-    if pair.rounding == "reference" and pair.dtype not in ("keep", "bf16"):
-        problems.append(
-            PairError(f"rounding is reference, which writes bf16, and dtype is {pair.dtype}; drop one")
-        )
-    problems += _impossible_steps(pair)
     sft, dpo = (
         _read_parent(side, getattr(pair, side), pair.allow_pickle, problems) for side in ("sft", "dpo")
     )
-    if sft is None or dpo is None:
-        raise Problems([_named(pair.name, problem) for problem in problems])
-    if sft.adapter:
+    if sft and sft.adapter:
         problems.append(
             CheckpointError(
                 "sft is an adapter; merge it first (`merge_and_unload`, save) and pass the merged folder"
             )
         )
-    elif _fingerprint(sft) == _fingerprint(dpo):
+    if sft and dpo and _same_files(sft, dpo):
         problems.append(
             PairError(f"sft ({sft.uri}) and dpo ({dpo.uri}) are the same files; name two different models")
         )
-    match = _match(sft, dpo, pair) if not problems else Match()
-    problems += match.problems
-    if problems:
+    match = _match(sft, dpo, pair) if sft and dpo and not problems else Match()
+    problems += [*match.problems, *_impossible_options(pair)]
+    if sft is None or dpo is None or problems:
         raise Problems([_named(pair.name, problem) for problem in problems])
     if dpo.adapter and pair.adapter == "scale":  # readers of adapters know one file only
         shards = lay_out(match.tensors, sys.maxsize, "adapter_model")
@@ -183,9 +175,14 @@ def _read_parent(side: str, uri: str, allow_pickle: bool, problems: list[ExpoErr
     return checkpoint
 
 
-def _impossible_steps(pair: Pair) -> list[ExpoError]:
-    """Multipliers that carry an alpha out of its range."""
-    return [
+def _impossible_options(pair: Pair) -> list[ExpoError]:
+    """Options that exclude each other, and multipliers that carry an alpha out of its range."""
+    found: list[ExpoError] = []
+    if pair.rounding == "reference" and pair.dtype not in ("keep", "bf16"):
+        found.append(
+            PairError(f"rounding is reference, which writes bf16, and dtype is {pair.dtype}; drop one")
+        )
+    return found + [
         PairError(
             f"alpha {format_alpha(alpha)} times the multiplier {multiplier} of `{pattern}` is {alpha * multiplier}; it must be a "
             "finite number of at least -1"
@@ -250,6 +247,13 @@ def _vocabularies(*checkpoints: Checkpoint) -> list[dict[str, int]]:
 
 def _fingerprint(checkpoint: Checkpoint) -> list[list[str | int]]:
     return [[info.key, info.size, info.etag] for _, info in sorted(checkpoint.files.items())]
+
+
+def _same_files(sft: Checkpoint, dpo: Checkpoint) -> bool:
+    """Whether both are one folder, or the digests of a store say so; the times and sizes of local files prove nothing."""
+    if "://" in sft.uri or "://" in dpo.uri:
+        return _fingerprint(sft) == _fingerprint(dpo)
+    return os.path.samefile(sft.uri, dpo.uri)
 
 
 def _named(name: str, error: ExpoError) -> ExpoError:
