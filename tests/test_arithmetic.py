@@ -4,7 +4,10 @@ import math
 import platform
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from functools import cache
 from itertools import product
+from threading import Barrier
+from time import sleep
 from typing import Any, cast
 
 import numba
@@ -330,20 +333,41 @@ def test_the_gil_is_released() -> None:
     assert all(cast(Any, fused.kernel(compute)).targetoptions["nogil"] for compute in ("F32", "F64"))
 
 
+@pytest.mark.parametrize(
+    "error", [RuntimeError("cannot cache function: no locator available"), OSError(28, "full")]
+)
 def test_without_a_folder_for_the_cache_the_kernel_is_compiled_anyway(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     asked: list[bool] = []
 
     def njit(signature: object, *, nogil: bool, cache: bool = False) -> Any:
         asked.append(cache)
         if cache:
-            raise RuntimeError("cannot cache function: no locator available")
+            raise error
         return lambda function: function
 
     monkeypatch.setattr(fused, "njit", njit)
-    assert fused.kernel.__wrapped__("F32") is fused.extrapolate
+    assert fused._compile.__wrapped__("F32") is fused.extrapolate
     assert asked == [True, False]
+
+
+def test_threads_that_begin_together_compile_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    together = Barrier(4)
+
+    def compile_slowly(compute: str) -> Any:
+        asked.append(compute)
+        sleep(0.2)
+
+    def begin(_: int) -> None:
+        together.wait()
+        fused.kernel("F32")
+
+    monkeypatch.setattr(fused, "_compile", cache(compile_slowly))
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(begin, range(4)))
+    assert asked == ["F32"]
 
 
 def test_every_rounding_has_its_formula_in_one_sentence() -> None:

@@ -89,6 +89,14 @@ def test_the_ends_of_a_format(dtype: str) -> None:
     assert one.overflow == (rows[7] == top + 1).sum()
 
 
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+def test_what_is_below_the_reach_of_32_bits_is_never_rounded_up(dtype: str) -> None:
+    least = table(dtype)[0][1]
+    words = np.repeat([least * 2.0**-33, least * 2.0**-200], 2**22).view(np.uint64)
+    (out,), _ = run(Rule("F64", "F64", dtype, "stochastic"), words, words, [0.0], key=KEY)
+    assert not out.any()
+
+
 @pytest.mark.parametrize(
     ("out_dtype", "share"), [("BF16", 1 / 3), ("BF16", 0.9), ("F16", 1 / 3), ("F16", 0.01)]
 )

@@ -11,6 +11,7 @@ Everything compiled stays in this one file: numba's cache notices a change of th
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -341,7 +342,8 @@ def extrapolate(
         changed, odd = subtract(d, s, delta)
         shared[0] += changed
         shared[3] += inner_product(d, d, folded)
-        shared[4] += inner_product(delta, delta, folded)
+        if changed:  # frozen layers: sums of nothing but zeros would be taken twice
+            shared[4] += inner_product(delta, delta, folded)
         dpo_bytes = carray(pointer(dpo_at), (hi - lo, dpo_size), np.uint8)
         if odd:
             sft_bytes = carray(pointer(sft_at), (hi - lo, sft_size), np.uint8)
@@ -366,13 +368,22 @@ def extrapolate(
                 copy_bytes(dpo_bytes, twins[lo:hi], alphas[k] == 0 and rounding != REFERENCE, out_bytes)
             widen(out_at, out_kind, value[lo:hi])
             per_alpha[k, 0] += move(value, d, s)
-            per_alpha[k, 1] += inner_product(value, delta, folded)
+            if changed:
+                per_alpha[k, 1] += inner_product(value, delta, folded)
         done += hi - lo
 
 
-@functools.cache
+_compiling = threading.Lock()
+
+
 def kernel(compute: str) -> Callable[..., None]:
     """`extrapolate` for one compute type: compiled, or loaded from numba's cache."""
+    with _compiling:  # or each thread that meets the first chunks would compile it
+        return _compile(compute)
+
+
+@functools.cache
+def _compile(compute: str) -> Callable[..., None]:
     real = float32 if compute == "F32" else float64
     kinds = types.UniTuple(int64, 3)
     signature = types.void(
@@ -381,6 +392,6 @@ def kernel(compute: str) -> Callable[..., None]:
     decorated: Callable[..., None]
     try:
         decorated = njit(signature, nogil=True, cache=True)(extrapolate)
-    except RuntimeError:  # neither the package's folder nor the user's cache folder can be written
+    except (RuntimeError, OSError):  # no folder for the cache can be written, or its disk is full
         decorated = njit(signature, nogil=True)(extrapolate)
     return decorated
