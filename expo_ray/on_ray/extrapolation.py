@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import lru_cache
 from types import TracebackType
 from typing import Any, Self
 
@@ -72,7 +73,8 @@ class OnRay:
             log.warning("no node has the resource %s; shards are bounded by CPUs alone", SHARD_IO)
         if device == "cuda" or (device == "auto" and resources.get("GPU")):
             options["num_gpus"] = GPU_PER_SHARD
-        self._extrapolate = ray.remote(**options)(task or _extrapolate)
+        self._task = task or _extrapolate
+        self._run_shard = ray.remote(**options)(_run_shard)
         self.slots = max(_FEWEST_SLOTS, int(resources.get(SHARD_IO, resources.get("CPU", 1))))
 
     def extrapolate(self, plan: PairPlan, index: int, alphas: Sequence[float]) -> Future[Any]:
@@ -81,7 +83,8 @@ class OnRay:
             name = f"{plan.name} {plan.shards[index].file}"
             log.info("%s: %s in %.1f s on %s", name, size_text(made.size), made.seconds, made.node)
 
-        return self._follow(self._extrapolate.remote(self._shared(plan), index, alphas, self._device), done)
+        shared = [self._shared(plan)]  # in a list, it reaches the worker as a reference
+        return self._follow(self._run_shard.remote(self._task, shared, index, alphas, self._device), done)
 
     def publish(self, plan: PairPlan, alpha: float) -> Future[Published]:
         return self._follow(self._publish.remote(self._shared(plan), alpha))
@@ -138,8 +141,21 @@ def _resources() -> dict[str, float]:
     return resources
 
 
+def _run_shard(
+    task: ShardTask, shared: Sequence[ray.ObjectRef[Any]], index: int, alphas: Sequence[float], device: str
+) -> Made:
+    """The Ray task."""
+    return task(_plan(shared[0]), index, alphas, device)
+
+
+# Kept by the worker for the pair's other shards: reading the plan of 800 tensors takes longer than all else Ray does for a task.
+@lru_cache(maxsize=2)
+def _plan(shared: ray.ObjectRef[Any]) -> PairPlan:
+    plan: PairPlan = ray.get(shared)
+    return plan
+
+
 def _extrapolate(plan: PairPlan, index: int, alphas: Sequence[float], device: str) -> Made:
-    """The task."""
     started = time.monotonic()
     receipts = extrapolate_shard(plan, index, alphas, device=resolve_device(device))
     size = sum(receipt.size for receipt in receipts)
