@@ -65,11 +65,11 @@ def test_an_untouched_model_is_as_published(published: Path, capsys: Print) -> N
 @pytest.mark.parametrize(
     ("harm", "file", "expected"),
     [
-        (flip, "SHARD", "has sha256 .*, the manifest says .*; publish the model again"),
+        (flip, "SHARD", "has sha256 .*, the manifest says .*; run its job again with --overwrite"),
         (lambda file: flip(file, 20), "SHARD", "has sha256 .*, the manifest says"),
         (flip, "config.json", "has sha256 .*, the manifest says"),
-        (cut, "SHARD", r"has \d+ bytes, the manifest says \d+; publish the model again"),
-        (Path.unlink, "SHARD", "is missing; publish the model again"),
+        (cut, "SHARD", r"has \d+ bytes, the manifest says \d+; run its job again"),
+        (Path.unlink, "SHARD", "is missing; run its job again"),
         (Path.unlink, "model.safetensors.index.json", "is missing"),
         (foreign, "model-00005-of-00005.safetensors", "is not part of the model; delete it"),
         (foreign, "pytorch_model.bin", "is not part of the model; delete it"),
@@ -285,7 +285,7 @@ def test_what_cannot_be_verified_is_told(tmp_path: Path, capsys: Print) -> None:
     (out / "expo.json").write_text("{")
     assert "expo.json is not JSON" in said(out)
     (out / "expo.json").write_text("[]")
-    assert "is not a manifest of this format; publish the model again" in said(out)
+    assert "is not a manifest of this format; run its job again with --overwrite" in said(out)
     (out / "expo.json").unlink()
     assert f"{out}: the model is unfinished; its job is still running, or was stopped" in said(out)
     small = write_model(tmp_path / "small", {"x": torch.zeros(1)})

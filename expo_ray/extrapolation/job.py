@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from expo_ray.config import Job, Pair, format_alpha
 from expo_ray.errors import ExpoError, JobError, Problems, some
-from expo_ray.extrapolation.output import OutputState, check_space, claim, clear, inspect_output
+from expo_ray.extrapolation.output import MANIFEST, OutputState, check_space, claim, clear, inspect_output
 from expo_ray.extrapolation.plan import PairPlan, plan_pair
 from expo_ray.extrapolation.progress import Progress
 from expo_ray.extrapolation.publish import Published
@@ -170,6 +170,8 @@ def _reserve(job: JobPlan) -> None:
             checked.add(place)
         if job.states[plan.name, alpha].stale:
             clear(store)
+        if job.states[plan.name, alpha].damaged:
+            store.delete(MANIFEST)
         claim(plan, alpha)
 
 

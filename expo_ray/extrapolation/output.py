@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from expo_ray.errors import AlreadyExists, ExpoError, NotFound, OutputError, som
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.progress import size_text
 from expo_ray.extrapolation.receipt import read_receipt
-from expo_ray.storage import Store, open_store
+from expo_ray.storage import FileInfo, Store, open_store
 from expo_ray.storage.conditional import PROBE_PREFIX
 
 CLAIM = ".expo/claim.json"
@@ -30,12 +30,14 @@ class OutputState:
     Attributes:
         published: the whole model is there, of this very plan.
         done: files of the shards that need not be written again.
-        stale: the folder holds another plan's model, which was asked to be overwritten.
+        stale: the folder holds a model that was asked to be overwritten.
+        damaged: the manifest speaks of files that are gone or cut.
     """
 
     published: bool = False
     done: frozenset[str] = frozenset()
     stale: bool = False
+    damaged: bool = False
 
 
 def inspect_output(plan: PairPlan, alpha: float, *, overwrite: bool) -> OutputState:
@@ -73,7 +75,12 @@ def inspect_output(plan: PairPlan, alpha: float, *, overwrite: bool) -> OutputSt
             f"{plan.plan_id(alpha)}): other parents, alpha or options; choose another output folder, or replace it with --overwrite"
         )
     done = (read_receipt(store, holder, shard.file, present) for shard in plan.shards)
-    return OutputState(MANIFEST in present, frozenset(receipt.file for receipt in done if receipt))
+    whole = _is_whole(plan, present)
+    return OutputState(
+        published=MANIFEST in present and whole,
+        done=frozenset(receipt.file for receipt in done if receipt),
+        damaged=MANIFEST in present and not whole,
+    )
 
 
 def claim(plan: PairPlan, alpha: float) -> None:
@@ -119,6 +126,13 @@ def clear(store: Store) -> None:
     keys = _claimed_files(store, [info.key for info in store.list()])
     for key in sorted(keys, key=lambda key: (key != MANIFEST, key == CLAIM, key)):
         store.delete(key)
+
+
+def _is_whole(plan: PairPlan, present: Mapping[str, FileInfo]) -> bool:
+    sizes = {shard.file: shard.size for shard in plan.shards}
+    return present.keys() >= set(_files_of(plan)) and all(
+        present[file].size == size for file, size in sizes.items()
+    )
 
 
 def _files_of(plan: PairPlan) -> list[str]:

@@ -81,6 +81,10 @@ def _published(store: Store) -> Published | None:
         return published_from(json.loads(store.read(MANIFEST)), store.uri)
     except NotFound:
         return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise OutputError(
+            f"{store.uri}/{MANIFEST} cannot be read ({error!r}); replace the model with --overwrite"
+        ) from error
 
 
 def _put_first(store: Store, key: str, data: bytes) -> bytes:

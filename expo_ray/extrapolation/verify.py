@@ -42,11 +42,11 @@ def read_manifest(store: Store) -> dict[str, Any] | None:
         return None
     except ValueError as error:
         raise CheckpointError(
-            f"{store.uri}/{MANIFEST} is not JSON ({error}); publish the model again"
+            f"{store.uri}/{MANIFEST} is not JSON ({error}); run its job again with --overwrite"
         ) from error
     if not isinstance(manifest, dict) or not manifest.keys() >= _KEYS:
         raise CheckpointError(
-            f"{store.uri}/{MANIFEST} is not a manifest of this format; publish the model again"
+            f"{store.uri}/{MANIFEST} is not a manifest of this format; run its job again with --overwrite"
         )
     return manifest
 
@@ -70,15 +70,15 @@ def _verify_file(
     store: Store, info: FileInfo | None, key: str, wanted: Mapping[str, Any]
 ) -> ExpoError | None:
     if info is None:
-        return CheckpointError(f"{store.uri}/{key}: is missing; publish the model again")
+        return CheckpointError(f"{store.uri}/{key}: is missing; run its job again")
     if info.size != wanted["size"]:
         return CheckpointError(
-            f"{store.uri}/{key}: has {info.size} bytes, the manifest says {wanted['size']}; publish the model again"
+            f"{store.uri}/{key}: has {info.size} bytes, the manifest says {wanted['size']}; run its job again"
         )
     found = sha256_of(store, info)
     if found != wanted["sha256"]:
         return CheckpointError(
-            f"{store.uri}/{key}: has sha256 {found}, the manifest says {wanted['sha256']}; publish the model again"
+            f"{store.uri}/{key}: has sha256 {found}, the manifest says {wanted['sha256']}; run its job again with --overwrite"
         )
     return None
 

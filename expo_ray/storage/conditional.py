@@ -8,7 +8,7 @@ from expo_ray.errors import AlreadyExists, StorageError
 from expo_ray.storage.protocol import Store
 
 # One that is left over, or another job's, is no part of a model.
-PROBE_PREFIX = ".expo-probe-"
+PROBE_PREFIX = ".expo/probe-"
 
 
 def check_conditional_writes(store: Store) -> None:
