@@ -25,6 +25,7 @@ class Action(StrEnum):
     CONFLICT = (
         auto()
     )  # 409 without asking the server, as AWS answers while another request to the key is under way
+    NO_SUCH_UPLOAD = auto()  # 404 without asking the server
     RESET = auto()  # connection reset before the answer; the server is not asked
     RESET_BODY = auto()  # connection reset half way through the answer's body
     TRUNCATE = auto()  # connection closed in good order half way through the answer's body
@@ -186,6 +187,7 @@ _CANNED = {
         b"503 Slow Down",
         b"<Error><Code>SlowDown</Code><Message>Reduce your rate.</Message></Error>",
     ),
+    Action.NO_SUCH_UPLOAD: (b"404 Not Found", b"<Error><Code>NoSuchUpload</Code></Error>"),
     Action.CONFLICT: (b"409 Conflict", b"<Error><Code>ConditionalRequestConflict</Code></Error>"),
 }
 

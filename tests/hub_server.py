@@ -54,12 +54,14 @@ class HubServer:
 
     Attributes:
         faults: what to do to the next requests for file contents: an HTTP status, `truncate`, `flip` or `stall`.
+        api_faults: the same for requests about a model: an HTTP status or `stall`.
         expire_after: how many requests a redirected address serves before it answers 403.
         seen: every request.
     """
 
     repositories: dict[str, Repository] = field(default_factory=dict)
     faults: list[int | str] = field(default_factory=list)
+    api_faults: list[int | str] = field(default_factory=list)
     expire_after: int = 1_000_000
     seen: list[Seen] = field(default_factory=list)
 
@@ -101,14 +103,20 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             hub.seen.append(Seen(self.command, path, self.headers.get("range", ""), authorized))
             if match := re.fullmatch(r"/cdn/([\w/-]+)/(\w{40})/(\d+)/(.*)", path):
                 self._content(match[1], match[2], match[3], match[4])
-            elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/(.*))?", path):
-                self._api(match[1], match[2] or "revision", match[3] or "main", authorized)
+            elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.*))?", path):
+                self._api(match[1], match[2] or "main", authorized)
             elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/(\w{40})/(.*)", path):
                 self._resolve(match[1], match[2], match[3], authorized)
             else:
                 self._answer(404, {})
 
-        def _api(self, name: str, what: str, revision: str, authorized: bool) -> None:
+        def _api(self, name: str, revision: str, authorized: bool) -> None:
+            fault = hub.api_faults.pop(0) if hub.api_faults else None
+            if fault == "stall":
+                time.sleep(3)
+            if isinstance(fault, int):
+                self._answer(fault, {})
+                return
             repository = hub.repositories.get(name)
             if repository is None or (repository.private and not authorized):
                 self._answer(401, {"X-Error-Code": "RepoNotFound"})
@@ -116,10 +124,9 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             commit = repository.branches.get(revision, revision)
             if commit not in repository.files:
                 self._answer(404, {"X-Error-Code": "RevisionNotFound"})
-            elif what == "revision":
-                self._json({"id": name, "modelId": name, "sha": commit, "siblings": [], "tags": []})
-            else:
-                self._json([_entry(path, data) for path, data in repository.files[commit].items()])
+                return
+            files = [_entry(path, data) for path, data in repository.files[commit].items()]
+            self._json({"id": name, "modelId": name, "sha": commit, "siblings": files, "tags": []})
 
         def _resolve(self, name: str, commit: str, path: str, authorized: bool) -> None:
             repository = hub.repositories[name]
@@ -199,9 +206,9 @@ def _blob_id(data: bytes) -> str:
 
 
 def _entry(path: str, data: bytes) -> dict[str, object]:
-    entry: dict[str, object] = {"type": "file", "path": path, "size": len(data), "oid": _blob_id(data)}
+    entry: dict[str, object] = {"rfilename": path, "size": len(data), "blobId": _blob_id(data)}
     if len(data) >= LARGE_BYTES:
-        entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
+        entry["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
     return entry
 
 

@@ -6,10 +6,11 @@ import os
 import pickle
 import random
 import resource
+import stat
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -419,6 +420,25 @@ def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(StorageError, match="Is a directory; it is a folder"):
         open_store(str(tmp_path)).put("folder", b"x")
+
+
+def test_a_file_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    did: list[str] = []
+
+    def noting(name: str, do: Callable[..., None]) -> None:
+        def noted(target: int | Path, *more: Path) -> None:
+            folder = isinstance(target, int) and stat.S_ISDIR(os.fstat(target).st_mode)
+            did.append(f"{name} folder" if folder else name)
+            do(target, *more)
+
+        monkeypatch.setattr(os, name, noted)
+
+    for name in ("fsync", "replace", "link"):
+        noting(name, getattr(os, name))
+    store = open_store(str(tmp_path))
+    store.put("a", b"a")
+    store.put_if_absent("b", b"b")
+    assert did == ["fsync", "replace", "fsync folder", "fsync", "link", "fsync folder"]
 
 
 def test_temp_files_are_not_listed_and_links_are_followed(tmp_path: Path) -> None:

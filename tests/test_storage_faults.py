@@ -191,7 +191,7 @@ REQUESTS = {
 }
 
 
-@pytest.mark.parametrize("harm", itertools.product(REQUESTS, [*LOST, Action.FLIP_WRITE]), ids="-".join)
+@pytest.mark.parametrize("harm", [*itertools.product(REQUESTS, [*LOST, Action.FLIP_WRITE])], ids="-".join)
 def test_an_upload_survives_or_leaves_nothing(
     store: Store,
     sane: Store,
@@ -227,6 +227,25 @@ def test_an_upload_that_never_succeeds_is_given_up(
     with pytest.raises(TransientStorageError, match=f"{store.uri}/model"):
         _write(store, "model", BIG)
     assert pending_uploads(store.uri) == []
+    assert sane.list() == [before]
+
+
+def test_an_upload_completed_unheard_is_found(store: Store, sane: Store, proxy: FaultProxy) -> None:
+    # Asked to complete an upload for the second time, some stores know it no longer.
+    complete = REQUESTS["complete"]
+    proxy.inject(Fault(Action.LOSE_ACK, *complete), Fault(Action.NO_SUCH_UPLOAD, *complete, times=ALWAYS))
+    assert _write(store, "model", BIG) == sane.stat("model")
+    assert {entry[0] for entry in proxy.log} == {Action.LOSE_ACK, Action.NO_SUCH_UPLOAD}
+    assert sane.read("model") == BIG
+
+
+def test_an_upload_that_vanished_is_not_taken_for_what_was_there(
+    store: Store, sane: Store, proxy: FaultProxy
+) -> None:
+    before = sane.put("model", bytes(len(BIG)))
+    proxy.inject(Fault(Action.NO_SUCH_UPLOAD, *REQUESTS["complete"], times=ALWAYS))
+    with pytest.raises(TransientStorageError, match="NoSuchUpload"):
+        _write(store, "model", BIG)
     assert sane.list() == [before]
 
 

@@ -26,6 +26,7 @@ def server(hub_server: HubServer, monkeypatch: pytest.MonkeyPatch) -> HubServer:
     )
     monkeypatch.setattr(retry, "FIRST_DELAY_S", 0.01)
     monkeypatch.setattr(hub, "TIMEOUT_S", 1.0)
+    monkeypatch.setattr(hub, "LOOKUP_TIMEOUT_S", 1.0)
     return hub_server
 
 
@@ -86,7 +87,8 @@ def test_etags_are_the_digests_of_the_hub(server: HubServer) -> None:
 # --- ranges and the cache
 
 
-def test_ranges_are_fetched_and_nothing_else(server: HubServer) -> None:
+def test_ranges_are_fetched_and_nothing_else(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
     store = open_store("hf://org/model@v1")
     for start in range(0, 300_000, 50_000):
         assert _read(store, start, 1000) == WEIGHTS[start : start + 1000]
@@ -95,15 +97,22 @@ def test_ranges_are_fetched_and_nothing_else(server: HubServer) -> None:
         seen.range.endswith(f"{int(seen.range.split('=')[1].split('-')[0]) + 999}") for seen in contents
     )
     assert len([seen for seen in contents if "/resolve/" in seen.path]) == 1
-    assert not any(seen.authorized for seen in contents if "/cdn/" in seen.path)
+    assert {(seen.authorized, "/cdn/" in seen.path) for seen in contents} == {(True, False), (False, True)}
 
 
-def test_the_listing_is_asked_for_once(server: HubServer) -> None:
+def test_a_model_is_looked_up_once(server: HubServer) -> None:
     store = open_store("hf://org/model@v1")
     for _ in range(3):
         store.list()
         store.stat("config.json")
-    assert len([seen for seen in server.seen if "/tree/" in seen.path]) == 1
+    assert len(server.seen) == 1
+
+
+@pytest.mark.parametrize("fault", [503, 429, "stall"])
+def test_looking_up_survives(server: HubServer, fault: int | str) -> None:
+    server.api_faults = [fault]
+    assert len(open_store("hf://org/model@v1").list()) == 3
+    assert len(server.seen) == 2
 
 
 def test_what_is_cached_is_read_from_disk(server: HubServer, tmp_path: Path) -> None:
@@ -186,7 +195,7 @@ def test_a_private_model_needs_the_token(server: HubServer, monkeypatch: pytest.
     assert _read(store, 0, 10) == WEIGHTS[::-1][:10]
     monkeypatch.delenv("HF_TOKEN")
     with pytest.raises(NotFound, match="HF_TOKEN"):
-        open_store(f"hf://org/model@{OLD}").list()
+        open_store(f"hf://org/model@{OLD}")
 
 
 def test_a_gated_model_says_where_to_ask(server: HubServer) -> None:

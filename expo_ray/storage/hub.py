@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 from urllib.parse import urlsplit
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 TIMEOUT_S = 10.0  # without a byte
-_COMMIT_LENGTH = 40
+LOOKUP_TIMEOUT_S = 30.0  # the Hub takes its time over repositories of many files
 _PARTIAL_CONTENT = 206
 _EXPIRED = {401, 403, 404, 410}  # what signed addresses answer after a while
 
@@ -66,8 +65,8 @@ class HubStore:
         self._repo = parsed.id
         self._folder = f"{parsed.path_in_repo.strip('/')}/" if parsed.path_in_repo.strip("/") else ""
         self._api: HfApi = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
-        self._named = f"hf://{self._repo}" + (f"@{parsed.revision}" if parsed.revision else "")
-        self.revision = self._commit(parsed.revision)
+        named = f"hf://{self._repo}" + (f"@{parsed.revision}" if parsed.revision else "")
+        self.revision, self._files = self._ask(lambda: self._look(named, parsed.revision), named)
         self.uri = f"hf://{self._repo}@{self.revision}/{self._folder}".rstrip("/")
         self._locations: dict[str, str] = {}
 
@@ -130,32 +129,21 @@ class HubStore:
     def _guarded(self) -> bool:
         return self._api.endpoint.startswith("https://")
 
-    def _commit(self, revision: str | None) -> str:
-        if revision and len(revision) == _COMMIT_LENGTH and not revision.strip("0123456789abcdef"):
-            return revision
-        sha = self._ask(
-            lambda: self._api.model_info(self._repo, revision=revision, timeout=TIMEOUT_S).sha, self._named
+    def _look(self, named: str, revision: str | None) -> tuple[str, dict[str, FileInfo]]:
+        """Commit and files, sorted by key; in one request that, unlike a listing of the tree, can be given a timeout."""
+        found = self._api.model_info(
+            self._repo, revision=revision, files_metadata=True, timeout=LOOKUP_TIMEOUT_S
         )
-        if not sha:
-            raise StorageError(f"{self._named}: the Hub names no commit; is HF_ENDPOINT a Hub?")
-        return sha
-
-    @cached_property
-    def _files(self) -> dict[str, FileInfo]:
-        from huggingface_hub.hf_api import RepoFile
-
-        def ask() -> dict[str, FileInfo]:
-            tree = self._api.list_repo_tree(self._repo, recursive=True, revision=self.revision)
-            files = (
-                entry for entry in tree if isinstance(entry, RepoFile) and entry.path.startswith(self._folder)
+        if not found.sha:
+            raise StorageError(f"{named}: the Hub names no commit; is HF_ENDPOINT a Hub?")
+        start = len(self._folder)
+        return found.sha, {
+            file.rfilename[start:]: FileInfo(
+                file.rfilename[start:], file.size or 0, file.lfs.sha256 if file.lfs else file.blob_id or ""
             )
-            return {
-                key: FileInfo(key, file.size, file.lfs.sha256 if file.lfs else file.blob_id)
-                for file in sorted(files, key=lambda file: file.path)
-                if (key := file.path.removeprefix(self._folder))
-            }
-
-        return self._ask(ask, self._named)
+            for file in sorted(found.siblings or [], key=lambda file: file.rfilename)
+            if file.rfilename.startswith(self._folder)
+        }
 
     def _download(self, key: str) -> str:
         return self._api.hf_hub_download(self._repo, self._folder + key, revision=self.revision)
