@@ -82,6 +82,8 @@ def _extrapolate(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print(describe(job, workers=1, bandwidth=parse_bytes("1GB")))
         return 0
+    for note in (note for plan in job.pairs for note in plan.notes):
+        print(f"note: {note}", file=sys.stderr)
     with Progress() as progress, InThreads(progress, device=arguments.device) as executor:
         outcome = run_job(job, executor, progress)
     return report(outcome)

@@ -160,6 +160,21 @@ def test_shard_size_splits_the_model_and_the_index_names_every_tensor(tmp_path: 
     assert same_bits(weights, formula(llama_tensors(), moved(llama_tensors()), 0.5))
 
 
+def test_every_tensor_begins_where_readers_that_map_files_want_it(tmp_path: Path) -> None:
+    sft = {"flag": torch.ones(3, dtype=torch.bool), **llama_tensors(), "scale": torch.rand(5)}
+    sft["odd"] = torch.rand(7).bfloat16()
+    folders = write_both(tmp_path, sft, moved(sft))
+    assert expo(*folders, tmp_path / "out", 0.5) == 0
+    data = (tmp_path / "out" / "model.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    assert header.pop("__metadata__") == {"format": "pt"}
+    assert length % 8 == 0
+    width = {"BOOL": 1, "BF16": 2, "F32": 4}
+    assert all(one["data_offsets"][0] % width[one["dtype"]] == 0 for one in header.values())
+    assert {one["dtype"] for one in header.values()} == set(width)
+
+
 def test_one_tensor_larger_than_a_shard_gets_a_file_of_its_own(tmp_path: Path) -> None:
     sft, dpo = write_pair(tmp_path)
     assert expo(sft, dpo, tmp_path / "out", 0.5, more="--shard-size 1kB") == 0
@@ -211,6 +226,18 @@ def test_multipliers_freeze_and_scale_and_the_first_pattern_counts(tmp_path: Pat
         expected[name] = nearest(sft[name], one, 0.5 * factor)
     assert same_bits(read_weights(tmp_path / "out"), expected)
     assert same_bits({HEAD: expected[HEAD]}, {HEAD: dpo[HEAD]})
+
+
+def test_a_pattern_that_no_tensor_has_is_pointed_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sft, dpo = write_pair(tmp_path)
+    assert expo(sft, dpo, tmp_path / "out", 0.5, more="--multiplier embd=0 --multiplier norm=0") == 0
+    assert capsys.readouterr().err.count("note: ") == 1
+    assert (
+        expo(sft, dpo, tmp_path / "out", 0.5, more="--multiplier embd=0 --multiplier norm=0 --dry-run") == 0
+    )
+    assert "no tensor has a name with the pattern `embd` of `multipliers`" in capsys.readouterr().out
 
 
 def test_multipliers_in_another_order_are_another_plan(
@@ -271,8 +298,10 @@ def test_buffers_on_one_side_and_integers_are_kept_as_dpo_has_them(
     dpo["mask"], sft["mask"] = torch.tensor([True, False, True]), torch.tensor([False, True, True])
     folders = write_both(tmp_path, sft, dpo)
     assert expo(*folders, tmp_path / "out", 0.5, more="--dry-run") == 0
-    assert "1 buffer(s) are in dpo only and kept as they are" in capsys.readouterr().out
+    note = "1 buffer(s) are in dpo only and kept as they are: model.layers.0.self_attn.rotary_emb.inv_freq"
+    assert note in capsys.readouterr().out
     assert expo(*folders, tmp_path / "out", 0.5) == 0
+    assert note in capsys.readouterr().err
     kept = ("model.layers.0.self_attn.rotary_emb.inv_freq", "counts", "mask")
     expected = {name: one if name in kept else nearest(sft[name], one, 0.5) for name, one in dpo.items()}
     assert same_bits(read_weights(tmp_path / "out"), expected)

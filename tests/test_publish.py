@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -24,7 +25,7 @@ from expo_ray.extrapolation.publish import publish
 from expo_ray.extrapolation.shard import extrapolate_shard
 from expo_ray.extrapolation.verify import read_manifest, verify_files
 from expo_ray.storage import open_store
-from expo_ray.storage.local import TEMP_PREFIX
+from expo_ray.storage.local import TEMP_PREFIX, LocalStore
 from tests.pairs import expo, files_of, write_pair
 
 SHARDS = "--shard-size 40kB"
@@ -445,6 +446,37 @@ def test_an_overwrite_killed_at_any_moment_leaves_the_old_model_the_new_one_or_n
         assert model_of(out) == model_of(new)
     assert seen["old"] >= 1
     assert seen["none"] > 10
+
+
+def test_a_job_that_is_told_to_stop_removes_what_it_had_begun(
+    tmp_path: Path,
+    pair: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    add = Progress.add
+    told = threading.Event()
+
+    def stopping(self: Progress, written: int) -> None:
+        add(self, written)
+        if not told.is_set() and list(out.glob(f"{TEMP_PREFIX}*")):
+            told.set()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(Progress, "add", stopping)
+            patch.setattr(LocalStore, "chunk_bytes", 256)
+            assert expo(*pair, out, 0.5, more=SHARDS) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "interrupted; run the same command again to go on where it stopped" in capsys.readouterr().err
+    assert not list(out.glob(f"{TEMP_PREFIX}*"))
+    assert not (out / "expo.json").exists()
+    assert expo(*pair, out, 0.5, more=SHARDS) == 0
+    assert is_whole(out)
 
 
 def test_readers_never_see_the_manifest_before_the_rest(
