@@ -37,10 +37,12 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
     return write_pair(tmp_path)
 
 
-def planned(pair: tuple[Path, Path], out: Path, alpha: float = 0.5, name: str = "pair") -> JobPlan:
+def planned(
+    pair: tuple[Path, Path], out: Path, alpha: float = 0.5, name: str = "pair", *, overwrite: bool = False
+) -> JobPlan:
     sft, dpo = map(str, pair)
     wanted = Pair(sft=sft, dpo=dpo, name=name, alphas=(alpha,), rounding="nearest", shard_size=40_000)
-    return plan_job([wanted], [{alpha: str(out)}])
+    return plan_job([wanted], [{alpha: str(out)}], overwrite=overwrite)
 
 
 def run(job: JobPlan) -> Outcome:
@@ -279,6 +281,27 @@ def test_a_run_whose_output_was_overwritten_meanwhile_does_not_publish(
     assert expo(*pair, out, 1, more=f"{SHARDS} --overwrite") == 0
     with pytest.raises(OutputError, match="was claimed by another job"):
         publish(slow.pairs[0], 0.5)
+    assert is_whole(out)
+
+
+def test_a_run_that_lives_on_does_not_write_into_the_model_that_replaces_its_own(
+    tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, fresh = tmp_path / "out", tmp_path / "fresh"
+    assert not run(planned(pair, fresh, 1)).failures
+    add = Progress.add
+    begun = threading.Event()
+
+    def replacing(self: Progress, written: int) -> None:
+        add(self, written)
+        if not begun.is_set() and shard_names(out):
+            begun.set()
+            assert not run(planned(pair, out, 1, overwrite=True)).failures
+
+    monkeypatch.setattr(Progress, "add", replacing)
+    outcome = run(planned(pair, out))
+    assert "was claimed by another job" in str(outcome.failures["pair"])
+    assert model_of(out) == model_of(fresh)
     assert is_whole(out)
 
 

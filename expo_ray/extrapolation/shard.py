@@ -9,6 +9,7 @@ from contextlib import ExitStack
 
 from expo_ray.config import format_alpha
 from expo_ray.errors import ArithmeticFault, some
+from expo_ray.extrapolation.output import check_claim
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.receipt import Receipt, write_receipt
 from expo_ray.extrapolation.statistics import TensorStatistics
@@ -24,7 +25,7 @@ def extrapolate_shard(
     device: str = "cpu",
     on_bytes: Callable[[int], None] = lambda written: None,
 ) -> list[Receipt]:
-    """Write shard `index` of the models at `alphas`, and their receipts.
+    """Write shard `index` of the models at `alphas`, whose folders are claimed, and their receipts.
 
     Reading and arithmetic run in a few threads, chunk by chunk; this thread takes the chunks back in file order, hashes and
     writes them.
@@ -36,6 +37,7 @@ def extrapolate_shard(
     Raises:
         ArithmeticFault: if a parent holds NaN, or the result overflows its dtype; nothing is left behind.
         InputChanged: if a parent is no longer the one that was planned.
+        OutputError: if another plan has taken the folder meanwhile.
         StorageError: if a store refuses.
     """
     shard = plan.shards[index]
@@ -53,6 +55,10 @@ def extrapolate_shard(
                 total[chunk.tensor] = total.get(chunk.tensor, TensorStatistics()) + one
             on_bytes(sum(out.nbytes for out in chunk.outs))
         _refuse_broken_weights(dict(zip(alphas, totals, strict=True)))
+        for alpha in (
+            alphas
+        ):  # a job that was given up and lives on must not write into the model that replaces its own
+            check_claim(plan, alpha)
         return [
             output.finish(plan.plan_id(alpha), total)
             for alpha, output, total in zip(alphas, outputs, totals, strict=True)
