@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +17,10 @@ from expo_ray.storage import forget_stores
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
     """A running server; a test that kills it starts it again."""
-    with SeaweedFS(tmp_path_factory.mktemp("seaweedfs")) as server:
+    data_dir = tmp_path_factory.mktemp("seaweedfs")
+    with SeaweedFS(data_dir) as server:
         yield server
+    shutil.rmtree(data_dir)  # a gigabyte that pytest would keep for three sessions
 
 
 @pytest.fixture
