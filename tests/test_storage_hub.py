@@ -157,6 +157,20 @@ def test_a_range_survives(server: HubServer, fault: int | str) -> None:
     assert server.faults == []
 
 
+@pytest.mark.parametrize("key", ["config.json", "model.safetensors"])
+def test_a_whole_file_damaged_on_its_way_is_fetched_again(server: HubServer, key: str) -> None:
+    store = open_store("hf://org/model@v1")
+    server.faults = ["flip"]
+    assert store.read(key) == FILES[key]
+    assert server.faults == []
+    server.faults = ["flip"] * 2
+    forget_stores()
+    with pytest.raises(
+        TransientStorageError, match=rf"sub/config.json: .*digest {store.stat('sub/config.json').etag}"
+    ):
+        store.read("sub/config.json")
+
+
 @pytest.mark.parametrize("fault", [503, "truncate"])
 def test_a_range_that_never_comes_is_given_up(server: HubServer, fault: int | str) -> None:
     store = open_store("hf://org/model@v1")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 from urllib.parse import urlsplit
@@ -83,8 +85,13 @@ class HubStore:
             raise NotFound(f"{self.uri}/{key}: no such file in the repository") from None
 
     def read(self, key: str) -> bytes:
-        self.stat(key)
-        return Path(self._ask(lambda: self._download(key), f"{self.uri}/{key}")).read_bytes()
+        info = self.stat(key)
+        uri = f"{self.uri}/{key}"
+        for again in (False, True):  # the first copy may have been damaged on its way, or in the cache
+            data = Path(self._ask(partial(self._download, key, force=again), uri)).read_bytes()
+            if _digest(data, info.etag) == info.etag:
+                return data
+        raise TransientStorageError(f"{uri}: what arrives has not the digest {info.etag} that the Hub lists")
 
     def read_into(self, key: str, start: int, out: memoryview, *, etag: str) -> None:
         info = self.stat(key)
@@ -145,8 +152,10 @@ class HubStore:
             if file.rfilename.startswith(self._folder)
         }
 
-    def _download(self, key: str) -> str:
-        return self._api.hf_hub_download(self._repo, self._folder + key, revision=self.revision)
+    def _download(self, key: str, *, force: bool) -> str:
+        return self._api.hf_hub_download(
+            self._repo, self._folder + key, revision=self.revision, force_download=force
+        )
 
     def _read_cached(self, info: FileInfo, start: int, view: memoryview) -> bool:
         """Fill `view` from huggingface_hub's cache, if it holds the whole file at this commit."""
@@ -202,3 +211,10 @@ class HubStore:
                 raise translate(error, uri, self._api.endpoint) from error
 
         return retry_transient(translated)
+
+
+def _digest(data: bytes, like: str) -> str:
+    """SHA-256 of a file in LFS or Xet, Git's blob id of any other."""
+    if len(like) == hashlib.sha256().digest_size * 2:
+        return hashlib.sha256(data).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
