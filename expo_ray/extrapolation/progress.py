@@ -23,11 +23,13 @@ from expo_ray.storage import Store
 log = logging.getLogger("expo_ray")
 
 LINE_PERIOD_S = 5.0
+# Below this, only headers may have been written, which tell nothing of the speed.
+_TELLING_BYTES = 1_000_000
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One moment of a job. `seconds_left` is None while nothing has been written."""
+    """One moment of a job. `seconds_left` is None while next to nothing has been written."""
 
     state: str
     shards: int
@@ -91,7 +93,7 @@ class Progress:
         with self._lock:
             seconds = time.monotonic() - self._started
             done = self._bytes_done
-            left = seconds * (self._bytes - done) / done if done else None
+            left = seconds * (self._bytes - done) / done if done > _TELLING_BYTES else None
             return Snapshot(state, self._shards, self._shards_done, self._bytes, done, seconds, left)
 
     def __enter__(self) -> Self:

@@ -14,5 +14,8 @@ KEEPALIVE = {
     "RAY_health_check_timeout_ms": "5000",
 }
 
-for _name, _value in KEEPALIVE.items():
+# Job logs are files.
+PLAIN = {"RAY_COLOR_PREFIX": "0"}
+
+for _name, _value in {**KEEPALIVE, **PLAIN}.items():
     os.environ.setdefault(_name, _value)

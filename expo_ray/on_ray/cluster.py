@@ -11,12 +11,15 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import ray
 from ray._private import ray_constants
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._private.utils import get_num_cpus, read_ray_address
 
+import expo_ray
 from expo_ray.errors import JobError
 
 log = logging.getLogger("expo_ray")
@@ -41,7 +44,7 @@ def cluster() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if address := _address():
             stack.callback(ray.shutdown)
-            ray.init(logging_level=logging.WARNING)
+            ray.init(logging_level=logging.WARNING, runtime_env=_code())
             log.info("connected to the Ray cluster at %s", address)
         else:
             _start(stack)
@@ -72,6 +75,11 @@ def _address() -> str | None:
         log.info("the Ray cluster at %s, begun here with `ray start`, is gone; starting a local one", found)
         return None
     return found
+
+
+def _code() -> dict[str, Any]:
+    """What workers need to run this very code: a submitted job has brought it along already."""
+    return {} if RAY_JOB_CONFIG_JSON_ENV_VAR in os.environ else {"py_modules": [expo_ray]}
 
 
 def _answers(address: str) -> bool:

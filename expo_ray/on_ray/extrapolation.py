@@ -46,16 +46,25 @@ class Made:
 
 
 ShardTask = Callable[[PairPlan, int, Sequence[float], str], Made]
+PublishTask = Callable[[PairPlan, float], Published]
 
 
 class OnRay:
     """Runs shards on the connected Ray cluster; see `expo_ray.extrapolation.job.Executor`.
 
     Args:
-        task: what writes one shard on a worker; another one to see what Ray and the driver cost by themselves.
+        shard_task: what writes one shard on a worker; another one, to see what Ray and the driver cost by themselves.
+        publish_task: what completes a model; likewise.
     """
 
-    def __init__(self, progress: Progress, *, device: Device = "auto", task: ShardTask | None = None) -> None:
+    def __init__(
+        self,
+        progress: Progress,
+        *,
+        device: Device = "auto",
+        shard_task: ShardTask | None = None,
+        publish_task: PublishTask = publish,
+    ) -> None:
         resources = _resources()
         self._progress, self._device = progress, device
         self._plans: dict[str, ray.ObjectRef[Any]] = {}
@@ -66,14 +75,14 @@ class OnRay:
             "retry_exceptions": [TransientStorageError],
             "scheduling_strategy": "SPREAD",
         }
-        self._publish = ray.remote(**options)(publish)
+        self._publish = ray.remote(**options)(publish_task)
         if SHARD_IO in resources:
             options["resources"] = {SHARD_IO: 1}
         else:
             log.warning("no node has the resource %s; shards are bounded by CPUs alone", SHARD_IO)
         if device == "cuda" or (device == "auto" and resources.get("GPU")):
             options["num_gpus"] = GPU_PER_SHARD
-        self._task = task or _extrapolate
+        self._shard_task = shard_task or _extrapolate
         self._run_shard = ray.remote(**options)(_run_shard)
         self.slots = max(_FEWEST_SLOTS, int(resources.get(SHARD_IO, resources.get("CPU", 1))))
 
@@ -84,10 +93,15 @@ class OnRay:
             log.info("%s: %s in %.1f s on %s", name, size_text(made.size), made.seconds, made.node)
 
         shared = [self._shared(plan)]  # in a list, it reaches the worker as a reference
-        return self._follow(self._run_shard.remote(self._task, shared, index, alphas, self._device), done)
+        return self._follow(
+            self._run_shard.remote(self._shard_task, shared, index, alphas, self._device), done
+        )
 
     def publish(self, plan: PairPlan, alpha: float) -> Future[Published]:
-        return self._follow(self._publish.remote(self._shared(plan), alpha))
+        def done(published: Published) -> None:
+            self._plans.pop(plan.name, None)  # nothing else of this pair needs it
+
+        return self._follow(self._publish.remote(self._shared(plan), alpha), done)
 
     def cancel(self) -> None:
         refs = list(self._refs.values())

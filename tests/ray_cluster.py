@@ -1,0 +1,256 @@
+"""Ray for tests, on loopback alone and with its own ports, folders and token; nobody else's Ray is met or touched."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PATIENCE_S = 90.0
+OBJECT_STORE_BYTES = 100_000_000
+
+
+def wait_until(condition: Callable[[], object], what: str) -> None:
+    """Poll until `condition` holds.
+
+    Raises:
+        TimeoutError: if it does not within `PATIENCE_S`.
+    """
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {PATIENCE_S:.0f} s in vain until {what}")
+        time.sleep(0.05)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+class Process:
+    """A child in a session of its own, whose output goes to files."""
+
+    def __init__(self, command: list[str], environment: Mapping[str, str], folder: Path) -> None:
+        name = secrets.token_hex(4)
+        self._out, self._err = folder / f"{name}.out", folder / f"{name}.err"
+        with self._out.open("wb") as out, self._err.open("wb") as err:
+            self._process = subprocess.Popen(
+                command,
+                env=dict(environment),
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+        self.pid = self._process.pid
+
+    @property
+    def stdout(self) -> str:
+        return self._out.read_text()
+
+    @property
+    def stderr(self) -> str:
+        return self._err.read_text()
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    def signal(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def wait(self) -> int:
+        """The exit status."""
+        try:
+            return self._process.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"still running; stderr:\n{self.stderr}") from None
+
+    def descendants(self) -> list[psutil.Process]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return list(psutil.Process(self.pid).children(recursive=True))
+        return []
+
+    def end(self) -> None:
+        """End it and all it has started, those that outlive a SIGTERM with SIGKILL."""
+        started = self.descendants()
+        if self.running:
+            self.signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(10)
+        if self.running:
+            self._process.kill()
+            self._process.wait()
+        _, alive = psutil.wait_procs(started, timeout=5)
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+class RayBox:
+    """A folder, a token and an environment for one Ray, or for programs that start their own."""
+
+    def __init__(self, **environment: str) -> None:
+        # Ray's socket paths must stay short.
+        self.folder = Path(tempfile.mkdtemp(prefix="xr-", dir="/tmp"))
+        (self.folder / "home").mkdir()
+        (self.folder / "token").write_text(secrets.token_hex(32))
+        kept = {name: text for name, text in os.environ.items() if not name.startswith(("RAY_", "AWS_"))}
+        self.environment = {
+            **kept,
+            "HOME": str(self.folder / "home"),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "RAY_TMPDIR": str(self.folder),
+            # Without it, Ray puts the network card's address in the place of 127.0.0.1.
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            **environment,
+        }
+        self._processes: list[Process] = []
+
+    def run(self, *command: str, **environment: str) -> Process:
+        """Start a program; it is ended with the box at the latest."""
+        process = Process(list(command), {**self.environment, **environment}, self.folder)
+        self._processes.append(process)
+        return process
+
+    def job(self, file: Path, *arguments: str, **environment: str) -> Process:
+        """Start `python jobs/extrapolate.py FILE`."""
+        script = str(ROOT / "jobs" / "extrapolate.py")
+        return self.run(sys.executable, script, str(file), *arguments, **environment)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for process in reversed(self._processes):
+            process.end()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class RayHead(RayBox):
+    """`ray start --head` with a dashboard, locked with a token as on a real cluster.
+
+    Attributes:
+        dashboard: where jobs are submitted.
+    """
+
+    def __init__(self, num_cpus: int, **environment: str) -> None:
+        super().__init__(**environment)
+        self._num_cpus = num_cpus
+        self.environment |= {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self.folder / "token"),
+            # What a cluster's manifest would say; a job that is stopped has this long to clean up.
+            "RAY_JOB_STOP_WAIT_TIME_S": "30",
+        }
+
+    def __enter__(self) -> Self:
+        port, dashboard_port = free_port(), free_port()
+        self.dashboard = f"http://127.0.0.1:{dashboard_port}"
+        flags = {
+            "port": port,
+            "node-ip-address": "127.0.0.1",
+            "num-cpus": self._num_cpus,
+            "resources": json.dumps({"shard_io": self._num_cpus}),
+            "object-store-memory": OBJECT_STORE_BYTES,
+            "include-dashboard": "true",
+            "dashboard-host": "127.0.0.1",
+            "dashboard-port": dashboard_port,
+            "dashboard-agent-listen-port": free_port(),
+            "ray-client-server-port": free_port(),
+            "min-worker-port": 0,
+            "max-worker-port": 0,
+            "temp-dir": self.folder,
+        }
+        words = [f"--{name}={value}" for name, value in flags.items()]
+        environment = {name: text for name, text in self.environment.items() if name != "PYTHONPATH"}
+        self._processes.append(
+            Process(["ray", "start", "--head", "--block", *words], environment, self.folder)
+        )
+        head = self._processes[-1]
+        wait_until(lambda: "runtime started" in head.stdout or not head.running, "the head is up")
+        assert head.running, head.stderr
+        self.environment["RAY_ADDRESS"] = f"127.0.0.1:{port}"
+        return self
+
+    def ask(self, method: str, path: str) -> dict[str, Any]:
+        """What the job server answers; `ray job stop` and `status` ask the same, and take seconds to start."""
+        headers = {"Authorization": f"Bearer {(self.folder / 'token').read_text()}"}
+        request = urllib.request.Request(self.dashboard + path, method=method, headers=headers)
+        with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
+            data: dict[str, Any] = json.load(answer)
+        return data
+
+    def workers(self, title: str) -> list[int]:
+        """Process ids of the workers that run a task of this name just now."""
+        found = []
+        for process in self._processes[0].descendants():
+            with contextlib.suppress(psutil.Error):
+                if process.cmdline()[:1] == [f"ray::{title}"]:
+                    found.append(process.pid)
+        return found
+
+
+@pytest.fixture(scope="session")
+def ray_head(through_gateway: dict[str, str]) -> Iterator[RayHead]:
+    """A running head of four CPUs with a dashboard."""
+    with RayHead(4, **through_gateway) as head:
+        yield head
+
+
+@pytest.fixture
+def ray_box(through_gateway: dict[str, str]) -> Iterator[RayBox]:
+    """Where a job finds no Ray and starts its own."""
+    with RayBox(**through_gateway) as box:
+        yield box
+
+
+@pytest.fixture(scope="session")
+def ray_here(through_gateway: dict[str, str]) -> Iterator[None]:
+    """One Ray of one CPU that this process is connected to."""
+    import ray
+    from ray._private import ray_constants
+
+    with RayBox() as box, pytest.MonkeyPatch.context() as patch:
+        for name, text in through_gateway.items():
+            patch.setenv(name, text)
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_AUTH_TOKEN_PATH", str(box.folder / "token"))
+        patch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", False)
+        ray.init(
+            address="local",
+            num_cpus=1,
+            resources={"shard_io": 1},
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=False,
+            _node_ip_address="127.0.0.1",
+            _temp_dir=str(box.folder),
+        )
+        try:
+            yield
+        finally:
+            ray.shutdown()
