@@ -10,6 +10,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import BPE, Unigram, WordLevel
 
+from expo_ray.storage.local import LocalStore
 from tests.pairs import (
     LLAMA,
     Tensors,
@@ -89,8 +90,11 @@ Side = tuple[Sequence[str], Sequence[str], int]  # words, added tokens, rows
     ],
     ids=["added", "padded", "added in another order", "permuted", "fewer", "all at once"],
 )
-@pytest.mark.parametrize("alpha", [0.5, -1.0])
-def test_rows_are_matched_by_token(tmp_path: Path, sft_side: Side, dpo_side: Side, alpha: float) -> None:
+@pytest.mark.parametrize("chunk_bytes", [1 << 20, 1000])
+def test_rows_are_matched_by_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sft_side: Side, dpo_side: Side, chunk_bytes: int
+) -> None:
+    monkeypatch.setattr(LocalStore, "chunk_bytes", chunk_bytes)
     sft = resized(llama_tensors(rows=64), sft_side[2])
     dpo = resized(moved(sft), dpo_side[2])
     tokenizers = word_tokenizer(*sft_side[:2]), word_tokenizer(*dpo_side[:2])
@@ -98,9 +102,10 @@ def test_rows_are_matched_by_token(tmp_path: Path, sft_side: Side, dpo_side: Sid
         write_side(tmp_path / "sft", sft, tokenizers[0]),
         write_side(tmp_path / "dpo", dpo, tokenizers[1]),
     )
-    assert expo(*folders, tmp_path / "out", alpha, more="--vocab by-token --shard-size 20kB") == 0
-    expected = by_token(sft, dpo, tokenizers[0].get_vocab(), tokenizers[1].get_vocab(), alpha)
-    assert same_bits(read_weights(tmp_path / "out"), expected)
+    assert expo(*folders, tmp_path / "out", 0.5, -1, more="--vocab by-token --shard-size 20kB") == 0
+    for alpha in (0.5, -1):
+        expected = by_token(sft, dpo, tokenizers[0].get_vocab(), tokenizers[1].get_vocab(), alpha)
+        assert same_bits(read_weights(tmp_path / "out" / f"alpha={alpha}"), expected)
 
 
 def test_byte_pairs_and_unigram_vocabularies_are_read_as_well(tmp_path: Path) -> None:

@@ -305,6 +305,18 @@ def test_a_run_that_lives_on_does_not_write_into_the_model_that_replaces_its_own
     assert is_whole(out)
 
 
+def test_what_was_put_there_after_planning_survives_an_overwrite(
+    tmp_path: Path, pair: tuple[Path, Path]
+) -> None:
+    out = tmp_path / "out"
+    assert expo(*pair, out, 0.5, more=SHARDS) == 0
+    job = planned(pair, out, 1, overwrite=True)
+    (out / "notes.txt").write_text("mine")
+    assert not run(job).failures
+    assert (out / "notes.txt").read_text() == "mine"
+    assert is_whole(out)
+
+
 def test_two_processes_race_for_one_output(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     sft, dpo = map(str, pair)
 
