@@ -11,11 +11,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from expo_ray import __version__
+from expo_ray.arguments import command_parser, with_alphas_joined
 from expo_ray.config import (
     Job,
     Pair,
-    PairOptions,
     format_alpha,
     job_schema,
     load_job,
@@ -36,8 +35,9 @@ BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0, 1 for work that failed, 2 for bad input, 130 when interrupted."""
-    parsed = _parser().parse_args(arguments)
-    return guarded(lambda: parsed.command(parsed))
+    words = sys.argv[1:] if arguments is None else arguments
+    parsed = command_parser().parse_args(with_alphas_joined(words))
+    return guarded(lambda: _COMMANDS[parsed.command](parsed))
 
 
 def guarded(command: Callable[[], int]) -> int:
@@ -160,133 +160,9 @@ def _options_of(arguments: argparse.Namespace) -> dict[str, Any]:
     return given | ({"multipliers": dict(arguments.multiplier)} if arguments.multiplier else {})
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="expo-ray",
-        description="Better-aligned models without training: W = W_dpo + alpha (W_dpo - W_sft).",
-    )
-    parser.add_argument("--version", action="version", version=f"expo-ray {__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    _add_extrapolate(commands)
-    _add_plan(commands)
-    _add_verify(commands)
-    _add_command(commands, "schema", "print the JSON schema of the job file").set_defaults(command=_schema)
-    return parser
-
-
-def _add_command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name, help=text, description=f"{text[0].upper()}{text[1:]}."
-    )
-    return parser
-
-
-def _add_plan(commands: Any) -> None:
-    parser = _add_command(
-        commands, "plan", "print what a job would do, from headers alone; nothing is written"
-    )
-    add = parser.add_argument
-    add("job", metavar="JOB.yaml", help="the job file")
-    add(
-        "--workers",
-        type=_count,
-        default=os.cpu_count() or 1,
-        metavar="N",
-        help="shards under way at once. Default: %(default)s.",
-    )
-    add(
-        "--bandwidth",
-        type=_size,
-        default="500MB",
-        metavar="SIZE",
-        help="bytes a second of one worker. Default: %(default)s.",
-    )
-    parser.set_defaults(command=_plan)
-
-
-def _add_verify(commands: Any) -> None:
-    parser = _add_command(commands, "verify", "check a model against its manifest and its parents")
-    add = parser.add_argument
-    add("folder", metavar="FOLDER", help="a model, made by this or any other tool")
-    add("--sft", metavar="URI", help="with --dpo: compute the weights again, print the alpha that fits each")
-    add("--dpo", metavar="URI", help="see --sft")
-    add("--allow-pickle", action="store_true", help=_text(PairOptions, "allow_pickle"))
-    parser.set_defaults(command=_verify)
-
-
-def _add_extrapolate(commands: Any) -> None:
-    parser = _add_command(commands, "extrapolate", "extrapolate one pair in this process, without a cluster")
-    add = parser.add_argument
-    add("--sft", required=True, metavar="URI", help=_text(Pair, "sft"))
-    add("--dpo", required=True, metavar="URI", help=_text(Pair, "dpo"))
-    add(
-        "--alpha",
-        required=True,
-        action="append",
-        dest="alphas",
-        metavar="A",
-        help="step past dpo, a finite number of at least -1 (-1 gives sft, 0 gives dpo); repeat it for several models",
-    )
-    add(
-        "--output",
-        required=True,
-        metavar="URI",
-        help="the model's folder; with several alphas, folders alpha=A below it",
-    )
-    for name, choices in (
-        ("rounding", ("nearest", "stochastic", "reference")),
-        ("dtype", ("keep", "bf16", "fp16", "fp32")),
-        ("vocab", ("refuse", "by-token", "keep-dpo")),
-        ("adapter", ("scale", "merge")),
-    ):
-        add(f"--{name}", choices=choices, help=_text(PairOptions, name))
-    add(
-        "--multiplier",
-        action="append",
-        type=_multiplier,
-        default=[],
-        metavar="REGEX=M",
-        help="multiply alpha by M in tensors whose name has REGEX; 0 freezes them at dpo; repeatable, the first found counts",
-    )
-    add("--shard-size", metavar="SIZE", help=_text(PairOptions, "shard_size"))
-    add("--seed", metavar="N", help=_text(PairOptions, "seed"))
-    add("--allow-pickle", action="store_true", default=None, help=_text(PairOptions, "allow_pickle"))
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help=_text(Job, "device"))
-    add("--overwrite", action="store_true", help="replace a model that expo-ray wrote there before")
-    add("--dry-run", action="store_true", help="print the plan and stop; nothing is written")
-    parser.set_defaults(command=_extrapolate)
-
-
-def _multiplier(text: str) -> tuple[str, str]:
-    pattern, equals, factor = text.rpartition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} has no factor; write it like 'embed_tokens|lm_head=0'")
-    return pattern, factor
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _text(model: type[PairOptions] | type[Job], field: str) -> str:
-    """The help text of a field, with its default."""
-    info = model.model_fields[field]
-    text = " ".join((info.description or "").split()).replace("%", "%%")
-    default = info.get_default(call_default_factory=True) if not info.is_required() else None
-    if isinstance(default, bool) or not isinstance(default, str | int):
-        return text
-    shown = size_text(default) if isinstance(default, int) and default >= 1000 else default
-    return f"{text} Default: {shown}."
-
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "extrapolate": _extrapolate, "plan": _plan, "verify": _verify, "schema": _schema,
+}  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -298,7 +298,9 @@ def test_code_in_a_pickle_is_not_run(tmp_path: Path, capsys: Print, monkeypatch:
     [
         (("nan",), "", "alpha is nan; it must be a finite number of at least -1 (-1 gives sft, 0 gives dpo)"),
         (("inf",), "", "alpha is inf; it must be a finite number"),
+        (("-inf",), "", "alpha is -inf; it must be"),
         (("-1.01",), "", "alpha is -1.01; it must be"),
+        (("-1e3",), "", "alpha is -1000.0; it must be"),
         (("0.5", "0.50"), "", "alpha 0.5 is listed twice; list each alpha once"),
         (("0", "-0"), "", "alpha 0 is listed twice"),
         (("half",), "", "(found 'half')"),
@@ -367,6 +369,22 @@ def test_an_output_that_holds_other_files_is_refused_and_they_stay(tmp_path: Pat
     for more in ("", "--overwrite"):
         said = refused(capsys, sft, dpo, out, more=more)
         assert f"output {out} holds other files (thesis.tex); choose an empty or new folder" in said
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        (
+            "hf://org/model",
+            "output hf://org/model: the Hub is read only here; write to a folder and upload it",
+        ),
+        ("ftp://host/folder", "unknown scheme ftp://; use a local path or one of"),
+        ("", "an empty path names no folder"),
+    ],
+)
+def test_an_output_that_cannot_be_written(tmp_path: Path, capsys: Print, uri: str, expected: str) -> None:
+    assert expo(*write_pair(tmp_path), uri, 0.5) == BAD_INPUT
+    assert expected in capsys.readouterr().err
 
 
 def test_an_output_that_is_a_file_is_refused(tmp_path: Path, capsys: Print) -> None:

@@ -92,6 +92,13 @@ def test_alpha_0_is_dpo_and_alpha_minus_1_is_sft(
     assert same_bits(read_weights(tmp_path / "out" / "alpha=-1"), sft)
 
 
+def test_a_small_negative_alpha_may_be_written_with_an_exponent(tmp_path: Path) -> None:
+    sft, dpo = parents(F32, F32)
+    folders = write_both(tmp_path, sft, dpo)
+    assert expo(*folders, tmp_path / "out", "-2e-1") == 0
+    assert same_bits(read_weights(tmp_path / "out"), formula(sft, dpo, -0.2))
+
+
 def test_alpha_minus_1_of_another_dtype_is_sft_rounded_once(tmp_path: Path) -> None:
     sft, dpo = parents(F32, BF16)
     folders = write_both(tmp_path, sft, dpo)

@@ -46,6 +46,10 @@ def inspect_output(plan: PairPlan, alpha: float, *, overwrite: bool) -> OutputSt
     Raises:
         OutputError: if the folder is a parent's, or holds something that is not to be overwritten.
     """
+    if plan.outputs[alpha].startswith("hf://"):
+        raise OutputError(
+            f"output {plan.outputs[alpha]}: the Hub is read only here; write to a folder and upload it (`hf upload`)"
+        )
     store = open_store(plan.outputs[alpha])
     uri = store.uri
     for side, parent in (("sft", plan.sft.uri), ("dpo", plan.dpo.uri)):

@@ -1,0 +1,157 @@
+"""What the command line `expo-ray` takes; its help texts are those of the job file."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from expo_ray import __version__
+from expo_ray.config import Job, Pair, PairOptions, parse_bytes
+from expo_ray.extrapolation.progress import size_text
+
+
+class _Help(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28)
+
+
+def command_parser() -> argparse.ArgumentParser:
+    """The parser; what it finds has the name of the command in `command`."""
+    parser = argparse.ArgumentParser(
+        prog="expo-ray",
+        formatter_class=_Help,
+        description="Better-aligned models without training: W = W_dpo + alpha (W_dpo - W_sft).",
+    )
+    parser.add_argument("--version", action="version", version=f"expo-ray {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, dest="command")
+    _add_extrapolate(commands)
+    _add_plan(commands)
+    _add_verify(commands)
+    _add_command(commands, "schema", "print the JSON schema of the job file")
+    return parser
+
+
+def _add_command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=f"{text[0].upper()}{text[1:]}.", formatter_class=_Help
+    )
+    return parser
+
+
+def _add_plan(commands: Any) -> None:
+    parser = _add_command(
+        commands, "plan", "print what a job would do, from headers alone; nothing is written"
+    )
+    add = parser.add_argument
+    add("job", metavar="JOB.yaml", help="The job file.")
+    add(
+        "--workers",
+        type=_count,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="Shards under way at once. Default: %(default)s.",
+    )
+    add(
+        "--bandwidth",
+        type=_size,
+        default="500MB",
+        metavar="SIZE",
+        help="Bytes a second of one worker. Default: %(default)s.",
+    )
+
+
+def _add_verify(commands: Any) -> None:
+    parser = _add_command(commands, "verify", "check a model against its manifest and its parents")
+    add = parser.add_argument
+    add("folder", metavar="FOLDER", help="A model, made by this or any other tool.")
+    add(
+        "--sft",
+        metavar="URI",
+        help="With --dpo: compute the weights again, and print the alpha that fits each tensor.",
+    )
+    add("--dpo", metavar="URI", help="See --sft.")
+    add("--allow-pickle", action="store_true", help=_text(PairOptions, "allow_pickle"))
+
+
+def _add_extrapolate(commands: Any) -> None:
+    parser = _add_command(commands, "extrapolate", "extrapolate one pair in this process, without a cluster")
+    add = parser.add_argument
+    add("--sft", required=True, metavar="URI", help=_text(Pair, "sft"))
+    add("--dpo", required=True, metavar="URI", help=_text(Pair, "dpo"))
+    add(
+        "--alpha",
+        required=True,
+        action="append",
+        dest="alphas",
+        metavar="A",
+        help="Step past dpo, a finite number of at least -1: -1 gives sft, 0 gives dpo. Repeat it for several models.",
+    )
+    add(
+        "--output",
+        required=True,
+        metavar="URI",
+        help="The model's folder; with several alphas, folders `alpha=A` below it.",
+    )
+    for name, choices in (
+        ("rounding", ("nearest", "stochastic", "reference")),
+        ("dtype", ("keep", "bf16", "fp16", "fp32")),
+        ("vocab", ("refuse", "by-token", "keep-dpo")),
+        ("adapter", ("scale", "merge")),
+    ):
+        add(f"--{name}", choices=choices, help=_text(PairOptions, name))
+    add(
+        "--multiplier",
+        action="append",
+        type=_multiplier,
+        default=[],
+        metavar="REGEX=M",
+        help="Multiply alpha by M in tensors whose name has REGEX; 0 freezes them at dpo. Repeatable, the first found counts.",
+    )
+    add("--shard-size", metavar="SIZE", help=_text(PairOptions, "shard_size"))
+    add("--seed", metavar="N", help=_text(PairOptions, "seed"))
+    add("--allow-pickle", action="store_true", default=None, help=_text(PairOptions, "allow_pickle"))
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help=_text(Job, "device"))
+    add("--overwrite", action="store_true", help="Replace a model that expo-ray wrote there before.")
+    add("--dry-run", action="store_true", help="Print the plan and stop; nothing is written.")
+
+
+def _multiplier(text: str) -> tuple[str, str]:
+    pattern, equals, factor = text.rpartition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} has no factor; write it like 'embed_tokens|lm_head=0'")
+    return pattern, factor
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def with_alphas_joined(words: Sequence[str]) -> list[str]:
+    """`--alpha -1e-3` as one word, as argparse takes `-1e-3` and `-inf` for options."""
+    joined = list(words)
+    for index in reversed(range(len(joined) - 1)):
+        if joined[index] == "--alpha" and joined[index + 1].startswith("-"):
+            joined[index : index + 2] = [f"--alpha={joined[index + 1]}"]
+    return joined
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _text(model: type[PairOptions] | type[Job], field: str) -> str:
+    """The help text of a field, with its default."""
+    info = model.model_fields[field]
+    text = " ".join((info.description or "").split()).replace("%", "%%")
+    default = info.get_default(call_default_factory=True) if not info.is_required() else None
+    if isinstance(default, bool) or not isinstance(default, str | int):
+        return text
+    shown = size_text(default) if isinstance(default, int) and default >= 1000 else default
+    return f"{text} Default: {shown}."
