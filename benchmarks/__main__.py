@@ -1,0 +1,51 @@
+"""`python -m benchmarks` asks every question; `python -m benchmarks NAME [options]` asks one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib import import_module
+
+from benchmarks.measure import ROOT
+
+QUESTIONS = {
+    "local": "how long does a local pair take, against copying it, mergekit and the paper's script?",
+    "memory": "how much memory does a pair take, and does the size of a tensor matter?",
+    "alphas": "what do four alphas in one pass cost, against four passes?",
+    "s3": "how fast is S3 to S3, against moving the same bytes with obstore alone?",
+    "scale": "how many shards a second does the Ray driver carry, and does its memory grow?",
+    "rounding": "how far from the exact model is the written one?",
+}
+# A study of numbers, not of this machine: a quarter of an hour, so it runs only when named.
+ONLY_WHEN_NAMED = {"rounding"}
+
+
+def main(words: list[str]) -> int:
+    if not words:
+        return run_all()
+    name, *options = words
+    if name not in QUESTIONS:
+        print("python -m benchmarks [NAME [options]]\n")
+        print("\n".join(f"  {name:9} {question}" for name, question in QUESTIONS.items()))
+        print(f"\nWithout a name: all but {', '.join(ONLY_WHEN_NAMED)}. NAME --help lists its options.")
+        return 0 if name in {"-h", "--help"} else 2
+    sys.argv = [f"python -m benchmarks {name}", *options]
+    import_module(f"benchmarks.{name}").main()
+    return 0
+
+
+def run_all() -> int:
+    failed = []
+    for name in QUESTIONS:
+        if name not in ONLY_WHEN_NAMED:
+            # A process each: what one has imported must not weigh on the next one's memory.
+            command = [sys.executable, "-m", "benchmarks", name]
+            if subprocess.run(command, cwd=ROOT, check=False).returncode:
+                failed.append(name)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
