@@ -25,7 +25,7 @@ from expo_ray.storage import open_store
 ARITHMETIC_VERSION = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ShardPlan:
     """One output file.
 
