@@ -49,7 +49,12 @@ def test_a_pair_overrides_the_defaults_and_inherits_the_rest(tmp_path: Path) -> 
     )
     first, second = job.pairs
     assert (first.name, first.alphas, first.dtype, first.shard_size) == ("b", (0.5, 1.0), "fp32", 2 * 2**30)
-    assert (second.name, second.alphas, second.dtype, second.shard_size) == ("second", (2.0,), "bf16", 2 * 2**30)
+    assert (second.name, second.alphas, second.dtype, second.shard_size) == (
+        "second",
+        (2.0,),
+        "bf16",
+        2 * 2**30,
+    )
 
 
 def test_every_problem_is_told_at_once_with_place_and_near_key() -> None:
@@ -90,7 +95,11 @@ def test_two_pairs_of_one_name_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("[1, 2]", "a job file is a mapping"), ("a: [", "is not YAML"), ("output: o\npairs: []", "at least 1 item")],
+    [
+        ("[1, 2]", "a job file is a mapping"),
+        ("a: [", "is not YAML"),
+        ("output: o\npairs: []", "at least 1 item"),
+    ],
 )
 def test_what_is_no_job_file_is_told(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises((JobError, Problems), match=said):
@@ -109,14 +118,17 @@ def test_alphas_that_mean_nothing_are_refused(alpha: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("alpha", "text"), [(0.5, "0.5"), (1, "1"), (-0.0, "0"), (-1, "-1"), (0.1 + 0.2, "0.30000000000000004"), (1e-7, "1e-07")]
+    ("alpha", "text"),
+    [(0.5, "0.5"), (1, "1"), (-0.0, "0"), (-1, "-1"), (0.1 + 0.2, "0.30000000000000004"), (1e-7, "1e-07")],
 )
 def test_folder_names_read_back_as_their_alpha(alpha: float, text: str) -> None:
     assert format_alpha(check_alpha(alpha)) == text
     assert float(text) == alpha
 
 
-@pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("512 MiB", 2**29), (7, 7), ("1.5k", 1500), ("2TiB", 2**41)])
+@pytest.mark.parametrize(
+    ("text", "size"), [("5GB", 5 * 10**9), ("512 MiB", 2**29), (7, 7), ("1.5k", 1500), ("2TiB", 2**41)]
+)
 def test_sizes(text: object, size: int) -> None:
     assert parse_bytes(text) == size
 
@@ -129,7 +141,10 @@ def test_sizes_that_are_none(text: object) -> None:
 
 def test_models_land_below_their_pair(tmp_path: Path) -> None:
     job = load_job(write(tmp_path, "output: s3://b/x/\npairs: [{sft: a, dpo: b, alphas: [0.5, 1]}]"))
-    assert outputs_of(job, job.pairs[0]) == {0.5: "s3://b/x/pairs/b/alpha=0.5", 1.0: "s3://b/x/pairs/b/alpha=1"}
+    assert outputs_of(job, job.pairs[0]) == {
+        0.5: "s3://b/x/pairs/b/alpha=0.5",
+        1.0: "s3://b/x/pairs/b/alpha=1",
+    }
 
 
 def test_the_schema_is_json_and_tells_every_field() -> None:

@@ -460,3 +460,28 @@ def test_a_file_rewritten_in_place_is_found_out(tmp_path: Path) -> None:
     os.utime(tmp_path / "model", ns=(1, int(info.etag.split("-")[0]) + 1))
     with pytest.raises(InputChanged, match="model"):
         store.read_into("model", 0, memoryview(bytearray(100)), etag=info.etag)
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_stays(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, time\n"
+        "from expo_ray.storage import open_store\n"
+        "writer = open_store(sys.argv[1]).writer('model', 8)\n"
+        "writer.write(b'half')\n"
+        "print('writing', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    killed = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
+    assert killed.stdout is not None
+    assert killed.stdout.readline() == b"writing\n"
+    store = open_store(str(tmp_path))
+    with store.writer("model", 4) as living:
+        assert len(list(tmp_path.glob(".partial-*"))) == 2  # the other process is alive: its file stays
+        killed.kill()
+        killed.wait()
+        store.put("other", b"data")
+        assert len(list(tmp_path.glob(".partial-*"))) == 1
+        living.write(b"done")
+        living.commit()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "other"]
+    assert store.read("model") == b"done"

@@ -242,4 +242,5 @@ class _Run:
     def _fail(self, name: str, error: Exception) -> None:
         if name not in self.outcome.failures:
             self.outcome.failures[name] = error
-            log.error("%s failed: %s", name, error, exc_info=None if isinstance(error, ExpoError) else error)
+            # The reason of an error that a user can mend stands in the summary; of any other, here and in full.
+            log.error("%s failed", name, exc_info=None if isinstance(error, ExpoError) else error)

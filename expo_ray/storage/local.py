@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import uuid
 from collections.abc import Iterator
@@ -130,7 +131,10 @@ class LocalStore:
 
 
 class LocalWriter:
-    """A temp file beside its goal, renamed onto it once it is on disk."""
+    """A temp file beside its goal, renamed onto it once it is on disk.
+
+    It is locked while it is open, so that the next writer in the folder can tell what a killed process left behind.
+    """
 
     def __init__(self, path: Path, key: str, size: int) -> None:
         self._path = path
@@ -141,7 +145,8 @@ class LocalWriter:
         self._temp: Path | None = path.with_name(f"{TEMP_PREFIX}{uuid.uuid4().hex}")
         with _named(path):
             _make_folder(path.parent)
-            self._fd = os.open(self._temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            _remove_abandoned(path.parent)
+            self._fd = _create_locked(self._temp)
 
     def write(self, data: Buffer) -> None:
         view = memoryview(data).cast("B")
@@ -164,6 +169,7 @@ class LocalWriter:
             temp.replace(self._path)
             self._temp = None
             _sync_folder(self._path.parent)
+        self.abort()  # closes the file
         return _info(self._key, found)
 
     def commit_if_absent(self) -> FileInfo:
@@ -179,12 +185,12 @@ class LocalWriter:
         return _info(self._key, found)
 
     def abort(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
         if self._temp is not None:
             self._temp.unlink(missing_ok=True)
             self._temp = None
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
     def __enter__(self) -> Self:
         return self
@@ -195,15 +201,34 @@ class LocalWriter:
         self.abort()
 
     def _sync(self) -> tuple[Path, os.stat_result]:
-        """The finished temp file, on disk and closed."""
+        """The finished temp file, on disk."""
         assert self._temp is not None, "committed or aborted before"
         if self._written != self._size:
             raise StorageError(f"{self._path}: {self._written} bytes written, {self._size} announced")
         os.fsync(self._fd)
-        found = os.fstat(self._fd)
-        os.close(self._fd)
-        self._fd = -1
-        return self._temp, found
+        return self._temp, os.fstat(self._fd)
+
+
+def _create_locked(temp: Path) -> int:
+    while True:
+        fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        if os.fstat(fd).st_nlink:
+            return fd
+        os.close(fd)  # removed as abandoned between its making and its lock
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Delete the temp files of processes that were killed: those that nobody has locked."""
+    for temp in folder.glob(f"{TEMP_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            fd = os.open(temp, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                temp.unlink()
+            finally:
+                os.close(fd)
 
 
 @contextlib.contextmanager
