@@ -139,7 +139,14 @@ class RayBox:
         script = str(ROOT / "jobs" / "extrapolate.py")
         return self.run(sys.executable, script, str(file), *arguments, **environment)
 
+    def _start(self) -> None:
+        """What runs in the box from the start."""
+
     def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            stack.push(self)  # ends what has been started, should something fail
+            self._start()
+            stack.pop_all()
         return self
 
     def __exit__(
@@ -155,6 +162,7 @@ class RayHead(RayBox):
 
     Attributes:
         dashboard: where jobs are submitted.
+        pid: all processes of this Ray are below it.
     """
 
     def __init__(self, num_cpus: int, **environment: str) -> None:
@@ -167,7 +175,7 @@ class RayHead(RayBox):
             "RAY_JOB_STOP_WAIT_TIME_S": "30",
         }
 
-    def __enter__(self) -> Self:
+    def _start(self) -> None:
         port, dashboard_port = free_port(), free_port()
         self.dashboard = f"http://127.0.0.1:{dashboard_port}"
         flags = {
@@ -187,14 +195,12 @@ class RayHead(RayBox):
         }
         words = [f"--{name}={value}" for name, value in flags.items()]
         environment = {name: text for name, text in self.environment.items() if name != "PYTHONPATH"}
-        self._processes.append(
-            Process(["ray", "start", "--head", "--block", *words], environment, self.folder)
-        )
-        head = self._processes[-1]
+        head = Process(["ray", "start", "--head", "--block", *words], environment, self.folder)
+        self._processes.append(head)
+        self.pid = head.pid
         wait_until(lambda: "runtime started" in head.stdout or not head.running, "the head is up")
         assert head.running, head.stderr
         self.environment["RAY_ADDRESS"] = f"127.0.0.1:{port}"
-        return self
 
     def ask(self, method: str, path: str) -> dict[str, Any]:
         """What the job server answers; `ray job stop` and `status` ask the same, and take seconds to start."""
@@ -204,14 +210,45 @@ class RayHead(RayBox):
             data: dict[str, Any] = json.load(answer)
         return data
 
-    def workers(self, title: str) -> list[int]:
-        """Process ids of the workers that run a task of this name just now."""
-        found = []
-        for process in self._processes[0].descendants():
-            with contextlib.suppress(psutil.Error):
-                if process.cmdline()[:1] == [f"ray::{title}"]:
-                    found.append(process.pid)
-        return found
+
+def working(process: int) -> list[psutil.Process]:
+    """The workers below a process that are in a shard just now."""
+    found = []
+    for child in psutil.Process(process).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if child.cmdline()[:1] == ["ray::_run_shard"]:
+                found.append(child)
+    return found
+
+
+class RayNodes(RayBox):
+    """A head without CPUs and two nodes of four, as several raylets on this machine.
+
+    Attributes:
+        raylets: process id of each node's raylet.
+    """
+
+    _SCRIPT = """
+import json, signal, sys
+from ray.cluster_utils import Cluster
+common = {"node_ip_address": "127.0.0.1", "object_store_memory": 100_000_000}
+head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": sys.argv[1]}
+cluster = Cluster(initialize_head=True, head_node_args=common | head)
+nodes = [cluster.add_node(num_cpus=4, resources={"shard_io": 4}, **common) for _ in range(2)]
+raylets = [node.all_processes["raylet"][0].process.pid for node in nodes]
+print(json.dumps({"address": cluster.address, "raylets": raylets}), flush=True)
+signal.pause()
+"""
+
+    def _start(self) -> None:
+        self.environment["RAY_AUTH_MODE"] = "disabled"
+        (self.folder / "ray").mkdir()
+        cluster = self.run(sys.executable, "-c", self._SCRIPT, str(self.folder))
+        wait_until(lambda: cluster.stdout.endswith("\n") or not cluster.running, "the cluster is up")
+        assert cluster.running, cluster.stderr
+        told = json.loads(cluster.stdout)
+        self.environment["RAY_ADDRESS"] = told["address"]
+        self.raylets: list[int] = told["raylets"]
 
 
 @pytest.fixture(scope="session")
@@ -219,6 +256,13 @@ def ray_head(through_gateway: dict[str, str]) -> Iterator[RayHead]:
     """A running head of four CPUs with a dashboard."""
     with RayHead(4, **through_gateway) as head:
         yield head
+
+
+@pytest.fixture
+def ray_nodes(through_gateway: dict[str, str]) -> Iterator[RayNodes]:
+    """A cluster of two nodes beside the head, one of which may be killed."""
+    with RayNodes(**through_gateway) as nodes:
+        yield nodes
 
 
 @pytest.fixture

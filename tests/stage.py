@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +79,7 @@ class Stage:
         """What S3 lists below a URI, by the rest of the key."""
         prefix = (uri or self.uri).removeprefix(f"s3://{self.server.bucket}/").rstrip("/") + "/"
         pages = (
-            self.server.client()
+            _client(self.server)
             .get_paginator("list_objects_v2")
             .paginate(Bucket=self.server.bucket, Prefix=prefix)
         )
@@ -87,16 +89,18 @@ class Stage:
         """The models that readers trust."""
         return [key.removesuffix("/expo.json") for key in self.listed() if key.endswith("/expo.json")]
 
+    def receipts(self) -> list[str]:
+        return [key for key in self.listed() if re.search("/.expo/.*/model-", key)]
+
     def unfinished(self) -> list[str]:
-        """Files of which an upload was begun, and neither completed nor aborted."""
-        return sorted(key.rpartition("/")[2] for key in self.pending(self.uri))
+        """Shards of which an upload was begun, and neither completed nor aborted; once for each such upload."""
+        return sorted(map(_shard, self.pending(self.uri)))
 
     def begun_again(self) -> dict[str, int]:
         """How often a shard of the pair was begun beyond the first time, over all runs; one that never was is left out."""
         times = Counter[str]()
         for path, count in self.way.count(*BEGIN).items():
-            name = path.rpartition("/")[2].partition("-of-")[0]
-            times[name] = max(times[name], count)
+            times[_shard(path)] = max(times[_shard(path)], count)
         return {name: count - 1 for name, count in times.items() if count > 1}
 
     def status(self) -> dict[str, Any]:
@@ -134,7 +138,7 @@ def stored_pair(s3_server: SeaweedFS, tmp_path_factory: pytest.TempPathFactory) 
     local = write_both(folder, sft, moved(sft), sft_shards=2, dpo_shards=3)
     options = f"--shard-size {SHARD_SIZE}"
     assert expo(*local, folder / "out", *ALPHAS, rounding="stochastic", more=options) == 0
-    digests = {alpha: _digests(folder / "out" / f"alpha={alpha}") for alpha in ALPHAS}
+    digests = {alpha: digests_of(folder / "out" / f"alpha={alpha}") for alpha in ALPHAS}
     sft_uri, dpo_uri = (upload(s3_server, parent, f"big/{parent.name}") for parent in local)
     return StoredPair(sft_uri, dpo_uri, digests)
 
@@ -171,7 +175,7 @@ def stage(
 
 def upload(server: SeaweedFS, folder: Path, prefix: str) -> str:
     """Copy a local folder into the bucket; its URI."""
-    client = server.client()
+    client = _client(server)
     for file in folder.iterdir():
         client.put_object(Bucket=server.bucket, Key=f"{prefix}/{file.name}", Body=file.read_bytes())
     return f"s3://{server.bucket}/{prefix}"
@@ -180,15 +184,26 @@ def upload(server: SeaweedFS, folder: Path, prefix: str) -> str:
 def fetch(server: SeaweedFS, uri: str) -> bytes:
     """One stored object, not by way of the proxy."""
     key = uri.removeprefix(f"s3://{server.bucket}/")
-    data: bytes = server.client().get_object(Bucket=server.bucket, Key=key)["Body"].read()
+    data: bytes = _client(server).get_object(Bucket=server.bucket, Key=key)["Body"].read()
     return data
 
 
-def _digests(folder: Path) -> dict[str, str]:
+def digests_of(folder: Path) -> dict[str, str]:
+    """As `Stage.files`, of a local folder."""
     files = {str(file.relative_to(folder)): file for file in folder.rglob("*") if file.is_file()}
     return {
         key: hashlib.sha256(file.read_bytes()).hexdigest() for key, file in files.items() if _comparable(key)
     }
+
+
+@cache
+def _client(server: SeaweedFS) -> Any:
+    """Making one takes a third of a second."""
+    return server.client()
+
+
+def _shard(path: str) -> str:
+    return path.rpartition("/")[2].partition("-of-")[0]
 
 
 def _comparable(key: str) -> bool:

@@ -20,7 +20,7 @@ from expo_ray.extrapolation.job import Outcome, outputs_of, plan_job, run_job
 from expo_ray.extrapolation.progress import Progress
 from tests.fault_proxy import Action, Fault
 from tests.pairs import llama_tensors, moved, write_both
-from tests.ray_cluster import ROOT, Process, RayBox, RayHead, wait_until
+from tests.ray_cluster import ROOT, Process, RayBox, RayHead, wait_until, working
 from tests.stage import ALPHAS, PART, RECEIPT, SHARDS, Stage, upload
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3]
@@ -155,7 +155,7 @@ def test_a_cluster_that_is_gone_is_not_waited_for(stage: Stage, ray_box: RayBox)
 def test_four_workers_write_the_same_bytes(stage: Stage, ray_head: RayHead) -> None:
     stage.way.hold(*PART)
     job = ray_head.job(stage.job_file())
-    wait_until(lambda: len(ray_head.workers("_run_shard")) == SHARDS, "every shard has its worker")
+    wait_until(lambda: len(working(ray_head.pid)) == SHARDS, "every shard has its worker")
     stage.way.release()
     assert job.wait() == 0, job.stderr
     assert f"connected to the Ray cluster at {ray_head.environment['RAY_ADDRESS']}" in job.stderr

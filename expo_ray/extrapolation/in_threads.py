@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
 
+from expo_ray.errors import TransientStorageError
 from expo_ray.extrapolation.on_device import resolve_device
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.progress import Progress
@@ -18,6 +20,10 @@ from expo_ray.extrapolation.shard import extrapolate_shard
 # One shard keeps about four cores busy: two with arithmetic, one hashing, one writing.
 _CORES_PER_SHARD = 4
 _MOST_SHARDS = 8
+# What the store itself cannot ask again: an upload that broke must be begun anew.
+MAX_RETRIES = 2
+
+log = logging.getLogger("expo_ray")
 
 
 class Cancelled(Exception):
@@ -34,9 +40,7 @@ class InThreads:
         self._cancelled = threading.Event()
 
     def extrapolate(self, plan: PairPlan, index: int, alphas: Sequence[float]) -> Future[Any]:
-        return self._pool.submit(
-            extrapolate_shard, plan, index, alphas, device=self._device, on_bytes=self._count
-        )
+        return self._pool.submit(self._extrapolate, plan, index, alphas)
 
     def publish(self, plan: PairPlan, alpha: float) -> Future[Published]:
         return self._pool.submit(publish, plan, alpha)
@@ -45,10 +49,25 @@ class InThreads:
         self._cancelled.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _count(self, written: int) -> None:
-        if self._cancelled.is_set():
-            raise Cancelled
-        self._progress.add(written)
+    def _extrapolate(self, plan: PairPlan, index: int, alphas: Sequence[float]) -> None:
+        for attempt in range(1 + MAX_RETRIES):
+            written = 0
+
+            def count(size: int) -> None:
+                nonlocal written
+                if self._cancelled.is_set():
+                    raise Cancelled
+                written += size
+                self._progress.add(size)
+
+            try:
+                extrapolate_shard(plan, index, alphas, device=self._device, on_bytes=count)
+                return
+            except TransientStorageError as error:
+                self._progress.add(-written)
+                if attempt == MAX_RETRIES:
+                    raise
+                log.warning("%s %s is done once more: %s", plan.name, plan.shards[index].file, error)
 
     def __enter__(self) -> Self:
         return self

@@ -1,0 +1,109 @@
+"""Whole jobs on Ray whose worker, driver, node or S3 server dies in the middle: the same bytes, and little done twice."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.ray_cluster import Process, RayBox, RayHead, RayNodes, wait_until, working
+from tests.stage import PART, SHARDS, Stage
+
+pytestmark = [pytest.mark.ray, pytest.mark.s3]
+
+LAST = "model-00003"
+Starter = Callable[[RayBox], Process]
+
+
+@pytest.fixture
+def all_but_one(stage: Stage) -> Starter:
+    """A function that starts a job and returns when all its shards are stored but one, which is in mid-upload."""
+
+    def start(box: RayBox) -> Process:
+        stage.way.hold("PUT", rf"/{LAST}-of-\d+\.safetensors\?.*partNumber")
+        job = box.job(stage.job_file())
+        receipts = 2 * (SHARDS - 1)
+        wait_until(lambda: stage.way.waiting and len(stage.receipts()) == receipts, "one shard is left")
+        assert stage.shown() == []
+        return job
+
+    return start
+
+
+def test_a_killed_worker_costs_one_shard(stage: Stage, ray_head: RayHead, all_but_one: Starter) -> None:
+    job = all_but_one(ray_head)
+    (worker,) = working(ray_head.pid)
+    worker.kill()
+    stage.way.release()
+    assert job.wait() == 0, job.stderr
+    assert stage.complete()
+    assert stage.begun_again() == {LAST: 1}
+    assert (
+        stage.unfinished() == [LAST] * 2
+    )  # of the dead worker, one for each alpha: nobody else knows their ids
+
+
+def test_a_killed_driver_costs_one_shard(stage: Stage, ray_head: RayHead, all_but_one: Starter) -> None:
+    job = all_but_one(ray_head)
+    job.signal(signal.SIGKILL)
+    job.wait()
+    wait_until(lambda: not working(ray_head.pid), "the dead driver's worker has ended")
+    stage.way.release()
+    assert stage.shown() == []
+    assert stage.status()["state"] == "running"  # with an `updated` that grows old
+
+    again = ray_head.job(stage.job_file())
+    assert again.wait() == 0, again.stderr
+    assert stage.complete()
+    assert stage.begun_again() == {LAST: 1}
+    assert set(stage.unfinished()) == {LAST}
+
+
+def test_a_killed_driver_takes_its_own_ray_along(stage: Stage, ray_box: RayBox, all_but_one: Starter) -> None:
+    job = all_but_one(ray_box)
+    (worker,) = working(job.pid)
+    left_over = Path(worker.environ()["RAY_AUTH_TOKEN_PATH"]).parent
+    job.signal(signal.SIGKILL)
+    job.wait()
+    stage.way.release()  # the orphan ends with its shard
+    wait_until(lambda: not worker.is_running(), "its worker has ended")
+    assert stage.shown() == []
+    shutil.rmtree(left_over)  # Ray's logs
+
+    again = ray_box.job(stage.job_file())
+    assert again.wait() == 0, again.stderr
+    assert stage.complete()
+    assert set(stage.begun_again()) <= {LAST}
+
+
+def test_a_server_killed_for_a_moment_is_waited_for(
+    stage: Stage, ray_head: RayHead, all_but_one: Starter
+) -> None:
+    job = all_but_one(ray_head)
+    stage.server.kill()
+    stage.way.release()
+    stage.server.start()
+    assert job.wait() == 0, job.stderr
+    assert stage.complete()
+    assert set(stage.begun_again()) <= {LAST}
+
+
+@pytest.mark.slow
+def test_the_shards_of_a_lost_node_are_done_on_another(stage: Stage, ray_nodes: RayNodes) -> None:
+    stage.way.hold(*PART)
+    job = ray_nodes.job(stage.job_file())
+    wait_until(lambda: len(stage.way.waiting) >= 2 * SHARDS, "all shards are in mid-upload")
+    lost, other = ray_nodes.raylets
+    shards_lost = len(working(lost))
+    assert shards_lost + len(working(other)) == SHARDS
+    assert shards_lost > 0
+    psutil.Process(lost).kill()
+    wait_until(lambda: len(stage.begun_again()) == shards_lost, "its shards are begun on the other node")
+    stage.way.release()  # now the orphans and their successors write the same files
+    assert job.wait() == 0, job.stderr
+    assert stage.complete()
+    assert list(stage.begun_again().values()) == [1] * shards_lost
