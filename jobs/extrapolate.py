@@ -17,7 +17,9 @@ from expo_ray.storage import open_store
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("job", metavar="JOB.yaml")
-    parser.add_argument("--overwrite", action="store_true", help="replace models that expo-ray wrote there before")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace models that expo-ray wrote there before"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop; nothing is written")
     arguments = parser.parse_args()
     return guarded(lambda: run(arguments))
@@ -32,9 +34,15 @@ def run(arguments: argparse.Namespace) -> int:
     from expo_ray.on_ray.cluster import cluster
     from expo_ray.on_ray.extrapolation import OnRay
 
-    with cluster(), Progress(open_store(job.output)) as progress, OnRay(progress, device=job.device) as executor:
+    with (
+        cluster(),
+        Progress(open_store(job.output)) as progress,
+        OnRay(progress, device=job.device) as executor,
+    ):
         outcome = run_job(plan, executor, progress)
-        progress.finish("failed" if outcome.failures else "done", len(outcome.published), sorted(outcome.failures))
+        progress.finish(
+            "failed" if outcome.failures else "done", len(outcome.published), sorted(outcome.failures)
+        )
     return report(outcome)
 
 
