@@ -21,6 +21,7 @@ from typing import Any, Self
 
 import psutil
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE_S = 90.0
@@ -101,7 +102,7 @@ class Process:
             self._process.kill()
             self._process.wait()
         _, alive = psutil.wait_procs(started, timeout=5)
-        for process in alive:
+        for process in alive:  # a frozen one, too
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
 
@@ -171,8 +172,7 @@ class RayHead(RayBox):
         self.environment |= {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.folder / "token"),
-            # What a cluster's manifest would say; a job that is stopped has this long to clean up.
-            "RAY_JOB_STOP_WAIT_TIME_S": "30",
+            **shipped_settings(),
         }
 
     def _start(self) -> None:
@@ -241,7 +241,7 @@ signal.pause()
 """
 
     def _start(self) -> None:
-        self.environment["RAY_AUTH_MODE"] = "disabled"
+        self.environment |= {"RAY_AUTH_MODE": "disabled", **shipped_settings()}
         (self.folder / "ray").mkdir()
         cluster = self.run(sys.executable, "-c", self._SCRIPT, str(self.folder))
         wait_until(lambda: cluster.stdout.endswith("\n") or not cluster.running, "the cluster is up")
@@ -249,6 +249,13 @@ signal.pause()
         told = json.loads(cluster.stdout)
         self.environment["RAY_ADDRESS"] = told["address"]
         self.raylets: list[int] = told["raylets"]
+
+
+def shipped_settings() -> dict[str, str]:
+    """Ray's settings in our manifest, for every process of a cluster."""
+    manifests = yaml.safe_load_all((ROOT / "cluster" / "rayjob.yaml").read_text())
+    (data,) = (one["data"] for one in manifests if one["metadata"]["name"] == "expo-ray-env")
+    return {name: text for name, text in data.items() if name.startswith("RAY_")}
 
 
 @pytest.fixture(scope="session")

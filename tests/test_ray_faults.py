@@ -7,10 +7,9 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 
-from tests.ray_cluster import Process, RayBox, RayHead, RayNodes, wait_until, working
+from tests.ray_cluster import Process, RayBox, RayHead, wait_until, working
 from tests.stage import PART, SHARDS, Stage
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3]
@@ -90,20 +89,3 @@ def test_a_server_killed_for_a_moment_is_waited_for(
     assert job.wait() == 0, job.stderr
     assert stage.complete()
     assert set(stage.begun_again()) <= {LAST}
-
-
-@pytest.mark.slow
-def test_the_shards_of_a_lost_node_are_done_on_another(stage: Stage, ray_nodes: RayNodes) -> None:
-    stage.way.hold(*PART)
-    job = ray_nodes.job(stage.job_file())
-    wait_until(lambda: len(stage.way.waiting) >= 2 * SHARDS, "all shards are in mid-upload")
-    lost, other = ray_nodes.raylets
-    shards_lost = len(working(lost))
-    assert shards_lost + len(working(other)) == SHARDS
-    assert shards_lost > 0
-    psutil.Process(lost).kill()
-    wait_until(lambda: len(stage.begun_again()) == shards_lost, "its shards are begun on the other node")
-    stage.way.release()  # now the orphans and their successors write the same files
-    assert job.wait() == 0, job.stderr
-    assert stage.complete()
-    assert list(stage.begun_again().values()) == [1] * shards_lost

@@ -1,21 +1,9 @@
-"""The only importer of Ray, which reads its settings once, when it is imported; so they are set here."""
+"""The only importer of Ray, which reads its settings once, when it is imported; so they are set here.
+
+Not among them: the keepalive settings of the manifests under cluster/. They must be the same in every process of a cluster; a
+driver that pings nodes which do not expect it is cut off by them after half a minute, again and again.
+"""
 
 import os
 
-# Ray notices a node that vanished without a word after 7 minutes; with these in every process of the cluster (the manifests
-# under cluster/ give them to the nodes), after about half a minute.
-KEEPALIVE = {
-    "RAY_grpc_client_keepalive_time_ms": "10000",
-    "RAY_grpc_client_keepalive_timeout_ms": "5000",
-    "RAY_grpc_keepalive_time_ms": "10000",
-    "RAY_grpc_keepalive_timeout_ms": "5000",
-    "RAY_health_check_period_ms": "2000",
-    "RAY_health_check_failure_threshold": "5",
-    "RAY_health_check_timeout_ms": "5000",
-}
-
-# Job logs are files.
-PLAIN = {"RAY_COLOR_PREFIX": "0"}
-
-for _name, _value in {**KEEPALIVE, **PLAIN}.items():
-    os.environ.setdefault(_name, _value)
+os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # job logs are files
