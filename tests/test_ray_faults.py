@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.ray_cluster import Process, RayBox, RayHead, wait_until, working
-from tests.stage import PART, SHARDS, Stage
+from tests.stage import SHARDS, Stage
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3]
 
