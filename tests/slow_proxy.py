@@ -15,22 +15,23 @@ class SlowProxy(FaultProxy):
 
     def __init__(self, upstream: str) -> None:
         super().__init__(upstream)
-        self._held = self._slowed = ("", "(?!)")
+        self._hold = self._slow = ("", "(?!)")
         self._delay_s = 0.0
-        self.waiting: list[str] = []
+        self.waiting: set[str] = set()
+        self.held = 0
 
     def hold(self, method: str, path: str) -> None:
-        """From now on, requests like this get no answer; `waiting` lists those that have come."""
-        self.waiting = []
-        self._held = (method, path)
+        """From now on, requests like this get no answer; `held` counts them, `waiting` names the objects they are for."""
+        self.waiting, self.held = set(), 0
+        self._hold = (method, path)
 
     def slow(self, method: str, path: str, delay_s: float) -> None:
         """From now on, requests like this are passed on after `delay_s`."""
-        self._slowed, self._delay_s = (method, path), delay_s
+        self._slow, self._delay_s = (method, path), delay_s
 
     def release(self) -> None:
         """Pass everything on as it comes."""
-        self._held = self._slowed = ("", "(?!)")
+        self._hold = self._slow = ("", "(?!)")
 
     def count(self, method: str, path: str) -> Counter[str]:
         """How often each object was the aim of requests like this, since the last `inject`."""
@@ -39,11 +40,12 @@ class SlowProxy(FaultProxy):
 
     async def _exchange(self, request: Any, *ends: Any) -> None:
         method, target, _ = request.first_line.split(" ", 2)
-        if _matches(self._slowed, method, target):
+        if _matches(self._slow, method, target):
             await asyncio.sleep(self._delay_s)
-        if _matches(self._held, method, target):
-            self.waiting.append(target)
-            while _matches(self._held, method, target):
+        if _matches(self._hold, method, target):
+            self.held += 1
+            self.waiting.add(target.partition("?")[0])
+            while _matches(self._hold, method, target):
                 await asyncio.sleep(0.01)
         await super()._exchange(request, *ends)
 

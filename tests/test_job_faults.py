@@ -246,7 +246,7 @@ def race(job: Job, box: RayBox, alphas: tuple[float, float]) -> list[Process]:
     """Two jobs that reach their claims at the same time; returns when both have ended."""
     job.stage.way.hold(*SMALL_WRITES["claim"])
     jobs = [box.run(*job.command(alpha)) for alpha in alphas]
-    wait_until(lambda: len(job.stage.way.waiting) == len(jobs), "both are about to claim the output")
+    wait_until(lambda: job.stage.way.held == len(jobs), "both are about to claim the output")
     job.stage.way.release()
     for one in jobs:
         one.wait()

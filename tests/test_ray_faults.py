@@ -7,10 +7,11 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
-from tests.ray_cluster import Process, RayBox, RayHead, wait_until, working
-from tests.stage import SHARDS, Stage
+from tests.ray_cluster import Process, RayBox, RayHead, RayNodes, wait_until, working
+from tests.stage import PART, SHARDS, Stage
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3]
 
@@ -26,7 +27,8 @@ def all_but_one(stage: Stage) -> Starter:
         stage.way.hold("PUT", rf"/{LAST}-of-\d+\.safetensors\?.*partNumber")
         job = box.job(stage.job_file())
         receipts = 2 * (SHARDS - 1)
-        wait_until(lambda: stage.way.waiting and len(stage.receipts()) == receipts, "one shard is left")
+        wait_until(lambda: len(stage.receipts()) == receipts, "all shards but one are stored")
+        wait_until(lambda: len(stage.way.waiting) == 2, "that one is in mid-upload for both alphas")
         assert stage.shown() == []
         return job
 
@@ -48,6 +50,7 @@ def test_a_killed_worker_costs_one_shard(stage: Stage, ray_head: RayHead, all_bu
 
 def test_a_killed_driver_costs_one_shard(stage: Stage, ray_head: RayHead, all_but_one: Starter) -> None:
     job = all_but_one(ray_head)
+    wait_until(lambda: stage.status()["state"] == "running", "status.json tells of it")
     job.signal(signal.SIGKILL)
     job.wait()
     wait_until(lambda: not working(ray_head.pid), "the dead driver's worker has ended")
@@ -89,3 +92,29 @@ def test_a_server_killed_for_a_moment_is_waited_for(
     assert job.wait() == 0, job.stderr
     assert stage.complete()
     assert set(stage.begun_again()) <= {LAST}
+
+
+@pytest.mark.parametrize(
+    "lose",
+    [
+        pytest.param(psutil.Process.kill, id="killed"),
+        pytest.param(psutil.Process.suspend, id="frozen", marks=pytest.mark.slow),  # silent, as if cut off
+    ],
+)
+def test_the_shards_of_a_lost_node_are_done_on_another(
+    stage: Stage, ray_nodes: RayNodes, lose: Callable[[psutil.Process], None]
+) -> None:
+    stage.way.hold(*PART)
+    job = ray_nodes.job(stage.job_file())
+    wait_until(lambda: len(stage.way.waiting) == 2 * SHARDS, "all shards are in mid-upload")
+    lost, other = ray_nodes.raylets
+    shards_lost = len(working(lost))
+    assert shards_lost + len(working(other)) == SHARDS
+    assert shards_lost > 0
+    for process in [psutil.Process(lost), *psutil.Process(lost).children(recursive=True)]:
+        lose(process)
+    wait_until(lambda: len(stage.begun_again()) == shards_lost, "its shards are begun on the other node")
+    stage.way.release()
+    assert job.wait() == 0, job.stderr
+    assert stage.complete()
+    assert list(stage.begun_again().values()) == [1] * shards_lost
