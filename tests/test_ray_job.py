@@ -214,6 +214,21 @@ def test_only_transient_errors_are_tried_again_and_all_arrive_as_they_are(
     assert stage.unfinished() == []
 
 
+def test_a_cluster_without_nodes_is_waited_for(
+    ray_here: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import ray
+
+    from expo_ray.on_ray.extrapolation import OnRay
+
+    caplog.set_level("INFO", "expo_ray")
+    seen = iter([{}, {"CPU": 640.0, "shard_io": 160.0}])
+    monkeypatch.setattr(ray, "cluster_resources", lambda: next(seen))
+    with OnRay(Progress(quiet=True)) as executor:
+        assert executor.slots == 160
+    assert caplog.messages == ["waiting for the cluster's first worker node"]
+
+
 # --- ray job submit
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -150,9 +149,13 @@ def _resources() -> dict[str, float]:
     resources: dict[str, float] = ray.cluster_resources()
     if not resources.get("CPU"):
         log.info("waiting for the cluster's first worker node")
-        ray.get(ray.remote(num_cpus=1)(os.getpid).remote())
+        ray.get(ray.remote(num_cpus=1)(_arrive).remote())
         resources = ray.cluster_resources()
     return resources
+
+
+def _arrive() -> None:
+    """A task that any node can run."""
 
 
 def _run_shard(
