@@ -104,6 +104,7 @@ class OnRay:
 
     def cancel(self) -> None:
         refs = list(self._refs.values())
+        self._refs.clear()  # waited for once, whoever else calls
         for ref in refs:
             ray.cancel(ref)
         if refs:  # a cancelled task still has to remove its uploads
