@@ -39,13 +39,16 @@ bench: install ## measure speed and memory; ARGS="--help" lists the measurements
 	@$(RUN) -m benchmarks $(ARGS)
 
 # Pins already in the files stay unless pyproject.toml or cpu.in rules them out; UPGRADE=NAME lifts one.
+# torchvision, torchaudio, torchcodec and triton stay out of the CPU lock: text models need none of them, and beside torch's
+# CPU build they keep vLLM from being imported.
 # UV_FIND_LINKS names a folder with torch's CPU wheel; without it, uv asks PyTorch's own index.
 LOCK := uv pip compile --quiet --python-platform x86_64-manylinux_2_28 --annotation-style line \
 	--custom-compile-command 'make lock' $(if $(UPGRADE),--upgrade-package $(UPGRADE)) pyproject.toml
 
 lock: ## resolve requirements/*.txt anew (needs uv: `pip install uv`)
 	@command -v uv > /dev/null || { echo 'make lock needs uv: pip install uv' >&2; exit 1; }
-	@$(LOCK) requirements/cpu.in --extra ray --extra dev --python-version 3.11 \
+	@$(LOCK) requirements/cpu.in --extra evaluate --extra dev --python-version 3.11 \
+		$(foreach NAME,torchvision torchaudio torchcodec triton,--no-emit-package $(NAME)) \
 		$(if $(UV_FIND_LINKS),,--torch-backend cpu) --output-file requirements/cpu.txt > /dev/null
 	@$(LOCK) --extra gpu --python-version 3.12 --output-file requirements/gpu.txt > /dev/null
 
