@@ -7,8 +7,10 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from pydantic import BaseModel
+
 from expo_ray import __version__
-from expo_ray.config import Job, Pair, PairOptions, parse_bytes
+from expo_ray.config import Job, Pair, PairOptions, PromptSource, RewardModel, Sampling, Serving, parse_bytes
 from expo_ray.extrapolation.progress import size_text
 
 
@@ -29,6 +31,9 @@ def command_parser() -> argparse.ArgumentParser:
     _add_extrapolate(commands)
     _add_plan(commands)
     _add_verify(commands)
+    _add_serve(commands)
+    _add_respond(commands)
+    _add_reward(commands)
     _add_command(commands, "schema", "print the JSON schema of the job file")
     return parser
 
@@ -73,6 +78,62 @@ def _add_verify(commands: Any) -> None:
     )
     add("--dpo", metavar="URI", help="See --sft.")
     add("--allow-pickle", action="store_true", help=_text(PairOptions, "allow_pickle"))
+
+
+def _add_serve(commands: Any) -> None:
+    parser = _add_command(
+        commands, "serve", "answer for every alpha of a job's pairs, and for its models, until interrupted"
+    )
+    parser.add_argument("job", metavar="JOB.yaml", help="The job file.")
+    parser.add_argument("--port", type=int, metavar="N", help=_text(Serving, "port"))
+
+
+def _add_respond(commands: Any) -> None:
+    parser = _add_command(commands, "respond", "let models answer prompts")
+    add = parser.add_argument
+    add(
+        "job",
+        nargs="?",
+        metavar="JOB.yaml",
+        help="All of a job's prompts, to all its pairs, alphas and models.",
+    )
+    add(
+        "--model",
+        metavar="URI|URL",
+        help="Without a job: a model folder, or the URL of an OpenAI-compatible endpoint.",
+    )
+    add("--name", metavar="NAME", help="The model's name at the endpoint, if it serves several.")
+    add("--prompts", metavar="SOURCE", help=_text(PromptSource, "source"))
+    add("--limit", type=_count, metavar="N", help=_text(PromptSource, "limit"))
+    add("--output", metavar="FILE", help="JSONL file to write; one that is there is completed.")
+    add(
+        "--format",
+        choices=("jsonl", "alpaca-eval", "mt-bench"),
+        default="jsonl",
+        help="Of the output. Default: %(default)s.",
+    )
+    for name in (
+        "temperature",
+        "top_p",
+        "top_k",
+        "presence_penalty",
+        "frequency_penalty",
+        "max_tokens",
+        "samples",
+        "seed",
+    ):
+        add(f"--{name.replace('_', '-')}", metavar="N", help=_text(Sampling, name))
+
+
+def _add_reward(commands: Any) -> None:
+    parser = _add_command(commands, "reward", "score responses with reward models")
+    add = parser.add_argument
+    add("job", nargs="?", metavar="JOB.yaml", help="All responses of a job, by all its reward models.")
+    add("--responses", metavar="FILE", help="Without a job: the file that `expo-ray respond` wrote.")
+    add("--reward-model", metavar="URI", help=_text(RewardModel, "model"))
+    add("--backend", choices=("auto", "vllm", "transformers"), help=_text(RewardModel, "backend"))
+    add("--truncate", action="store_true", default=None, help=_text(RewardModel, "truncate"))
+    add("--output", metavar="FILE", help="JSONL file to write; one that is there is completed.")
 
 
 def _add_extrapolate(commands: Any) -> None:
@@ -146,12 +207,12 @@ def _size(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def _text(model: type[PairOptions] | type[Job], field: str) -> str:
+def _text(model: type[BaseModel], field: str) -> str:
     """The help text of a field, with its default."""
     info = model.model_fields[field]
     text = " ".join((info.description or "").split()).replace("%", "%%")
     default = info.get_default(call_default_factory=True) if not info.is_required() else None
-    if isinstance(default, bool) or not isinstance(default, str | int):
+    if isinstance(default, bool) or not isinstance(default, str | int | float) or default == "":
         return text
-    shown = size_text(default) if isinstance(default, int) and default >= 1000 else default
+    shown = size_text(default) if isinstance(default, int) and default >= 1_000_000 else default
     return f"{text} Default: {shown}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import logging
 import os
@@ -160,8 +161,18 @@ def _options_of(arguments: argparse.Namespace) -> dict[str, Any]:
     return given | ({"multipliers": dict(arguments.multiplier)} if arguments.multiplier else {})
 
 
+def _on_ray(module: str) -> Callable[[argparse.Namespace], int]:
+    """A command of `expo_ray.on_ray`, which takes seconds to import."""
+
+    def command(arguments: argparse.Namespace) -> int:
+        return int(importlib.import_module(f"expo_ray.on_ray.{module}").command(arguments))
+
+    return command
+
+
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "extrapolate": _extrapolate, "plan": _plan, "verify": _verify, "schema": _schema,
+    "serve": _on_ray("serve_command"), "respond": _on_ray("respond_command"), "reward": _on_ray("reward_command"),
 }  # fmt: skip
 
 if __name__ == "__main__":

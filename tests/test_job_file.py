@@ -88,7 +88,7 @@ def test_every_problem_is_told_at_once_with_place_and_near_key() -> None:
 
 
 def test_two_pairs_of_one_name_are_refused() -> None:
-    assert "pairs: b is used twice; give each pair its own `name`" in problems_of(
+    assert "pairs: b is used twice; give each its own `name`" in problems_of(
         {"output": "o", "pairs": [{"sft": "a", "dpo": "x/b"}, {"sft": "a", "dpo": "y/b"}]}
     )
 

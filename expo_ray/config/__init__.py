@@ -1,0 +1,40 @@
+"""The job file: frozen, typed, refusing what it does not know.
+
+The text under each field is what `--help`, the JSON schema and the README show.
+"""
+
+from expo_ray.config.evaluation import PromptSource, PublishedModel, RewardModel, Sampling, Serving
+from expo_ray.config.fields import (
+    Device,
+    OutputDtype,
+    Rounding,
+    VocabPolicy,
+    check_alpha,
+    format_alpha,
+    parse_bytes,
+)
+from expo_ray.config.job import Job
+from expo_ray.config.load import job_schema, load_job, parse_job, parse_pair
+from expo_ray.config.pairs import Pair, PairOptions
+
+__all__ = [
+    "Device",
+    "Job",
+    "OutputDtype",
+    "Pair",
+    "PairOptions",
+    "PromptSource",
+    "PublishedModel",
+    "RewardModel",
+    "Rounding",
+    "Sampling",
+    "Serving",
+    "VocabPolicy",
+    "check_alpha",
+    "format_alpha",
+    "job_schema",
+    "load_job",
+    "parse_bytes",
+    "parse_job",
+    "parse_pair",
+]

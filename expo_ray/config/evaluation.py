@@ -1,0 +1,129 @@
+"""What a job file says of prompts, responses, engines and rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from expo_ray.config.fields import NAME, Device, Frozen, RewardBackend, WeightDtype, named_after
+
+
+class PublishedModel(Frozen):
+    """A model folder to evaluate as it is, beside the pairs."""
+
+    name: Annotated[str, Field(pattern=NAME)]
+    """What requests and reports call it."""
+
+    uri: Annotated[str, Field(min_length=1)]
+    """The folder: a path, `s3://bucket/prefix` or `hf://org/name@revision`."""
+
+
+class PromptSource(Frozen):
+    """A set of prompts, always in the same order."""
+
+    source: Annotated[str, Field(min_length=1)]
+    """`ultrafeedback` (first user turns of its `test_gen` split), `alpaca-eval`, or a file: `.jsonl` with `prompt` or
+    `messages` in each row, or `.txt` with a prompt in each line; a path or any URI."""
+
+    name: Annotated[str, Field(pattern=NAME)] = ""
+    """Name of the set in paths and reports; made from `source` unless given."""
+
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Take this many, drawn evenly from the categories of the set where it has some; the same ones every time."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_after_source(cls, data: Any) -> Any:
+        return named_after(data, "source")
+
+
+class Sampling(Frozen):
+    """How responses are drawn. The defaults are the paper's."""
+
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] = 0.7
+    """Sampling temperature; 0 takes the likeliest token."""
+
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Nucleus sampling."""
+
+    top_k: Annotated[int, Field(ge=0)] = 50
+    """Sample among this many tokens; 0 for all."""
+
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.1
+    """Penalty on tokens that have appeared."""
+
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.1
+    """Penalty on tokens by how often they have appeared."""
+
+    max_tokens: Annotated[int, Field(ge=1)] = 2048
+    """Longest response in tokens."""
+
+    samples: Annotated[int, Field(ge=1)] = 1
+    """Responses to each prompt."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 42
+    """Each prompt and sample has its own seed, made from this one and the same for every alpha."""
+
+
+class Serving(Frozen):
+    """The vLLM engines behind Ray Serve."""
+
+    replicas: Annotated[int, Field(ge=1)] = 1
+    """Engines of each pair or model."""
+
+    max_replicas: Annotated[int, Field(ge=1)] | None = None
+    """Where it is above `replicas`, Ray Serve adds engines up to this number under load, and removes them again."""
+
+    tensor_parallel_size: Annotated[int, Field(ge=1)] = 1
+    """GPUs that one engine is spread over."""
+
+    device: Device = "auto"
+    """`auto` takes GPUs where the cluster has some."""
+
+    dtype: WeightDtype = "auto"
+    """Data type that the engine computes in; `auto` is the checkpoint's."""
+
+    max_model_len: Annotated[int, Field(ge=8)] | None = None
+    """Longest prompt and response together, in tokens; the model's own limit unless given."""
+
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """Port of the OpenAI-compatible endpoint; 0 takes a free one."""
+
+    engine: Mapping[str, Any] = Field(default_factory=dict)
+    """Further arguments of vLLM's engine, as vLLM names them."""
+
+
+class RewardModel(Frozen):
+    """What scores responses: a sequence classifier with one label, or a Python function."""
+
+    model: Annotated[str, Field(min_length=1)]
+    """Folder or URI of the reward model, or `python:module:function`, a function of prompt and response that returns a
+    float."""
+
+    name: Annotated[str, Field(pattern=NAME)] = ""
+    """Name in paths and reports; the last part of `model` unless given."""
+
+    backend: RewardBackend = "auto"
+    """`vllm` (pooling), or `transformers`, the reference; `auto` takes vLLM where it knows the architecture."""
+
+    dtype: WeightDtype = "auto"
+    """Data type that it computes in; `auto` is fp32 where that fits into memory."""
+
+    replicas: Annotated[int, Field(ge=1)] = 1
+    """Number of actors."""
+
+    num_cpus: Annotated[float, Field(gt=0)] = 1
+    """CPUs of each actor."""
+
+    num_gpus: Annotated[float, Field(ge=0)] | None = None
+    """GPUs of each actor; one where the cluster has GPUs and the model is no function, unless given."""
+
+    truncate: bool = False
+    """Score the beginning of texts that are too long for the model, instead of refusing them; they are counted."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_after_model(cls, data: Any) -> Any:
+        return named_after(data, "model")

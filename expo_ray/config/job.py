@@ -1,0 +1,71 @@
+"""A whole job file."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Self
+
+from pydantic import Field, model_validator
+
+from expo_ray.config.evaluation import PromptSource, PublishedModel, RewardModel, Sampling, Serving
+from expo_ray.config.fields import Device, Frozen
+from expo_ray.config.pairs import Pair, PairOptions
+
+
+class Job(Frozen):
+    """A job file: where to write, which pairs to extrapolate, and how to evaluate them."""
+
+    output: Annotated[str, Field(min_length=1)]
+    """Root of everything written: a path or `s3://bucket/prefix`. Models land in `pairs/<pair>/alpha=<alpha>/`."""
+
+    pairs: tuple[Pair, ...] = ()
+    """The pairs, each with at least `sft` and `dpo`."""
+
+    models: tuple[PublishedModel, ...] = ()
+    """Model folders to serve and evaluate beside the pairs."""
+
+    defaults: PairOptions = PairOptions()
+    """Options of every pair that does not set them itself."""
+
+    device: Device = "auto"
+    """Where the arithmetic runs; the bytes are the same. `auto` takes a GPU where the task has one."""
+
+    prompts: tuple[PromptSource, ...] = ()
+    """What the models are asked."""
+
+    sampling: Sampling = Sampling()
+    """How responses are drawn."""
+
+    serving: Serving = Serving()
+    """The engines that answer."""
+
+    rewards: tuple[RewardModel, ...] = ()
+    """What scores the responses."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spread_defaults(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not isinstance(data.get("defaults"), dict):
+            return data
+        pairs = data.get("pairs")
+        if not isinstance(pairs, list):
+            return data
+        known = {key: value for key, value in data["defaults"].items() if key in PairOptions.model_fields}
+        return data | {"pairs": [known | pair if isinstance(pair, dict) else pair for pair in pairs]}
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        if not self.pairs and not self.models:
+            raise ValueError(
+                "there is nothing to work on; list at least 1 item under `pairs`, each with `sft` and `dpo`"
+            )
+        sections = {
+            "pairs": [*self.pairs, *self.models],  # the endpoint knows both by name
+            "prompts": self.prompts,
+            "rewards": self.rewards,
+        }
+        for section, items in sections.items():
+            names = [item.name for item in items]
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                raise ValueError(f"{section}: {', '.join(twice)} is used twice; give each its own `name`")
+        return self

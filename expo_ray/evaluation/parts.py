@@ -1,0 +1,75 @@
+"""Rows that are stored in parts as they come, and read back as one: how a killed evaluation goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import asdict
+from typing import Any, Generic, Protocol, TypeVar
+
+from expo_ray.errors import StorageError
+from expo_ray.evaluation.records import digest
+from expo_ray.storage import Store
+
+
+class Row(Protocol):
+    """A dataclass of plain data with a key."""
+
+    @property
+    def key(self) -> Hashable: ...
+
+
+R = TypeVar("R", bound=Row)
+
+
+class Parts(Generic[R]):
+    """The rows below one prefix of a store.
+
+    A part is written once and named after its content, so that writers never meet: a row that two of them made, because one was
+    given up and lived on, counts once, the same one for every reader.
+
+    Args:
+        prefix: folder of the parts, such as `evaluation/zephyr@0.3/1f2e3d4c/responses`.
+        parse: makes a row from its plain data.
+    """
+
+    def __init__(self, store: Store, prefix: str, parse: Callable[[Mapping[str, Any]], R]) -> None:
+        self.store, self.prefix, self._parse = store, prefix, parse
+
+    def read(self) -> dict[Hashable, R]:
+        """All rows by key; of rows with the same key, the first in the order of the parts' names."""
+        rows: dict[Hashable, R] = {}
+        for info in self.store.list(f"{self.prefix}/"):
+            for row in read_rows(self.store, info.key, self._parse):
+                rows.setdefault(row.key, row)
+        return rows
+
+    def write(self, rows: Iterable[R]) -> None:
+        """Store some rows, all or none."""
+        data = rows_text(rows).encode()
+        if data:
+            self.store.put(f"{self.prefix}/{digest(data.decode())}.jsonl", data)
+
+
+def rows_text(rows: Iterable[Any]) -> str:
+    """Dataclasses as JSONL."""
+    return "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
+
+
+def read_rows(store: Store, key: str, parse: Callable[[Mapping[str, Any]], R]) -> list[R]:
+    """The rows of one JSONL file.
+
+    Raises:
+        StorageError: naming the first line that is no such row.
+    """
+    rows = []
+    # Not splitlines(): texts hold U+2028 and its like.
+    for number, line in enumerate(store.read(key).decode("utf-8").split("\n"), start=1):
+        if line.strip():
+            try:
+                rows.append(parse(json.loads(line)))
+            except (ValueError, TypeError, KeyError) as error:
+                raise StorageError(
+                    f"{store.uri}/{key}, line {number}: not a row that can be read ({error}); mend or remove the line"
+                ) from error
+    return rows

@@ -1,0 +1,97 @@
+"""What is kept of an evaluation: prompts, responses and rewards, each one row of a JSONL file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from expo_ray.config import Sampling
+
+# One turn of a chat: `role` and `content`, as in OpenAI's API.
+Message = Mapping[str, str]
+
+
+def digest(data: object, length: int = 16) -> str:
+    """Hex digest of plain data; the same for equal data, whatever the order of its keys."""
+    text = json.dumps(data, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:length]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question.
+
+    Attributes:
+        id: digest of `messages`; the same prompt has the same id in every set.
+        messages: the turns before the response, the last one of the user.
+        category: stratum for drawing subsets; may be empty.
+    """
+
+    id: str
+    messages: Sequence[Message]
+    category: str = ""
+
+
+@dataclass(frozen=True)
+class Response:
+    """One answer of one model.
+
+    Attributes:
+        prompt_id: of the `Prompt`.
+        sample: 0 to `samples - 1`.
+        model: name as requested, such as `zephyr-7b@0.3`.
+        messages: what was asked.
+        text: the answer without special tokens that end it.
+        num_tokens: generated tokens, the ending one included.
+        num_prompt_tokens: tokens of the prompt with its template.
+        finish_reason: `stop` or `length`.
+        seed: of this prompt and sample, the same for every alpha.
+        engine: name and version of what generated it; empty if the endpoint does not tell.
+        template: digest of the chat template; likewise.
+    """
+
+    prompt_id: str
+    sample: int
+    model: str
+    messages: Sequence[Message]
+    text: str
+    num_tokens: int
+    num_prompt_tokens: int
+    finish_reason: str
+    seed: int
+    engine: str = ""
+    template: str = ""
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Names the response within the responses of one model."""
+        return self.prompt_id, self.sample
+
+
+@dataclass(frozen=True)
+class Reward:
+    """The score of one response.
+
+    Attributes:
+        reward: raw score; no sigmoid.
+        num_tokens: of prompt and response as the reward model saw them; 0 for a function.
+        truncated: whether the model saw only the beginning.
+    """
+
+    prompt_id: str
+    sample: int
+    reward: float
+    num_tokens: int = 0
+    truncated: bool = False
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Names the response that it scores."""
+        return self.prompt_id, self.sample
+
+
+def seed_of(sampling: Sampling, prompt_id: str, sample: int) -> int:
+    """The sampling seed of one response: 31 bits, the same for every model and every size of the prompt set."""
+    return int(digest([sampling.seed, prompt_id, sample]), 16) % 2**31
