@@ -82,6 +82,7 @@ class FaultProxy:
     Args:
         upstream: endpoint of the real server, `http://127.0.0.1:<port>`.
         tls: speak https to the client.
+        listener: where clients knock; a free port of 127.0.0.1 if left out.
 
     Attributes:
         endpoint: what the client is to be given.
@@ -89,7 +90,9 @@ class FaultProxy:
         requests: (method, path and query) of every request seen.
     """
 
-    def __init__(self, upstream: str, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self, upstream: str, tls: ssl.SSLContext | None = None, listener: socket.socket | None = None
+    ) -> None:
         self._upstream = urlsplit(upstream)
         self._faults: list[Fault] = []
         self.log: list[tuple[Action, str, str]] = []
@@ -99,9 +102,10 @@ class FaultProxy:
         self._thread = threading.Thread(
             target=self._loop.run_until_complete, args=(self._serve(),), daemon=True
         )
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = listener or socket.create_server(("127.0.0.1", 0))
         self._tls = tls
-        self.endpoint = f"{'https' if tls else 'http'}://127.0.0.1:{self._listener.getsockname()[1]}"
+        host, port = self._listener.getsockname()
+        self.endpoint = f"{'https' if tls else 'http'}://{host}:{port}"
 
     def inject(self, *faults: Fault) -> None:
         """Replace the faults in force; the log starts anew."""

@@ -221,36 +221,6 @@ def working(process: int) -> list[psutil.Process]:
     return found
 
 
-class RayNodes(RayBox):
-    """A head without CPUs and two nodes of four, as several raylets on this machine.
-
-    Attributes:
-        raylets: process id of each node's raylet.
-    """
-
-    _SCRIPT = """
-import json, signal, sys
-from ray.cluster_utils import Cluster
-common = {"node_ip_address": "127.0.0.1", "object_store_memory": 100_000_000}
-head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": sys.argv[1]}
-cluster = Cluster(initialize_head=True, head_node_args=common | head)
-nodes = [cluster.add_node(num_cpus=4, resources={"shard_io": 4}, **common) for _ in range(2)]
-raylets = [node.all_processes["raylet"][0].process.pid for node in nodes]
-print(json.dumps({"address": cluster.address, "raylets": raylets}), flush=True)
-signal.pause()
-"""
-
-    def _start(self) -> None:
-        self.environment |= {"RAY_AUTH_MODE": "disabled", **shipped_settings()}
-        (self.folder / "ray").mkdir()
-        cluster = self.run(sys.executable, "-c", self._SCRIPT, str(self.folder))
-        wait_until(lambda: cluster.stdout.endswith("\n") or not cluster.running, "the cluster is up")
-        assert cluster.running, cluster.stderr
-        told = json.loads(cluster.stdout)
-        self.environment["RAY_ADDRESS"] = told["address"]
-        self.raylets: list[int] = told["raylets"]
-
-
 def shipped_settings() -> dict[str, str]:
     """Ray's settings in our manifest, for every process of a cluster."""
     manifests = yaml.safe_load_all((ROOT / "cluster" / "rayjob.yaml").read_text())
@@ -263,13 +233,6 @@ def ray_head(through_gateway: dict[str, str]) -> Iterator[RayHead]:
     """A running head of four CPUs with a dashboard."""
     with RayHead(4, **through_gateway) as head:
         yield head
-
-
-@pytest.fixture
-def ray_nodes(through_gateway: dict[str, str]) -> Iterator[RayNodes]:
-    """A cluster of two nodes beside the head, one of which may be killed."""
-    with RayNodes(**through_gateway) as nodes:
-        yield nodes
 
 
 @pytest.fixture

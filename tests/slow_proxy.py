@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import socket
 from collections import Counter
 from typing import Any
 
@@ -13,8 +14,8 @@ from tests.fault_proxy import FaultProxy
 class SlowProxy(FaultProxy):
     """Requests are held from `hold` to `release`; `slow` lets each of them wait a while."""
 
-    def __init__(self, upstream: str) -> None:
-        super().__init__(upstream)
+    def __init__(self, upstream: str, listener: socket.socket | None = None) -> None:
+        super().__init__(upstream, listener=listener)
         self._hold = self._slow = ("", "(?!)")
         self._delay_s = 0.0
         self.waiting: set[str] = set()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 
-from tests.ray_cluster import Process, RayBox, RayHead, RayNodes, wait_until, working
+from tests.machines import Machine, Machines
+from tests.ray_cluster import Process, RayBox, RayHead, wait_until, working
 from tests.stage import PART, SHARDS, Stage
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3]
@@ -94,27 +95,28 @@ def test_a_server_killed_for_a_moment_is_waited_for(
     assert set(stage.begun_again()) <= {LAST}
 
 
-@pytest.mark.parametrize(
-    "lose",
-    [
-        pytest.param(psutil.Process.kill, id="killed"),
-        pytest.param(psutil.Process.suspend, id="frozen", marks=pytest.mark.slow),  # silent, as if cut off
-    ],
-)
-def test_the_shards_of_a_lost_node_are_done_on_another(
-    stage: Stage, ray_nodes: RayNodes, lose: Callable[[psutil.Process], None]
+@pytest.fixture
+def on_machines(stage: Stage, machines: Machines) -> Stage:
+    """The stage of jobs that are started on the head of a cluster of machines."""
+    machines.replace_lost()
+    machines.way.release()
+    machines.way.inject()
+    return replace(stage, way=machines.way)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lose", [Machine.kill, Machine.cut])
+def test_the_shards_of_a_lost_machine_are_done_on_another(
+    on_machines: Stage, machines: Machines, lose: Callable[[Machine], None]
 ) -> None:
+    stage = on_machines
     stage.way.hold(*PART)
-    job = ray_nodes.job(stage.job_file())
+    job = machines.job(stage.job_file())
     wait_until(lambda: len(stage.way.waiting) == 2 * SHARDS, "all shards are in mid-upload")
-    lost, other = ray_nodes.raylets
-    shards_lost = len(working(lost))
-    assert shards_lost + len(working(other)) == SHARDS
-    assert shards_lost > 0
-    for process in [psutil.Process(lost), *psutil.Process(lost).children(recursive=True)]:
-        lose(process)
-    wait_until(lambda: len(stage.begun_again()) == shards_lost, "its shards are begun on the other node")
+    lost, other = machines.workers
+    assert (lost.shards, other.shards) == (2, 2)
+    lose(lost)
     stage.way.release()
     assert job.wait() == 0, job.stderr
     assert stage.complete()
-    assert list(stage.begun_again().values()) == [1] * shards_lost
+    assert list(stage.begun_again().values()) == [1, 1]
