@@ -58,13 +58,12 @@ class Job(Frozen):
             raise ValueError(
                 "there is nothing to work on; list at least 1 item under `pairs`, each with `sft` and `dpo`"
             )
-        sections = {
-            "pairs": [*self.pairs, *self.models],  # the endpoint knows both by name
-            "prompts": self.prompts,
-            "rewards": self.rewards,
+        named = {
+            "pairs": [item.name for item in (*self.pairs, *self.models)],  # the endpoint knows both by name
+            "prompts": [item.name for item in self.prompts],
+            "rewards": [item.name for item in self.rewards],
         }
-        for section, items in sections.items():
-            names = [item.name for item in items]
+        for section, names in named.items():
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
                 raise ValueError(f"{section}: {', '.join(twice)} is used twice; give each its own `name`")
