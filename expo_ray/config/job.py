@@ -59,7 +59,8 @@ class Job(Frozen):
                 "there is nothing to work on; list at least 1 item under `pairs`, each with `sft` and `dpo`"
             )
         named = {
-            "pairs": [item.name for item in (*self.pairs, *self.models)],  # the endpoint knows both by name
+            # The endpoint knows both by name.
+            "pairs": [item.name for item in self.pairs] + [item.name for item in self.models],
             "prompts": [item.name for item in self.prompts],
             "rewards": [item.name for item in self.rewards],
         }
