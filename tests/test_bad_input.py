@@ -479,8 +479,8 @@ def at_first_bytes(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]
 
 
 def nothing_published(out: Path) -> None:
-    """A claim may stay: it says whose unfinished folder this is."""
-    assert set(files_of(out)) <= {".expo/claim.json"}
+    """Not even a claim, so that another try may have other options."""
+    assert files_of(out) == {}
 
 
 def test_a_disk_that_fills_up_meanwhile(
@@ -568,7 +568,7 @@ def test_nan_and_infinity_in_a_parent(
         in said
     )
     nothing_published(out)
-    assert expo(*folders, out, 0.5, more="--multiplier norm=0 --overwrite") == 0
+    assert expo(*folders, out, 0.5, more="--multiplier norm=0") == 0
 
 
 def test_infinities_that_both_parents_share_are_kept(tmp_path: Path) -> None:
@@ -591,8 +591,30 @@ def test_an_overflow_of_fp16(tmp_path: Path, capsys: Print) -> None:
         in said
     )
     nothing_published(tmp_path / "out")
-    assert expo(*folders, tmp_path / "wide", 8, more="--dtype fp32") == 0
-    assert read_weights(tmp_path / "wide")[NORM][3] == 200_000
+    assert expo(*folders, tmp_path / "out", 8, more="--dtype fp32") == 0
+    assert read_weights(tmp_path / "out")[NORM][3] == 200_000
+
+
+def test_an_alpha_that_overflows_costs_the_others_nothing(tmp_path: Path, capsys: Print) -> None:
+    sft = llama_tensors(dtype=torch.float16)
+    dpo = moved(sft)
+    sft[NORM][3], dpo[NORM][3] = 20_000, 40_000
+    folders = write_both(tmp_path, sft, dpo)
+    shards = "--shard-size 40kB"
+    assert expo(*folders, tmp_path / "out", 0.5, 8, 1, more=shards) == FAILED
+    told = capsys.readouterr()
+    assert [line.split(": ")[:2] for line in told.err.splitlines() if "failed: " in line] == [
+        ["failed", "dpo alpha=8"]
+    ]
+    assert f"alpha 8 overflows the output's dtype in 1 tensor(s): {NORM} (1 elements)" in told.err
+    assert [line.partition(": ")[0] for line in told.out.splitlines() if ": alpha " in line] == [
+        str(tmp_path / "out" / f"alpha={alpha}") for alpha in ("0.5", "1")
+    ]
+    assert not (tmp_path / "out" / "alpha=8" / "expo.json").exists()
+    for alpha in (0.5, 1):
+        alone = tmp_path / f"alone-{alpha}"
+        assert expo(*folders, alone, alpha, more=shards) == 0
+        assert same_bits(read_weights(tmp_path / "out" / f"alpha={alpha}"), read_weights(alone))
 
 
 def test_copies_of_one_model_are_found_out(tmp_path: Path, capsys: Print) -> None:
@@ -717,7 +739,7 @@ def test_a_good_job_prints_its_table(tmp_path: Path, capsys: Print) -> None:
         ("output: [", "is not YAML"),
         ("- 1", "holds list; a job file is a mapping with `output` and `pairs`"),
         ("output: o\npairs: [{sft: a, dpo: b, alpha: 1}]", "pairs[0].alpha is not a known key; did you mean `alphas`?"),
-        ("output: o\npairs: [{sft: a, dpo: x/b}, {sft: a, dpo: y/b}]", "pairs: b is used twice; give each pair its own `name`"),
+        ("output: o\npairs: [{sft: a, dpo: x/b}, {sft: a, dpo: y/b}]", "pairs: b is used twice; give each its own `name`"),
     ],
 )  # fmt: skip
 def test_a_job_file_that_cannot_be(tmp_path: Path, capsys: Print, text: str, expected: str) -> None:

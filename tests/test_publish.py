@@ -20,6 +20,7 @@ from expo_ray.errors import OutputError
 from expo_ray.extrapolation import in_threads
 from expo_ray.extrapolation.in_threads import InThreads
 from expo_ray.extrapolation.job import JobPlan, Outcome, plan_job, run_job
+from expo_ray.extrapolation.output import claim, release
 from expo_ray.extrapolation.progress import Progress
 from expo_ray.extrapolation.publish import publish
 from expo_ray.extrapolation.shard import extrapolate_shard
@@ -300,9 +301,59 @@ def test_a_run_that_lives_on_does_not_write_into_the_model_that_replaces_its_own
 
     monkeypatch.setattr(Progress, "add", replacing)
     outcome = run(planned(pair, out))
-    assert "was claimed by another job" in str(outcome.failures["pair"])
+    assert "was claimed by another job" in str(outcome.failures["pair alpha=0.5"])
     assert model_of(out) == model_of(fresh)
     assert is_whole(out)
+
+
+@pytest.mark.parametrize("rival", [None, 1.0])
+def test_a_claim_that_a_failed_twin_takes_back_is_renewed_unless_another_plan_is_faster(
+    tmp_path: Path, pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, rival: float | None
+) -> None:
+    out = tmp_path / "out"
+    job = planned(pair, out)
+    add = Progress.add
+    begun = threading.Event()
+
+    def losing(self: Progress, written: int) -> None:
+        add(self, written)
+        if not begun.is_set():
+            begun.set()
+            release(job.pairs[0], 0.5)
+            if rival:
+                assert not run(planned(pair, out, rival)).failures
+
+    monkeypatch.setattr(Progress, "add", losing)
+    outcome = run(job)
+    assert begun.is_set()
+    if rival:
+        assert "was claimed by another job" in str(outcome.failures["pair alpha=0.5"])
+    else:
+        assert not outcome.failures
+    assert is_whole(out)
+    assert json.loads((out / "expo.json").read_text())["alpha"] == (rival or 0.5)
+    assert expo(*pair, out, rival or 0.5, more=SHARDS) == 0  # whose claim it is, is known
+
+
+def test_what_was_stored_keeps_its_claim(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    out = tmp_path / "out"
+    mine, other = planned(pair, out).pairs[0], planned(pair, out, 1).pairs[0]
+    claim(mine, 0.5)
+    release(other, 1)
+    assert list(files_of(out)) == [".expo/claim.json"]
+    (out / "model-00001-of-00006.safetensors").touch()
+    release(mine, 0.5)
+    assert len(files_of(out)) == 2
+
+
+def test_a_job_that_loses_one_output_lets_go_of_the_others(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    sft, dpo = map(str, pair)
+    wanted = Pair(sft=sft, dpo=dpo, name="pair", alphas=(0.5, 1))
+    job = plan_job([wanted], [{alpha: str(tmp_path / f"out-{alpha}") for alpha in (0.5, 1)}])
+    assert not run(planned(pair, tmp_path / "out-1", 0.3)).failures
+    with pytest.raises(OutputError, match="was claimed by another job"):
+        run(job)
+    assert files_of(tmp_path / "out-0.5") == {}
 
 
 def test_what_was_put_there_after_planning_survives_an_overwrite(

@@ -8,9 +8,10 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from expo_ray.errors import TransientStorageError
+from expo_ray.extrapolation.job import Failures
 from expo_ray.extrapolation.on_device import resolve_device
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.progress import Progress
@@ -39,7 +40,7 @@ class InThreads:
         self._progress, self._device = progress, resolve_device(device)
         self._cancelled = threading.Event()
 
-    def extrapolate(self, plan: PairPlan, index: int, alphas: Sequence[float]) -> Future[Any]:
+    def extrapolate(self, plan: PairPlan, index: int, alphas: Sequence[float]) -> Future[Failures]:
         return self._pool.submit(self._extrapolate, plan, index, alphas)
 
     def publish(self, plan: PairPlan, alpha: float) -> Future[Published]:
@@ -49,8 +50,9 @@ class InThreads:
         self._cancelled.set()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _extrapolate(self, plan: PairPlan, index: int, alphas: Sequence[float]) -> None:
-        for attempt in range(1 + MAX_RETRIES):
+    def _extrapolate(self, plan: PairPlan, index: int, alphas: Sequence[float]) -> Failures:
+        attempt = 0
+        while True:
             written = 0
 
             def count(size: int) -> None:
@@ -61,11 +63,11 @@ class InThreads:
                 self._progress.add(size)
 
             try:
-                extrapolate_shard(plan, index, alphas, device=self._device, on_bytes=count)
-                return
+                return extrapolate_shard(plan, index, alphas, device=self._device, on_bytes=count).failures
             except TransientStorageError as error:
                 self._progress.add(-written)
-                if attempt == MAX_RETRIES:
+                attempt += 1
+                if attempt > MAX_RETRIES:
                     raise
                 log.warning("%s %s is done once more: %s", plan.name, plan.shards[index].file, error)
 

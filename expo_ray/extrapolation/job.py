@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from expo_ray.config import Job, Pair, format_alpha
-from expo_ray.errors import ExpoError, JobError, Problems, some
-from expo_ray.extrapolation.output import MANIFEST, OutputState, check_space, claim, clear, inspect_output
+from expo_ray.errors import ExpoError, JobError, OutputError, Problems, TransientStorageError, some
+from expo_ray.extrapolation.output import (
+    MANIFEST,
+    OutputState,
+    check_space,
+    claim,
+    clear,
+    inspect_output,
+    release,
+)
 from expo_ray.extrapolation.plan import PairPlan, plan_pair
 from expo_ray.extrapolation.progress import Progress
 from expo_ray.extrapolation.publish import Published
 from expo_ray.storage import check_conditional_writes, join_uri, open_store
 
 log = logging.getLogger("expo_ray")
+
+# Why models of a pair cannot be, by alpha.
+Failures = Mapping[float, ExpoError]
 
 _PLANNING_THREADS = 8
 STALL_WARNING_S = 300
@@ -31,8 +43,8 @@ class Executor(Protocol):
 
     slots: int
 
-    def extrapolate(self, plan: PairPlan, index: int, alphas: Sequence[float]) -> Future[Any]:
-        """Write one shard of the models at `alphas`, and their receipts."""
+    def extrapolate(self, plan: PairPlan, index: int, alphas: Sequence[float]) -> Future[Failures]:
+        """Write one shard of the models at `alphas`, and their receipts; the result names those that cannot be."""
 
     def publish(self, plan: PairPlan, alpha: float) -> Future[Published]:
         """Complete a model whose shards are stored."""
@@ -139,7 +151,7 @@ def _plan_and_inspect(
 
 
 def run_job(job: JobPlan, executor: Executor, progress: Progress) -> Outcome:
-    """Do all that `job` still lacks. A pair that fails does not stop the others.
+    """Do all that `job` still lacks. What fails, a pair or one of its models, does not stop the others.
 
     Raises:
         ExpoError: if an output cannot be reserved; then nothing has been done.
@@ -151,6 +163,7 @@ def run_job(job: JobPlan, executor: Executor, progress: Progress) -> Outcome:
     except BaseException:
         executor.cancel()
         raise
+    _let_go(_failed(job, run.outcome.failures))
     return run.outcome
 
 
@@ -162,6 +175,7 @@ def _reserve(job: JobPlan) -> None:
         if not job.states[plan.name, alpha].published
     ]
     checked: set[str] = set()
+    claimed: list[tuple[PairPlan, float]] = []
     for plan, alpha in todo:
         store = open_store(plan.outputs[alpha])
         place = store.uri.split("/")[2] if store.uri.startswith("s3://") else store.uri
@@ -172,7 +186,28 @@ def _reserve(job: JobPlan) -> None:
             clear(store)
         if job.states[plan.name, alpha].damaged:
             store.delete(MANIFEST)
-        claim(plan, alpha)
+        try:
+            claim(plan, alpha)
+        except OutputError:
+            _let_go(claimed)
+            raise
+        claimed.append((plan, alpha))
+
+
+def _let_go(models: Iterable[tuple[PairPlan, float]]) -> None:
+    """Leave folders in which nothing was stored to other plans."""
+    for plan, alpha in models:
+        with suppress(ExpoError):
+            release(plan, alpha)
+
+
+def _failed(job: JobPlan, failures: Mapping[str, Exception]) -> Iterator[tuple[PairPlan, float]]:
+    """The models that cannot be, as far as their store is known to answer."""
+    for plan in job.pairs:
+        for alpha in plan.outputs:
+            error = failures.get(plan.name) or failures.get(_model(plan, alpha))
+            if isinstance(error, ExpoError) and not isinstance(error, TransientStorageError):
+                yield plan, alpha
 
 
 class _Run:
@@ -212,9 +247,11 @@ class _Run:
     def _submit(self) -> None:
         while self.queue and len(self.under_way) < 2 * self.executor.slots:
             plan, index = self.queue.pop()
-            if plan.name not in self.outcome.failures:
-                future = self.executor.extrapolate(plan, index, self.job.missing(plan, index))
-                self.under_way[future] = (plan, None)
+            alphas = self._possible(plan, self.job.missing(plan, index))
+            if alphas:
+                self.under_way[self.executor.extrapolate(plan, index, alphas)] = (plan, None)
+            else:
+                self._settled(plan)
 
     def _settle(self, future: Future[Any], plan: PairPlan, alpha: float | None) -> None:
         error = future.exception()
@@ -222,21 +259,32 @@ class _Run:
             raise error
         if alpha is not None:
             if error:
-                self._fail(f"{plan.name} alpha={format_alpha(alpha)}", error)
+                self._fail(_model(plan, alpha), error)
             else:
                 self.outcome.published.append(future.result())
                 log.info("published %s", plan.outputs[alpha])
             return
         if error:
             self._fail(plan.name, error)
-            return
-        self.progress.shard_done()
+        else:
+            for failed, reason in future.result().items():
+                self._fail(_model(plan, failed), reason)
+            self.progress.shard_done()
+        self._settled(plan)
+
+    def _settled(self, plan: PairPlan) -> None:
+        """One shard less is owed to the pair."""
         self.owed[plan.name] -= 1
-        if not self.owed[plan.name] and plan.name not in self.outcome.failures:
+        if not self.owed[plan.name]:
             self._publish(plan)
 
+    def _possible(self, plan: PairPlan, alphas: Iterable[float]) -> list[float]:
+        """Those of `alphas` whose model has not failed."""
+        failures = self.outcome.failures
+        return [] if plan.name in failures else [one for one in alphas if _model(plan, one) not in failures]
+
     def _publish(self, plan: PairPlan) -> None:
-        for alpha in plan.outputs:
+        for alpha in self._possible(plan, plan.outputs):
             self.under_way[self.executor.publish(plan, alpha)] = (plan, alpha)
 
     def _fail(self, name: str, error: Exception) -> None:
@@ -244,3 +292,8 @@ class _Run:
             self.outcome.failures[name] = error
             # The reason of an error that a user can mend stands in the summary; of any other, here and in full.
             log.error("%s failed", name, exc_info=None if isinstance(error, ExpoError) else error)
+
+
+def _model(plan: PairPlan, alpha: float) -> str:
+    """The name of one model among the failures."""
+    return f"{plan.name} alpha={format_alpha(alpha)}"

@@ -102,18 +102,30 @@ def claim(plan: PairPlan, alpha: float) -> None:
 
 
 def check_claim(plan: PairPlan, alpha: float) -> None:
-    """Make sure that the output folder is still this plan's.
+    """Make sure that the output folder is still this plan's. A claim that a failed twin took back is put there again.
 
     Raises:
-        OutputError: if another plan holds it, or none.
+        OutputError: if another plan holds it.
     """
     store = open_store(plan.outputs[alpha])
-    holder = claimed_by(store)
+    try:
+        holder = claimed_by(store)
+    except NotFound:
+        claim(plan, alpha)
+        return
     if holder != plan.plan_id(alpha):
         raise OutputError(
             f"output {store.uri} was claimed by another job (plan {holder}, this one is {plan.plan_id(alpha)}) for alpha "
             f"{format_alpha(alpha)}; choose another output folder"
         )
+
+
+def release(plan: PairPlan, alpha: float) -> None:
+    """Take the claim back if nothing has been stored for it, so that the folder is free for another plan."""
+    store = open_store(plan.outputs[alpha])
+    present = [info.key for info in store.list() if not info.key.startswith(PROBE_PREFIX)]
+    if present == [CLAIM] and claimed_by(store) == plan.plan_id(alpha):
+        store.delete(CLAIM)
 
 
 def claimed_by(store: Store) -> str:
@@ -158,7 +170,7 @@ def _claimed_files(store: Store, present: Iterable[str]) -> set[str]:
 def _read_claim(store: Store) -> dict[str, Any]:
     try:
         data = json.loads(store.read(CLAIM))
-    except (NotFound, ValueError) as error:
+    except ValueError as error:
         raise OutputError(
             f"{store.uri}/{CLAIM} cannot be read ({error}); delete the folder and run again"
         ) from error

@@ -7,16 +7,17 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import ray
 from ray.exceptions import RayTaskError
 
 from expo_ray.config import Device
 from expo_ray.errors import TransientStorageError
+from expo_ray.extrapolation.job import Failures
 from expo_ray.extrapolation.on_device import resolve_device
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.progress import Progress, size_text
@@ -25,6 +26,8 @@ from expo_ray.extrapolation.shard import extrapolate_shard
 from expo_ray.on_ray.cluster import SHARD_IO
 
 log = logging.getLogger("expo_ray")
+
+T = TypeVar("T")
 
 # Deaths of worker or node that one shard outlives, beside transient storage errors, which count the same.
 MAX_RETRIES = 5
@@ -42,6 +45,7 @@ class Made:
     size: int
     seconds: float
     node: str
+    failures: Failures = field(default_factory=dict)
 
 
 ShardTask = Callable[[PairPlan, int, Sequence[float], str], Made]
@@ -85,11 +89,12 @@ class OnRay:
         self._run_shard = ray.remote(**options)(_run_shard)
         self.slots = max(_FEWEST_SLOTS, int(resources.get(SHARD_IO, resources.get("CPU", 1))))
 
-    def extrapolate(self, plan: PairPlan, index: int, alphas: Sequence[float]) -> Future[Any]:
-        def done(made: Made) -> None:
+    def extrapolate(self, plan: PairPlan, index: int, alphas: Sequence[float]) -> Future[Failures]:
+        def done(made: Made) -> Failures:
             self._progress.add(made.size)
             name = f"{plan.name} {plan.shards[index].file}"
             log.info("%s: %s in %.1f s on %s", name, size_text(made.size), made.seconds, made.node)
+            return made.failures
 
         shared = [self._shared(plan)]  # in a list, it reaches the worker as a reference
         return self._follow(
@@ -97,8 +102,9 @@ class OnRay:
         )
 
     def publish(self, plan: PairPlan, alpha: float) -> Future[Published]:
-        def done(published: Published) -> None:
+        def done(published: Published) -> Published:
             self._plans.pop(plan.name, None)  # nothing else of this pair needs it
+            return published
 
         return self._follow(self._publish.remote(self._shared(plan), alpha), done)
 
@@ -116,18 +122,15 @@ class OnRay:
             self._plans[plan.name] = ray.put(plan)
         return self._plans[plan.name]
 
-    def _follow(
-        self, ref: ray.ObjectRef[Any], done: Callable[[Any], None] = lambda result: None
-    ) -> Future[Any]:
-        """A future of `ref` that fails with the task's own error, not with Ray's wrapping of it."""
-        ours: Future[Any] = Future()
+    def _follow(self, ref: ray.ObjectRef[Any], done: Callable[[Any], T]) -> Future[T]:
+        """A future of what `done` makes of the result; it fails with the task's own error, not with Ray's wrapping of it."""
+        ours: Future[T] = Future()
         self._refs[ours] = ref
 
         def settle(theirs: Future[Any]) -> None:
             self._refs.pop(ours, None)
             try:
-                result = theirs.result()
-                done(result)
+                result = done(theirs.result())
             except BaseException as error:
                 ours.set_exception(error.cause if isinstance(error, RayTaskError) and error.cause else error)
             else:
@@ -175,6 +178,6 @@ def _plan(shared: ray.ObjectRef[Any]) -> PairPlan:
 
 def _extrapolate(plan: PairPlan, index: int, alphas: Sequence[float], device: str) -> Made:
     started = time.monotonic()
-    receipts = extrapolate_shard(plan, index, alphas, device=resolve_device(device))
-    size = sum(receipt.size for receipt in receipts)
-    return Made(size, time.monotonic() - started, socket.gethostname())
+    written = extrapolate_shard(plan, index, alphas, device=resolve_device(device))
+    size = sum(receipt.size for receipt in written.receipts)
+    return Made(size, time.monotonic() - started, socket.gethostname(), written.failures)
