@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from expo_ray import cli
 from expo_ray.cli import main
+from expo_ray.extrapolation import stream
 from expo_ray.extrapolation.job import run_job
 from expo_ray.extrapolation.progress import Progress
 from expo_ray.storage.local import LocalStore
@@ -465,8 +466,9 @@ def test_a_disk_that_is_too_small_is_found_out_before(
 
 
 def at_first_bytes(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]) -> None:
-    """Run `action` once, when the first bytes of output have been written; chunks are small, so more follow."""
+    """Run `action` once, when the first bytes of output have been written; pages are small, so more follow."""
     monkeypatch.setattr(LocalStore, "chunk_bytes", 4096)
+    monkeypatch.setattr(stream, "PAGE_BYTES", 4096)
     add = Progress.add
     done: list[object] = []
 

@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from expo_ray.config import format_alpha
+from expo_ray.extrapolation import stream
 from expo_ray.report.model_card import model_card
 from expo_ray.storage.local import LocalStore
 from tests.pairs import (
@@ -357,15 +358,18 @@ def digest(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "reference"])
-def test_the_bytes_do_not_depend_on_chunks_or_threads(
+def test_the_bytes_do_not_depend_on_pages_chunks_or_threads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounding: str
 ) -> None:
     sft, dpo = write_pair(tmp_path, sft_shards=2, dpo_shards=3, dtype=F32 if rounding == "nearest" else BF16)
     found = []
-    for chunk_bytes, threads in ((1 << 20, 2), (8192, 1), (1000, 4), (514, 7)):
+    for page_bytes, chunk_bytes, threads in (
+        (4 << 20, 1 << 20, 2), (32768, 8192, 1), (5000, 1000, 4), (4 << 20, 514, 7), (8, 8, 2),
+    ):  # fmt: skip
+        monkeypatch.setattr(stream, "PAGE_BYTES", page_bytes)
         monkeypatch.setattr(LocalStore, "chunk_bytes", chunk_bytes)
         monkeypatch.setattr(LocalStore, "concurrency", threads)
-        out = tmp_path / f"out-{chunk_bytes}"
+        out = tmp_path / f"out-{page_bytes}-{chunk_bytes}"
         assert expo(sft, dpo, out, 0.3, rounding=rounding, more="--shard-size 100kB") == 0
         found.append(digest(out))
     assert len(found[0]) > 1

@@ -17,7 +17,7 @@ import pytest
 
 from expo_ray.config import Pair
 from expo_ray.errors import OutputError
-from expo_ray.extrapolation import in_threads
+from expo_ray.extrapolation import in_threads, stream
 from expo_ray.extrapolation.in_threads import InThreads
 from expo_ray.extrapolation.job import JobPlan, Outcome, plan_job, run_job
 from expo_ray.extrapolation.output import claim, release
@@ -555,6 +555,7 @@ def test_a_job_that_is_told_to_stop_removes_what_it_had_begun(
         with monkeypatch.context() as patch:
             patch.setattr(Progress, "add", stopping)
             patch.setattr(LocalStore, "chunk_bytes", 256)
+            patch.setattr(stream, "PAGE_BYTES", 256)
             assert expo(*pair, out, 0.5, more=SHARDS) == 130
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import mmap
 import os
 import pickle
 import random
@@ -13,13 +15,14 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
 
 from expo_ray.errors import AlreadyExists, InputChanged, NotFound, StorageError
 from expo_ray.storage import FileInfo, Store, Writer, check_conditional_writes, join_uri, open_store
-from expo_ray.storage.local import TEMP_PREFIX
+from expo_ray.storage.local import TEMP_PREFIX, LocalStore
 from expo_ray.storage.memory import MemoryStore
 from tests.hub_server import HubServer, Repository
 
@@ -223,6 +226,48 @@ def test_a_written_file_appears_at_commit(store: Store, size: int) -> None:
     assert info == FileInfo("deep/model.safetensors", size, info.etag) == store.stat("deep/model.safetensors")
     assert store.read("deep/model.safetensors") == data
     assert store.list() == [info]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "past_cache"),
+    [
+        ([4 * MIB, 4 * MIB, 300_001], 8 * MIB + 73 * 4096),
+        ([4 * MIB, MIB + 4096, 5, MIB], 5 * MIB + 4096),
+        ([17, 2 * MIB], 0),
+        ([8192, 8192], 0),
+    ],
+)
+@pytest.mark.parametrize("misplaced", [0, 1])
+def test_large_local_writes_pass_by_the_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: list[int], past_cache: int, misplaced: int
+) -> None:
+    """Where position and address allow it; else they are written as any other, in the same order."""
+    room = memoryview(mmap.mmap(-1, 8 * MIB))  # begins at a page of memory
+    direct, real = 0, os.write
+
+    def watched(fd: int, data: memoryview) -> int:
+        nonlocal direct
+        written = real(fd, data)
+        direct += written if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT else 0
+        return written
+
+    monkeypatch.setattr(os, "write", watched)
+    expected = random.Random(7).randbytes(sum(sizes))
+    with LocalStore(str(tmp_path)).writer("model", len(expected)) as writer:
+        for end, size in zip(accumulate(sizes), sizes, strict=True):
+            page = room[misplaced : misplaced + size]
+            page[:] = expected[end - size : end]
+            writer.write(page)
+        writer.commit()
+    assert (tmp_path / "model").read_bytes() == expected
+    assert direct == (past_cache if _allows_direct_writes(tmp_path) and not misplaced else 0)
+
+
+def _allows_direct_writes(folder: Path) -> bool:
+    with suppress(OSError):
+        os.close(os.open(folder / "probe", os.O_WRONLY | os.O_CREAT | os.O_DIRECT))
+        return True
+    return False
 
 
 def _write_and_commit(writer: Writer, data: bytes) -> None:

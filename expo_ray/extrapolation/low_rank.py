@@ -38,3 +38,9 @@ class LowRank:
         for left, right in zip(self.left[begin:end].T, self.right, strict=True):
             rows += left[:, None] * right
         return self.scale * rows.reshape(-1)[first - begin * columns :][:count]
+
+    def merged(self, base: memoryview, dtype: str, first: int) -> tuple[memoryview, memoryview]:
+        """Elements `first` and following of the merged layer and of its base, both as float64, from the base's `dtype`."""
+        sft = widen(base, dtype)
+        dpo = sft + self.delta(first, sft.size)
+        return dpo.data.cast("B"), sft.data.cast("B")

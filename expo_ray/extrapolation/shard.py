@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -14,8 +15,12 @@ from expo_ray.extrapolation.output import check_claim
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.receipt import Receipt, write_receipt
 from expo_ray.extrapolation.statistics import TensorStatistics
-from expo_ray.extrapolation.stream import computed_chunks
+from expo_ray.extrapolation.stream import HELD, computed_pages
 from expo_ray.storage import Store, open_store
+
+# The bytes of a page of one output, and what becomes of its hashing and its writing.
+_Appended = tuple[int, Future[None], Future[None]]
+_Page = list[_Appended]
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,9 @@ def extrapolate_shard(
 ) -> Written:
     """Write shard `index` of the models at `alphas`, whose folders are claimed, and their receipts.
 
-    Reading and arithmetic run in a few threads, chunk by chunk; this thread takes the chunks back in file order, hashes and
-    writes them. An alpha that overflows, or whose folder another plan has taken meanwhile, costs the others nothing.
+    Reading and arithmetic run in a few threads, page by page; for each output one more thread hashes the pages in file order,
+    and another one writes them. An alpha that overflows, or whose folder another plan has taken meanwhile, costs the others
+    nothing.
 
     Args:
         device: `cpu` or `cuda`; the bytes are the same.
@@ -55,18 +61,20 @@ def extrapolate_shard(
     """
     shard = plan.shards[index]
     with ExitStack() as stack:
-        hashing = stack.enter_context(ThreadPoolExecutor(len(alphas), "hash"))
         outputs = [
             _Output(open_store(plan.outputs[alpha]), shard.file, shard.size, stack) for alpha in alphas
         ]
         totals: list[dict[str, TensorStatistics]] = [{} for _ in alphas]
-        _append(outputs, [memoryview(shard.header)] * len(alphas), hashing)
-        on_bytes(len(shard.header) * len(alphas))
-        for chunk in computed_chunks(plan, index, alphas, device):
-            _append(outputs, chunk.outs, hashing)
-            for total, one in zip(totals, chunk.statistics, strict=False):
-                total[chunk.tensor] = total.get(chunk.tensor, TensorStatistics()) + one
-            on_bytes(sum(out.nbytes for out in chunk.outs))
+        under_way: deque[_Page] = deque()
+        for page in computed_pages(plan, index, alphas, device):
+            under_way.append([output.append(out) for output, out in zip(outputs, page.outs, strict=True)])
+            for tensor, statistics in page.statistics:
+                for total, one in zip(totals, statistics, strict=False):
+                    total[tensor] = total.get(tensor, TensorStatistics()) + one
+            if len(under_way) > HELD:
+                on_bytes(_finished(under_way.popleft()))
+        while under_way:
+            on_bytes(_finished(under_way.popleft()))
         _refuse_broken_weights(totals[0])
         receipts: list[Receipt] = []
         failures: dict[float, ExpoError] = {}
@@ -81,12 +89,19 @@ def extrapolate_shard(
 
 
 class _Output:
-    """One file being written and hashed."""
+    """One file being written and hashed, each in a thread of its own."""
 
     def __init__(self, store: Store, file: str, size: int, stack: ExitStack) -> None:
         self.store, self.file = store, file
         self.writer = stack.enter_context(store.writer(file, size))
         self.sha256 = hashlib.sha256()
+        self._hashing, self._writing = (
+            stack.enter_context(ThreadPoolExecutor(1, name)) for name in ("hash", "write")
+        )
+
+    def append(self, out: memoryview) -> _Appended:
+        hashed = self._hashing.submit(self.sha256.update, out)
+        return out.nbytes, hashed, self._writing.submit(self.writer.write, out)
 
     def finish(self, plan_id: str, statistics: Mapping[str, TensorStatistics]) -> Receipt:
         info = self.writer.commit()
@@ -95,14 +110,12 @@ class _Output:
         return receipt
 
 
-def _append(outputs: Sequence[_Output], outs: Sequence[memoryview], hashing: ThreadPoolExecutor) -> None:
-    hashed: list[Future[None]] = [
-        hashing.submit(output.sha256.update, out) for output, out in zip(outputs, outs, strict=True)
-    ]
-    for output, out in zip(outputs, outs, strict=True):
-        output.writer.write(out)
-    for future in hashed:
-        future.result()
+def _finished(page: _Page) -> int:
+    """Wait until a page is hashed and written; its bytes."""
+    for _, hashed, written in page:
+        hashed.result()
+        written.result()
+    return sum(size for size, _, _ in page)
 
 
 def _refuse_broken_weights(total: Mapping[str, TensorStatistics]) -> None:

@@ -13,7 +13,7 @@ from expo_ray.errors import CheckpointError, ExpoError, NotFound
 from expo_ray.extrapolation.output import CLAIM, MANIFEST
 from expo_ray.extrapolation.plan import PairPlan, plan_pair
 from expo_ray.extrapolation.receipt import sha256_of
-from expo_ray.extrapolation.stream import computed_chunks
+from expo_ray.extrapolation.stream import computed_pages
 from expo_ray.storage import FileInfo, Store
 
 _THREADS = 4
@@ -112,7 +112,7 @@ def rederive(
 
 
 def _digest(plan: PairPlan, index: int, alpha: float) -> str:
-    digest = hashlib.sha256(plan.shards[index].header)
-    for chunk in computed_chunks(plan, index, [alpha], "cpu"):
-        digest.update(chunk.outs[0])
+    digest = hashlib.sha256()
+    for page in computed_pages(plan, index, [alpha], "cpu"):
+        digest.update(page.outs[0])
     return digest.hexdigest()

@@ -20,9 +20,11 @@ from expo_ray.storage.protocol import FileInfo
 from expo_ray.storage.uri import check_key
 
 TEMP_PREFIX = ".partial-"
-# Every this many bytes the kernel is asked to begin writing back. For a 2 GiB file that left 0.01 s to the final fsync instead of
-# 0.9 s, and 0.9 s in all instead of 1.4 s; a thread calling fdatasync, and fallocate, were both slower than doing nothing.
-WRITE_BACK_BYTES = 8 << 20
+# From this size on, a write goes past the page cache (O_DIRECT): 0.09 s of CPU time for 2 GiB, where memory for the page cache
+# alone costs 0.5 to 5 s, and nothing is left for the final fsync to wait for.
+DIRECT_BYTES = 256 << 10
+# What the file's position, the length and the address of a direct write must be multiples of.
+_BLOCK = 4096
 
 _REMEDIES = {
     errno.ENOSPC: "free space there, or choose another output",
@@ -47,8 +49,8 @@ class LocalStore:
         uri: the absolute path.
     """
 
-    # In chunks of this size the data stays in the processor's cache between reading, computing and writing: 1.2 s, where chunks
-    # of 4 MiB took 2.4 s.
+    # In chunks of this size the data stays in the processor's cache between reading and computing: 1.2 s, where chunks of 4 MiB
+    # took 2.4 s.
     chunk_bytes = 1 << 20
     concurrency = 2
 
@@ -141,7 +143,7 @@ class LocalWriter:
         self._key = key
         self._size = size
         self._written = 0
-        self._writing_back = 0
+        self._direct = hasattr(os, "O_DIRECT")
         self._temp: Path | None = path.with_name(f"{TEMP_PREFIX}{uuid.uuid4().hex}")
         with _named(path):
             _make_folder(path.parent)
@@ -152,16 +154,32 @@ class LocalWriter:
         view = memoryview(data).cast("B")
         if self._written + len(view) > self._size:
             raise StorageError(f"{self._path}: more than the {self._size} bytes announced")
+        whole = 0 if self._written % _BLOCK else len(view) - len(view) % _BLOCK
         with _named(self._path):
+            if whole >= DIRECT_BYTES and self._direct:
+                view = view[self._write_past_cache(view[:whole]) :]
             while view:
-                count = os.write(self._fd, view)
-                self._written += count
-                view = view[count:]
-        behind = self._written - self._writing_back
-        if behind >= WRITE_BACK_BYTES and hasattr(os, "posix_fadvise"):
-            with contextlib.suppress(OSError):  # it is only advice
-                os.posix_fadvise(self._fd, self._writing_back, behind, os.POSIX_FADV_DONTNEED)
-            self._writing_back = self._written
+                view = view[self._count(os.write(self._fd, view)) :]
+
+    def _write_past_cache(self, view: memoryview) -> int:
+        """Bytes written; none where the file system, or this buffer's address, does not allow it."""
+        written = 0
+        flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
+        try:
+            fcntl.fcntl(self._fd, fcntl.F_SETFL, flags | os.O_DIRECT)
+            while written < len(view) and written % _BLOCK == 0:
+                written += self._count(os.write(self._fd, view[written:]))
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            self._direct = False
+        finally:
+            fcntl.fcntl(self._fd, fcntl.F_SETFL, flags)
+        return written
+
+    def _count(self, written: int) -> int:
+        self._written += written
+        return written
 
     def commit(self) -> FileInfo:
         with _named(self._path):
