@@ -21,6 +21,18 @@ class PairError(ExpoError):
     """Two parents do not fit each other."""
 
 
+class RewardError(ExpoError):
+    """A reward model or function cannot score, or a response cannot be scored."""
+
+
+class PromptError(ExpoError):
+    """A set of prompts cannot be read, or a prompt cannot be answered."""
+
+
+class EndpointError(ExpoError):
+    """A model's endpoint cannot be reached, or refuses what it is asked."""
+
+
 class ArithmeticFault(ExpoError):
     """The weights themselves forbid a usable result: NaN, infinity, overflow."""
 

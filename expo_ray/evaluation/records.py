@@ -24,14 +24,20 @@ class Prompt:
     """One question.
 
     Attributes:
-        id: digest of `messages`; the same prompt has the same id in every set.
+        id: digest of `messages` and `follow_ups`; the same prompt has the same id in every set.
         messages: the turns before the response, the last one of the user.
         category: stratum for drawing subsets; may be empty.
+        follow_ups: further turns of the user, each asked once the turn before is answered.
+        temperature: its own sampling temperature, as MT-Bench sets it by category; None for the job's.
+        label: what its source calls it, such as MT-Bench's `question_id`; may be empty.
     """
 
     id: str
     messages: Sequence[Message]
     category: str = ""
+    follow_ups: Sequence[str] = ()
+    temperature: float | None = None
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -42,14 +48,15 @@ class Response:
         prompt_id: of the `Prompt`.
         sample: 0 to `samples - 1`.
         model: name as requested, such as `zephyr-7b@0.3`.
-        messages: what was asked.
+        messages: what was asked; with follow-ups, the answers to the earlier turns among them.
         text: the answer without special tokens that end it.
-        num_tokens: generated tokens, the ending one included.
+        num_tokens: generated tokens, the ending one included; of the last turn.
         num_prompt_tokens: tokens of the prompt with its template.
         finish_reason: `stop` or `length`.
         seed: of this prompt and sample, the same for every alpha.
         engine: name and version of what generated it; empty if the endpoint does not tell.
         template: digest of the chat template; likewise.
+        origin: digest of all that decided it beside prompt and sample: weights, sampling, engine, template.
     """
 
     prompt_id: str
@@ -63,6 +70,7 @@ class Response:
     seed: int
     engine: str = ""
     template: str = ""
+    origin: str = ""
 
     @property
     def key(self) -> tuple[str, int]:
