@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -110,19 +110,24 @@ def _confirms(prompt: Prompt) -> bool:
 
 
 def _drawn(prompts: Sequence[Prompt]) -> list[str]:
-    """The ids in the order in which subsets take them: any number of the first holds each stratum in proportion."""
+    """The ids in the order in which subsets take them: any number of the first holds each category in proportion, and of
+    each category both halves.
+    """
     by_chance = sorted(prompts, key=lambda prompt: digest(["subset", prompt.id]))
-    sizes = Counter(map(_stratum, prompts))
-    seen = Counter[tuple[str, bool]]()
+    mixed = _spread(by_chance, lambda prompt: (prompt.category, _confirms(prompt)))
+    return [prompt.id for prompt in _spread(mixed, lambda prompt: (prompt.category,))]
+
+
+def _spread(prompts: Sequence[Prompt], stratum_of: Callable[[Prompt], tuple[object, ...]]) -> list[Prompt]:
+    """The prompts so ordered that each stratum is spaced evenly, as in systematic sampling."""
+    sizes = Counter(map(stratum_of, prompts))
+    seen = Counter[tuple[object, ...]]()
     places = []
-    for prompt in by_chance:
-        stratum = _stratum(prompt)
-        # Evenly spaced, as in systematic sampling; each stratum is shifted by chance, so that small ones do not all come last.
+    for prompt in prompts:
+        stratum = stratum_of(prompt)
+        # Each stratum is shifted by chance, so that small ones do not all come last.
         shift = int(digest(["shift", *stratum]), 16) / 16**16
         places.append(((seen[stratum] + shift) / sizes[stratum], prompt.id))
         seen[stratum] += 1
-    return [one for _, one in sorted(places)]
-
-
-def _stratum(prompt: Prompt) -> tuple[str, bool]:
-    return prompt.category, _confirms(prompt)
+    by_id = {prompt.id: prompt for prompt in prompts}
+    return [by_id[one] for _, one in sorted(places)]

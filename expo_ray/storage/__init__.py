@@ -8,7 +8,7 @@ from expo_ray.storage.conditional import check_conditional_writes
 from expo_ray.storage.local import LocalStore
 from expo_ray.storage.memory import MemoryStore
 from expo_ray.storage.protocol import FileInfo, Store, Writer
-from expo_ray.storage.uri import join_uri, redact, split_uri
+from expo_ray.storage.uri import join_uri, redact, split_file, split_uri
 
 __all__ = [
     "FileInfo",
@@ -19,6 +19,7 @@ __all__ = [
     "join_uri",
     "open_store",
     "redact",
+    "split_file",
 ]
 
 

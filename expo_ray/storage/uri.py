@@ -53,6 +53,22 @@ def join_uri(root: str, *parts: str) -> str:
     return "/".join([head.rstrip("/"), *filter(None, inner)]) if any(inner) else head
 
 
+def split_file(uri: str) -> tuple[str, str]:
+    """Folder and name of a file, for `open_store` and the key in it.
+
+    Example:
+        >>> split_file("s3://models/expo/prompts.jsonl")
+        ('s3://models/expo', 'prompts.jsonl')
+
+    Raises:
+        StorageError: if `uri` names a bucket or a folder.
+    """
+    folder, slash, name = uri.rpartition("/")
+    if not name or folder.endswith(":/"):
+        raise StorageError(f"{redact(uri)}: names no file; give its whole path")
+    return (folder or "/") if slash else ".", name
+
+
 def split_bucket(rest: str) -> tuple[str, str]:
     """Bucket (or name) and folder of `bucket/folder`, without empty parts."""
     name, _, folder = rest.partition("/")
