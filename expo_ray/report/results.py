@@ -2,23 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BeforeValidator, ConfigDict
+
+from expo_ray.config.fields import check_alpha
 
 FORMAT = 1
+_NOT_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
+
+HalfName = Literal["choose", "confirm"]
+Verdict = Literal["ok", "warn", "reject"]
+# JSON has no infinity: such a number is written as text.
+Number = Annotated[
+    float, BeforeValidator(lambda found: _NOT_FINITE.get(found, found) if isinstance(found, str) else found)
+]
+# Keys of JSON are text.
+AlphaKey = Annotated[float, BeforeValidator(float), AfterValidator(check_alpha)]
+
+
+class Recorded:
+    """Base of what is stored: a field that this version does not know is an error, never passed over."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A mean over prompts with its 95 % confidence interval."""
+class Estimate(Recorded):
+    """A mean over prompts with its confidence interval."""
 
-    mean: float
-    low: float
-    high: float
+    mean: Number
+    low: Number
+    high: Number
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measured(Recorded):
     """One alpha of one pair on one half of the prompts, by one reward model.
 
     Attributes:
@@ -29,97 +51,138 @@ class Measured:
         win_rate: share of prompts on which it beats dpo, ties as half.
     """
 
-    alpha: float
-    half: str
+    alpha: Number
+    half: HalfName
     reward_model: str
     prompts: int
     reward: Estimate
     gain: Estimate
     controlled_gain: Estimate | None
-    win_rate: float
+    win_rate: Number
 
 
 @dataclass(frozen=True)
-class Guardrail:
+class Guardrail(Recorded):
     """One measure of one alpha against its limit.
 
     Attributes:
-        name: such as `length ratio`, in words.
+        name: as in `expo_ray.evaluation.guardrails`, such as `length ratio`.
         value: what was measured.
-        limit: from where on it fails.
-        verdict: `pass`, `warn` or `fail`.
+        limit: from where on it rejects.
+        verdict: `ok`, `warn` or `reject`.
+        text: the values in a sentence.
+        warn: from where on it warns; None where there is no such limit.
     """
 
-    alpha: float
+    alpha: Number
     name: str
-    value: float
-    limit: float
-    verdict: str
+    value: Number
+    limit: Number
+    verdict: Verdict
     text: str
+    warn: Number | None = None
 
 
 @dataclass(frozen=True)
-class Example:
+class Example(Recorded):
     """One prompt with the answers of sft, dpo and the chosen alpha.
 
     Attributes:
         prompt: the last user turn.
-        responses: text by model: `sft`, `dpo`, `chosen`; a model without an answer is left out.
+        responses: text by model: `sft`, `dpo`, `chosen` (where dpo is kept: of the `candidate`); a model without an answer is left out.
         rewards: of the first reward model, likewise.
     """
 
     prompt: str
     responses: Mapping[str, str]
-    rewards: Mapping[str, float]
+    rewards: Mapping[str, Number]
 
 
 @dataclass(frozen=True)
-class PairResult:
+class PairResult(Recorded):
     """Everything about one pair.
 
     Attributes:
         sft, dpo: URI with revision.
         decision: the chosen alpha; 0 keeps dpo.
         reason: why, in a sentence or a few.
+        measured: the reward model that chooses comes first.
         rejected: why each other alpha fell.
         effective_alphas: nominal to effective alpha of what was published or served.
-        mean_tokens: mean response length by alpha.
+        mean_tokens: mean response length by alpha, on the choosing half.
+        examples: the prompts whose reward changed most, either way.
         published: folders of published models by alpha.
         generations: responses drawn for the search.
+        rounding: of the weights that were evaluated.
+        warnings: what a reader should look at before using the decision.
     """
 
     name: str
     sft: str
     dpo: str
-    decision: float
+    decision: Number
     reason: str
-    measured: Sequence[Measured] = ()
-    guardrails: Sequence[Guardrail] = ()
-    rejected: Mapping[float, str] = field(default_factory=dict)
-    effective_alphas: Mapping[float, float] = field(default_factory=dict)
-    mean_tokens: Mapping[float, float] = field(default_factory=dict)
-    examples: Sequence[Example] = ()
-    published: Mapping[float, str] = field(default_factory=dict)
+    measured: tuple[Measured, ...] = ()
+    guardrails: tuple[Guardrail, ...] = ()
+    rejected: Mapping[AlphaKey, str] = field(default_factory=dict)
+    effective_alphas: Mapping[AlphaKey, Number] = field(default_factory=dict)
+    mean_tokens: Mapping[AlphaKey, Number] = field(default_factory=dict)
+    examples: tuple[Example, ...] = ()
+    published: Mapping[AlphaKey, str] = field(default_factory=dict)
     generations: int = 0
     rounding: str = ""
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def reward_models(self) -> tuple[str, ...]:
+        """Names of all reward models, the choosing one first."""
+        return tuple(dict.fromkeys(one.reward_model for one in self.measured))
+
+    @property
+    def candidate(self) -> float | None:
+        """The alpha whose evidence is shown: the chosen one, else the one that came closest to being chosen, if any was tried."""
+        if self.decision > 0:
+            return self.decision
+        tried = [one for one in self.measured if one.alpha > 0 and one.reward_model == self.reward_models[0]]
+        confirmed = [one for one in tried if one.half == "confirm"]
+        best = max(confirmed or tried, key=lambda one: one.gain.mean, default=None)
+        return best.alpha if best else None
+
+    def find(self, alpha: float | None, half: HalfName, reward_model: str) -> Measured | None:
+        """What was measured there, if anything was."""
+        for one in self.measured:
+            if (one.alpha, one.half, one.reward_model) == (alpha, half, reward_model):
+                return one
+        return None
+
+    @property
+    def headline(self) -> Measured | None:
+        """The gain to compare pairs by: of the chosen alpha, by the choosing model, on prompts that did not choose it if there are any."""
+        if not self.measured or self.decision == 0:
+            return None
+        model = self.reward_models[0]
+        return self.find(self.decision, "confirm", model) or self.find(self.decision, "choose", model)
 
 
 @dataclass(frozen=True)
-class Results:
+class Results(Recorded):
     """A run.
 
     Attributes:
+        created: time in UTC, ISO 8601.
         cost: figures with their unit in the name, such as `cpu_hours`, `generated_tokens`, `bytes_written`.
         versions: of expo-ray, Python and the packages that decide results.
         digests: what identifies inputs: prompt sets, reward models, parents.
         failures: error by pair.
+        confidence: of all intervals.
     """
 
     output: str
     created: str
-    pairs: Sequence[PairResult]
-    cost: Mapping[str, float] = field(default_factory=dict)
+    pairs: tuple[PairResult, ...]
+    cost: Mapping[str, Number] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
     failures: Mapping[str, str] = field(default_factory=dict)
+    confidence: Number = 0.95
     format: int = FORMAT

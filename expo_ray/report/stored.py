@@ -1,0 +1,95 @@
+"""`results.json` of a run: written and read strictly, so that what is read is what was found."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from functools import cache
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from expo_ray import __version__
+from expo_ray.config import format_alpha
+from expo_ray.errors import NotFound, OutputError, some
+from expo_ray.report.results import FORMAT, Results
+from expo_ray.storage import Store
+
+RESULTS = "results.json"
+
+
+def write_results(store: Store, results: Results) -> None:
+    """Store `results` as `results.json` of a run, over what is there."""
+    store.put(RESULTS, results_json(results))
+
+
+def read_results(store: Store) -> Results:
+    """The results of the run whose output folder `store` is.
+
+    Raises:
+        OutputError: if there are none, or this version cannot read them.
+    """
+    where = f"{store.uri}/{RESULTS}"
+    try:
+        data = store.read(RESULTS)
+    except NotFound as error:
+        raise OutputError(
+            f"{where} is not there; name the `output` of a job that `expo-ray run` has finished"
+        ) from error
+    return parse_results(data, where)
+
+
+def results_json(results: Results) -> bytes:
+    """The text of `results.json`.
+
+    Plain JSON that any tool reads: alphas as keys are text, numbers that are not finite are `inf`, `-inf` and `nan`, and half a surrogate
+    pair, which no encoding has, is U+FFFD.
+    """
+    text = json.dumps(_plain(results), indent=1, ensure_ascii=False, allow_nan=False)
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode() + b"\n"
+
+
+def parse_results(data: bytes, where: str = RESULTS) -> Results:
+    """What `results_json` wrote.
+
+    Raises:
+        OutputError: if the text is damaged, has another format, or fields that are missing, unknown or of another type.
+    """
+    try:
+        found = json.loads(data)
+        version = found["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise OutputError(
+            f"{where} is no result of a run ({error!r}); run the job again, it writes the file anew from what is stored"
+        ) from error
+    if version != FORMAT:
+        writer = found.get("versions", {}).get("expo-ray", "another version")
+        raise OutputError(
+            f"{where} has format {version}, written by expo-ray {writer}; expo-ray {__version__} reads format {FORMAT}. Install the version "
+            "that wrote it, or run the job again with this one"
+        )
+    try:
+        return _adapter().validate_json(data, strict=True)
+    except ValidationError as error:
+        problems = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
+        raise OutputError(
+            f"{where} does not hold what expo-ray {__version__} writes ({some(problems)}); run the job again, it writes the file anew from "
+            "what is stored"
+        ) from error
+
+
+@cache
+def _adapter() -> TypeAdapter[Results]:
+    return TypeAdapter(Results)
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {one.name: _plain(getattr(value, one.name)) for one in fields(value)}
+    if isinstance(value, Mapping):
+        return {key if isinstance(key, str) else format_alpha(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(one) for one in value]
+    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
