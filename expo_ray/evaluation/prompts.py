@@ -49,8 +49,12 @@ class PromptSet:
         """
         if count is None or count >= len(self):
             return self
-        chosen = set(_drawn(self.prompts)[:count])
+        chosen = {prompt.id for prompt in self.drawn().prompts[:count]}
         return replace(self, prompts=tuple(one for one in self.prompts if one.id in chosen))
+
+    def drawn(self) -> PromptSet:
+        """The set in the order in which subsets are drawn: its first `n` prompts are those of `limit(n)`."""
+        return replace(self, prompts=tuple(_drawn(self.prompts)))
 
     def halves(self) -> tuple[PromptSet, PromptSet]:
         """The prompts to choose an alpha on, and those to confirm the choice on.
@@ -109,13 +113,14 @@ def _confirms(prompt: Prompt) -> bool:
     return int(digest(["half", prompt.id]), 16) % 2 == 1
 
 
-def _drawn(prompts: Sequence[Prompt]) -> list[str]:
-    """The ids in the order in which subsets take them: any number of the first holds each category in proportion, and of
-    each category both halves.
+def _drawn(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts in the order in which subsets take them.
+
+    Any number of the first holds each category in proportion, and of each category both halves.
     """
     by_chance = sorted(prompts, key=lambda prompt: digest(["subset", prompt.id]))
     mixed = _spread(by_chance, lambda prompt: (prompt.category, _confirms(prompt)))
-    return [prompt.id for prompt in _spread(mixed, lambda prompt: (prompt.category,))]
+    return _spread(mixed, lambda prompt: (prompt.category,))
 
 
 def _spread(prompts: Sequence[Prompt], stratum_of: Callable[[Prompt], tuple[object, ...]]) -> list[Prompt]:

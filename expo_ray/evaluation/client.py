@@ -1,0 +1,171 @@
+"""Asking a model behind an OpenAI-compatible endpoint, many requests at once."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+
+from expo_ray.errors import EndpointError
+from expo_ray.evaluation.endpoint import Card, broken_by, card_of, connect, names_at, reason_of, refusal
+from expo_ray.evaluation.records import Message
+
+log = logging.getLogger("expo_ray")
+
+# An answer of 2048 tokens from a busy engine on CPUs takes minutes, and comes in one piece.
+ANSWER_TIMEOUT_S = 1200.0
+# With these delays, a minute and a half in all: as long as a replica that died takes to be replaced.
+ATTEMPTS = 10
+FIRST_DELAY_S = 0.5
+LONGEST_DELAY_S = 15.0
+# A foreign endpoint does not tell how many requests keep it busy.
+FOREIGN_SLOTS = 128
+_LOG_PERIOD_S = 10.0
+_TRANSIENT = {408, 409, 425, 429}
+_TOO_LONG = ("context length", "context_length", "maximum model length", "max_model_len", "context window")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer, before it is known which prompt's it is."""
+
+    text: str
+    num_tokens: int
+    num_prompt_tokens: int
+    finish_reason: str
+
+
+class Refused(Exception):
+    """The endpoint will never answer this request.
+
+    Attributes:
+        too_long: whether because it does not fit into the context.
+    """
+
+    def __init__(self, reason: str, *, too_long: bool = False) -> None:
+        self.too_long = too_long
+        super().__init__(reason)
+
+
+class GaveUp(Exception):
+    """One request failed again and again, while the endpoint answered others."""
+
+
+class Client:
+    """The endpoint at `url`; used as an async context manager.
+
+    Args:
+        slots: requests that keep the endpoint busy.
+        attempts: of one request that fails for reasons that may pass.
+        delay_s: before the second attempt; it doubles from there.
+
+    Attributes:
+        concurrency: requests to have in flight.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        slots: int = FOREIGN_SLOTS,
+        attempts: int = ATTEMPTS,
+        delay_s: float = FIRST_DELAY_S,
+        timeout_s: float = ANSWER_TIMEOUT_S,
+    ) -> None:
+        # A little above what the engine works on, so that it finds the next request waiting when one is done.
+        self.concurrency = slots + max(2, slots // 4)
+        self._attempts, self._delay_s, self._timeout_s = attempts, delay_s, timeout_s
+        self._http = connect(url, timeout_s)
+        self._last_answer = self._last_logged = float("-inf")
+
+    async def names(self) -> list[str]:
+        """What the endpoint serves; see `names_at`."""
+        return await names_at(self._http)
+
+    async def card(self, name: str) -> Card:
+        """What it tells of a model; see `card_of`."""
+        return await card_of(self._http, name)
+
+    async def chat(self, model: str, messages: Sequence[Message], options: Mapping[str, Any]) -> Answer:
+        """The answer to a chat.
+
+        Raises:
+            Refused: if the endpoint refuses this request.
+            GaveUp: if it failed each time, while others were answered.
+            EndpointError: if nothing is answered any more, or nothing of this model or key is.
+        """
+        body = {"model": model, "messages": list(messages), **options}
+        began, first_failure = time.monotonic(), None
+        for attempt in range(1, self._attempts + 1):
+            answer, reason, wait_s = await self._attempt(body)
+            if answer is not None:
+                self._last_answer = time.monotonic()
+                return answer
+            first_failure = first_failure or time.monotonic()
+            if attempt < self._attempts and time.monotonic() - began < 2 * self._timeout_s:
+                self._tell(reason, attempt)
+                delay_s = min(LONGEST_DELAY_S, self._delay_s * 2 ** (attempt - 1)) * random.uniform(0.5, 1)
+                await asyncio.sleep(max(delay_s, wait_s))
+                continue
+            if self._last_answer < first_failure:
+                raise EndpointError(
+                    f"{self._http.base_url}: {reason}; asked {attempt} times, and nothing else was answered meanwhile. What "
+                    "was answered before is kept: see to the endpoint, then run the same command again"
+                )
+            raise GaveUp(f"{reason}; asked {attempt} times")
+        raise AssertionError("no attempts")
+
+    async def _attempt(self, body: Mapping[str, Any]) -> tuple[Answer | None, str, float]:
+        """The answer; or None, the reason, and the seconds that the endpoint asks to wait."""
+        try:
+            response = await self._http.post("/v1/chat/completions", json=body)
+        except httpx.TransportError as error:
+            return None, f"no answer ({broken_by(error)})", 0.0
+        if response.status_code in _TRANSIENT or response.status_code >= 500:
+            told = response.headers.get("Retry-After", "")
+            wait_s = min(60.0, float(told)) if told.isdecimal() else 0.0
+            return None, f"status {response.status_code}, {reason_of(response)}", wait_s
+        if response.status_code != httpx.codes.OK:
+            reason = reason_of(response)
+            raise refusal(response) or Refused(reason, too_long=any(sign in reason for sign in _TOO_LONG))
+        try:
+            answer = _answer(response.json())
+        except (ValueError, LookupError, TypeError, AttributeError):
+            return None, f"not the answer to a chat: {response.text[:200]!r}", 0.0
+        if answer.finish_reason in {"abort", "error"}:
+            return None, f"the engine broke off ({answer.finish_reason})", 0.0
+        return answer, "", 0.0
+
+    def _tell(self, reason: str, attempt: int) -> None:
+        """Log a failed attempt; when an endpoint goes, hundreds fail at once."""
+        now = time.monotonic()
+        if now - self._last_logged > _LOG_PERIOD_S:
+            self._last_logged = now
+            log.warning("%s; asking again (attempt %d of %d)", reason, attempt + 1, self._attempts)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._http.aclose()
+
+
+def _answer(data: Mapping[str, Any]) -> Answer:
+    choice = data["choices"][0]
+    usage = data.get("usage") or {}
+    text = choice["message"].get("content") or ""
+    return Answer(
+        text.encode("utf-8", "replace").decode(),  # half a surrogate pair cannot be stored
+        int(usage.get("completion_tokens") or 0),
+        int(usage.get("prompt_tokens") or 0),
+        str(choice.get("finish_reason") or ""),
+    )

@@ -1,0 +1,161 @@
+"""What an OpenAI-compatible endpoint is, and what it tells of the models that it serves."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+import httpx
+
+from expo_ray.errors import EndpointError
+
+CONNECT_TIMEOUT_S = 10.0
+_PAUSE_S = 1.0
+
+
+@dataclass(frozen=True)
+class Card:
+    """What an endpoint tells of a model; empty where it does not tell.
+
+    Attributes:
+        name: as requested.
+        engine: name and version, such as `vllm 0.29.0`.
+        template: digest of the chat template.
+        weights: identity of the weights.
+        dtype: that it computes in.
+        max_model_len: longest prompt and response together, in tokens; 0 if unknown.
+        vllm: whether requests may have the fields that vLLM adds to OpenAI's.
+    """
+
+    name: str
+    engine: str = ""
+    template: str = ""
+    weights: str = ""
+    dtype: str = ""
+    max_model_len: int = 0
+    vllm: bool = False
+
+
+def connect(url: str, timeout_s: float) -> httpx.AsyncClient:
+    """A client of the endpoint at `url`, with or without its `/v1`.
+
+    The key in OPENAI_API_KEY goes along if it is set.
+    """
+    root = url.rstrip("/").removesuffix("/v1").rstrip("/")
+    key = os.environ.get("OPENAI_API_KEY")
+    return httpx.AsyncClient(
+        base_url=root,
+        headers={"Authorization": f"Bearer {key}"} if key else {},
+        timeout=httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S, pool=None),
+        limits=httpx.Limits(max_connections=None),
+        # A proxy for the outside world does not know this machine's ports.
+        trust_env=urlsplit(root).hostname not in {"127.0.0.1", "localhost", "::1"},
+    )
+
+
+async def card_of(http: httpx.AsyncClient, name: str) -> Card:
+    """What the endpoint tells of a model.
+
+    Raises:
+        EndpointError: if it cannot be reached, or does not serve the model.
+    """
+    found = await _page(http, f"/v1/models/{quote(name, safe='@')}")
+    if found is None or found.get("id") != name:  # not every endpoint has this page
+        cards = {str(card.get("id")): card for card in await _cards(http)}
+        if name not in cards:
+            served = ", ".join(cards) or "no models at all"
+            raise EndpointError(f"{http.base_url}: does not serve {name}; it serves {served}")
+        found = cards[name]
+    told = found.get("metadata") or {}
+    engine = str(told.get("engine") or "")
+    return Card(
+        name,
+        engine,
+        str(told.get("template") or ""),
+        str(told.get("weights") or found.get("root") or ""),
+        str(told.get("dtype") or ""),
+        int(told.get("max_model_len") or found.get("max_model_len") or 0),
+        vllm=engine.startswith("vllm") or found.get("owned_by") == "vllm",
+    )
+
+
+async def names_at(http: httpx.AsyncClient) -> list[str]:
+    """What the endpoint serves.
+
+    Raises:
+        EndpointError: if it cannot be reached.
+    """
+    return [str(card.get("id")) for card in await _cards(http)]
+
+
+def refusal(response: httpx.Response) -> EndpointError | None:
+    """The error of an answer that says that nothing can be had with this key, URL or name; None for any other answer."""
+    told = f"{response.request.url}: status {response.status_code}, {reason_of(response)}"
+    if response.status_code in {401, 403}:
+        return EndpointError(f"{told}; set OPENAI_API_KEY to a key that the endpoint takes")
+    if response.status_code in {404, 405}:
+        return EndpointError(
+            f"{told}; give the URL of an OpenAI-compatible endpoint, such as http://127.0.0.1:8000, and the name of a "
+            "model that it serves"
+        )
+    return None
+
+
+def reason_of(response: httpx.Response) -> str:
+    """What an endpoint says of a failure, in one line."""
+    try:
+        data = response.json()
+        error = data.get("error", data)
+        text = error.get("message") if isinstance(error, Mapping) else error
+    except (ValueError, AttributeError):
+        text = None
+    return " ".join(str(text or response.text or response.reason_phrase).split())[:400]
+
+
+def broken_by(error: Exception) -> str:
+    """What became of a request that got no answer."""
+    return " ".join(f"{type(error).__name__} {error}".split())
+
+
+async def _cards(http: httpx.AsyncClient) -> list[Mapping[str, Any]]:
+    found = await _page(http, "/v1/models")
+    cards = None if found is None else found.get("data")
+    if not isinstance(cards, list):
+        raise EndpointError(
+            f"{http.base_url}: does not answer like an OpenAI-compatible endpoint; give its URL without a path, such as "
+            "http://127.0.0.1:8000"
+        )
+    return [card for card in cards if isinstance(card, Mapping)]
+
+
+async def _page(http: httpx.AsyncClient, path: str) -> dict[str, Any] | None:
+    """A page's JSON object; None if there is no such page.
+
+    Raises:
+        EndpointError: if there is no answer; only an endpoint that is busy is asked a second time.
+    """
+    for last in (False, True):
+        try:
+            response = await http.get(path)
+        except (httpx.TransportError, httpx.InvalidURL) as error:
+            raise EndpointError(
+                f"{http.base_url}: cannot be reached ({broken_by(error)}); start the endpoint, or correct its URL"
+            ) from error
+        if last or response.status_code < 500:
+            break
+        await asyncio.sleep(_PAUSE_S)
+    if response.status_code in {401, 403} and (error := refusal(response)):
+        raise error
+    if response.status_code >= 500:
+        raise EndpointError(
+            f"{response.request.url}: status {response.status_code}, {reason_of(response)}; see to the endpoint"
+        )
+    try:
+        found = response.json() if response.status_code == httpx.codes.OK else None
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
