@@ -1,0 +1,191 @@
+"""What is drawn of one pair: reward, length and guardrails over alpha."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from expo_ray.config import format_alpha
+from expo_ray.report.alpha_axis import draw_alpha_axis
+from expo_ray.report.results import Guardrail, HalfName, Measured, PairResult
+from expo_ray.report.svg import BLUE, GREEN, GREY, ORANGE, Drawing, figure_style, inline_svg
+from expo_ray.report.texts import GUARDRAILS, count, guardrail_value, interval, signed
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Inches. At 360 pixels a figure of this width shows its 11-point text at about 10 pixels.
+_WIDTH, _HEIGHT, _ROW = 4.7, 3.5, 1.25
+_HALVES: Mapping[HalfName, str] = {"choose": "choosing prompts", "confirm": "confirming prompts"}
+_MARKERS = {"ok": ("o", BLUE), "warn": ("^", ORANGE), "reject": ("X", "#000000")}
+
+
+def drawings_of(pair: PairResult, name: str, confidence: float) -> list[Drawing]:
+    """All figures of a pair; `name` is the prefix of their ids."""
+    found = [
+        _drawn(f"{name}-reward{number}", lambda figure, model=model: _reward(figure, pair, model, confidence))
+        for number, model in enumerate(pair.reward_models)
+    ]
+    if pair.mean_tokens:
+        found.append(_drawn(f"{name}-length", lambda figure: _length(figure, pair)))
+    shown = [one for one in GUARDRAILS if any(guard.name == one for guard in pair.guardrails)]
+    if shown:
+        height = 0.6 + _ROW * len(shown)
+        found.append(_drawn(f"{name}-guardrails", lambda figure: _guardrails(figure, pair, shown), height))
+    return found
+
+
+def _drawn(name: str, draw: Callable[[Figure], tuple[str, str, str]], height: float = _HEIGHT) -> Drawing:
+    from matplotlib.figure import Figure
+
+    with figure_style(name):
+        figure = Figure(figsize=(_WIDTH, height))
+        title, caption, description = draw(figure)
+        return Drawing(inline_svg(figure, name, title, description), title, caption)
+
+
+def _reward(figure: Figure, pair: PairResult, model: str, confidence: float) -> tuple[str, str, str]:
+    axes = figure.add_subplot()
+    halves: Mapping[HalfName, list[Measured]] = {
+        half: sorted(
+            (one for one in pair.measured if (one.half, one.reward_model) == (half, model)),
+            key=lambda one: one.alpha,
+        )
+        for half in ("choose", "confirm")
+    }
+    choose, confirm = halves["choose"], halves["confirm"]
+    _curve(axes, choose)
+    controlled = [(one.alpha, one.controlled_gain.mean) for one in choose if one.controlled_gain]
+    if controlled:
+        axes.plot(
+            *zip(*controlled, strict=True), ":D", color=GREEN, markersize=3.5, label="length-controlled"
+        )
+    if confirm:
+        _points(axes, confirm)
+    axes.axhline(0, color=GREY, linewidth=0.9, zorder=1)
+    axes.set_ylabel("gain in reward over dpo")
+    draw_alpha_axis(axes, [one.alpha for one in (*choose, *confirm)])
+    _mark_decision(axes, pair)
+    _legend(figure)
+    best = max(choose or confirm, key=lambda one: one.gain.mean)
+    return (
+        f"Reward by {model}",
+        f"{_halves(halves)} Band and bars: {confidence:.0%} intervals of the difference to dpo on the same prompts and seeds.",
+        f"Gain in mean reward over dpo, by {model}, against alpha. "
+        + "; ".join(f"alpha {format_alpha(one.alpha)}: {interval(one.gain)}" for one in choose)
+        + f". Largest at alpha {format_alpha(best.alpha)}. {_decided(pair)}.",
+    )
+
+
+def _curve(axes: Axes, rows: Sequence[Measured]) -> None:
+    if rows:
+        alphas = [one.alpha for one in rows]
+        axes.fill_between(
+            alphas, [one.gain.low for one in rows], [one.gain.high for one in rows], color=BLUE, alpha=0.18, linewidth=0,
+        )  # fmt: skip
+        axes.plot(
+            alphas, [one.gain.mean for one in rows], "-o", color=BLUE, label=_HALVES["choose"], zorder=3
+        )
+
+
+def _points(axes: Axes, rows: Sequence[Measured]) -> None:
+    box = {"markersize": 8, "markerfacecolor": "white", "markeredgewidth": 1.8, "color": ORANGE}
+    below = [one.gain.mean - one.gain.low for one in rows]
+    above = [one.gain.high - one.gain.mean for one in rows]
+    axes.errorbar(
+        [one.alpha for one in rows], [one.gain.mean for one in rows], yerr=[below, above], fmt="s", capsize=5, zorder=4, **box
+    )  # fmt: skip
+    axes.plot([], [], "s", label=_HALVES["confirm"], **box)
+
+
+def _halves(halves: Mapping[HalfName, Sequence[Measured]]) -> str:
+    """The reward of dpo itself, from which the figure counts."""
+    texts = []
+    for half, rows in halves.items():
+        dpo = next((one for one in rows if one.alpha == 0), None)
+        if dpo:
+            prompts = sorted({one.prompts for one in rows})
+            numbers = (
+                count(prompts[0]) if len(prompts) == 1 else f"{count(prompts[0])} to {count(prompts[-1])}"
+            )
+            texts.append(f"{_HALVES[half].capitalize()} ({numbers}): dpo has {signed(dpo.reward.mean)}.")
+    return " ".join(texts)
+
+
+def _length(figure: Figure, pair: PairResult) -> tuple[str, str, str]:
+    axes = figure.add_subplot()
+    rows = sorted(pair.mean_tokens.items())
+    axes.plot(*zip(*rows, strict=True), "-o", color=BLUE, label="mean length", zorder=3)
+    dpo = pair.mean_tokens.get(0.0)
+    limits = next((one for one in pair.guardrails if one.name == "length ratio"), None)
+    if dpo and limits:
+        _limits(axes, limits, dpo)
+        axes.set_ylim(
+            0, max(*(tokens for _, tokens in rows), dpo * max(limits.limit, 1 / limits.limit)) * 1.06
+        )
+    axes.set_ylabel("tokens")
+    draw_alpha_axis(axes, pair.mean_tokens)
+    _mark_decision(axes, pair)
+    _legend(figure)
+    return (
+        "Length of responses",
+        "Mean tokens of a response; reward models tend to like longer ones.",
+        "Mean tokens of a response against alpha. "
+        + "; ".join(f"alpha {format_alpha(alpha)}: {tokens:.0f}" for alpha, tokens in rows)
+        + f". {_decided(pair)}.",
+    )
+
+
+def _limits(axes: Axes, guard: Guardrail, scale: float = 1.0) -> None:
+    if guard.warn is not None:
+        axes.axhline(guard.warn * scale, color=ORANGE, linewidth=1.2, linestyle=":", label="warns")
+    axes.axhline(guard.limit * scale, color="#000000", linewidth=1.2, linestyle=(0, (6, 3)), label="rejects")
+
+
+def _guardrails(figure: Figure, pair: PairResult, names: Sequence[str]) -> tuple[str, str, str]:
+    rows = [
+        sorted((one for one in pair.guardrails if one.name == name), key=lambda one: one.alpha)
+        for name in names
+    ]
+    alphas = {one.alpha for row in rows for one in row}
+    all_axes = figure.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, name, row in zip(all_axes, names, rows, strict=True):
+        axes.plot([one.alpha for one in row], [one.value for one in row], "-", color=BLUE, zorder=2)
+        for verdict, (marker, colour) in _MARKERS.items():
+            points = [(one.alpha, one.value) for one in row if one.verdict == verdict]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker, color=colour, zorder=3)
+        _limits(axes, row[0])
+        axes.set_title(GUARDRAILS[name], loc="left", fontsize=11)
+        axes.yaxis.set_major_formatter(lambda value, _, name=name: guardrail_value(name, value))
+        axes.locator_params(axis="y", nbins=4)
+        draw_alpha_axis(axes, alphas, label=axes is all_axes[-1])
+        _mark_decision(axes, pair)
+    return (
+        "Guardrails",
+        "Against dpo on the same prompts. Dotted line: warns; dashed line: rejects. Circle: passes; triangle: warned; cross: rejected. Dash-dotted: the chosen alpha.",
+        "Guardrails against alpha. "
+        + ". ".join(
+            f"{GUARDRAILS[name]}: "
+            + "; ".join(
+                f"alpha {format_alpha(one.alpha)} {guardrail_value(name, one.value)} ({one.verdict})"
+                for one in row
+            )
+            for name, row in zip(names, rows, strict=True)
+        )
+        + ".",
+    )
+
+
+def _mark_decision(axes: Axes, pair: PairResult) -> None:
+    label = f"chosen: {format_alpha(pair.decision)}" if pair.decision else "chosen: 0 (dpo)"
+    axes.axvline(pair.decision, color="#000000", linewidth=1.6, linestyle="-.", zorder=2, label=label)
+
+
+def _legend(figure: Figure) -> None:
+    figure.legend(loc="outside upper left", ncols=2, borderaxespad=0.2, columnspacing=1.2)
+
+
+def _decided(pair: PairResult) -> str:
+    return f"Chosen: alpha {format_alpha(pair.decision)}" if pair.decision else "Chosen: dpo itself, alpha 0"

@@ -1,0 +1,203 @@
+"""The rows of the report's tables, as the template prints them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from expo_ray.report.results import Example, Measured, PairResult, Results
+from expo_ray.report.texts import alpha_text, count, interval, share, signed
+
+NONE = "\u2013"
+# Beyond this share, rounding has changed what alpha means.
+_EFFECTIVE_TOLERANCE = 0.05
+
+
+@dataclass(frozen=True)
+class OverviewRow:
+    """One pair.
+
+    Attributes:
+        chosen: whether the figures are of a chosen alpha; else they are of the one that came closest.
+        at: that alpha.
+        gains: on the choosing prompts by the choosing model, then on the confirming prompts by every model.
+    """
+
+    name: str
+    anchor: str
+    decision: str
+    chosen: bool
+    at: str
+    gains: tuple[str, ...]
+    controlled: str
+    win_rate: str
+    length: str
+    generations: str
+
+
+@dataclass(frozen=True)
+class EvidenceRow:
+    """One half and one reward model, at the alpha in question."""
+
+    half: str
+    reward_model: str
+    prompts: str
+    dpo: str
+    reward: str
+    gain: str
+    controlled: str
+    win_rate: str
+    clear: bool
+
+
+@dataclass(frozen=True)
+class AlphaRow:
+    """All that is known of one alpha on the choosing prompts.
+
+    Attributes:
+        gains: by reward model: gain, the same length-controlled, and win rate.
+        guardrails: those that warned or rejected.
+    """
+
+    alpha: str
+    label: str
+    chosen: bool
+    prompts: str
+    gains: tuple[tuple[str, str, str], ...]
+    tokens: str
+    effective: str
+    off: bool
+    guardrails: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class ExampleView:
+    """One prompt: its first words, the change of its reward, and the texts side by side: (name, reward, text)."""
+
+    prompt: str
+    start: str
+    change: str
+    gained: bool
+    columns: tuple[tuple[str, str, str], ...]
+
+
+def sorted_pairs(results: Results) -> list[PairResult]:
+    """The largest gain first; those that keep dpo gain nothing."""
+    return sorted(
+        results.pairs, key=lambda pair: (-pair.headline.gain.mean if pair.headline else 0.0, pair.name)
+    )
+
+
+def all_models(results: Results) -> tuple[str, ...]:
+    """Reward models of all pairs, those that choose first."""
+    pairs = [pair for pair in results.pairs if pair.measured]
+    return tuple(
+        dict.fromkeys([p.reward_models[0] for p in pairs] + [one for p in pairs for one in p.reward_models])
+    )
+
+
+def overview_row(pair: PairResult, anchor: str, models: Sequence[str]) -> OverviewRow:
+    """The row of one pair in the table over all."""
+    at = pair.candidate
+    chooser = pair.reward_models[0] if pair.measured else ""
+    chosen = pair.find(at, "choose", chooser)
+    headline = pair.headline or pair.find(at, "confirm", chooser) or chosen
+    confirmed = [pair.find(at, "confirm", model) for model in models]
+    dpo, length = pair.mean_tokens.get(0.0), None if at is None else pair.mean_tokens.get(at)
+    return OverviewRow(
+        pair.name,
+        anchor,
+        f"alpha {alpha_text(pair.decision)}" if pair.decision else "keep dpo",
+        pair.decision != 0,
+        "" if at is None else alpha_text(at),
+        tuple(interval(one.gain) if one else NONE for one in (chosen, *confirmed)),
+        _controlled(headline),
+        share(headline.win_rate) if headline else NONE,
+        f"\u00d7{length / dpo:.2f}" if dpo and length is not None else NONE,
+        count(pair.generations),
+    )
+
+
+def evidence_rows(pair: PairResult) -> list[EvidenceRow]:
+    """What speaks for the alpha in question, or against it: both halves, all reward models."""
+    rows = []
+    for half, name in (("choose", "choosing"), ("confirm", "confirming")):
+        for one in pair.measured:
+            if one.alpha == pair.candidate and one.half == half:
+                dpo = pair.find(0.0, one.half, one.reward_model)
+                rows.append(
+                    EvidenceRow(
+                        name,
+                        one.reward_model,
+                        count(one.prompts),
+                        signed(dpo.reward.mean) if dpo else NONE,
+                        signed(one.reward.mean),
+                        interval(one.gain),
+                        _controlled(one),
+                        share(one.win_rate),
+                        one.gain.low > 0,
+                    )
+                )
+    return rows
+
+
+def alpha_rows(pair: PairResult) -> list[AlphaRow]:
+    """Every alpha that was tried, in order."""
+    alphas = {one.alpha for one in pair.measured if one.half == "choose"} | set(pair.rejected)
+    return [_alpha_row(pair, alpha) for alpha in sorted(alphas)]
+
+
+def _alpha_row(pair: PairResult, alpha: float) -> AlphaRow:
+    found = [pair.find(alpha, "choose", model) for model in pair.reward_models]
+    effective = pair.effective_alphas.get(alpha)
+    tokens = pair.mean_tokens.get(alpha)
+    return AlphaRow(
+        alpha_text(alpha),
+        {-1.0: "sft", 0.0: "dpo"}.get(alpha, ""),
+        alpha == pair.decision,
+        next((count(one.prompts) for one in found if one), NONE),
+        tuple(
+            (interval(one.gain), _controlled(one), share(one.win_rate)) if one else (NONE, NONE, NONE)
+            for one in found
+        ),
+        f"{tokens:.0f}" if tokens is not None else NONE,
+        f"{effective:.3f}" if effective is not None else NONE,
+        effective is not None and abs(effective - alpha) > _EFFECTIVE_TOLERANCE * abs(alpha),
+        tuple(
+            f"{'rejected' if one.verdict == 'reject' else 'warned'}: {one.text}"
+            for one in pair.guardrails
+            if one.alpha == alpha and one.verdict != "ok"
+        ),
+        pair.rejected.get(alpha, ""),
+    )
+
+
+def example_views(pair: PairResult) -> list[ExampleView]:
+    """The largest rise in reward first, the largest fall last."""
+    at = pair.candidate
+    names = {"sft": "sft", "dpo": "dpo", "chosen": "alpha" if at is None else f"alpha {alpha_text(at)}"}
+    return [_example(one, names) for one in sorted(pair.examples, key=lambda one: -_change(one))]
+
+
+def _example(one: Example, names: dict[str, str]) -> ExampleView:
+    words = " ".join(one.prompt.split())
+    return ExampleView(
+        one.prompt,
+        words if len(words) <= 90 else words[:89].rstrip() + "\u2026",
+        signed(_change(one)) if "chosen" in one.rewards and "dpo" in one.rewards else "",
+        _change(one) >= 0,
+        tuple(
+            (name, signed(one.rewards[side]) if side in one.rewards else NONE, one.responses[side])
+            for side, name in names.items()
+            if side in one.responses
+        ),
+    )
+
+
+def _change(one: Example) -> float:
+    return one.rewards.get("chosen", 0.0) - one.rewards.get("dpo", 0.0) if "chosen" in one.rewards else 0.0
+
+
+def _controlled(one: Measured | None) -> str:
+    return interval(one.controlled_gain) if one and one.controlled_gain else NONE

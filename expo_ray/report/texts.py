@@ -1,0 +1,80 @@
+"""Numbers and names as the report prints them."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from expo_ray.config import format_alpha
+from expo_ray.report.results import Estimate
+
+# In the order of the page; `reward of ...` guardrails are seen in the curves of their reward models.
+GUARDRAILS = {
+    "length ratio": "Length over dpo's",
+    "cut": "Rise of responses cut at the token limit",
+    "repetition": "Rise of repeated text",
+    "broken": "Rise of empty responses and special tokens",
+    "kl": "KL from dpo, nats per token",
+}
+_PERCENT = ("cut", "repetition", "broken")
+_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+
+
+def alpha_text(alpha: float) -> str:
+    """`0.5`, `\u22121`."""
+    return _minus(format_alpha(alpha))
+
+
+def signed(value: float) -> str:
+    """Three decimals and always a sign."""
+    return _minus(f"{value:+.3f}")
+
+
+def interval(estimate: Estimate) -> str:
+    """Mean and ends of its interval."""
+    return f"{signed(estimate.mean)} [{signed(estimate.low)}, {signed(estimate.high)}]"
+
+
+def share(value: float) -> str:
+    """A share in percent, with one decimal."""
+    return _minus(f"{value:.1%}")
+
+
+def count(value: float) -> str:
+    """A whole number with thin spaces between groups, other numbers with three digits that matter."""
+    if not math.isfinite(value):
+        return _minus(str(value))
+    return f"{value:,.0f}".replace(",", "\u202f") if value == int(value) else _minus(f"{value:,.3g}")
+
+
+def guardrail_value(name: str, value: float) -> str:
+    """A guardrail's value in its own unit."""
+    if name in _PERCENT:
+        return _minus(f"{value * 100:+.3g}%") if value else "0%"
+    return f"\u00d7{value:.2f}" if name == "length ratio" else _minus(f"{value:.3g}")
+
+
+def cost_name(key: str) -> str:
+    """`gpu_hours` as `GPU hours`; bytes get their unit with the figure."""
+    words = key.removeprefix("bytes_") + " bytes" if key.startswith("bytes_") else key
+    text = words.replace("_", " ")
+    return re.sub(
+        r"^(cpu|gpu)\b", lambda found: found[0].upper(), text[0].upper() + text[1:], flags=re.IGNORECASE
+    )
+
+
+def cost_value(key: str, value: float) -> str:
+    """The figure of a cost; bytes in the unit that suits their size."""
+    if not (key.startswith("bytes") or key.endswith("bytes")) or not math.isfinite(value):
+        return count(value)
+    power = min(int(math.log(max(value, 1), 1000)), len(_UNITS) - 1)
+    return f"{value / 1000**power:.3g} {_UNITS[power]}"
+
+
+def visible(text: str) -> str:
+    """Text without control characters, which a page cannot show, and without half surrogate pairs, which it cannot hold."""
+    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", text)
+
+
+def _minus(text: str) -> str:
+    return text.replace("-", "\u2212")
