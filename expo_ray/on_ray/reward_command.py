@@ -1,0 +1,213 @@
+"""`expo-ray reward`: a job's stored responses by all its reward models, or one file by one."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+from expo_ray.config import Job, RewardModel, load_job
+from expo_ray.errors import ExpoError, JobError, Problems, each
+from expo_ray.evaluation.parts import Parts
+from expo_ray.evaluation.progress import RowProgress
+from expo_ray.evaluation.prompt_sources import load_prompts
+from expo_ray.evaluation.records import Response
+from expo_ray.evaluation.reward import Scored, Todo, parse_reward, plan_rewards, score_missing, summarise
+from expo_ray.evaluation.reward_file import RewardFile, read_responses
+from expo_ray.evaluation.stored_responses import StoredResponses, stored_responses
+from expo_ray.on_ray.cluster import cluster
+from expo_ray.on_ray.reward_actors import RewardPool
+from expo_ray.storage import Store, open_store
+
+FAILED = 1
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Work:
+    """The responses of one model, to be scored by one reward model."""
+
+    pool: RewardPool
+    model: str
+    responses: Sequence[Response]
+    todo: Todo
+
+
+@dataclass
+class _Found:
+    """Collects problems, so that all are told at once."""
+
+    problems: list[ExpoError] = field(default_factory=list)
+
+    def attempt(self, make: Callable[[], T]) -> list[T]:
+        """What `make` makes, or nothing."""
+        try:
+            return [make()]
+        except ExpoError as error:
+            self.problems += each(error)
+            return []
+
+    def tell(self) -> None:
+        if self.problems:
+            raise Problems(self.problems)
+
+
+def command(arguments: argparse.Namespace) -> int:
+    """Run the command; returns its exit status.
+
+    Raises:
+        ExpoError: for everything wrong with the input, before any model is loaded.
+    """
+    given = {name: getattr(arguments, name) for name in ("responses", "reward_model", "backend", "truncate")}
+    options = sorted(f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None)
+    if arguments.job and (options or arguments.output):
+        raise JobError(
+            f"a job file and {', '.join([*options, *(['--output'] if arguments.output else [])])}; give one or the other"
+        )
+    if arguments.job:
+        return reward_job(load_job(arguments.job))
+    if not (arguments.responses and arguments.reward_model and arguments.output):
+        raise JobError("give a job file, or --responses, --reward-model and --output")
+    spec = RewardModel(
+        model=arguments.reward_model, backend=arguments.backend or "auto", truncate=bool(arguments.truncate)
+    )
+    return reward_file(arguments.responses, spec, arguments.output)
+
+
+def reward_job(job: Job) -> int:
+    """Score what the job has stored by each of its reward models, and print the mean rewards."""
+    if not job.rewards or not job.prompts:
+        missing = " and ".join(name for name in ("rewards", "prompts") if not getattr(job, name))
+        raise JobError(f"the job has no `{missing}`; list at least one item there")
+    store = open_store(job.output)
+    found = _Found()
+    sets = found.attempt(partial(load_prompts, job.prompts))
+    with ExitStack() as stack:
+        pools = [pool for spec in job.rewards for pool in found.attempt(partial(RewardPool, spec))]
+        found.tell()
+        stored = stored_responses(store, job, sets[0])
+        if not stored:
+            raise JobError(
+                f"{store.uri}: holds no responses to the job's prompts, drawn as it says; run `expo-ray respond` on the job first"
+            )
+        stack.enter_context(cluster())
+        work = [
+            one
+            for pool in pools
+            for group in stored
+            for one in found.attempt(partial(_plan, pool, group, store))
+        ]
+        found.tell()
+        with RowProgress("reward", "responses", store) as progress:
+            return run(work, progress)
+
+
+def reward_file(responses: str, spec: RewardModel, output: str) -> int:
+    """Score the responses of one file into another."""
+    found = _Found()
+    rows = found.attempt(partial(read_responses, responses))
+    pools = found.attempt(partial(RewardPool, spec))
+    found.tell()
+    (pool,), (listed,) = pools, rows
+    inputs = pool.inputs(listed)  # tells what is wrong before a cluster is started
+    with cluster():
+        kept_in = RewardFile(output, [one.key for one in listed], _about(pool))
+        todo = plan_rewards(listed, pool, kept_in)
+        del inputs
+        with RowProgress("reward", "responses") as progress:
+            return run([Work(pool, listed[0].model or responses, listed, todo)], progress)
+
+
+def _plan(pool: RewardPool, group: StoredResponses, store: Store) -> Work:
+    folder = f"{group.folder}/rewards/{pool.spec.name}-{pool.id}"
+    kept_in = Parts(store, folder, parse_reward)
+    todo = plan_rewards(group.responses, pool, kept_in)
+    store.put(f"{folder}.about.json", (json.dumps(_about(pool), indent=1) + "\n").encode())
+    return Work(pool, group.model, group.responses, todo)
+
+
+def _about(pool: RewardPool) -> Mapping[str, Any]:
+    """What made the rewards, for whoever looks into the folder."""
+    return {
+        "model": pool.model.uri,
+        "identity": pool.model.identity,
+        "backend": pool.spec.backend,
+        "dtype": pool.dtype,
+        "truncate": pool.spec.truncate,
+    }
+
+
+def run(work: Sequence[Work], progress: RowProgress) -> int:
+    """Score it all, one reward model after the other, and print a table; the exit status."""
+    progress.begin(sum(len(one.todo.inputs) for one in work), sum(len(one.todo.stored) for one in work))
+    rows: list[Sequence[str]] = []
+    failures: list[str] = []
+    for pool in dict.fromkeys(one.pool for one in work):
+        with pool:
+            for one in (one for one in work if one.pool is pool):
+                try:
+                    scored = score_missing(one.todo, pool, progress)
+                except ExpoError as error:
+                    failures.append(f"{one.model} by {pool.spec.name}: {error}")
+                    continue
+                rows.append(_row(one, scored))
+                failures += _told(one, scored)
+    print(_table(rows))
+    for text in failures:
+        print(f"failed: {text}", file=sys.stderr)
+    progress.finish("failed" if failures else "done", failures)
+    return FAILED if failures else 0
+
+
+_HEADER = (
+    "reward model",
+    "model",
+    "prompts",
+    "reward",
+    "standard error",
+    "tokens",
+    "scored now",
+    "truncated",
+)
+
+
+def _row(one: Work, scored: Scored) -> Sequence[str]:
+    summary = summarise(one.responses, scored.rewards)
+    figures = f"{summary.mean:.4f}", f"{summary.standard_error:.4f}", f"{summary.num_tokens:.1f}"
+    return (
+        one.pool.spec.name,
+        one.model,
+        str(summary.prompts),
+        *figures,
+        str(scored.made),
+        str(summary.truncated),
+    )
+
+
+def _told(one: Work, scored: Scored) -> list[str]:
+    """What a user should know of responses without a score: one line for each reason."""
+    reasons: dict[str, list[str]] = {}
+    for failed in scored.failed:
+        reasons.setdefault(failed.error, []).append(failed.prompt_id)
+    return [
+        f"{one.model} by {one.pool.spec.name}: {len(ids)} response(s) have no reward, prompt {', '.join(ids[:5])}"
+        f"{' and more' if len(ids) > 5 else ''}: {reason}"
+        for reason, ids in reasons.items()
+    ]
+
+
+def _table(rows: Iterable[Sequence[str]]) -> str:
+    lines = [_HEADER, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            text.ljust(width) if place < 2 else text.rjust(width)
+            for place, (text, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
