@@ -5,7 +5,16 @@ from __future__ import annotations
 import math
 import random
 
-from expo_ray.report.results import Estimate, Example, Guardrail, Measured, PairResult, Results, Verdict
+from expo_ray.report.results import (
+    Estimate,
+    Example,
+    Guardrail,
+    HalfName,
+    Measured,
+    PairResult,
+    Results,
+    Verdict,
+)
 
 HOSTILE = (
     "</pre></details><script>document.title='owned'</script><img src=x onerror=\"fetch('http://192.0.2.1/')\">"
@@ -70,10 +79,14 @@ def _pair(
         if decision
         else [-1.0, -0.5, 0.0, 0.1, 0.2, 0.2828, 0.4, 0.8]
     )
+    halves: tuple[tuple[HalfName, int, list[float]], ...] = (
+        ("choose", 512, alphas),
+        ("confirm", 1000, [0.0, decision] if decision else [0.0]),
+    )
     measured = [
-        _measured(chance, model, alpha, half, prompts, optimum, height, collapse)
+        _measured(chance, (model, alpha, half, prompts), (optimum, height, collapse))
         for model in MODELS
-        for half, prompts, chosen in (("choose", 512, alphas), ("confirm", 1000, [0.0, decision] if decision else [0.0]))
+        for half, prompts, chosen in halves
         for alpha in chosen
     ]  # fmt: skip
     lengths = {alpha: 301 * (1 + 0.16 * math.asinh(alpha / 0.5)) for alpha in alphas}
@@ -124,18 +137,12 @@ def _pair(
     )  # fmt: skip
 
 
-def _measured(  # noqa: PLR0917
-    chance: random.Random,
-    model: str,
-    alpha: float,
-    half: str,
-    prompts: int,
-    optimum: float,
-    height: float,
-    collapse: float,
+def _measured(
+    chance: random.Random, at: tuple[str, float, HalfName, int], hill: tuple[float, float, float]
 ) -> Measured:
+    model, alpha, half, prompts = at
     second = model != MODELS[0]
-    gain = _gain(alpha, optimum, height, collapse) * (0.55 if second else 1.0)
+    gain = _gain(alpha, *hill) * (0.55 if second else 1.0)
     gain += 0.0 if alpha == 0 else chance.gauss(0, 0.02)
     base, width = (-3.4, 0.09) if second else (6.83, 0.11)
     base += 0.07 * (half == "confirm")
@@ -143,13 +150,13 @@ def _measured(  # noqa: PLR0917
     controlled = gain - 0.06 * math.asinh(alpha)
     return Measured(
         alpha=alpha,
-        half="choose" if half == "choose" else "confirm",
+        half=half,
         reward_model=model,
         prompts=prompts,
         reward=Estimate(base + gain, base + gain - 0.2, base + gain + 0.2),
         gain=Estimate(gain, gain - width, gain + width),
         controlled_gain=None
-        if alpha > collapse
+        if alpha > hill[2]
         else Estimate(controlled, controlled - width * 1.2, controlled + width * 1.2),
         win_rate=0.5 if alpha == 0 else 0.5 + 0.4 * math.tanh(gain),
     )
@@ -160,7 +167,7 @@ def _gain(alpha: float, optimum: float, height: float, collapse: float) -> float
     if alpha <= 0:
         return 1.4 * alpha * (1 - 0.2 * (alpha + 1))
     if not optimum:
-        return 0.021 - 0.5 * alpha**1.5
+        return 0.021 - 0.5 * float(alpha**1.5)
     hill = height * math.exp(-((math.log(alpha / optimum)) ** 2) / 3.5)
     return hill - 1.2 * max(0.0, math.log(alpha / collapse) + 0.4)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from expo_ray.config import format_alpha
 from expo_ray.report.alpha_axis import draw_alpha_axis
-from expo_ray.report.results import Guardrail, HalfName, Measured, PairResult
+from expo_ray.report.results import Guardrail, HalfName, Measured, PairResult, Verdict
 from expo_ray.report.svg import BLUE, GREEN, GREY, ORANGE, Drawing, figure_style, inline_svg
-from expo_ray.report.texts import GUARDRAILS, count, guardrail_value, interval, signed
+from expo_ray.report.texts import GUARDRAILS, LENGTH, count, guardrail_value, interval, signed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,21 +19,28 @@ if TYPE_CHECKING:
 # Inches. At 360 pixels a figure of this width shows its 11-point text at about 10 pixels.
 _WIDTH, _HEIGHT, _ROW = 4.7, 3.5, 1.25
 _HALVES: Mapping[HalfName, str] = {"choose": "choosing prompts", "confirm": "confirming prompts"}
-_MARKERS = {"ok": ("o", BLUE), "warn": ("^", ORANGE), "reject": ("X", "#000000")}
+_LEGEND = "Dotted line: warns; dashed line: rejects. Circle: passes; triangle: warned; cross: rejected."
+_MARKERS: Mapping[Verdict, tuple[str, str]] = {
+    "ok": ("o", BLUE),
+    "warn": ("^", ORANGE),
+    "reject": ("X", "#000000"),
+}
 
 
 def drawings_of(pair: PairResult, name: str, confidence: float) -> list[Drawing]:
     """All figures of a pair; `name` is the prefix of their ids."""
     found = [
-        _drawn(f"{name}-reward{number}", lambda figure, model=model: _reward(figure, pair, model, confidence))
+        _drawn(f"{name}-reward{number}", partial(_reward, pair=pair, model=model, confidence=confidence))
         for number, model in enumerate(pair.reward_models)
     ]
     if pair.mean_tokens:
-        found.append(_drawn(f"{name}-length", lambda figure: _length(figure, pair)))
+        found.append(_drawn(f"{name}-length", partial(_length, pair=pair)))
     shown = [one for one in GUARDRAILS if any(guard.name == one for guard in pair.guardrails)]
+    if 0.0 in pair.mean_tokens and LENGTH in shown:
+        shown.remove(LENGTH)  # the figure of lengths has its limits
     if shown:
         height = 0.6 + _ROW * len(shown)
-        found.append(_drawn(f"{name}-guardrails", lambda figure: _guardrails(figure, pair, shown), height))
+        found.append(_drawn(f"{name}-guardrails", partial(_guardrails, pair=pair, names=shown), height))
     return found
 
 
@@ -90,7 +98,12 @@ def _curve(axes: Axes, rows: Sequence[Measured]) -> None:
 
 
 def _points(axes: Axes, rows: Sequence[Measured]) -> None:
-    box = {"markersize": 8, "markerfacecolor": "white", "markeredgewidth": 1.8, "color": ORANGE}
+    box: dict[str, Any] = {
+        "markersize": 8,
+        "markerfacecolor": "white",
+        "markeredgewidth": 1.8,
+        "color": ORANGE,
+    }
     below = [one.gain.mean - one.gain.low for one in rows]
     above = [one.gain.high - one.gain.mean for one in rows]
     axes.errorbar(
@@ -118,19 +131,18 @@ def _length(figure: Figure, pair: PairResult) -> tuple[str, str, str]:
     rows = sorted(pair.mean_tokens.items())
     axes.plot(*zip(*rows, strict=True), "-o", color=BLUE, label="mean length", zorder=3)
     dpo = pair.mean_tokens.get(0.0)
-    limits = next((one for one in pair.guardrails if one.name == "length ratio"), None)
-    if dpo and limits:
-        _limits(axes, limits, dpo)
-        axes.set_ylim(
-            0, max(*(tokens for _, tokens in rows), dpo * max(limits.limit, 1 / limits.limit)) * 1.06
-        )
+    guards = [one for one in pair.guardrails if one.name == LENGTH and one.alpha in pair.mean_tokens]
+    if dpo and guards:
+        _limits(axes, guards[0], dpo)
+        _verdicts(axes, [(one.alpha, pair.mean_tokens[one.alpha], one.verdict) for one in guards])
+        axes.set_ylim(0, max(*(tokens for _, tokens in rows), dpo * guards[0].limit) * 1.06)
     axes.set_ylabel("tokens")
     draw_alpha_axis(axes, pair.mean_tokens)
     _mark_decision(axes, pair)
     _legend(figure)
     return (
         "Length of responses",
-        "Mean tokens of a response; reward models tend to like longer ones.",
+        f"Mean tokens of a response; reward models tend to like longer ones.{f' {_LEGEND}' if guards else ''}",
         "Mean tokens of a response against alpha. "
         + "; ".join(f"alpha {format_alpha(alpha)}: {tokens:.0f}" for alpha, tokens in rows)
         + f". {_decided(pair)}.",
@@ -143,6 +155,13 @@ def _limits(axes: Axes, guard: Guardrail, scale: float = 1.0) -> None:
     axes.axhline(guard.limit * scale, color="#000000", linewidth=1.2, linestyle=(0, (6, 3)), label="rejects")
 
 
+def _verdicts(axes: Axes, points: Sequence[tuple[float, float, Verdict]]) -> None:
+    for verdict, (marker, colour) in _MARKERS.items():
+        some = [(alpha, value) for alpha, value, found in points if found == verdict]
+        if some:
+            axes.plot(*zip(*some, strict=True), marker, color=colour, markersize=7, zorder=3)
+
+
 def _guardrails(figure: Figure, pair: PairResult, names: Sequence[str]) -> tuple[str, str, str]:
     rows = [
         sorted((one for one in pair.guardrails if one.name == name), key=lambda one: one.alpha)
@@ -152,10 +171,7 @@ def _guardrails(figure: Figure, pair: PairResult, names: Sequence[str]) -> tuple
     all_axes = figure.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
     for axes, name, row in zip(all_axes, names, rows, strict=True):
         axes.plot([one.alpha for one in row], [one.value for one in row], "-", color=BLUE, zorder=2)
-        for verdict, (marker, colour) in _MARKERS.items():
-            points = [(one.alpha, one.value) for one in row if one.verdict == verdict]
-            if points:
-                axes.plot(*zip(*points, strict=True), marker, color=colour, zorder=3)
+        _verdicts(axes, [(one.alpha, one.value, one.verdict) for one in row])
         _limits(axes, row[0])
         axes.set_title(GUARDRAILS[name], loc="left", fontsize=11)
         axes.yaxis.set_major_formatter(lambda value, _, name=name: guardrail_value(name, value))
@@ -164,7 +180,7 @@ def _guardrails(figure: Figure, pair: PairResult, names: Sequence[str]) -> tuple
         _mark_decision(axes, pair)
     return (
         "Guardrails",
-        "Against dpo on the same prompts. Dotted line: warns; dashed line: rejects. Circle: passes; triangle: warned; cross: rejected. Dash-dotted: the chosen alpha.",
+        f"Against dpo on the same prompts. {_LEGEND} Dash-dotted: the chosen alpha.",
         "Guardrails against alpha. "
         + ". ".join(
             f"{GUARDRAILS[name]}: "

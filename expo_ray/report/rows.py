@@ -152,6 +152,7 @@ def _alpha_row(pair: PairResult, alpha: float) -> AlphaRow:
     found = [pair.find(alpha, "choose", model) for model in pair.reward_models]
     effective = pair.effective_alphas.get(alpha)
     tokens = pair.mean_tokens.get(alpha)
+    reason = pair.rejected.get(alpha, "interpolates: drawn, never chosen" if alpha < 0 else "")
     return AlphaRow(
         alpha_text(alpha),
         {-1.0: "sft", 0.0: "dpo"}.get(alpha, ""),
@@ -167,9 +168,9 @@ def _alpha_row(pair: PairResult, alpha: float) -> AlphaRow:
         tuple(
             f"{'rejected' if one.verdict == 'reject' else 'warned'}: {one.text}"
             for one in pair.guardrails
-            if one.alpha == alpha and one.verdict != "ok"
+            if one.alpha == alpha and one.verdict != "ok" and one.text not in reason
         ),
-        pair.rejected.get(alpha, ""),
+        reason,
     )
 
 

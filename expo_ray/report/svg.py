@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, which every kind of colour vision tells apart and which are dark enough on white.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#C04A00", "#00785A", "#5c6670"
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "axes.edgecolor": "#8a939c",
     "axes.grid": True,
     "axes.labelcolor": "#1c2127",

@@ -8,9 +8,10 @@ import re
 from expo_ray.config import format_alpha
 from expo_ray.report.results import Estimate
 
+LENGTH = "length ratio"
 # In the order of the page; `reward of ...` guardrails are seen in the curves of their reward models.
 GUARDRAILS = {
-    "length ratio": "Length over dpo's",
+    LENGTH: "Length over dpo's",
     "cut": "Rise of responses cut at the token limit",
     "repetition": "Rise of repeated text",
     "broken": "Rise of empty responses and special tokens",
@@ -51,7 +52,7 @@ def guardrail_value(name: str, value: float) -> str:
     """A guardrail's value in its own unit."""
     if name in _PERCENT:
         return _minus(f"{value * 100:+.3g}%") if value else "0%"
-    return f"\u00d7{value:.2f}" if name == "length ratio" else _minus(f"{value:.3g}")
+    return f"\u00d7{value:.2f}" if name == LENGTH else _minus(f"{value:.3g}")
 
 
 def cost_name(key: str) -> str:
