@@ -31,9 +31,11 @@ def command_parser() -> argparse.ArgumentParser:
     _add_extrapolate(commands)
     _add_plan(commands)
     _add_verify(commands)
+    _add_run(commands)
     _add_serve(commands)
     _add_respond(commands)
     _add_reward(commands)
+    _add_report(commands)
     _add_command(commands, "schema", "print the JSON schema of the job file")
     return parser
 
@@ -78,6 +80,16 @@ def _add_verify(commands: Any) -> None:
     )
     add("--dpo", metavar="URI", help="See --sft.")
     add("--allow-pickle", action="store_true", help=_text(PairOptions, "allow_pickle"))
+
+
+def _add_run(commands: Any) -> None:
+    parser = _add_command(
+        commands, "run", "choose the alpha of each pair of a job, publish the winners and write the report"
+    )
+    parser.add_argument("job", metavar="JOB.yaml", help="The job file.")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="Check everything and stop; nothing is written."
+    )
 
 
 def _add_serve(commands: Any) -> None:
@@ -134,6 +146,13 @@ def _add_reward(commands: Any) -> None:
     add("--backend", choices=("auto", "vllm", "transformers"), help=_text(RewardModel, "backend"))
     add("--truncate", action="store_true", default=None, help=_text(RewardModel, "truncate"))
     add("--output", metavar="FILE", help="JSONL file to write; one that is there is completed.")
+
+
+def _add_report(commands: Any) -> None:
+    parser = _add_command(
+        commands, "report", "draw the page of a finished run again, from what it stored, without a cluster"
+    )
+    parser.add_argument("run", metavar="RUN", help="The `output` of the run's job: a folder or a URI.")
 
 
 def _add_extrapolate(commands: Any) -> None:

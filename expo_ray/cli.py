@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from expo_ray.arguments import command_parser, with_alphas_joined
 from expo_ray.config import (
@@ -24,12 +24,14 @@ from expo_ray.config import (
 )
 from expo_ray.errors import ExpoError, Problems
 from expo_ray.extrapolation.describe import describe
-from expo_ray.extrapolation.fit import Fit, fit_alphas
 from expo_ray.extrapolation.in_threads import InThreads
 from expo_ray.extrapolation.job import JobPlan, Outcome, outputs_of, plan_job, run_job
 from expo_ray.extrapolation.progress import Progress, size_text
 from expo_ray.extrapolation.verify import read_manifest, rederive, verify_files
 from expo_ray.storage import join_uri, open_store
+
+if TYPE_CHECKING:
+    from expo_ray.extrapolation.fit import Fit
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
@@ -102,6 +104,8 @@ def plan_of(job: Job, *, overwrite: bool = False) -> JobPlan:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    from expo_ray.extrapolation.fit import fit_alphas  # numpy comes with it
+
     if (arguments.sft is None) != (arguments.dpo is None):
         raise ExpoError("one parent is given; give both --sft and --dpo, or neither")
     store = open_store(arguments.folder)
@@ -147,6 +151,13 @@ def _print_fits(fits: Sequence[Fit], skipped: Sequence[str]) -> None:
         print("sft and dpo do not differ in these tensors, so that any alpha fits")
 
 
+def _report(arguments: argparse.Namespace) -> int:
+    from expo_ray.report.page import write_report
+
+    print(write_report(open_store(arguments.run)))
+    return 0
+
+
 def _schema(arguments: argparse.Namespace) -> int:
     print(json.dumps(job_schema(), indent=2))
     return 0
@@ -171,8 +182,8 @@ def _on_ray(module: str) -> Callable[[argparse.Namespace], int]:
 
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
-    "extrapolate": _extrapolate, "plan": _plan, "verify": _verify, "schema": _schema,
-    "serve": _on_ray("serve_command"), "respond": _on_ray("respond_command"), "reward": _on_ray("reward_command"),
+    "extrapolate": _extrapolate, "plan": _plan, "verify": _verify, "report": _report, "schema": _schema,
+    "run": _on_ray("run_command"), "serve": _on_ray("serve_command"), "respond": _on_ray("respond_command"), "reward": _on_ray("reward_command"),
 }  # fmt: skip
 
 if __name__ == "__main__":
