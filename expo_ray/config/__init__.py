@@ -16,10 +16,13 @@ from expo_ray.config.fields import (
 from expo_ray.config.job import Job
 from expo_ray.config.load import job_schema, load_job, parse_job, parse_pair
 from expo_ray.config.pairs import Pair, PairOptions
+from expo_ray.config.search import Guardrails, Limit, Search
 
 __all__ = [
     "Device",
+    "Guardrails",
     "Job",
+    "Limit",
     "OutputDtype",
     "Pair",
     "PairOptions",
@@ -28,6 +31,7 @@ __all__ = [
     "RewardModel",
     "Rounding",
     "Sampling",
+    "Search",
     "Serving",
     "VocabPolicy",
     "check_alpha",

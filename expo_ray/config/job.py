@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from expo_ray.config.evaluation import PromptSource, PublishedModel, RewardModel, Sampling, Serving
 from expo_ray.config.fields import Device, Frozen
 from expo_ray.config.pairs import Pair, PairOptions
+from expo_ray.config.search import Search
 
 
 class Job(Frozen):
@@ -39,7 +40,13 @@ class Job(Frozen):
     """The engines that answer."""
 
     rewards: tuple[RewardModel, ...] = ()
-    """What scores the responses."""
+    """What scores the responses; the first one chooses alpha, the others have to confirm it."""
+
+    search: Search = Search()
+    """How alpha is chosen."""
+
+    publish: Literal["winners", "all"] = "winners"
+    """What `expo-ray run` publishes: the chosen alpha of each pair, or that and all `alphas` of the pair."""
 
     @model_validator(mode="before")
     @classmethod
