@@ -67,6 +67,7 @@ class Client:
         delay_s: before the second attempt; it doubles from there.
 
     Attributes:
+        url: of the endpoint, without `/v1`.
         concurrency: requests to have in flight.
     """
 
@@ -83,6 +84,7 @@ class Client:
         self.concurrency = slots + max(2, slots // 4)
         self._attempts, self._delay_s, self._timeout_s = attempts, delay_s, timeout_s
         self._http = connect(url, timeout_s)
+        self.url = str(self._http.base_url)
         self._last_answer = self._last_logged = float("-inf")
 
     async def names(self) -> list[str]:
@@ -116,7 +118,7 @@ class Client:
                 continue
             if self._last_answer < first_failure:
                 raise EndpointError(
-                    f"{self._http.base_url}: {reason}; asked {attempt} times, and nothing else was answered meanwhile. What "
+                    f"{self.url}: {reason}; asked {attempt} times, and nothing else was answered meanwhile. What "
                     "was answered before is kept: see to the endpoint, then run the same command again"
                 )
             raise GaveUp(f"{reason}; asked {attempt} times")

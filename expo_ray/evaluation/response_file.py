@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Collection, Hashable, Mapping
+from pathlib import Path
 from typing import Literal
 
 from expo_ray.errors import NotFound, OutputError
@@ -45,18 +47,28 @@ class ResponseFile:
             rows = read_rows(self._store, self._rows_name, response_from_row)
         except NotFound:
             rows = []
-        return self.parts.read() | {row.key: row for row in reversed(rows)}
+        found: dict[Hashable, Response] = {}
+        for row in rows:
+            found.setdefault(row.key, row)
+        return found | {key: row for key, row in self.parts.read().items() if key not in found}
 
-    def write(self, prompts: PromptSet, responses: Mapping[Key, Response]) -> None:
-        """Store all of the file's responses, those to `prompts` first and in their order; the parts are not needed then."""
+    def write(self, prompts: PromptSet) -> None:
+        """Move the parts into the file, those to `prompts` first and in their order."""
+        parts = self._store.list(f"{self.parts.prefix}/")
+        if not parts and self._store.list(self._rows_name):
+            return
         place = {prompt.id: number for number, prompt in enumerate(prompts.prompts)}
+        of_others = len(place), 0
         rows = sorted(
-            responses.values(),
-            key=lambda row: (place.get(row.prompt_id, len(place)), row.prompt_id, row.sample),
+            self.read().values(),
+            key=lambda row: (place[row.prompt_id], row.sample) if row.prompt_id in place else of_others,
         )
         self._store.put(self._rows_name, rows_text(rows).encode())
-        for info in self._store.list(f"{self.parts.prefix}/"):
+        for info in parts:
             self._store.delete(info.key)
+        if "://" not in self._store.uri:  # a bucket has no folders
+            with contextlib.suppress(OSError):
+                Path(self._store.uri, self.parts.prefix).rmdir()
 
     def export(self, prompts: PromptSet, responses: Mapping[Key, Response], samples: int) -> None:
         """Write the file of a benchmark, unless the format is `jsonl`.

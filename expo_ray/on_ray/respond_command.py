@@ -1,0 +1,176 @@
+"""`expo-ray respond`: a job's prompts to all its models, or a file of prompts to one model."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from expo_ray.config import Job, PromptSource, PublishedModel, Sampling, Serving, load_job
+from expo_ray.config.fields import named_after
+from expo_ray.errors import ExpoError, JobError, Problems, StorageError, each
+from expo_ray.evaluation.client import Client
+from expo_ray.evaluation.progress import RowProgress
+from expo_ray.evaluation.prompt_sources import load_prompt_set
+from expo_ray.evaluation.prompts import PromptSet, keep_prompts
+from expo_ray.evaluation.records import Response
+from expo_ray.evaluation.respond_all import Responded, respond_job, respond_to_file
+from expo_ray.evaluation.response_file import ResponseFile
+from expo_ray.extrapolation.job import outputs_of
+from expo_ray.extrapolation.plan import PairPlan, plan_pair
+from expo_ray.storage import open_store
+
+FAILED = 1
+_URL = ("http://", "https://")
+_WITHOUT_JOB = ("model", "name", "prompts", "limit", "output", *Sampling.model_fields)
+M = TypeVar("M", bound=BaseModel)
+T = TypeVar("T")
+
+
+def command(arguments: argparse.Namespace) -> int:
+    """Run the command; its exit status is 0, or 1 if something was left without an answer.
+
+    Raises:
+        ExpoError: for everything wrong with the input, before any engine starts.
+    """
+    if not arguments.job:
+        return _one_model(arguments)
+    given = [f"--{name.replace('_', '-')}" for name in _WITHOUT_JOB if getattr(arguments, name) is not None]
+    if given or arguments.format != "jsonl":
+        raise JobError(
+            f"{', '.join(given) or '--format'} beside a job file; set it there, or leave the file out"
+        )
+    return respond(load_job(arguments.job))
+
+
+def respond(job: Job) -> int:
+    """Ask all models of a job, and print what came of it; the exit status."""
+    plans, sets = check(job)
+    store = open_store(job.output)
+    for prompts in sets:  # an output that cannot be written is found out before engines start
+        keep_prompts(store, prompts)
+    from expo_ray.on_ray.cluster import cluster
+    from expo_ray.on_ray.serving import serving
+
+    with cluster(), serving(plans, job.models, job.serving) as endpoint:
+        client = Client(endpoint.url, slots=endpoint.slots)
+        with RowProgress("respond", "responses", store) as progress:
+            return _finish(partial(respond_job, job, sets, store, client, progress), progress)
+
+
+def check(job: Job) -> tuple[list[PairPlan], list[PromptSet]]:
+    """The plans of a job's pairs, and its prompts.
+
+    Raises:
+        Problems: with everything that is wrong with pairs, models and prompts.
+    """
+    problems: list[ExpoError] = []
+    if not job.prompts:
+        problems.append(
+            JobError(
+                "the job has no `prompts`; list at least one item there, such as `source: ultrafeedback`"
+            )
+        )
+    sets = [one for source in job.prompts for one in _attempt(problems, partial(load_prompt_set, source))]
+    plans = [
+        plan
+        for pair in job.pairs
+        for plan in _attempt(problems, partial(plan_pair, pair, outputs_of(job, pair)))
+    ]
+    for model in job.models:
+        _attempt(problems, partial(_check_model, model.uri))
+    if problems:
+        raise Problems(problems)
+    return plans, sets
+
+
+def _one_model(arguments: argparse.Namespace) -> int:
+    missing = [f"--{name}" for name in ("model", "prompts", "output") if not getattr(arguments, name)]
+    if missing:
+        raise JobError(f"{', '.join(missing)} missing; give a job file, or --model, --prompts and --output")
+    problems: list[ExpoError] = []
+    fields = {name: getattr(arguments, name) for name in Sampling.model_fields}
+    samplings = _attempt(problems, partial(_section, Sampling, fields))
+    fields = {"source": arguments.prompts, "limit": arguments.limit}
+    sources = _attempt(problems, partial(_section, PromptSource, fields))
+    sets = [one for source in sources for one in _attempt(problems, partial(load_prompt_set, source))]
+    outputs = _attempt(problems, partial(ResponseFile, arguments.output, arguments.format))
+    for output in outputs:
+        _attempt(problems, output.read)
+    models: list[PublishedModel] = []
+    if not arguments.model.startswith(_URL):
+        fields = named_after({"uri": arguments.model, "name": arguments.name}, "uri")
+        models = _attempt(problems, partial(_section, PublishedModel, fields))
+        _attempt(problems, partial(_check_model, arguments.model))
+    if problems:
+        raise Problems(problems)
+    (sampling,), (prompts,), (output,) = samplings, sets, outputs
+    name = models[0].name if models else arguments.name or ""
+    with _endpoint(arguments.model, models) as client, RowProgress("respond", "responses") as progress:
+        work = partial(respond_to_file, output, name, prompts, sampling, client=client, progress=progress)
+        return _finish(work, progress)
+
+
+@contextmanager
+def _endpoint(url: str, models: Sequence[PublishedModel]) -> Iterator[Client]:
+    """The endpoint at `url`; or one of this job's own, where there are models to serve."""
+    if not models:
+        yield Client(url)
+        return
+    from expo_ray.on_ray.cluster import cluster
+    from expo_ray.on_ray.serving import serving
+
+    with cluster(), serving([], models, Serving(port=0)) as endpoint:
+        yield Client(endpoint.url, slots=endpoint.slots)
+
+
+def _finish(work: Callable[[], Responded], progress: RowProgress) -> int:
+    """Do the work and print what came of it; the exit status."""
+    try:
+        done = work()
+    except StorageError as error:  # what was answered before is stored
+        done = Responded(failures=[str(error)])
+    progress.finish("failed" if done.failures else "done", done.failures)
+    for name, answers in done.answers.items():
+        print(_summary(name, list(answers.responses.values()), done.places.get(name, "")))
+    for text in done.failures:
+        print(f"failed: {text}", file=sys.stderr)
+    return FAILED if done.failures else 0
+
+
+def _summary(name: str, responses: Sequence[Response], place: str) -> str:
+    tokens = sum(one.num_tokens for one in responses) / max(1, len(responses))
+    cut = sum(one.finish_reason == "length" for one in responses)
+    told = f"{name}: {len(responses)} response(s), {tokens:.0f} tokens on average"
+    return told + (f", {cut} cut at the longest length" if cut else "") + (f", in {place}" if place else "")
+
+
+def _check_model(uri: str) -> None:
+    open_store(uri).stat("config.json")
+
+
+def _section(section: type[M], fields: Mapping[str, Any]) -> M:
+    """What flags say of a section of the job file; those that are not given have its defaults."""
+    try:
+        return section.model_validate({name: value for name, value in fields.items() if value is not None})
+    except ValidationError as error:
+        raise Problems(
+            [
+                JobError(f"--{str(one['loc'][-1]).replace('_', '-')}: {one['msg']} (found {one['input']!r})")
+                for one in error.errors()
+            ]
+        ) from error
+
+
+def _attempt(problems: list[ExpoError], make: Callable[[], T]) -> list[T]:
+    """What `make` makes; or nothing, and one problem more."""
+    try:
+        return [make()]
+    except ExpoError as error:
+        problems += each(error)
+        return []
