@@ -1,0 +1,191 @@
+"""One vLLM engine behind Ray Serve: for a published model, or for all alphas of a pair."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import pickle
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.serve.llm import LLMConfig
+from ray.serve.llm.deployment import LLMServer
+from ray.util.placement_group import get_current_placement_group, placement_group_table
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from expo_ray.evaluation.records import digest
+from expo_ray.extrapolation.plan import PairPlan
+from expo_ray.on_ray.engine_adapter import ErrorInfo, ErrorResponse, engine_version
+from expo_ray.on_ray.lease import Lease
+from expo_ray.on_ray.names import ServedName, parse_name
+from expo_ray.on_ray.parents import engine_folder
+
+log = logging.getLogger("expo_ray")
+
+SWAP_TIMEOUT_S = 3600.0
+
+Method = Callable[[Any, Any], Coroutine[Any, Any, AsyncGenerator[Any, None]]]
+
+
+class ModelServer(LLMServer):
+    """An engine for one published model.
+
+    Args:
+        llm_config: with the model's name as the engine's id of it.
+        fetch: gives the model's folder on the node where it is called.
+        weights: names the weights; see `weights_of`.
+    """
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, llm_config: LLMConfig, *, fetch: Callable[[], Path], weights: str = ""
+    ) -> None:
+        folder = await asyncio.to_thread(_fetch_on_nodes, fetch)
+        self._name, self._weights, self._template = llm_config.model_id, weights, template_of(folder)
+        await super().__init__(_with_source(llm_config, folder))
+        self._about = (await self.collective_rpc("expo_describe"))[0]
+
+    async def card(self, name: str) -> dict[str, Any]:
+        """What `/v1/models/<name>` tells of a served name."""
+        return {
+            "engine": f"vllm {engine_version()}",
+            "template": self._template,
+            "weights": self._weights_of(parse_name(name)),
+            **self._about,
+        }
+
+    def _weights_of(self, name: ServedName) -> str:
+        return self._weights
+
+    async def chat(self, request: Any, raw_request_info: Any = None) -> AsyncGenerator[Any, None]:
+        return self._answer(super().chat, request, raw_request_info)
+
+    async def completions(self, request: Any, raw_request_info: Any = None) -> AsyncGenerator[Any, None]:
+        return self._answer(super().completions, request, raw_request_info)
+
+    async def tokenize(self, request: Any, raw_request_info: Any = None) -> AsyncGenerator[Any, None]:
+        return await super().tokenize(self._for_engine(request), raw_request_info)
+
+    async def detokenize(self, request: Any, raw_request_info: Any = None) -> AsyncGenerator[Any, None]:
+        return await super().detokenize(self._for_engine(request), raw_request_info)
+
+    def _for_engine(self, request: Any) -> Any:
+        request.model = self._name
+        return request
+
+    async def _answer(self, method: Method, request: Any, raw_request_info: Any) -> AsyncGenerator[Any, None]:
+        """The engine's answer, under the name that was asked for."""
+        served = request.model
+        async for part in await method(self._for_engine(request), raw_request_info):
+            yield _renamed(part, self._name, served)
+
+
+class PairServer(ModelServer):
+    """An engine for all alphas of a pair; it starts with dpo's own weights.
+
+    Each request holds a lease on its alpha from before the engine sees it until its last token has been sent or the client
+    has gone. A failed swap makes the replica unhealthy, so that Serve replaces it, and it answers nothing meanwhile.
+    """
+
+    async def __init__(self, llm_config: LLMConfig, *, plan: PairPlan) -> None:  # type: ignore[misc]
+        self._plan, holds_dpo = plan, starts_at_dpo(plan)
+        self._lease = Lease(self._swap, 0.0 if holds_dpo else None)
+        await super().__init__(llm_config, fetch=lambda: engine_folder(plan))
+        await self.collective_rpc("expo_open", args=(pickle.dumps(plan), holds_dpo))
+
+    def _weights_of(self, name: ServedName) -> str:
+        return self._plan.plan_id(name.alpha or 0.0)
+
+    async def _answer(self, method: Method, request: Any, raw_request_info: Any) -> AsyncGenerator[Any, None]:
+        alpha = parse_name(request.model).alpha or 0.0
+        try:
+            async with self._lease.on(alpha):
+                async for part in super()._answer(method, request, raw_request_info):
+                    yield part
+        except Exception as error:
+            if error is not self._lease.failure:
+                raise
+            yield ErrorResponse(
+                error=ErrorInfo(message=self._unusable(), type="service_unavailable", code=503)
+            )
+
+    async def _swap(self, alpha: float) -> None:
+        """Change the weights of the engine, which no request uses now.
+
+        Requests that were given up may still be in it; the pause throws them out, and clears what is cached of prompts, which
+        belongs to the old weights.
+        """
+        await self.pause(mode="abort", clear_cache=True)
+        await self.collective_rpc("expo_swap", timeout=SWAP_TIMEOUT_S, args=(alpha,))
+        await self.resume()
+
+    async def check_health(self) -> None:
+        if self._lease.failure:
+            raise RuntimeError(self._unusable())
+        await super().check_health()
+
+    def _unusable(self) -> str:
+        return f"{self._name}: the weights of this replica are not to be trusted ({self._lease.failure}); it is being replaced, ask again"
+
+    async def record_routing_stats(self) -> dict[str, Any]:
+        held = self._lease.held
+        return {} if held is None else {"alpha": held}
+
+
+def starts_at_dpo(plan: PairPlan) -> bool:
+    """Whether an engine that has loaded the pair's folder holds the very weights of alpha 0."""
+    tensors = [tensor for shard in plan.shards for tensor in shard.tensors]
+    return not plan.dpo.adapter and all(tensor.dtype == tensor.dpo.dtype for tensor in tensors)
+
+
+def _with_source(config: LLMConfig, folder: Path) -> LLMConfig:
+    """The same for the model in `folder`; a new one, as the old one remembers an engine without."""
+    fields = {name: getattr(config, name) for name in type(config).model_fields}
+    return LLMConfig(
+        **fields | {"model_loading_config": {"model_id": config.model_id, "model_source": str(folder)}}
+    )
+
+
+def template_of(folder: Path) -> str:
+    """Digest of a model's chat template; empty if it has none."""
+    if (folder / "chat_template.jinja").is_file():
+        return digest((folder / "chat_template.jinja").read_text(encoding="utf-8"))
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    template = config.get("chat_template") if isinstance(config, dict) else None
+    return digest(template) if template else ""
+
+
+def _renamed(part: Any, engine_name: str, served: str) -> Any:
+    """A response or a batch of streamed ones; all name the model."""
+    if isinstance(part, list):
+        return [_renamed(one, engine_name, served) for one in part]
+    if isinstance(part, str):
+        # Quotes inside JSON strings are escaped, so that the first such text is the field itself.
+        return part.replace(f'"model":{json.dumps(engine_name)}', f'"model":{json.dumps(served)}', 1)
+    if hasattr(part, "model"):
+        part.model = served
+    return part
+
+
+def _fetch_on_nodes(fetch: Callable[[], Path]) -> Path:
+    """Fetch on every node that an engine is spread over; the folder is the same on all.
+
+    Raises:
+        ExpoError: if it cannot be fetched.
+    """
+    group = get_current_placement_group()
+    nodes = set(placement_group_table(group)["bundles_to_node_id"].values()) if group else set()
+    others = nodes - {ray.get_runtime_context().get_node_id()}
+    task = ray.remote(num_cpus=0)(fetch)
+    ray.get(
+        [
+            task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
+            for node in others
+        ]
+    )
+    return fetch()

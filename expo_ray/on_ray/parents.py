@@ -1,0 +1,171 @@
+"""Copies of model folders on the node that serves them, fetched once however many engines want them, and verified."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from expo_ray.checkpoint.tensors import Checkpoint
+from expo_ray.errors import NotFound, StorageError
+from expo_ray.extrapolation.output import MANIFEST
+from expo_ray.extrapolation.plan import PairPlan
+from expo_ray.extrapolation.progress import size_text
+from expo_ray.extrapolation.verify import read_manifest
+from expo_ray.storage import FileInfo, Store, open_store
+
+CACHE_VARIABLE = "EXPO_RAY_CACHE"
+_COMPLETE = ".complete.json"
+_FILES_AT_ONCE = 4
+
+
+def cache_folder() -> Path:
+    """Where copies are kept: `$EXPO_RAY_CACHE`, else `~/.cache/expo-ray`."""
+    return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/expo-ray").expanduser()
+
+
+def on_this_node(plan: PairPlan) -> PairPlan:
+    """The same plan, reading both parents from this node's disk.
+
+    Raises:
+        InputChanged: if a parent is no longer the one that was planned.
+        StorageError: if one cannot be fetched, or has no room here.
+    """
+    return replace(plan, sft=_local(plan.sft), dpo=_local(plan.dpo))
+
+
+def engine_folder(plan: PairPlan) -> Path:
+    """A folder on this node that an engine for the pair can start from: dpo, or sft with dpo's side files for an adapter."""
+    here = on_this_node(plan)
+    if not plan.dpo.adapter:
+        return Path(here.dpo.uri)
+    folder = cache_folder() / "engines" / plan.plan_id(0)
+    with _locked(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        weights = {key: here.sft for key in here.sft.files if key not in here.sft.side_files}
+        for key, source in {**weights, **here.side_files}.items():
+            (folder / key).parent.mkdir(parents=True, exist_ok=True)
+            (folder / key).symlink_to(Path(source.uri) / key)
+    return folder
+
+
+def published_folder(uri: str) -> Path:
+    """A model folder on this node; a local one where it is.
+
+    Raises:
+        NotFound: if there is no such folder.
+        StorageError: if it cannot be fetched, or is not what its manifest says.
+    """
+    store = open_store(uri)
+    if "://" not in store.uri:
+        return Path(store.uri)
+    files = {info.key: info for info in store.list() if not info.key.startswith(".expo/")}
+    if not files:
+        raise NotFound(
+            f"{store.uri}: no such folder, or nothing in it; check the path, and your access to it"
+        )
+    return _fetched(store, files)
+
+
+def _local(checkpoint: Checkpoint) -> Checkpoint:
+    if "://" not in checkpoint.uri:
+        return checkpoint
+    folder = _fetched(open_store(checkpoint.uri), checkpoint.files)
+    store = open_store(str(folder))
+    return replace(checkpoint, uri=store.uri, files={key: store.stat(key) for key in checkpoint.files})
+
+
+def _fetched(store: Store, files: Mapping[str, FileInfo]) -> Path:
+    """A copy of these very files; the name of its folder says which they are."""
+    identity = json.dumps([store.uri, *([info.key, info.size, info.etag] for info in files.values())])
+    folder = cache_folder() / "models" / hashlib.sha256(identity.encode()).hexdigest()[:16]
+    with _locked(folder):
+        if not _is_whole(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            _check_space(folder, files)
+            _fetch(store, files, folder)
+    return folder
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process of this node at a time; the kernel lets go of a dead one's lock."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{folder.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _fetch(store: Store, files: Mapping[str, FileInfo], folder: Path) -> None:
+    promised = _promised(store, files)
+    with ThreadPoolExecutor(_FILES_AT_ONCE, "fetch") as pool:
+        found = dict(
+            zip(files, pool.map(lambda info: _copy(store, info, folder), files.values()), strict=True)
+        )
+    for key, digest in promised.items():
+        if found.get(key, digest) != digest:
+            raise StorageError(
+                f"{store.uri}/{key}: its sha256 is {found[key]}, and the manifest says {digest}; publish the model again"
+            )
+    state = {
+        key: [found[key], (folder / key).stat().st_size, (folder / key).stat().st_mtime_ns] for key in files
+    }
+    (folder / _COMPLETE).write_text(json.dumps(state))
+
+
+def _promised(store: Store, files: Mapping[str, FileInfo]) -> dict[str, str]:
+    """The sha256 of the files that a manifest tells of."""
+    if MANIFEST not in files:
+        return {}
+    manifest = read_manifest(store)
+    assert manifest is not None
+    shards = {one["file"]: one["sha256"] for one in manifest["shards"]}
+    return shards | {key: one["sha256"] for key, one in manifest["files"].items()}
+
+
+def _copy(store: Store, info: FileInfo, folder: Path) -> str:
+    """Fetch one file; returns its sha256."""
+    path = folder / info.key
+    path.parent.mkdir(parents=True, exist_ok=True)
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(store.chunk_bytes))
+    with path.open("wb") as file:
+        for start in range(0, info.size, store.chunk_bytes):
+            view = buffer[: min(store.chunk_bytes, info.size - start)]
+            store.read_into(info.key, start, view, etag=info.etag)
+            digest.update(view)
+            file.write(view)
+    return digest.hexdigest()
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether all was fetched, and nothing has been touched since; a touched file is hashed again."""
+    try:
+        state = json.loads((folder / _COMPLETE).read_text())
+        return all(_is_same(folder / key, *known) for key, known in state.items())
+    except (OSError, ValueError):
+        return False
+
+
+def _is_same(path: Path, sha256: str, size: int, mtime_ns: int) -> bool:
+    stat = path.stat()
+    if stat.st_size != size or stat.st_mtime_ns == mtime_ns:
+        return stat.st_size == size
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == sha256
+
+
+def _check_space(folder: Path, files: Mapping[str, FileInfo]) -> None:
+    need, free = sum(info.size for info in files.values()), shutil.disk_usage(folder.parent).free
+    if need > free:
+        raise StorageError(
+            f"{folder.parent}: {size_text(need)} are to be fetched, {size_text(free)} are free; free space, or set "
+            f"{CACHE_VARIABLE} to a folder on another disk"
+        )

@@ -1,0 +1,89 @@
+"""The swap: weights of another alpha into a running engine."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from expo_ray.config import format_alpha
+from expo_ray.errors import some
+from expo_ray.on_ray.weights import extrapolated
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
+
+    from expo_ray.on_ray.comparison import Comparison
+
+log = logging.getLogger("expo_ray")
+
+
+class PairWorker:
+    """What vLLM adds to each of its workers (`worker_extension_cls`); its methods are called through `collective_rpc`.
+
+    Tensor-parallel workers compute the same tensors and take their slices of them through vLLM's own loader.
+    """
+
+    if TYPE_CHECKING:  # vLLM's worker has them
+        model_config: ModelConfig
+        reload_weights: Any
+        get_model: Any
+
+    expo_comparison: Comparison
+
+    def expo_describe(self) -> dict[str, Any]:
+        """What an engine says of itself."""
+        return {"max_model_len": int(self.model_config.max_model_len)}
+
+    def expo_open(self, plan: bytes, holds_dpo: bool) -> None:
+        """Learn which pair this engine serves.
+
+        Args:
+            plan: a pickled `PairPlan`; its parents are fetched to this node if they are not on it.
+            holds_dpo: whether the engine holds the weights of alpha 0, loaded from dpo's folder.
+
+        Raises:
+            RuntimeError: if no weight of the engine can be compared with the plan.
+            StorageError: if a parent cannot be fetched.
+        """
+        from expo_ray.on_ray.comparison import Comparison
+        from expo_ray.on_ray.parents import on_this_node
+
+        self.expo_plan = on_this_node(pickle.loads(plan))
+        dtype = self.model_config.dtype
+        assert isinstance(dtype, torch.dtype)
+        self.expo_comparison = Comparison(self.expo_plan, self.get_model(), dtype)
+        if holds_dpo:
+            self.expo_comparison.leave_out_rearranged()
+        if not self.expo_comparison.tensors:
+            raise RuntimeError(
+                "none of the engine's weights can be compared with the plan's; publish the models and serve those"
+            )
+        log.info("%d tensors will be compared after each swap", len(self.expo_comparison.tensors))
+
+    def expo_swap(self, alpha: float) -> None:
+        """Load the weights of `alpha`, and compare what the engine then holds with the plan's arithmetic.
+
+        Raises:
+            ExpoError: if the weights cannot be computed; what the engine holds then is unknown.
+            RuntimeError: if it holds others than computed.
+        """
+        from expo_ray.on_ray.engine_adapter import repack_heads
+
+        self.reload_weights(weights_iterator=extrapolated(self.expo_plan, alpha))
+        repack_heads(self.get_model())
+        self.expo_compare(alpha)
+
+    def expo_compare(self, alpha: float) -> None:
+        """See that sampled weights are those of `alpha`.
+
+        Raises:
+            RuntimeError: if they are not.
+        """
+        wrong = self.expo_comparison.differing(alpha)
+        if wrong:
+            raise RuntimeError(
+                f"the engine does not hold the weights of alpha {format_alpha(alpha)}: {some(wrong)} are others"
+            )
