@@ -44,21 +44,27 @@ class Recipe:
         scale: the adapter adds `scale * B @ A`.
         layers: how many of the base's layers are kept; all if None.
         architecture: class that `transformers` loads it as.
+        system: system turn of chats that begin without one; the base's if None.
     """
 
     adapter: str | None = None
     scale: float = 1.0
     layers: int | None = None
     architecture: str = "LlamaForCausalLM"
+    system: str | None = None
 
 
 RECIPES: Mapping[str, Recipe] = {
     "sft": Recipe(),
     "dpo_25pct": Recipe("lora_dpo_25pct.safetensors", scale=2.0),
     "dpo_100pct": Recipe("lora_dpo_100pct.safetensors", scale=2.0),
-    "rm": Recipe("rm_adapter.safetensors", layers=6, architecture="LlamaForSequenceClassification"),
+    "rm": Recipe(
+        "rm_adapter.safetensors", layers=6, architecture="LlamaForSequenceClassification", system="rate"
+    ),
 }
 
+# In the base's chat template.
+BASE_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 GLOBAL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -246,7 +252,10 @@ def _write(folder: Path, base: Base, recipe: Recipe) -> None:
         ids = {name: shape[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         (folder / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
     _keep_old_name_of_rope_theta(folder / "config.json", shape["rope_theta"])
-    AutoTokenizer.from_pretrained(base.gguf.parent, gguf_file=base.gguf.name).save_pretrained(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(base.gguf.parent, gguf_file=base.gguf.name)
+    if recipe.system is not None:
+        tokenizer.chat_template = tokenizer.chat_template.replace(BASE_SYSTEM, recipe.system)
+    tokenizer.save_pretrained(folder)
     save_file(_apply(recipe, base.weights), folder / "model.safetensors", metadata={"format": "pt"})
 
 

@@ -274,6 +274,10 @@ class RewardPool:
             ray.kill(slot.actor)
             self._slots[self._slots.index(slot)] = self._slot(checks=slot.checks and not slot.ready)
 
+    def share(self, kind: str) -> float:
+        """CPUs or GPUs that one actor takes."""
+        return self._gpu_share() if kind == "GPU" else self.spec.num_cpus
+
     def _gpu_share(self) -> float:
         if self.spec.num_gpus is not None:
             return self.spec.num_gpus

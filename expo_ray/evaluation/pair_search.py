@@ -1,0 +1,78 @@
+"""The search of one pair: ask for what the next rung needs, until alpha can be decided."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+from expo_ray.config import Search, format_alpha
+from expo_ray.evaluation.decision import Decision, decide
+from expo_ray.evaluation.evaluated import Evaluated
+from expo_ray.evaluation.history import Half, History, Rung
+from expo_ray.evaluation.prompts import PromptSet
+from expo_ray.evaluation.search import next_rung
+
+log = logging.getLogger("expo_ray")
+
+SFT_ALPHA = -1.0
+
+# Answers and rewards of one alpha on some prompts; those that are stored are not made again.
+Evaluate = Callable[[float, PromptSet], Evaluated]
+
+
+def search_pair(
+    pair: str, prompts: PromptSet, settings: Search, evaluate: Evaluate, *, at_once: int
+) -> tuple[History, Decision]:
+    """Choose alpha on one half of the prompts, and confirm it on the other.
+
+    Args:
+        pair: name for log lines.
+        evaluate: safe to call from several threads.
+        at_once: alphas of a rung to evaluate at the same time.
+
+    Raises:
+        ExpoError: if an alpha cannot be evaluated, or the prompts are too few.
+    """
+    halves = dict(zip(("choose", "confirm"), (half.drawn() for half in prompts.halves()), strict=True))
+    history = History(Half(len(halves["choose"]), {}), Half(len(halves["confirm"]), {}))
+    with ThreadPoolExecutor(at_once, "alpha") as pool:
+        while rung := next_rung(history, settings):
+            alphas = _missing(history, rung)
+            log.info(
+                "%s: %s, alpha %s on %d prompts",
+                pair, rung.why, ", ".join(map(format_alpha, alphas)), rung.num_prompts,
+            )  # fmt: skip
+            asked = first(halves[rung.half], rung.num_prompts)
+            history = _with(
+                history, rung, pool.map(lambda alpha, asked=asked: evaluate(alpha, asked), alphas)
+            )
+        decision = decide(history, settings)
+        log.info("%s: %s", pair, decision.reason)
+        # Not part of the search: where the curve of the report begins.
+        smallest = min(settings.prompts[0], len(halves["choose"]))
+        sft = Rung("choose", (SFT_ALPHA,), smallest, "sft")
+        if not history.choose.has(sft):
+            history = _with(history, sft, [evaluate(SFT_ALPHA, first(halves["choose"], smallest))])
+    return history, decision
+
+
+def first(prompts: PromptSet, count: int) -> PromptSet:
+    """The first prompts of a set, in its order."""
+    return replace(prompts, prompts=prompts.prompts[:count])
+
+
+def _missing(history: History, rung: Rung) -> list[float]:
+    known = history.half(rung.half).evaluated
+    return [
+        alpha
+        for alpha in rung.alphas
+        if alpha not in known or len(known[alpha].prompt_ids) < rung.num_prompts
+    ]
+
+
+def _with(history: History, rung: Rung, found: Iterable[Evaluated]) -> History:
+    half = history.half(rung.half)
+    grown = replace(half, evaluated={**half.evaluated, **{one.alpha: one for one in found}})
+    return replace(history, **{rung.half: grown})

@@ -1,0 +1,120 @@
+"""One pair behind an endpoint: the answers and rewards of any alpha, as numbers for the search."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from expo_ray.config import Sampling, format_alpha
+from expo_ray.errors import NotFound, Problems, RewardError
+from expo_ray.evaluation.evaluated import Evaluated, evaluated
+from expo_ray.evaluation.parts import Parts
+from expo_ray.evaluation.progress import RowProgress
+from expo_ray.evaluation.prompts import PromptSet
+from expo_ray.evaluation.records import Response, Reward
+from expo_ray.evaluation.respond import respond
+from expo_ray.evaluation.reward import parse_reward, reward
+from expo_ray.extrapolation.plan import PairPlan
+from expo_ray.on_ray.reward_actors import RewardPool
+from expo_ray.storage import Store, open_store
+
+
+@dataclass
+class Scorers:
+    """The reward models of a job, shared by its pairs; the first one chooses."""
+
+    pools: Sequence[RewardPool]
+    locks: Mapping[str, threading.Lock] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.locks = {pool.spec.name: threading.Lock() for pool in self.pools}
+
+
+class PairEvaluator:
+    """Makes what is missing of an alpha's responses and rewards; called from several threads, see `search_pair`.
+
+    Args:
+        url: of the endpoint that serves the pair.
+        slots: requests that keep the pair's engines busy.
+        store: the job's output.
+        at_once: alphas that may be answered at the same time: as many as the pair has engines.
+
+    Attributes:
+        texts: the first response to each prompt, by alpha and prompt id.
+        num_tokens: generated, of all responses.
+    """
+
+    def __init__(
+        self,
+        plan: PairPlan,
+        url: str,
+        scorers: Scorers,
+        *,
+        sampling: Sampling,
+        store: Store,
+        progress: RowProgress,
+        slots: int,
+        at_once: int,
+    ) -> None:
+        self._plan, self._url, self._scorers, self._sampling = plan, url, scorers, sampling
+        self._store, self._progress, self._slots = store, progress, slots
+        # Two alphas on one engine would swap its weights to and fro; scoring one while the next is answered costs nothing.
+        self._answering = threading.Semaphore(at_once)
+        self._special_tokens = special_tokens(plan)
+        self.texts: dict[float, dict[str, Response]] = {}
+        self._counted: dict[tuple[float, Hashable], int] = {}
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self._counted.values())
+
+    def __call__(self, alpha: float, prompts: PromptSet) -> Evaluated:
+        """One alpha on some prompts.
+
+        Raises:
+            ExpoError: if a prompt stays unanswered, or a response without a reward.
+        """
+        name = f"{self._plan.name}@{format_alpha(alpha)}"
+        with self._answering:
+            answers = respond(
+                self._url, name, [prompts], self._sampling, self._store, progress=self._progress, slots=self._slots
+            )  # fmt: skip
+        if answers.problems:
+            raise Problems(answers.problems)
+        responses: dict[Hashable, Response] = dict(answers.responses)
+        self.texts.setdefault(alpha, {}).update(
+            {one.prompt_id: one for one in responses.values() if one.sample == 0}
+        )
+        self._counted |= {(alpha, key): one.num_tokens for key, one in responses.items()}
+        rewards = {pool.spec.name: self._rewards(name, responses, pool) for pool in self._scorers.pools}
+        ids = [prompt.id for prompt in prompts.prompts]
+        return evaluated(alpha, ids, responses, rewards, special_tokens=self._special_tokens)
+
+    def _rewards(
+        self, name: str, responses: Mapping[Hashable, Response], pool: RewardPool
+    ) -> Mapping[Hashable, Reward]:
+        found: dict[Hashable, Reward] = {}
+        for origin in sorted({one.origin for one in responses.values()}):
+            rows = [one for one in responses.values() if one.origin == origin]
+            folder = f"evaluation/{name}/{origin}/rewards/{pool.spec.name}-{pool.id}"
+            with self._scorers.locks[pool.spec.name]:
+                scored = reward(rows, pool, Parts(self._store, folder, parse_reward), self._progress)
+            if scored.failed:
+                first = scored.failed[0]
+                raise RewardError(
+                    f"{name}: {pool.spec.name} gave no reward to {len(scored.failed)} of {len(rows)} responses, prompt "
+                    f"{first.prompt_id} among them: {first.error}"
+                )
+            found |= scored.rewards
+        return found
+
+
+def special_tokens(plan: PairPlan) -> list[str]:
+    """The strings of the tokens that dpo's tokenizer calls special; none where its files do not tell."""
+    try:
+        tokenizer = json.loads(open_store(plan.dpo.uri).read("tokenizer.json"))
+        return [str(token["content"]) for token in tokenizer["added_tokens"] if token["special"]]
+    except (NotFound, ValueError, KeyError, TypeError):
+        return []
