@@ -83,7 +83,7 @@ class PairEvaluator:
             )  # fmt: skip
         if answers.problems:
             raise Problems(answers.problems)
-        responses: dict[Hashable, Response] = dict(answers.responses)
+        responses: dict[Hashable, Response] = {one.key: one for one in answers.responses.values()}
         self.texts.setdefault(alpha, {}).update(
             {one.prompt_id: one for one in responses.values() if one.sample == 0}
         )
