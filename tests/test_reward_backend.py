@@ -1,0 +1,110 @@
+"""The reference back end against the head applied by hand, and functions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from expo_ray.errors import ExpoError, RewardError
+from expo_ray.evaluation.records import Reward
+from expo_ray.evaluation.reward_function import Failed, function_scorer, load_function
+from expo_ray.evaluation.reward_inputs import function_inputs, model_inputs
+from expo_ray.on_ray import reward_models
+from expo_ray.on_ray.reward_models import TransformersBackend, check_parity
+from tests.tiny_reward_models import MAX_TOKENS, english, last_token_scores, response, save_reward_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_reward_model(tmp_path_factory.mktemp("rm"))
+
+
+@pytest.fixture(scope="module")
+def ids(folder: Path) -> list[tuple[int, ...]]:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    inputs = model_inputs(english(40), tokenizer, where="rm", max_tokens=MAX_TOKENS, truncate=True)
+    return [one.ids for one in inputs]
+
+
+def test_batches_score_the_last_token_though_it_is_the_padding_s(
+    folder: Path, ids: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert all(one[-1] == 1 for one in ids if len(one) < MAX_TOKENS)  # eos, which is pad
+    expected = last_token_scores(folder, ids)
+    monkeypatch.setattr(reward_models, "_BATCH_TOKENS", 2000)
+    scores = TransformersBackend(folder, "fp32", cuda=False).score(ids)
+    assert scores == pytest.approx(expected, abs=1e-5)
+    assert min(scores) < -1  # no sigmoid
+    # What transformers makes of the same ids: another token's score, even in a batch of one.
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    with torch.inference_mode():
+        theirs = model(torch.tensor([ids[5]])).logits[0, 0].item()
+    assert abs(theirs - expected[5]) > 0.01
+
+
+def test_a_model_without_a_padding_token_is_scored_in_batches(
+    tmp_path: Path, ids: list[tuple[int, ...]]
+) -> None:
+    save_reward_model(tmp_path, pad_token_id=None)
+    scores = TransformersBackend(tmp_path, "fp32", cuda=False).score(ids)
+    assert scores == pytest.approx(last_token_scores(tmp_path, ids), abs=1e-5)
+
+
+def test_back_ends_that_disagree_are_refused_with_both_values() -> None:
+    check_parity("rm", "fp32", [1.0, 20.0], [1.0004, 20.01])
+    with pytest.raises(
+        RewardError, match=r"disagree on 1 of 2 texts by more than 0.001 in fp32 \(1.0100 and 1.0000\)"
+    ):
+        check_parity("rm", "fp32", [1.01, 0.5], [1.0, 0.5])
+    with pytest.raises(RewardError, match=r"nan and 1\.0000"):
+        check_parity("rm", "fp32", [float("nan")], [1.0])
+
+
+def write_functions(folder: Path) -> None:
+    (folder / "scores_of_mine.py").write_text(
+        "def length(prompt, response):\n    return len(response) - len(prompt)\n"
+        "def turns(messages, response):\n    return len(messages)\n"
+        "def root(prompt, response):\n    return float('nan') if not response else 1 / (len(response) - 3)\n"
+        "def alone(prompt):\n    return 1.0\n"
+    )
+
+
+def test_functions_get_prompt_or_messages(tmp_path: Path) -> None:
+    write_functions(tmp_path)
+    turns = tuple({"role": role, "content": role} for role in ("user", "assistant", "user"))
+    row = response("a", "12345678", messages=turns)
+    for name, expected in (("length", 4.0), ("turns", 3.0)):
+        score = function_scorer(load_function(f"python:scores_of_mine:{name}", str(tmp_path)))
+        assert score(function_inputs([row])[0]) == Reward(row.prompt_id, 0, expected)
+
+
+def test_what_a_function_does_wrong_is_told_with_the_prompt(tmp_path: Path) -> None:
+    write_functions(tmp_path)
+    score = function_scorer(load_function("python:scores_of_mine:root", str(tmp_path)))
+    rows = [response("a", "1234"), response("b", "123"), response("c", "")]
+    good, raised, nan = map(score, function_inputs(rows))
+    assert good == Reward(rows[0].prompt_id, 0, 1.0)
+    assert isinstance(raised, Failed)
+    assert isinstance(nan, Failed)
+    assert (raised.prompt_id, "ZeroDivisionError" in raised.error) == (rows[1].prompt_id, True)
+    assert (nan.prompt_id, "returned nan" in nan.error) == (rows[2].prompt_id, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("python:scores_of_mine:absent", "absent does not exist"),
+        ("python:scores_of_mine:alone", "takes prompt; let it take prompt and response"),
+        ("python:no_such_module_here:f", "no_such_module_here cannot be imported"),
+        ("python:scores_of_mine", "names no function"),
+    ],
+)
+def test_functions_that_cannot_be_called_are_refused(tmp_path: Path, name: str, told: str) -> None:
+    write_functions(tmp_path)
+    with pytest.raises(ExpoError, match=told):
+        load_function(name, str(tmp_path))

@@ -1,0 +1,155 @@
+"""Every way to score nonsense is refused or told of before a model is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+from expo_ray.config import RewardModel
+from expo_ray.errors import ExpoError, Problems
+from expo_ray.evaluation.reward_inputs import check_tokenizer, model_inputs, token_ids
+from expo_ray.evaluation.reward_model import Classifier, inspect_reward_model
+from tests.tiny_models import causal_model, tiny_llama
+from tests.tiny_reward_models import MAX_TOKENS, TURNS, byte_tokenizer, response, save_reward_model
+
+
+def problem(folder: Path) -> str:
+    with pytest.raises(ExpoError) as caught:
+        inspect_reward_model(RewardModel(model=str(folder)))
+    return str(caught.value)
+
+
+def change(folder: Path, **values: Any) -> None:
+    config = json.loads((folder / "config.json").read_text()) | values
+    (folder / "config.json").write_text(
+        json.dumps({key: one for key, one in config.items() if one is not None})
+    )
+
+
+def rename_head(folder: Path, name: str) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights[name] = weights.pop("score.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_ids_are_the_template_s_own_with_its_last_newline_and_no_generation_prompt(tmp_path: Path) -> None:
+    save_reward_model(tmp_path, template="{{ bos_token }}" + TURNS + r"{{ '\n' }}", adds_bos=True)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    question = [{"role": "user", "content": "Why?"}]
+    ids = token_ids(tokenizer, question, "Because.  ")
+    chat = [*question, {"role": "assistant", "content": "Because.  "}]
+    assert ids == tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
+    assert tokenizer.decode(ids) == "<s>[user] Why?</s>[assistant] Because.  </s>\n"
+
+
+def test_a_tokenizer_without_a_template_is_refused() -> None:
+    with pytest.raises(ExpoError, match=r"rm: the tokenizer has no chat template.*chat_template\.jinja"):
+        check_tokenizer(byte_tokenizer(None), "rm")
+
+
+def test_a_template_that_hides_the_response_is_refused() -> None:
+    with pytest.raises(ExpoError, match="leaves the assistant's turn out"):
+        check_tokenizer(byte_tokenizer("{{ messages[0]['content'] }}"), "rm")
+
+
+def test_a_second_bos_is_refused() -> None:
+    with pytest.raises(ExpoError, match=r"BOS \(token 0\) twice"):
+        check_tokenizer(byte_tokenizer("{{ bos_token }}{{ bos_token }}" + TURNS), "rm")
+    # The one that the tokenizer would add is not added.
+    assert check_tokenizer(byte_tokenizer("{{ bos_token }}" + TURNS, adds_bos=True), "rm") == []
+
+
+def test_a_missing_bos_is_told_of() -> None:
+    (note,) = check_tokenizer(byte_tokenizer(TURNS, adds_bos=True), "rm")
+    assert "the chat template writes none" in note
+    assert check_tokenizer(byte_tokenizer(TURNS), "rm") == []
+
+
+def test_a_response_that_doubles_bos_is_refused_by_its_prompt() -> None:
+    tokenizer = byte_tokenizer("{{ bos_token }}{{ messages[0]['content'] }}{{ messages[1]['content'] }}")
+    rows = [response("ok", "a"), response("<s> hi", "b")]
+    with pytest.raises(Problems) as caught:
+        model_inputs(rows, tokenizer, where="rm", max_tokens=99, truncate=False)
+    assert rows[1].prompt_id in str(caught.value)
+    assert rows[0].prompt_id not in str(caught.value)
+
+
+def test_long_chats_are_refused_with_prompt_tokens_limit_and_remedy() -> None:
+    rows = [response("short", "a"), response("long", "b" * 300), response("empty", "")]
+    with pytest.raises(Problems) as caught:
+        model_inputs(rows, byte_tokenizer(TURNS), where="rm", max_tokens=MAX_TOKENS, truncate=False)
+    (text,) = map(str, caught.value.problems)
+    tokens = len("[user] long") + 1 + len("[assistant] ") + 300 + 1
+    assert f"{rows[1].prompt_id} with {tokens} tokens" in text
+    assert "1 prompt(s) are longer than the 256 tokens" in text
+    assert "`truncate: true` (--truncate)" in text
+
+
+def test_long_chats_are_cut_at_their_end_and_marked_when_asked() -> None:
+    rows = [response("short", "a"), response("long", "b" * 300), response("empty", "")]
+    tokenizer = byte_tokenizer(TURNS)
+    inputs = model_inputs(rows, tokenizer, where="rm", max_tokens=MAX_TOKENS, truncate=True)
+    assert [one.truncated for one in inputs] == [False, True, False]
+    assert list(inputs[1].ids) == token_ids(tokenizer, rows[1].messages, rows[1].text)[:MAX_TOKENS]
+    assert tokenizer.decode(inputs[2].ids) == "[user] empty</s>[assistant] </s>"
+
+
+def test_a_chat_that_the_template_refuses_is_named() -> None:
+    template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TURNS
+    row = response("a", "b", messages=({"role": "system", "content": "x"}, {"role": "user", "content": "a"}))
+    with pytest.raises(Problems, match=f"no system.*{row.prompt_id}"):
+        model_inputs([row], byte_tokenizer(template), where="rm", max_tokens=99, truncate=False)
+
+
+def test_a_sound_model_is_described(tmp_path: Path) -> None:
+    found = inspect_reward_model(RewardModel(model=str(save_reward_model(tmp_path))))
+    assert isinstance(found, Classifier)
+    weights = load_file(tmp_path / "model.safetensors")
+    assert found.numel == sum(one.numel() for one in weights.values())
+    assert (found.max_tokens, found.stored, found.kv_values) == (MAX_TOKENS, "fp32", 2 * 2 * 1 * 32)
+
+
+def test_a_model_without_its_head_is_refused(tmp_path: Path) -> None:
+    save_reward_model(tmp_path)
+    rename_head(tmp_path, "v_head.weight")
+    text = problem(tmp_path)
+    assert "has no score head" in text
+    assert "v_head.weight" in text
+
+
+def test_a_causal_model_is_refused_for_architecture_and_head(tmp_path: Path) -> None:
+    causal_model(tiny_llama()).save_pretrained(tmp_path)
+    text = problem(tmp_path)
+    assert "LlamaForCausalLM, no sequence classifier" in text
+    assert "has no score head" in text
+
+
+def test_more_labels_are_refused(tmp_path: Path) -> None:
+    assert "3 by the score.weight of its weights and 3 by config.json label(s)" in problem(
+        save_reward_model(tmp_path, num_labels=3)
+    )
+
+
+def test_labels_that_nobody_counted_are_two_for_transformers(tmp_path: Path) -> None:
+    save_reward_model(tmp_path)
+    change(tmp_path, id2label=None)
+    assert "1 by the score.weight of its weights and 2 by config.json" in problem(tmp_path)
+
+
+def test_code_of_its_own_is_refused(tmp_path: Path) -> None:
+    save_reward_model(tmp_path)
+    change(tmp_path, auto_map={"AutoModel": "modeling.Own"}, max_position_embeddings=None)
+    text = problem(tmp_path)
+    assert "needs code of its own" in text
+    assert "how long inputs may be" in text
+
+
+def test_a_missing_model_is_named(tmp_path: Path) -> None:
+    assert str(tmp_path / "absent") in problem(tmp_path / "absent")
