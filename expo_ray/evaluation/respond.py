@@ -160,7 +160,7 @@ async def answer(client: Client, asking: Asking, progress: RowProgress, concurre
                     progress.add(found.num_tokens)
                     await writer.add(found)
 
-        await _all([work() for _ in range(min(concurrency, len(asking.missing)))])
+        await run_all([work() for _ in range(min(concurrency, len(asking.missing)))])
     return Answers(responses, problems_of(unanswered, asking.card, asking.sets))
 
 
@@ -195,7 +195,7 @@ class _PartWriter:
             self._write(self._waiting)
 
 
-async def _all(works: Sequence[Coroutine[Any, Any, None]]) -> None:
+async def run_all(works: Sequence[Coroutine[Any, Any, None]]) -> None:
     """Run all to their end, or to the first failure, after which none is left running."""
     tasks = [asyncio.create_task(work) for work in works]
     try:
