@@ -125,7 +125,7 @@ def _pair(
             alpha: alpha * min(1.0, 0.9 + 0.1 * alpha) if alpha < 1 else alpha for alpha in alphas if alpha > 0
         },
         mean_tokens=lengths,
-        examples=_examples(chance, with_chosen=seed != 3),
+        examples=_examples(chance, last="chosen" if decision else "candidate"),
         published={decision: f"s3://alignment/expo/2026-11/pairs/{name}/alpha={decision:g}"}
         if decision
         else {},
@@ -199,7 +199,7 @@ def _verdict(value: float, warn: float, reject: float) -> Verdict:
     return "reject" if value > reject else "warn" if value > warn else "ok"
 
 
-def _examples(chance: random.Random, *, with_chosen: bool) -> tuple[Example, ...]:
+def _examples(chance: random.Random, *, last: str) -> tuple[Example, ...]:
     prompts = (
         "Explain why the sky is blue to a five-year-old, in at most three sentences.",
         HOSTILE,
@@ -208,11 +208,11 @@ def _examples(chance: random.Random, *, with_chosen: bool) -> tuple[Example, ...
     )
     rows = []
     for number, prompt in enumerate(prompts):
-        sides = ("sft", "dpo", "chosen")[: 3 if with_chosen else 2]
+        sides = ("sft", "dpo", last)
         responses = {side: TALK * (number + 1 + len(side) % 3) for side in sides}
         if number == 1:
             responses["dpo"] = HOSTILE + " " + LONG_WORD
         gains = (2.31, 1.07, -0.88, -1.92)
-        rewards = {"sft": 4.1 + chance.random(), "dpo": 6.2, "chosen": 6.2 + gains[number]}
+        rewards = {"sft": 4.1 + chance.random(), "dpo": 6.2, last: 6.2 + gains[number]}
         rows.append(Example(prompt, responses, {side: rewards[side] for side in sides}))
     return tuple(rows)

@@ -1,28 +1,36 @@
-"""The model card of a published model, in the Hub's conventions, from its manifest alone."""
+"""The model card of a published model, in the Hub's conventions: from its manifest, and from what was measured of it."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 
 from expo_ray.config import format_alpha
+from expo_ray.report.model_index import evaluation_section, model_index
+from expo_ray.report.results import PairResult
 
 _HUB = re.compile(r"^hf://([^/@]+/[^/@]+)")
 _TENSORS_SHOWN = 10
 
 
-def model_card(manifest: Mapping[str, Any]) -> str:
-    """`README.md` of the model that `manifest` (the content of `expo.json`) describes."""
+def model_card(manifest: Mapping[str, Any], result: PairResult | None = None) -> str:
+    """`README.md` of a model.
+
+    Args:
+        manifest: the content of `expo.json`, which describes it.
+        result: what was measured of its pair; None if nothing was.
+    """
     alpha, arithmetic, parents = manifest["alpha"], manifest["arithmetic"], manifest["parents"]
     sections = [
-        _front_matter(manifest),
+        _front_matter(manifest, model_index(result, alpha) if result else []),
         f"# {manifest['pair']}, extrapolated by alpha = {format_alpha(alpha)}\n",
         "Made without training from two checkpoints by [ExPO](https://arxiv.org/abs/2404.16792): "
         f"`W = W_dpo + alpha (W_dpo - W_sft)` with alpha = {format_alpha(alpha)}.\n",
         *(f"> **Look at this first:** {warning}\n" for warning in manifest["warnings"]),
+        *(evaluation_section(result, alpha) if result else []),
         "## Parents\n",
         _table(("", "folder", "revision"), [(s, f"`{p['uri']}`", p["revision"] or "-") for s, p in parents.items()]),
         "## Arithmetic\n",
@@ -38,7 +46,7 @@ def model_card(manifest: Mapping[str, Any]) -> str:
     return "\n".join(sections)
 
 
-def _front_matter(manifest: Mapping[str, Any]) -> str:
+def _front_matter(manifest: Mapping[str, Any], index: Sequence[Mapping[str, Any]]) -> str:
     """The Hub's metadata; parents that are not on the Hub cannot be named there."""
     adapter = manifest["arithmetic"]["adapter"]
     sides = ("sft",) if adapter == "scale" else ("dpo", "sft")
@@ -48,6 +56,8 @@ def _front_matter(manifest: Mapping[str, Any]) -> str:
     if base:
         data |= {"base_model": base, "base_model_relation": "adapter" if adapter == "scale" else "merge"}
     data["tags"] = ["merge", "expo", "model-extrapolation", "expo-ray"]
+    if index:
+        data["model-index"] = index
     return f"---\n{yaml.safe_dump(data, sort_keys=False)}---\n"
 
 

@@ -89,7 +89,7 @@ class Example(Recorded):
 
     Attributes:
         prompt: the last user turn.
-        responses: text by model: `sft`, `dpo`, `chosen` (where dpo is kept: of the `candidate`); a model without an answer is left out.
+        responses: text by model: `sft`, `dpo`, and `chosen`, or `candidate` where dpo is kept; a model without an answer is left out.
         rewards: of the first reward model, likewise.
     """
 
@@ -115,6 +115,7 @@ class PairResult(Recorded):
         generations: responses drawn for the search.
         rounding: of the weights that were evaluated.
         warnings: what a reader should look at before using the decision.
+        considered: the alpha that the search picked, whether it was chosen in the end or not; None where none was left.
     """
 
     name: str
@@ -132,6 +133,7 @@ class PairResult(Recorded):
     generations: int = 0
     rounding: str = ""
     warnings: tuple[str, ...] = ()
+    considered: Number | None = None
 
     @property
     def reward_models(self) -> tuple[str, ...]:
@@ -141,8 +143,8 @@ class PairResult(Recorded):
     @property
     def candidate(self) -> float | None:
         """The alpha whose evidence is shown: the chosen one, else the one that came closest to being chosen, if any was tried."""
-        if self.decision > 0:
-            return self.decision
+        if self.decision or self.considered:
+            return self.decision or self.considered
         tried = [one for one in self.measured if one.alpha > 0 and one.reward_model == self.reward_models[0]]
         confirmed = [one for one in tried if one.half == "confirm"]
         best = max(confirmed or tried, key=lambda one: one.gain.mean, default=None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from expo_ray.report.results import Example, Measured, PairResult, Results
@@ -176,18 +176,18 @@ def _alpha_row(pair: PairResult, alpha: float) -> AlphaRow:
 
 def example_views(pair: PairResult) -> list[ExampleView]:
     """The largest rise in reward first, the largest fall last."""
-    at = pair.candidate
-    names = {"sft": "sft", "dpo": "dpo", "chosen": "alpha" if at is None else f"alpha {alpha_text(at)}"}
-    return [_example(one, names) for one in sorted(pair.examples, key=lambda one: -_change(one))]
+    at = "alpha" if pair.candidate is None else f"alpha {alpha_text(pair.candidate)}"
+    names = {"sft": "sft", "dpo": "dpo", "chosen": at, "candidate": at}
+    return [_example(one, names) for one in sorted(pair.examples, key=lambda one: -(_change(one) or 0.0))]
 
 
-def _example(one: Example, names: dict[str, str]) -> ExampleView:
-    words = " ".join(one.prompt.split())
+def _example(one: Example, names: Mapping[str, str]) -> ExampleView:
+    words, change = " ".join(one.prompt.split()), _change(one)
     return ExampleView(
         one.prompt,
         words if len(words) <= 90 else words[:89].rstrip() + "\u2026",
-        signed(_change(one)) if "chosen" in one.rewards and "dpo" in one.rewards else "",
-        _change(one) >= 0,
+        "" if change is None else signed(change),
+        change is not None and change >= 0,
         tuple(
             (name, signed(one.rewards[side]) if side in one.rewards else NONE, one.responses[side])
             for side, name in names.items()
@@ -196,8 +196,10 @@ def _example(one: Example, names: dict[str, str]) -> ExampleView:
     )
 
 
-def _change(one: Example) -> float:
-    return one.rewards.get("chosen", 0.0) - one.rewards.get("dpo", 0.0) if "chosen" in one.rewards else 0.0
+def _change(one: Example) -> float | None:
+    """What the alpha in question changed in the reward of dpo's answer."""
+    after = one.rewards.get("chosen", one.rewards.get("candidate"))
+    return None if after is None or "dpo" not in one.rewards else after - one.rewards["dpo"]
 
 
 def _controlled(one: Measured | None) -> str:

@@ -1,0 +1,109 @@
+"""What was measured of a published model, for its card: the Hub's `model-index`, and a section that people read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from expo_ray.config import format_alpha
+from expo_ray.report.results import Estimate, Measured, PairResult
+from expo_ray.report.texts import interval, share, signed
+
+_HALVES = {"confirm": "Prompts that alpha was not chosen on", "choose": "Prompts that alpha was chosen on"}
+
+
+def model_index(result: PairResult, alpha: float) -> list[dict[str, Any]]:
+    """The `model-index` of the model at `alpha`; empty if nothing was measured there.
+
+    Format: https://github.com/huggingface/hub-docs/blob/main/modelcard.md?plain=1. The confirming half comes first, as the one to
+    believe. Intervals are in a metric's `args`, so that its value stays a number.
+    """
+    results = [
+        {
+            "task": {"type": "text-generation", "name": "Text generation"},
+            "dataset": {
+                "type": "prompts",
+                "name": name,
+                "split": half,
+                "args": {"num_prompts": rows[0].prompts},
+            },
+            "metrics": [metric for one in rows for metric in _metrics(one)],
+        }
+        for half, name, rows in _rows(result, alpha)
+    ]
+    return [{"name": f"{result.name}, alpha {format_alpha(alpha)}", "results": results}] if results else []
+
+
+def evaluation_section(result: PairResult, alpha: float) -> list[str]:
+    """The card's section about the evaluation, as Markdown; empty if nothing was measured at `alpha`."""
+    halves = list(_rows(result, alpha))
+    if not halves:
+        return []
+    head = (
+        "prompts",
+        "number",
+        "reward model",
+        "reward",
+        "gain over dpo",
+        "length-controlled",
+        "win rate over dpo",
+    )
+    lines = [head, tuple("---" for _ in head)] + [
+        (
+            name,
+            str(one.prompts),
+            one.reward_model,
+            signed(one.reward.mean),
+            interval(one.gain),
+            interval(one.controlled_gain) if one.controlled_gain else "-",
+            share(one.win_rate),
+        )
+        for _, name, rows in halves
+        for one in rows
+    ]
+    return [
+        "## Evaluation\n",
+        f"{_decision(result, alpha)} Gains are mean differences in reward to dpo on the same prompts and seeds; brackets hold their "
+        "confidence interval over prompts.\n",
+        "".join(f"| {' | '.join(_cell(text) for text in line)} |\n" for line in lines),
+        *(f"> **Look at this first:** {_cell(warning)}\n" for warning in result.warnings),
+    ]
+
+
+def _rows(result: PairResult, alpha: float) -> Iterator[tuple[str, str, list[Measured]]]:
+    for half, name in _HALVES.items():
+        rows = [one for one in result.measured if (one.alpha, one.half) == (alpha, half)]
+        if rows:
+            yield half, name, rows
+
+
+def _metrics(one: Measured) -> Iterator[dict[str, Any]]:
+    for kind, name, value in (
+        ("reward", "Mean reward", one.reward),
+        ("reward_gain", "Gain in reward over dpo", one.gain),
+        ("length_controlled_reward_gain", "Gain in reward over dpo, length-controlled", one.controlled_gain),
+        ("win_rate", "Win rate over dpo", one.win_rate),
+    ):
+        mean = value.mean if isinstance(value, Estimate) else value
+        if mean is None or not math.isfinite(mean):
+            continue
+        metric: dict[str, Any] = {"type": kind, "value": mean, "name": f"{name}, {one.reward_model}"}
+        if isinstance(value, Estimate) and math.isfinite(value.low) and math.isfinite(value.high):
+            metric["args"] = {"low": value.low, "high": value.high}
+        yield metric
+
+
+def _decision(result: PairResult, alpha: float) -> str:
+    if alpha == result.decision:
+        return _cell(result.reason)
+    why = result.rejected.get(alpha, "")
+    other = "dpo itself was kept" if result.decision == 0 else f"alpha {format_alpha(result.decision)} was"
+    return (
+        f"**This alpha was not chosen{', ' if result.decision == 0 else '; '}{other}.** {_cell(why)}".rstrip()
+    )
+
+
+def _cell(text: str) -> str:
+    """Text on one line that neither ends a table's cell nor begins HTML."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
