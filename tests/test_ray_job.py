@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import _thread
 import ipaddress
 import os
 import re
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -212,6 +214,42 @@ def test_only_transient_errors_are_tried_again_and_all_arrive_as_they_are(
     assert stage.begun_again() == {"model-00002": MAX_RETRIES}
     assert stage.shown() == []
     assert stage.unfinished() == []
+
+
+def test_a_cancelled_shard_cleans_up_in_peace() -> None:
+    from expo_ray.on_ray.extrapolation import stopped_between_pages
+
+    cleaned_up = False
+
+    def work(on_bytes: Callable[[int], None]) -> None:
+        nonlocal cleaned_up
+        try:
+            _thread.interrupt_main()
+            while True:
+                on_bytes(1)
+                time.sleep(0.01)
+        finally:
+            _thread.interrupt_main()
+            time.sleep(0.5)
+            cleaned_up = True
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped_between_pages(work)
+    assert cleaned_up
+
+
+def test_an_alpha_that_overflows_fails_alone(stage: Stage, s3_server: SeaweedFS, run_here: Run) -> None:
+    sft = llama_tensors(dtype=torch.float16)
+    dpo = moved(sft)
+    sft["model.norm.weight"][3], dpo["model.norm.weight"][3] = 20_000, 40_000
+    folders = write_both(stage.folder, sft, dpo)
+    name = stage.uri.rpartition("/")[2]
+    wide = [upload(s3_server, folder, f"{name}-{folder.name}") for folder in folders]
+    outcome = run_here(stage.job_file(pairs={"wide": tuple(wide)}, alphas=[0.3, 8]))
+    assert {name: type(error) for name, error in outcome.failures.items()} == {
+        "wide alpha=8": ArithmeticFault
+    }
+    assert sorted(stage.shown()) == ["pairs/big/alpha=0.3", "pairs/big/alpha=8", "pairs/wide/alpha=0.3"]
 
 
 def test_a_cluster_without_nodes_is_waited_for(

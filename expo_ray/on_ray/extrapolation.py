@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import socket
+import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from functools import lru_cache
 from types import TracebackType
@@ -17,6 +18,7 @@ from ray.exceptions import RayTaskError
 
 from expo_ray.config import Device
 from expo_ray.errors import TransientStorageError
+from expo_ray.extrapolation.in_threads import Cancelled
 from expo_ray.extrapolation.job import Failures
 from expo_ray.extrapolation.on_device import resolve_device
 from expo_ray.extrapolation.plan import PairPlan
@@ -36,6 +38,8 @@ GPU_PER_SHARD = 0.25
 # Tasks kept submitted even on a small cluster, so that an autoscaler sees what is wanted.
 _FEWEST_SLOTS = 32
 _CLEAN_UP_S = 30.0
+_CANCEL_AGAIN_S = 5.0
+_LOOK_UP_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +115,11 @@ class OnRay:
     def cancel(self) -> None:
         refs = list(self._refs.values())
         self._refs.clear()  # waited for once, whoever else calls
-        for ref in refs:
-            ray.cancel(ref)
-        if refs:  # a cancelled task still has to remove its uploads
-            ray.wait(refs, num_returns=len(refs), timeout=_CLEAN_UP_S)
+        deadline = time.monotonic() + _CLEAN_UP_S
+        while refs and time.monotonic() < deadline:  # a cancelled task still has to remove its uploads
+            for ref in refs:  # again, as a cancellation that arrives before its task is lost
+                ray.cancel(ref)
+            _, refs = ray.wait(refs, num_returns=len(refs), timeout=_CANCEL_AGAIN_S)
 
     def _shared(self, plan: PairPlan) -> ray.ObjectRef[Any]:
         """The plan in the object store, put there once however many shards it has."""
@@ -178,6 +183,48 @@ def _plan(shared: ray.ObjectRef[Any]) -> PairPlan:
 
 def _extrapolate(plan: PairPlan, index: int, alphas: Sequence[float], device: str) -> Made:
     started = time.monotonic()
-    written = extrapolate_shard(plan, index, alphas, device=resolve_device(device))
+    written = stopped_between_pages(
+        lambda on_bytes: extrapolate_shard(
+            plan, index, alphas, device=resolve_device(device), on_bytes=on_bytes
+        )
+    )
     size = sum(receipt.size for receipt in written.receipts)
     return Made(size, time.monotonic() - started, socket.gethostname(), written.failures)
+
+
+def stopped_between_pages(work: Callable[[Callable[[int], None]], T]) -> T:
+    """What `work` returns; if the task is cancelled, it stops the next time it calls its argument, and cleans up in peace.
+
+    Ray interrupts the main thread of the worker wherever it is, and again when it is asked again. Within a request to a
+    store, the interrupt comes back as an error of its credentials; within the removal of an upload, the upload stays.
+
+    Raises:
+        KeyboardInterrupt: if the task was cancelled.
+    """
+    cancelled = threading.Event()
+    future: Future[T] = Future()
+
+    def go_on(_: int) -> None:
+        if cancelled.is_set():
+            raise Cancelled
+
+    def run() -> None:
+        try:
+            future.set_result(work(go_on))
+        except BaseException as error:
+            future.set_exception(error)
+
+    begun, thread = False, threading.Thread(target=run, name="shard", daemon=True)
+    while True:
+        try:
+            if not begun:
+                begun = True
+                thread.start()
+            while not future.done():  # an interrupt does not end a wait, it is noticed after it
+                wait([future], timeout=_LOOK_UP_S)
+            break
+        except KeyboardInterrupt:
+            cancelled.set()
+    if cancelled.is_set():
+        raise KeyboardInterrupt
+    return future.result()
