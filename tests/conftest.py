@@ -1,3 +1,3 @@
 from __future__ import annotations
 
-pytest_plugins = ["tests.s3_server", "tests.hub_server", "tests.ray_cluster", "tests.machines", "tests.stage"]
+pytest_plugins = ["tests.s3_server", "tests.hub_server", "tests.ray_cluster", "tests.machines", "tests.stage", "tests.browser"]
