@@ -70,6 +70,9 @@ class Search(Frozen):
     prompts: Rungs = (128, 256, 512, 1000)
     """Prompts of each round of the search, all but the last on few; never more than the set has."""
 
+    confirm_prompts: Annotated[int, Field(ge=16)] = 512
+    """Untouched prompts on which the picked alpha is compared with dpo at the end; never more than the set has."""
+
     largest_alpha: Positive = 51.2
     """The ladder climbs no further."""
 

@@ -1,0 +1,187 @@
+"""What the search knows of one alpha: responses and rewards as numbers, one row for each prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from expo_ray.config import check_alpha, format_alpha
+from expo_ray.errors import ExpoError, some
+from expo_ray.evaluation.records import Response, Reward
+from expo_ray.evaluation.statistics import Array
+
+# Long enough that prose seldom repeats one by chance, short enough to see a loop of one word.
+_REPEATED_CHARACTERS = 16
+
+# Log-probabilities of the tokens of dpo's own responses, by a response's key (prompt id, sample).
+LogProbabilities = Mapping[Hashable, Sequence[float]]
+
+
+class EvaluationError(ExpoError):
+    """Rows of responses and rewards that do not belong together."""
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluated:
+    """One alpha on some prompts. All arrays have a row for each prompt, and are means over its samples.
+
+    Attributes:
+        alpha: as served.
+        prompt_ids: in the order of the prompt set.
+        rewards: by reward model; the first one chooses alpha, all of them have to confirm it.
+        lengths: generated tokens.
+        cut: share of responses that end at the token limit.
+        repetition: share of a response's text that repeats earlier text of it.
+        broken: share of responses that are empty or contain special tokens.
+        divergence: KL(dpo || alpha) in nats, the sum over the tokens of dpo's response, and their number: (prompts, 2);
+            None where no log-probabilities were collected.
+        samples: responses to each prompt.
+    """
+
+    alpha: float
+    prompt_ids: tuple[str, ...]
+    rewards: Mapping[str, Array]
+    lengths: Array
+    cut: Array
+    repetition: Array
+    broken: Array
+    divergence: Array | None = None
+    samples: int = 1
+
+    def first(self, num_prompts: int) -> Evaluated:
+        """The same on the first prompts only."""
+        if num_prompts == len(self.prompt_ids):
+            return self
+        rows = slice(num_prompts)
+        return replace(
+            self,
+            prompt_ids=self.prompt_ids[rows],
+            rewards={name: values[rows] for name, values in self.rewards.items()},
+            lengths=self.lengths[rows],
+            cut=self.cut[rows],
+            repetition=self.repetition[rows],
+            broken=self.broken[rows],
+            divergence=None if self.divergence is None else self.divergence[rows],
+        )
+
+
+def evaluated(
+    alpha: float,
+    prompt_ids: Sequence[str],
+    responses: Mapping[Hashable, Response],
+    rewards: Mapping[str, Mapping[Hashable, Reward]],
+    *,
+    special_tokens: Sequence[str] = (),
+    logprobs: tuple[LogProbabilities, LogProbabilities] | None = None,
+) -> Evaluated:
+    """Gather the stored rows of one alpha.
+
+    Args:
+        alpha: that was served.
+        prompt_ids: the prompts to take, in the order of the prompt set. Rows of others are passed over.
+        responses: by key, as `Parts.read` gives them.
+        rewards: by reward model, the choosing one first; each by key.
+        special_tokens: strings that no response should contain, such as those of the tokenizer.
+        logprobs: of dpo's own responses, first by dpo, then by this alpha, token for token.
+
+    Raises:
+        EvaluationError: if a prompt has no response, another number of samples than the others, a response without a reward, or a
+            reward that is not finite.
+    """
+    check_alpha(alpha)
+    by_prompt: dict[str, list[Response]] = {name: [] for name in prompt_ids}
+    for response in responses.values():
+        if response.prompt_id in by_prompt:
+            by_prompt[response.prompt_id].append(response)
+    samples = max((len(rows) for rows in by_prompt.values()), default=0)
+    _check(alpha, by_prompt, rewards, samples)
+
+    def per_prompt(values: Mapping[Hashable, float]) -> Array:
+        return np.array([np.mean([values[row.key] for row in rows]) for rows in by_prompt.values()])
+
+    taken = [row for rows in by_prompt.values() for row in rows]
+    tokens = [token for token in special_tokens if token]
+    return Evaluated(
+        alpha=alpha,
+        prompt_ids=tuple(prompt_ids),
+        rewards={
+            name: per_prompt({key: row.reward for key, row in of_model.items()})
+            for name, of_model in rewards.items()
+        },
+        lengths=per_prompt({row.key: row.num_tokens for row in taken}),
+        cut=per_prompt({row.key: row.finish_reason == "length" for row in taken}),
+        repetition=per_prompt({row.key: repetition_of(row.text) for row in taken}),
+        broken=per_prompt({row.key: is_broken(row.text, tokens) for row in taken}),
+        divergence=None if logprobs is None else _divergence(alpha, by_prompt, *logprobs),
+        samples=samples,
+    )
+
+
+def repetition_of(text: str) -> float:
+    """Share of the text's runs of 16 characters that occurred before in it; 0 for a text without two of them.
+
+    Characters, not words: a loop without spaces is one word.
+    """
+    runs = len(text) - _REPEATED_CHARACTERS + 1
+    if runs < 2:
+        return 0.0
+    return 1 - len({text[at : at + _REPEATED_CHARACTERS] for at in range(runs)}) / runs
+
+
+def is_broken(text: str, special_tokens: Sequence[str]) -> bool:
+    """Whether a response is empty or contains a special token."""
+    return not text.strip() or any(token in text for token in special_tokens)
+
+
+def _check(
+    alpha: float,
+    by_prompt: Mapping[str, Sequence[Response]],
+    rewards: Mapping[str, Mapping[Hashable, Reward]],
+    samples: int,
+) -> None:
+    name = f"alpha {format_alpha(alpha)}"
+    uneven = [prompt for prompt, rows in by_prompt.items() if len(rows) != samples or not rows]
+    if uneven or not by_prompt:
+        raise EvaluationError(
+            f"{name}: {len(uneven)} of {len(by_prompt)} prompts do not have {max(samples, 1)} response(s) each ({some(uneven)}); run "
+            "`respond` again, it asks for what is missing"
+        )
+    if not rewards:
+        raise EvaluationError(f"{name}: there are no rewards; list a reward model under `rewards`")
+    for model, scored in rewards.items():
+        keys = [row.key for rows in by_prompt.values() for row in rows]
+        missing = [f"{key[0]}/{key[1]}" for key in keys if key not in scored]
+        if missing:
+            raise EvaluationError(
+                f"{name}: {model} has not scored {len(missing)} of {len(keys)} responses ({some(missing)}); run `reward` again, it "
+                "scores what is missing"
+            )
+        wrong = [f"{key[0]}/{key[1]}" for key in keys if not np.isfinite(scored[key].reward)]
+        if wrong:
+            raise EvaluationError(
+                f"{name}: {model} gave {len(wrong)} reward(s) that are no finite number ({some(wrong)}); a mean with them says "
+                "nothing, so mend the reward model and score them again"
+            )
+
+
+def _divergence(
+    alpha: float,
+    by_prompt: Mapping[str, Sequence[Response]],
+    of_dpo: LogProbabilities,
+    of_alpha: LogProbabilities,
+) -> Array:
+    rows = []
+    for prompt in by_prompt:
+        total, count = 0.0, 0
+        for key in (key for key in of_dpo if isinstance(key, tuple) and key[0] == prompt):
+            dpo, other = np.asarray(of_dpo[key]), np.asarray(of_alpha.get(key, ()))
+            if dpo.shape != other.shape:
+                raise EvaluationError(
+                    f"alpha {format_alpha(alpha)}: prompt {prompt} has {len(other)} log-probabilities and dpo {len(dpo)}; collect "
+                    "both on the same tokens of dpo's response"
+                )
+            total, count = total + float((dpo - other).sum()), count + len(dpo)
+        rows.append((total, count))
+    return np.array(rows, dtype=np.float64)

@@ -1,0 +1,77 @@
+"""Choosing alpha: what to evaluate next, as a function of what has been evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+
+from expo_ray.config import Search
+from expo_ray.errors import ExpoError
+from expo_ray.evaluation.grid import grid
+from expo_ray.evaluation.history import History, Rung
+from expo_ray.evaluation.ladder import ladder
+from expo_ray.evaluation.picked import Picked
+from expo_ray.evaluation.statistics import gain
+
+_FEWEST_PROMPTS = 16
+
+
+class SearchError(ExpoError):
+    """A search that cannot begin, or a decision asked for before its end."""
+
+
+def next_rung(history: History, settings: Search) -> Rung | None:
+    """The next round of the search, or None once alpha can be decided.
+
+    The search is played again over the stored results, each time from its beginning; what it finds there, it does not ask for. It
+    depends on nothing else, so that a rerun continues where a killed search was, and comes to the same alpha.
+
+    Raises:
+        SearchError: if the prompts are too few to tell anything.
+    """
+    course = _course(history, settings)
+    for rung in course:
+        if not history.half(rung.half).has(rung):
+            return rung
+    return None
+
+
+def picked_alpha(history: History, settings: Search) -> Picked:
+    """What the finished search picked.
+
+    Raises:
+        SearchError: if `next_rung` still asks for something.
+    """
+    course = _course(history, settings)
+    while True:
+        try:
+            rung = next(course)
+        except StopIteration as end:
+            picked: Picked = end.value
+            return picked
+        if not history.half(rung.half).has(rung):
+            raise SearchError(
+                f"the search is not finished: {rung.why} needs {len(rung.alphas)} alpha(s) on {rung.num_prompts} prompts; evaluate what "
+                "`next_rung` asks for first"
+            )
+
+
+def looks_better(history: History, picked: Picked, confidence: float) -> bool:
+    """Whether the choosing half finds the picked alpha better than dpo, so that confirming it is worth its price."""
+    if picked.alpha == 0:
+        return False
+    rewards = history.choose.rewards((picked.alpha, 0.0), picked.num_prompts)
+    return gain(rewards[:, 0], rewards[:, 1], confidence).low > 0
+
+
+def _course(history: History, settings: Search) -> Generator[Rung, None, Picked]:
+    if history.choose.num_prompts < _FEWEST_PROMPTS:
+        raise SearchError(
+            f"there are {history.choose.num_prompts} prompts to choose alpha on; a search needs at least {_FEWEST_PROMPTS}, and some "
+            "hundreds to see small gains"
+        )
+    method = ladder if settings.method == "ladder" else grid
+    picked = yield from method(history.choose, settings)
+    if history.confirm.num_prompts >= _FEWEST_PROMPTS and looks_better(history, picked, settings.confidence):
+        size = min(settings.confirm_prompts, history.confirm.num_prompts)
+        yield Rung("confirm", (0.0, picked.alpha), size, "confirmation")
+    return picked
