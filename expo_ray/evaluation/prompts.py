@@ -77,9 +77,9 @@ def prompt_of(
     label: str = "",
 ) -> Prompt:
     """A prompt with its id."""
-    asked: list[Any] = [dict(message) for message in messages]
-    identity = digest([asked, list(follow_ups)] if follow_ups else asked)
-    return Prompt(identity, tuple(asked), category, tuple(follow_ups), temperature, label)
+    return Prompt(
+        _id(messages, follow_ups), tuple(map(dict, messages)), category, tuple(follow_ups), temperature, label
+    )
 
 
 def prompt_from_row(row: Mapping[str, Any]) -> Prompt:
@@ -100,9 +100,14 @@ def kept_prompts(store: Store, name: str, of_digest: str) -> PromptSet:
     """
     key = _key(name, of_digest)
     found = PromptSet.of(name, read_rows(store, key, prompt_from_row))
-    if found.digest != of_digest:
+    if found.digest != of_digest or any(_id(one.messages, one.follow_ups) != one.id for one in found.prompts):
         raise ExpoError(f"{store.uri}/{key}: was changed since it was stored; remove it and run again")
     return found
+
+
+def _id(messages: Sequence[Message], follow_ups: Sequence[str]) -> str:
+    asked: list[Any] = [dict(message) for message in messages]
+    return digest([asked, list(follow_ups)] if follow_ups else asked)
 
 
 def _key(name: str, of_digest: str) -> str:
