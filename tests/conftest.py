@@ -1,3 +1,11 @@
 from __future__ import annotations
 
-pytest_plugins = ["tests.s3_server", "tests.hub_server", "tests.ray_cluster", "tests.machines", "tests.stage", "tests.browser"]
+pytest_plugins = [
+    "tests.s3_server",
+    "tests.hub_server",
+    "tests.ray_cluster",
+    "tests.vllm_engine",
+    "tests.machines",
+    "tests.stage",
+    "tests.browser",
+]

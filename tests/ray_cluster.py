@@ -28,16 +28,16 @@ PATIENCE_S = 90.0
 OBJECT_STORE_BYTES = 100_000_000
 
 
-def wait_until(condition: Callable[[], object], what: str) -> None:
+def wait_until(condition: Callable[[], object], what: str, patience_s: float = PATIENCE_S) -> None:
     """Poll until `condition` holds.
 
     Raises:
-        TimeoutError: if it does not within `PATIENCE_S`.
+        TimeoutError: if it does not within `patience_s`.
     """
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + patience_s
     while not condition():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {PATIENCE_S:.0f} s in vain until {what}")
+            raise TimeoutError(f"waited {patience_s:.0f} s in vain until {what}")
         time.sleep(0.05)
 
 
@@ -79,10 +79,10 @@ class Process:
     def signal(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
 
-    def wait(self) -> int:
+    def wait(self, patience_s: float = PATIENCE_S) -> int:
         """The exit status."""
         try:
-            return self._process.wait(PATIENCE_S)
+            return self._process.wait(patience_s)
         except subprocess.TimeoutExpired:
             raise TimeoutError(f"still running; stderr:\n{self.stderr}") from None
 

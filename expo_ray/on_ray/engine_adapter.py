@@ -32,6 +32,7 @@ __all__ = [
     "held_values",
     "http_address",
     "repack_heads",
+    "stop_engine",
 ]
 
 VLLM = "0.29.0"
@@ -65,6 +66,13 @@ def http_address() -> tuple[str, int] | None:
     """Where the Serve that runs on this cluster listens; None if none runs."""
     client = _get_global_client(raise_if_no_controller_running=False)
     return None if client is None else (client.http_config.host, client.http_config.port)
+
+
+def stop_engine(server: Any) -> None:
+    """End the processes of an `LLMServer`'s engine, if it has begun."""
+    client = getattr(getattr(server, "engine", None), "_engine_client", None)
+    if client is not None:
+        client.shutdown()
 
 
 def repack_heads(model: torch.nn.Module) -> None:

@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from expo_ray.evaluation.records import digest
 from expo_ray.extrapolation.plan import PairPlan
-from expo_ray.on_ray.engine_adapter import ErrorInfo, ErrorResponse, engine_version
+from expo_ray.on_ray.engine_adapter import ErrorInfo, ErrorResponse, engine_version, stop_engine
 from expo_ray.on_ray.lease import Lease
 from expo_ray.on_ray.names import ServedName, parse_name
 from expo_ray.on_ray.parents import engine_folder
@@ -46,6 +46,11 @@ class ModelServer(LLMServer):
         self._name, self._weights, self._template = llm_config.model_id, weights, template_of(folder)
         await super().__init__(_with_source(llm_config, folder))
         self._about = (await self.collective_rpc("expo_describe"))[0]
+
+    async def __del__(self) -> None:
+        # Ray's own leaves the engine's processes to find out for themselves
+        stop_engine(self)
+        await super().__del__()
 
     async def card(self, name: str) -> dict[str, Any]:
         """What `/v1/models/<name>` tells of a served name."""

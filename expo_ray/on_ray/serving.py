@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,8 +14,7 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.serve.config import RequestRouterConfig
-from ray.serve.llm import LLMConfig, build_llm_deployment
+from ray.serve.llm import build_llm_deployment
 from ray.serve.llm.ingress import make_fastapi_ingress
 
 from expo_ray.config import PublishedModel, Serving
@@ -22,23 +22,16 @@ from expo_ray.errors import ExpoError, JobError, Problems
 from expo_ray.evaluation.records import digest
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.on_ray.engine_adapter import check_version, http_address
+from expo_ray.on_ray.engine_settings import engine_config, slots_of
 from expo_ray.on_ray.ingress import ENDPOINTS, Ingress, web_app
 from expo_ray.on_ray.pair_server import ModelServer, PairServer
-from expo_ray.on_ray.parents import CACHE_VARIABLE, published_folder
-from expo_ray.on_ray.routing import AlphaRouter
+from expo_ray.on_ray.parents import published_folder
 from expo_ray.storage import open_store
 
 log = logging.getLogger("expo_ray")
 
 HOST = "127.0.0.1"
 APPLICATION = "expo-ray"
-# Requests that one engine works on at once, unless `engine: {max_num_seqs: ...}` says otherwise.
-CPU_SLOTS, GPU_SLOTS = 32, 256
-# vLLM would take nine tenths of the machine's memory for the keys and values of an engine on CPUs.
-CPU_CACHE_BYTES = 1 << 30
-_VLLM_DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-# Read by the processes of an engine.
-_PASSED_ON = ("HF_HOME", "HF_HUB_OFFLINE", CACHE_VARIABLE)
 
 
 @dataclass(frozen=True)
@@ -67,21 +60,17 @@ def serving(
     check_version()
     on_gpu = _on_gpu(settings)
     _check(pairs, settings, on_gpu)
-    slots = int(settings.engine.get("max_num_seqs", GPU_SLOTS if on_gpu else CPU_SLOTS))
-    deployments = {
-        plan.name: _deployment(PairServer, plan.name, settings, slots, on_gpu, plan=plan) for plan in pairs
-    } | {
-        model.name: _deployment(
-            ModelServer,
-            model.name,
-            settings,
-            slots,
-            on_gpu,
-            fetch=partial(published_folder, model.uri),
-            weights=weights_of(model),
-        )
-        for model in models
-    }
+    slots = slots_of(settings, on_gpu)
+    cpus = _cpus_of_engine(settings, len(pairs) + len(models))
+
+    def deploy(server: type[ModelServer], name: str, **arguments: Any) -> serve.Application:
+        config = engine_config(name, settings, on_gpu, cpus)
+        return build_llm_deployment(config, name_prefix="", bind_kwargs=arguments, deployment_cls=server)
+
+    deployments = {plan.name: deploy(PairServer, plan.name, plan=plan) for plan in pairs}
+    for model in models:
+        fetch = partial(published_folder, model.uri)
+        deployments[model.name] = deploy(ModelServer, model.name, fetch=fetch, weights=weights_of(model))
     ingress = serve.deployment(
         name="ingress",
         num_replicas=1,
@@ -110,6 +99,13 @@ def _on_gpu(settings: Serving) -> bool:
     return settings.device != "cpu" and bool(gpus)
 
 
+def _cpus_of_engine(settings: Serving, deployments: int) -> float:
+    """One for each process of an engine on CPUs; less where a small machine is to run more of them than it has cores."""
+    workers = deployments * settings.replicas * settings.tensor_parallel_size
+    available: float = ray.cluster_resources().get("CPU", 0)
+    return max(0.01, min(1.0, math.floor(100 * available / workers) / 100)) if available else 1.0
+
+
 def _check(pairs: Sequence[PairPlan], settings: Serving, on_gpu: bool) -> None:
     problems: list[ExpoError] = [
         JobError(
@@ -123,76 +119,6 @@ def _check(pairs: Sequence[PairPlan], settings: Serving, on_gpu: bool) -> None:
         problems.append(JobError(f"serving.engine: {', '.join(reserved)} are expo-ray's own; remove them"))
     if problems:
         raise Problems(problems)
-
-
-def _deployment(
-    server: type[ModelServer], name: str, settings: Serving, slots: int, on_gpu: bool, **arguments: Any
-) -> serve.Application:
-    engine = _engine_arguments(settings, slots, on_gpu)
-    config = LLMConfig(
-        model_loading_config={"model_id": name, "model_source": "fetched by the replica"},
-        engine_kwargs=engine,
-        deployment_config=_deployment_options(settings, slots),
-        runtime_env={"env_vars": _environment(on_gpu)},
-        log_engine_metrics=False,
-        **({} if on_gpu else _cpu_placement(settings)),
-    )
-    return build_llm_deployment(config, name_prefix="", bind_kwargs=arguments, deployment_cls=server)
-
-
-def _engine_arguments(settings: Serving, slots: int, on_gpu: bool) -> dict[str, Any]:
-    ours: dict[str, Any] = {
-        "max_num_seqs": slots,
-        "dtype": _VLLM_DTYPES[settings.dtype],
-        "tensor_parallel_size": settings.tensor_parallel_size,
-        "worker_extension_cls": "expo_ray.on_ray.swap.PairWorker",
-    }
-    if settings.max_model_len:
-        ours["max_model_len"] = settings.max_model_len
-    if not on_gpu:  # compiling took 331 s
-        ours |= {"enforce_eager": True, "kv_cache_memory_bytes": CPU_CACHE_BYTES}
-    return ours | dict(settings.engine)
-
-
-def _deployment_options(settings: Serving, slots: int) -> dict[str, Any]:
-    router = RequestRouterConfig.model_validate(
-        {
-            "request_router_class": AlphaRouter,
-            "request_router_kwargs": {"slots": slots},
-            "request_routing_stats_period_s": 2,
-        }
-    )
-    options: dict[str, Any] = {
-        "request_router_config": router,
-        "health_check_period_s": 2,
-        "health_check_timeout_s": 600,
-        "graceful_shutdown_timeout_s": 5,
-        "ray_actor_options": {"num_cpus": 0},
-        "max_constructor_retry_count": 2,
-    }
-    if (settings.max_replicas or 0) > settings.replicas:
-        options["autoscaling_config"] = {
-            "min_replicas": settings.replicas,
-            "max_replicas": settings.max_replicas,
-            "target_ongoing_requests": slots,
-        }
-    else:
-        options["num_replicas"] = settings.replicas
-    return options
-
-
-def _cpu_placement(settings: Serving) -> dict[str, Any]:
-    return {
-        "accelerator_config": {"kind": "cpu"},
-        "placement_group_config": {"bundles": [{"CPU": 1}] * settings.tensor_parallel_size},
-    }
-
-
-def _environment(on_gpu: bool) -> dict[str, str]:
-    passed_on = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-    level = {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING")}
-    # vLLM's own choice puts every engine on the first core
-    return passed_on | level | ({} if on_gpu else {"VLLM_CPU_OMP_THREADS_BIND": "nobind"})
 
 
 @contextlib.contextmanager
@@ -246,9 +172,11 @@ def _running(application: serve.Application) -> Iterator[None]:
 
 
 def _reasons() -> str:
-    """What Serve tells of deployments that failed."""
+    """The last line of what Serve tells of each deployment that failed: the error itself, below its traceback."""
     status = serve.status().applications.get(APPLICATION)
     if status is None:
         return ""
-    texts: Mapping[str, str] = {name: one.message for name, one in status.deployments.items() if one.message}
-    return "; ".join(f"{name}: {text}" for name, text in texts.items())
+    texts: Mapping[str, str] = {
+        name: one.message.strip() for name, one in status.deployments.items() if one.message.strip()
+    }
+    return "; ".join(f"{name}: {text.splitlines()[-1]}" for name, text in texts.items())
