@@ -1,0 +1,78 @@
+"""vLLM's rewards against the head applied by hand, in fp32, through the command."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from expo_ray.evaluation.parts import rows_text
+from expo_ray.evaluation.records import Response
+from tests.ray_cluster import ROOT, RayBox
+from tests.tiny_reward_models import english, last_token_scores, response, save_reward_model
+
+pytestmark = [pytest.mark.ray, pytest.mark.vllm]
+if find_spec("vllm") is None:
+    pytest.skip("vLLM is not installed", allow_module_level=True)
+
+TEXTS = 200
+STORIES = ROOT.parent / "shared" / "data" / "stories"
+
+
+@pytest.fixture
+def box() -> Iterator[RayBox]:
+    with RayBox(CUDA_VISIBLE_DEVICES="") as box:
+        yield box
+
+
+def scored_by_vllm(box: RayBox, model: Path, rows: Sequence[Response]) -> list[float]:
+    (box.folder / "responses.jsonl").write_text(rows_text(rows))
+    words = ["--responses", "responses.jsonl", "--reward-model", str(model), "--backend", "vllm"]
+    run = box.run("expo-ray", "reward", *words, "--output", "r.jsonl")
+    assert run.wait() == 0, run.stderr
+    assert "scored by vllm" in run.stderr
+    written = [json.loads(line) for line in (box.folder / "r.jsonl").read_text().splitlines()]
+    assert [one["prompt_id"] for one in written] == [row.prompt_id for row in rows]
+    return [one["reward"] for one in written]
+
+
+def by_hand(model: Path, rows: Sequence[Response]) -> tuple[list[list[int]], list[float]]:
+    """Token ids as transformers makes them of a chat, and the scores of their last tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    chats = [[*row.messages, {"role": "assistant", "content": row.text}] for row in rows]
+    ids = [list(tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)) for chat in chats]
+    return ids, last_token_scores(model, ids)
+
+
+def test_texts_that_end_with_the_padding_token_and_begin_without_bos(box: RayBox) -> None:
+    model = save_reward_model(box.folder / "rm", max_position_embeddings=1024)
+    rows = [*english(TEXTS - 1), response("A long one?", "as long as it may be, " * 44)]
+    ids, expected = by_hand(model, rows)
+    assert {one[-1] for one in ids} == {1}  # eos, which is pad
+    assert 0 not in {one[0] for one in ids}
+    assert max(map(len, ids)) > 900
+    assert scored_by_vllm(box, model, rows) == pytest.approx(expected, abs=1e-4)
+    assert min(expected) < -1  # no sigmoid
+
+
+def test_a_real_reward_model(box: RayBox) -> None:
+    if not STORIES.is_dir():
+        pytest.skip(f"{STORIES} is not there")
+    prompts = json.loads((STORIES / "test_prompts.json").read_text())
+    rows = [response(one["prompt"], one["reference"]) for one in prompts]
+    others = [
+        response(f"{one['prompt']} Then?", two["reference"])
+        for one, two in zip(prompts[:48], prompts[9:], strict=False)
+    ]
+    rows += [*others, response("Nothing?", ""), response("Long?", "One day, a dog saw a cat. " * 35)]
+    assert len(rows) == TEXTS
+    ids, expected = by_hand(STORIES / "rm", rows)
+    assert {tuple(one[:1]) for one in ids} == {(1,)}  # BOS, once
+    assert 1 not in {one[1] for one in ids}
+    assert max(map(len, ids)) > 400
+    assert scored_by_vllm(box, STORIES / "rm", rows) == pytest.approx(expected, abs=1e-4)
+    assert max(expected) > 2
