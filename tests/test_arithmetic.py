@@ -2,12 +2,16 @@ from __future__ import annotations
 
 import math
 import platform
+import subprocess
+import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import cache
 from itertools import product
-from threading import Barrier
-from time import sleep
+from pathlib import Path
+from threading import Barrier, Thread
+from time import perf_counter, sleep
 from typing import Any, cast
 
 import numba
@@ -17,7 +21,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expo_ray.extrapolation import fused
+from expo_ray.extrapolation import compiled, fused, on_cpu, words
 from expo_ray.extrapolation.arithmetic import FORMULAS, Rounding, Rule, compute_dtype, kernel_for, random_key
 from expo_ray.extrapolation.statistics import TensorStatistics
 from tests.exact_arithmetic import (
@@ -146,13 +150,20 @@ def test_no_fused_multiply_add(dtype: str) -> None:
 
 
 def test_the_machine_code_holds_no_fused_multiply_add_and_is_vectorised() -> None:
-    step: Any = numba.njit(cast(Any, fused.step).py_func)
     blocks = [np.zeros(fused.BLOCK, np.float32) for _ in range(4)]
-    step(*blocks[:3], np.float32(0.3), False, blocks[3])
-    (code,) = step.inspect_asm().values()
-    assert not any(name in code for name in ("vfmadd", "vfmsub", "vfnmadd", "fmla ", "fmadd "))
-    if platform.machine() == "x86_64":
-        assert "mulps" in code
+    halves = [np.zeros(fused.BLOCK, np.uint16) for _ in range(4)]
+    alpha = np.float32(0.3)
+    for piece, arguments in (
+        (fused.step, (*blocks[:3], alpha, False, blocks[3])),
+        (fused.measure, (*halves[:2], *blocks[:2])),
+        (fused.move_words, (*halves[:2], alpha, True, *halves[2:], blocks[0])),
+    ):
+        compiled_piece: Any = numba.njit(cast(Any, piece).py_func, error_model="numpy")
+        compiled_piece(*arguments)
+        (code,) = compiled_piece.inspect_asm().values()
+        assert not any(name in code for name in ("vfmadd", "vfmsub", "vfnmadd", "fmla ", "fmadd "))
+        if platform.machine() == "x86_64":
+            assert "mulps" in code
 
 
 def test_alpha_0_gives_the_bytes_of_dpo_and_alpha_minus_1_the_values_of_sft() -> None:
@@ -330,41 +341,100 @@ def test_threads_share_a_kernel() -> None:
 
 
 def test_the_gil_is_released() -> None:
-    assert all(cast(Any, fused.kernel(compute)).targetoptions["nogil"] for compute in ("F32", "F64"))
+    sft = weights("BF16", 2_000_000, 27)
+    dpo = tuned(sft, "BF16", 28)
+    spans: list[tuple[float, float]] = []
+
+    def compute() -> None:
+        for _ in range(20):
+            begin = perf_counter()
+            run(BF16, dpo, sft, [0.5])
+            spans.append((begin, perf_counter()))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(100)  # seconds: nothing takes the GIL away from whoever does not give it up
+    try:
+        thread = Thread(target=compute)
+        thread.start()
+        seen = []
+        while thread.is_alive():
+            seen.append(perf_counter())
+            sleep(0)
+    finally:
+        sys.setswitchinterval(interval)
+    assert any(begin < moment < end for begin, end in spans for moment in seen)
+
+
+def test_the_constants_shared_with_the_compiled_code() -> None:
+    assert {dtype: getattr(words, dtype) for dtype in on_cpu.KINDS} == on_cpu.KINDS
+    assert {name: getattr(fused, name.upper()) for name in on_cpu.ROUNDINGS} == on_cpu.ROUNDINGS
+    assert on_cpu.SCRATCH_BYTES >= fused.SCRATCH_BYTES
+
+
+def test_the_machine_code_is_kept_and_loaded_without_numba() -> None:
+    kernel_for(BF16)  # so that it lies in the cache
+    code = """
+import sys
+from expo_ray.extrapolation.arithmetic import Rule, kernel_for
+kernel_for(Rule("BF16", "BF16", "BF16", "nearest"))
+print({"numba", "numpy"} & set(sys.modules))
+"""
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert child.stdout.strip() == "set()"
+
+
+@pytest.fixture
+def compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is compiled; the code itself is at hand."""
+    ready = {compute: compiled._object_code(compute) for compute in ("F32", "F64")}
+    asked: list[str] = []
+
+    def compile_quickly(compute: str) -> bytes:
+        asked.append(compute)
+        return ready[compute]
+
+    monkeypatch.setattr(compiled, "_compile", compile_quickly)
+    return asked
+
+
+def test_without_a_folder_for_the_cache_the_kernel_is_compiled_anyway(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compilations: list[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(compiled, "_cache_folders", lambda: [tmp_path / "file", tmp_path / "file" / "below"])
+    for _ in range(2):
+        assert callable(compiled._load.__wrapped__("F32"))
+    assert compilations == ["F32", "F32"]
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError("cannot cache function: no locator available"), OSError(28, "full")]
+    "harm", [lambda code: code[:-100], lambda code: b"", lambda code: code[:99] + b"!" + code[100:]]
 )
-def test_without_a_folder_for_the_cache_the_kernel_is_compiled_anyway(
-    monkeypatch: pytest.MonkeyPatch, error: Exception
+def test_damaged_code_is_compiled_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compilations: list[str], harm: Callable[[bytes], bytes]
 ) -> None:
-    asked: list[bool] = []
-
-    def njit(signature: object, *, nogil: bool, cache: bool = False) -> Any:
-        asked.append(cache)
-        if cache:
-            raise error
-        return lambda function: function
-
-    monkeypatch.setattr(fused, "njit", njit)
-    assert fused._compile.__wrapped__("F32") is fused.extrapolate
-    assert asked == [True, False]
+    monkeypatch.setattr(compiled, "_cache_folders", lambda: [tmp_path / "cache"])
+    code = compiled._object_code("F64")
+    (stored,) = (tmp_path / "cache").iterdir()
+    stored.write_bytes(harm(stored.read_bytes()))
+    for _ in range(2):
+        assert compiled._object_code("F64") == code
+    assert compilations == ["F64", "F64"]
 
 
 def test_threads_that_begin_together_compile_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     together = Barrier(4)
 
-    def compile_slowly(compute: str) -> Any:
+    def load_slowly(compute: str) -> Any:
         asked.append(compute)
         sleep(0.2)
 
     def begin(_: int) -> None:
         together.wait()
-        fused.kernel("F32")
+        compiled.kernel("F32")
 
-    monkeypatch.setattr(fused, "_compile", cache(compile_slowly))
+    monkeypatch.setattr(compiled, "_load", cache(load_slowly))
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(begin, range(4)))
     assert asked == ["F32"]

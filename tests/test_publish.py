@@ -412,7 +412,7 @@ KILLED_EVERYWHERE = """
 import os, pathlib, signal, sys
 
 from expo_ray import cli
-from expo_ray.extrapolation import fused, in_threads  # what a child would load anew each time
+from expo_ray.extrapolation import in_threads, on_cpu  # what a child would load anew each time
 
 root, log, words = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
 moment = 0

@@ -7,8 +7,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from expo_ray.checkpoint.json_file import read_json, read_small
 from expo_ray.checkpoint.tensors import Checkpoint
 from expo_ray.errors import CheckpointError
@@ -61,6 +59,8 @@ def row_map(
     A row of dpo that no token names (padding), whose token sft lacks, or whose row lies past `sft_rows`, has no partner. Where
     two tokens name one row of dpo the later entry of `dpo_vocab` counts.
     """
+    import numpy as np  # a tenth of a second, which a start without vocabularies to match need not take
+
     rows = np.fromiter(dpo_vocab.values(), np.int64, len(dpo_vocab))
     partners = np.fromiter((sft_vocab.get(token, -1) for token in dpo_vocab), np.int64, len(dpo_vocab))
     partners[partners >= sft_rows] = -1

@@ -1,203 +1,42 @@
-"""The arithmetic on the CPU: compiled loops over blocks that stay in the first-level cache, without the GIL.
+"""The arithmetic on the CPU: compiled loops over blocks that stay in the first-level cache.
 
 A block is 2048 elements, aligned to the tensor's element index. Each step is a plain loop that LLVM turns into vector
-code; integers are cast explicitly because numba would widen 32 bits to 64 and halve the speed. Nothing here may be
-compiled with `fastmath`: weights and sums are the same on every machine only without it.
+code. Nothing here may be compiled with `fastmath`: weights and sums are the same on every machine only without it.
 
-Everything compiled stays in this one file: numba's cache notices a change of the kernel's own file only.
+`compiled` turns this file and `words` into machine code; nothing else imports them, as numba takes a quarter of a second.
 """
 # ruff: noqa: PLR0917 - compiled functions have no keyword-only parameters
 
 from __future__ import annotations
 
-import functools
-import threading
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-from numba import carray, float32, float64, int64, njit, types, uint64
-from numba.extending import intrinsic
+from numba import carray
+
+from expo_ray.extrapolation.words import (
+    BF16,
+    Array,
+    Scalar,
+    bits_per_element,
+    compiled,
+    element_bytes,
+    from_bf16,
+    narrow,
+    nearest_bf16,
+    pointer,
+    random_bits,
+    widen,
+)
 
 BLOCK = 2048
-# Literal, like all constants here: they are compiled into the cached code.
-BF16, F16, F32, F64 = range(4)
 NEAREST, STOCHASTIC, REFERENCE = range(3)
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-Scalar = Any  # a numba scalar
-Array = Any  # a numba array; of blocks, float32 or float64 as `compute_dtype` says
+# Six blocks of float64, one of 32 random bits and one of bool.
+SCRATCH_BYTES = 53 * BLOCK
 
 
-def _compiled(function: Function) -> Function:
-    # Without the wrappers, which only Python callers need, the whole compiles a tenth faster.
-    decorated: Function = njit(function, no_cpython_wrapper=True, no_cfunc_wrapper=True)
-    return decorated
-
-
-def _pointer(typing_context: Any, address: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
-
-    return types.voidptr(types.int64), generate
-
-
-# Addresses instead of arrays: numba would compile again for read-only buffers and for every number of outputs.
-pointer: Callable[[Scalar], Any] = intrinsic(_pointer)
-
-
-@_compiled
-def element_bytes(kind: Scalar) -> Scalar:
-    """Size of a dtype."""
-    return 2 if kind <= F16 else 4 if kind == F32 else 8
-
-
-@_compiled
-def from_bf16(word: Scalar) -> Scalar:
-    """BF16 is the upper half of a float32."""
-    return np.uint32(np.uint32(word) << np.uint32(16)).view(np.float32)
-
-
-@_compiled
-def from_f16(word: Scalar) -> Scalar:
-    """Re-bias the exponent. A subnormal becomes `(2^-14 + value) - 2^-14`: exact, and free of slow subnormal inputs."""
-    shifted = np.uint32(np.uint32(word & np.uint16(0x7FFF)) << np.uint32(13))
-    raised = np.uint32(shifted + np.uint32(113 << 23)).view(np.float32)
-    subnormal = np.float32(raised - np.float32(2.0**-14)).view(np.uint32)
-    normal = np.uint32(shifted + np.uint32(112 << 23))
-    special = np.uint32(shifted + np.uint32(224 << 23))
-    magnitude = subnormal if shifted < np.uint32(1 << 23) else normal
-    magnitude = special if shifted >= np.uint32(31 << 23) else magnitude
-    return np.uint32(magnitude | (np.uint32(word & np.uint16(0x8000)) << np.uint32(16))).view(np.float32)
-
-
-@_compiled
-def widen(address: Scalar, kind: Scalar, out: Array) -> None:
-    """Read `out.size` elements of dtype `kind`; exact, as `out`'s type holds every dtype it meets."""
-    count = out.size
-    if kind == BF16:
-        words = carray(pointer(address), count, np.uint16)
-        for i in range(count):
-            out[i] = from_bf16(words[i])
-    elif kind == F16:
-        words = carray(pointer(address), count, np.uint16)
-        for i in range(count):
-            out[i] = from_f16(words[i])
-    elif kind == F32:
-        singles = carray(pointer(address), count, np.float32)
-        for i in range(count):
-            out[i] = singles[i]
-    else:
-        doubles = carray(pointer(address), count, np.float64)
-        for i in range(count):
-            out[i] = doubles[i]
-
-
-@_compiled
-def nearest_bf16(value: Scalar) -> Scalar:
-    """Ties to even: a carry out of the lower half rounds up, into the exponent if need be."""
-    pattern = np.float32(value).view(np.uint32)
-    below_half = np.uint32(np.uint32(0x7FFF) + ((pattern >> np.uint32(16)) & np.uint32(1)))
-    word = np.uint32(pattern + below_half) >> np.uint32(16)
-    return np.uint16(np.uint32(0x7FC0) if np.isnan(value) else word)
-
-
-@_compiled
-def stochastic_bf16(value: Scalar, random16: Scalar) -> Scalar:
-    """The lower half carries with a probability of itself in 2^16."""
-    pattern = np.float32(value).view(np.uint32)
-    word = np.uint32(pattern + np.uint32(random16)) >> np.uint32(16)
-    return np.uint16(np.uint32(0x7FC0) if np.isnan(value) else word)
-
-
-@_compiled
-def to_16_bits(
-    value: Scalar, random32: Scalar, nearest: Scalar, mantissa: Scalar, least: Scalar, infinity: Scalar
-) -> Scalar:
-    """Round a float64 once to a 16-bit format, by integers: numpy and torch go through float32 and round twice.
-
-    The magnitude is shifted until 2^32 is one unit in the target's last place, subnormals included. What is added below
-    that unit decides the direction, and a carry runs into the exponent as it should.
-
-    Args:
-        mantissa: stored bits of the target. least: float64's biased exponent of the target's least normal number.
-        infinity: the target's word for it.
-    """
-    pattern = np.float64(value).view(np.uint64)
-    magnitude = pattern & np.uint64(0x7FFFFFFFFFFFFFFF)
-    below = max(least - np.int64(magnitude >> np.uint64(52)), 0)
-    normal = magnitude - (np.uint64(least - 1) << np.uint64(52))
-    subnormal = (magnitude & np.uint64(0xFFFFFFFFFFFFF)) | np.uint64(1 << 52)
-    aligned = normal if below == 0 else subnormal
-    drop = np.uint64(min(below + (20 - mantissa), 63))
-    fixed = aligned >> drop
-    addend = np.uint64(random32)
-    if nearest:
-        fixed |= np.uint64((fixed << drop) != aligned)
-        addend = np.uint64(0x7FFFFFFF) + ((fixed >> np.uint64(32)) & np.uint64(1))
-    word = min((fixed + addend) >> np.uint64(32), np.uint64(infinity))
-    word |= (pattern >> np.uint64(48)) & np.uint64(0x8000)
-    return np.uint16(np.uint64(infinity | (1 << (mantissa - 1))) if np.isnan(value) else word)
-
-
-@_compiled
-def narrow(values: Array, kind: Scalar, stochastic: Scalar, bits: Scalar, address: Scalar) -> None:
-    """Write `values` as words of dtype `kind`, every NaN as the canonical one; `bits` is the address of their random bits."""
-    count = values.size
-    if kind == F64:
-        quads = carray(pointer(address), count, np.uint64)
-        for i in range(count):
-            pattern = np.float64(values[i]).view(np.uint64)
-            quads[i] = np.uint64(0x7FF8 << 48) if np.isnan(values[i]) else pattern
-    elif kind == F32:
-        pairs = carray(pointer(address), count, np.uint32)
-        for i in range(count):
-            half = np.float32(values[i]).view(np.uint32)
-            pairs[i] = np.uint32(0x7FC0 << 16) if np.isnan(values[i]) else half
-    else:
-        words = carray(pointer(address), count, np.uint16)
-        narrow_to_16_bits(values, kind, stochastic, bits, words)
-
-
-@_compiled
-def narrow_to_16_bits(values: Array, kind: Scalar, stochastic: Scalar, bits: Scalar, words: Array) -> None:
-    """`narrow` for the dtypes that rounding touches."""
-    count = values.size
-    mantissa, least, infinity = (7, 1023 - 126, 0x7F80) if kind == BF16 else (10, 1023 - 14, 0x7C00)
-    if bits_per_element(kind, values.itemsize) == 16:
-        if stochastic:
-            random16 = carray(pointer(bits), count, np.uint16)
-            for i in range(count):
-                words[i] = stochastic_bf16(values[i], random16[i])
-        else:
-            for i in range(count):
-                words[i] = nearest_bf16(values[i])
-    elif stochastic:
-        random32 = carray(pointer(bits), count, np.uint32)
-        for i in range(count):
-            words[i] = to_16_bits(values[i], random32[i], False, mantissa, least, infinity)
-    else:
-        for i in range(count):
-            words[i] = to_16_bits(values[i], np.uint32(0), True, mantissa, least, infinity)
-
-
-@_compiled
-def bits_per_element(kind: Scalar, compute_bytes: Scalar) -> Scalar:
-    """Random bits that rounding takes: 16 decide float32 to BF16 exactly, as 16 bits are dropped; else 32."""
-    return 16 if kind == BF16 and compute_bytes == 4 else 32
-
-
-@_compiled
-def random_bits(key: Scalar, first: Scalar, out: Array) -> None:
-    """SplitMix64's finaliser (Steele, Lea and Flood 2014) of `key + index * golden`, for words `first` and following."""
-    for i in range(out.size):
-        z = np.uint64(key) + np.uint64(first + i) * np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        out[i] = z ^ (z >> np.uint64(31))
-
-
-@_compiled
+@compiled
 def subtract(dpo: Array, sft: Array, delta: Array) -> Scalar:
     """Returns how many elements differ, and how many differences are not finite."""
     changed, odd = np.uint32(0), np.uint32(0)
@@ -208,7 +47,7 @@ def subtract(dpo: Array, sft: Array, delta: Array) -> Scalar:
     return np.int64(changed), np.int64(odd)
 
 
-@_compiled
+@compiled
 def step(dpo: Array, sft: Array, delta: Array, alpha: Scalar, reference: Scalar, out: Array) -> None:
     """The formula, before it is rounded to the output's dtype."""
     if reference:
@@ -231,8 +70,8 @@ def step(dpo: Array, sft: Array, delta: Array, alpha: Scalar, reference: Scalar,
             out[i] = dpo[i] if delta[i] == 0 else dpo[i] + product
 
 
-@_compiled
-def inner_product(a: Array, b: Array, folded: Array) -> Scalar:
+@compiled
+def inner_product(a: Array, b: Array, folded: Array, careful: Array) -> Scalar:
     """Sum of `a * b` by folding the upper half onto the lower until one is left: one order on every machine and device.
 
     Where float32 overflowed or came near its end, the block is summed again in float64 without the terms that are not
@@ -243,13 +82,18 @@ def inner_product(a: Array, b: Array, folded: Array) -> Scalar:
         j = i + quarter
         folded[i] = (a[i] * b[i] + a[i + half] * b[i + half]) + (a[j] * b[j] + a[j + half] * b[j + half])
     fold(folded, quarter)
-    return np.float64(folded[0]) if 1e-20 < abs(folded[0]) < np.inf else careful_inner_product(a, b)
+    return np.float64(folded[0]) if is_sound(folded[0]) else careful_inner_product(a, b, careful)
 
 
-@_compiled
-def careful_inner_product(a: Array, b: Array) -> Scalar:
+@compiled
+def is_sound(total: Scalar) -> Scalar:
+    """Whether a sum shows neither overflow nor underflow, nor a term that is not finite."""
+    return 1e-20 < abs(total) < np.inf
+
+
+@compiled
+def careful_inner_product(a: Array, b: Array, folded: Array) -> Scalar:
     """In float64, without the terms that are not finite."""
-    folded = np.empty(BLOCK, np.float64)
     for i in range(BLOCK):
         term = np.float64(a[i]) * np.float64(b[i])
         folded[i] = term if abs(term) < np.inf else 0.0
@@ -257,7 +101,7 @@ def careful_inner_product(a: Array, b: Array) -> Scalar:
     return folded[0]
 
 
-@_compiled
+@compiled
 def fold(terms: Array, width: Scalar) -> None:
     """Leave the sum of the first `width` (a power of two) in front."""
     while width > 1:
@@ -266,7 +110,7 @@ def fold(terms: Array, width: Scalar) -> None:
             terms[i] += terms[i + width]
 
 
-@_compiled
+@compiled
 def move(out: Array, dpo: Array, sft: Array) -> Scalar:
     """`out -= dpo`; returns how many elements were finite in both parents and not in `out`."""
     overflow = np.uint32(0)
@@ -277,7 +121,7 @@ def move(out: Array, dpo: Array, sft: Array) -> Scalar:
     return np.int64(overflow)
 
 
-@_compiled
+@compiled
 def find_twins(
     dpo: Array, sft: Array, dpo_bytes: Array, sft_bytes: Array, same_dtype: Scalar, twins: Array
 ) -> Scalar:
@@ -299,7 +143,7 @@ def find_twins(
     return num_twins, num_nan, num_inf
 
 
-@_compiled
+@compiled
 def copy_bytes(source: Array, marked: Array, everything: Scalar, out: Array) -> None:
     """Copy the elements (rows of bytes) that are marked, or everything."""
     for i in range(marked.size):
@@ -308,90 +152,209 @@ def copy_bytes(source: Array, marked: Array, everything: Scalar, out: Array) -> 
                 out[i, j] = source[i, j]
 
 
-def extrapolate(
-    dpo: Scalar, sft: Scalar, outs: Array, kinds: Any, rounding: Scalar, alphas: Array, key: Scalar, first: Scalar,
-    count: Scalar, shared: Array, per_alpha: Array,
+@compiled
+def any_block(
+    dpo_at: Scalar, sft_at: Scalar, outs: Array, out_offset: Scalar, dpo_kind: Scalar, sft_kind: Scalar, out_kind: Scalar,
+    rounding: Scalar, stochastic: Scalar, bits: Scalar, alphas: Array, lo: Scalar, hi: Scalar, shared: Array,
+    per_alpha: Array, d: Array, s: Array, delta: Array, value: Array, folded: Array, careful: Array, twins: Array,
 ) -> None:  # fmt: skip
-    """All of a chunk.
-
-    Args:
-        dpo, sft, outs: addresses.
-        kinds: dtype of dpo, sft and outs.
-        alphas: of the type to compute in.
-        shared: is increased by changed, nan, inf, dpo_square, delta_square.
-        per_alpha: each row is increased by overflow, moved_delta.
-    """
-    d = np.empty(BLOCK, alphas.dtype)
-    s, delta, value, folded = np.empty_like(d), np.empty_like(d), np.empty_like(d), np.empty_like(d)
-    twins = np.empty(BLOCK, np.bool_)
-    bits = np.empty(BLOCK // 2, np.uint64)
-    dpo_kind, sft_kind, out_kind = kinds
+    """The elements `lo` to `hi` of a block, whatever they are; the last seven arguments are scratch."""
     dpo_size, sft_size, out_size = element_bytes(dpo_kind), element_bytes(sft_kind), element_bytes(out_kind)
-    random_bytes = bits_per_element(out_kind, alphas.itemsize) // 8
-    stochastic = rounding == STOCHASTIC and out_size == 2
-    done = 0
-    while done < count:
-        lo = (first + done) % BLOCK
-        hi = min(BLOCK, lo + count - done)
-        dpo_at, sft_at = dpo + done * dpo_size, sft + done * sft_size
-        if hi - lo < BLOCK:
-            for i in range(BLOCK):
-                d[i] = s[i] = 0
-        widen(dpo_at, dpo_kind, d[lo:hi])
-        widen(sft_at, sft_kind, s[lo:hi])
-        changed, odd = subtract(d, s, delta)
-        shared[0] += changed
-        shared[3] += inner_product(d, d, folded)
-        if changed:  # frozen layers: sums of nothing but zeros would be taken twice
-            shared[4] += inner_product(delta, delta, folded)
-        dpo_bytes = carray(pointer(dpo_at), (hi - lo, dpo_size), np.uint8)
+    if hi - lo < BLOCK:
+        for i in range(BLOCK):
+            d[i] = s[i] = 0
+    widen(dpo_at, dpo_kind, d[lo:hi])
+    widen(sft_at, sft_kind, s[lo:hi])
+    changed, odd = subtract(d, s, delta)
+    shared[0] += changed
+    shared[3] += inner_product(d, d, folded, careful)
+    if changed:  # frozen layers: sums of nothing but zeros would be taken twice
+        shared[4] += inner_product(delta, delta, folded, careful)
+    dpo_bytes = carray(pointer(dpo_at), (hi - lo, dpo_size), np.uint8)
+    if odd:
+        sft_bytes = carray(pointer(sft_at), (hi - lo, sft_size), np.uint8)
+        num_twins, num_nan, num_inf = find_twins(
+            d[lo:hi], s[lo:hi], dpo_bytes, sft_bytes, dpo_kind == sft_kind, twins[lo:hi]
+        )
+        shared[0] -= num_twins
+        shared[1] += num_nan
+        shared[2] += num_inf
+    for k in range(alphas.size):
+        out_at = outs[k] + out_offset
+        step(d, s, delta, alphas[k], rounding == REFERENCE, value)
         if odd:
-            sft_bytes = carray(pointer(sft_at), (hi - lo, sft_size), np.uint8)
-            same_dtype = dpo_kind == sft_kind
-            num_twins, num_nan, num_inf = find_twins(
-                d[lo:hi], s[lo:hi], dpo_bytes, sft_bytes, same_dtype, twins[lo:hi]
-            )
-            shared[0] -= num_twins
-            shared[1] += num_nan
-            shared[2] += num_inf
-        if stochastic:
-            random_bits(key, (first + done - lo) * random_bytes // 8, bits[: BLOCK * random_bytes // 8])
-        for k in range(alphas.size):
-            out_at = outs[k] + done * out_size
-            step(d, s, delta, alphas[k], rounding == REFERENCE, value)
-            if odd:
-                for i in range(lo, hi):
-                    value[i] = d[i] if twins[i] else value[i]
-            narrow(value[lo:hi], out_kind, stochastic, bits.ctypes.data + lo * random_bytes, out_at)
-            if odd and out_kind == dpo_kind:
-                out_bytes = carray(pointer(out_at), (hi - lo, out_size), np.uint8)
-                copy_bytes(dpo_bytes, twins[lo:hi], alphas[k] == 0 and rounding != REFERENCE, out_bytes)
-            widen(out_at, out_kind, value[lo:hi])
-            per_alpha[k, 0] += move(value, d, s)
-            if changed:
-                per_alpha[k, 1] += inner_product(value, delta, folded)
-        done += hi - lo
+            for i in range(lo, hi):
+                value[i] = d[i] if twins[i] else value[i]
+        narrow(value[lo:hi], out_kind, stochastic, bits, out_at)
+        if odd and out_kind == dpo_kind:
+            out_bytes = carray(pointer(out_at), (hi - lo, out_size), np.uint8)
+            copy_bytes(dpo_bytes, twins[lo:hi], alphas[k] == 0 and rounding != REFERENCE, out_bytes)
+        widen(out_at, out_kind, value[lo:hi])
+        per_alpha[k, 0] += move(value, d, s)
+        if changed:
+            per_alpha[k, 1] += inner_product(value, delta, folded, careful)
 
 
-_compiling = threading.Lock()
+@compiled
+def measure(dpo: Array, sft: Array, dpo_folded: Array, delta_folded: Array) -> Scalar:
+    """`subtract` and both squares' `inner_product` in one pass over a whole block of BF16 words, in the same order.
+
+    Returns how many elements differ, and the sums, not `is_sound` if an element is not finite.
+    """
+    half, quarter = BLOCK // 2, BLOCK // 4
+    changed = np.uint32(0)
+    for i in range(quarter):
+        d0, d1 = from_bf16(dpo[i]), from_bf16(dpo[i + quarter])
+        d2, d3 = from_bf16(dpo[i + half]), from_bf16(dpo[i + quarter + half])
+        e0, e1 = d0 - from_bf16(sft[i]), d1 - from_bf16(sft[i + quarter])
+        e2, e3 = d2 - from_bf16(sft[i + half]), d3 - from_bf16(sft[i + quarter + half])
+        differ = np.uint32(e0 != 0) + np.uint32(e1 != 0) + np.uint32(e2 != 0) + np.uint32(e3 != 0)
+        changed = np.uint32(changed + differ)
+        dpo_folded[i] = (d0 * d0 + d2 * d2) + (d1 * d1 + d3 * d3)
+        delta_folded[i] = (e0 * e0 + e2 * e2) + (e1 * e1 + e3 * e3)
+    fold(dpo_folded, quarter)
+    fold(delta_folded, quarter)
+    return np.int64(changed), dpo_folded[0], delta_folded[0]
 
 
-def kernel(compute: str) -> Callable[..., None]:
-    """`extrapolate` for one compute type: compiled, or loaded from numba's cache."""
-    with _compiling:  # or each thread that meets the first chunks would compile it
-        return _compile(compute)
-
-
-@functools.cache
-def _compile(compute: str) -> Callable[..., None]:
-    real = float32 if compute == "F32" else float64
-    kinds = types.UniTuple(int64, 3)
-    signature = types.void(
-        int64, int64, int64[::1], kinds, int64, real[::1], uint64, int64, int64, float64[::1], float64[:, ::1]
+@compiled
+def move_word(
+    dpo: Array, sft: Array, alpha: Scalar, stochastic: Scalar, bits: Array, out: Array, i: Scalar
+) -> Scalar:
+    """One element of `move_words`: writes it, and returns its share of moved_delta."""
+    d = from_bf16(dpo[i])
+    delta = d - from_bf16(sft[i])
+    product = alpha * delta
+    value = d if delta == 0 else d + product
+    pattern = np.float32(value).view(np.uint32)
+    below = (
+        np.uint32(bits[i]) if stochastic else np.uint32(0x7FFF) + ((pattern >> np.uint32(16)) & np.uint32(1))
     )
-    decorated: Callable[..., None]
-    try:
-        decorated = njit(signature, nogil=True, cache=True)(extrapolate)
-    except (RuntimeError, OSError):  # no folder for the cache can be written, or its disk is full
-        decorated = njit(signature, nogil=True)(extrapolate)
-    return decorated
+    out[i] = np.uint16(np.uint32(pattern + below) >> np.uint32(16))
+    return (from_bf16(out[i]) - d) * delta
+
+
+@compiled
+def move_words(
+    dpo: Array, sft: Array, alpha: Scalar, stochastic: Scalar, bits: Array, out: Array, folded: Array
+) -> Scalar:
+    """`step`, `narrow` and `move` in one pass over a whole block of finite BF16 words; nothing here can become NaN.
+
+    Returns moved_delta, not `is_sound` if an element overflowed.
+    """
+    half, quarter = BLOCK // 2, BLOCK // 4
+    if stochastic:
+        for i in range(quarter):
+            folded[i] = (
+                move_word(dpo, sft, alpha, True, bits, out, i)
+                + move_word(dpo, sft, alpha, True, bits, out, i + half)
+            ) + (
+                move_word(dpo, sft, alpha, True, bits, out, i + quarter)
+                + move_word(dpo, sft, alpha, True, bits, out, i + quarter + half)
+            )
+    else:
+        for i in range(quarter):
+            folded[i] = (
+                move_word(dpo, sft, alpha, False, bits, out, i)
+                + move_word(dpo, sft, alpha, False, bits, out, i + half)
+            ) + (
+                move_word(dpo, sft, alpha, False, bits, out, i + quarter)
+                + move_word(dpo, sft, alpha, False, bits, out, i + quarter + half)
+            )
+    fold(folded, quarter)
+    return folded[0]
+
+
+@compiled
+def whole_block(
+    dpo: Array, sft: Array, outs: Array, done: Scalar, stochastic: Scalar, bits: Array, alphas: Array, shared: Array,
+    per_alpha: Array, folded: Array, more_folded: Array,
+) -> Scalar:  # fmt: skip
+    """What nearly every block is: BF16 words throughout, all finite, sft and dpo different, alphas that are neither 0 nor -1.
+
+    Returns:
+        False if the block is not like that; then nothing has been added to any sum, and `any_block` must do it.
+    """
+    changed, dpo_square, delta_square = measure(dpo, sft, folded, more_folded)
+    if not (is_sound(dpo_square) and is_sound(delta_square)):
+        return False
+    for k in range(alphas.size):
+        out = carray(pointer(outs[k] + done * 2), BLOCK, np.uint16)
+        per_alpha[k, 2] = move_words(dpo, sft, alphas[k], stochastic, bits, out, folded)
+        if not is_sound(per_alpha[k, 2]):
+            return False
+    for k in range(alphas.size):
+        per_alpha[k, 1] += per_alpha[k, 2]
+    shared[0] += changed
+    shared[3] += dpo_square
+    shared[4] += delta_square
+    return True
+
+
+def extrapolate_in(real: Any) -> Callable[..., None]:
+    """The function to compile for one type to compute in.
+
+    It takes integers alone, so that it can be called without numba:
+
+        dpo, sft: addresses of a chunk's elements, aligned to them.
+        outs: address of int64 addresses, one for each alpha.
+        dpo_kind, sft_kind, out_kind: dtypes.
+        rounding: NEAREST, STOCHASTIC or REFERENCE.
+        alphas, num_alphas: address and number of alphas, of type `real`.
+        key, first, count: see `arithmetic.Kernel`.
+        shared: address of float64 that are increased by changed, nan, inf, dpo_square, delta_square.
+        per_alpha: address of a row of float64 for each alpha, increased by overflow, moved_delta; the third is lost.
+        scratch: address of `SCRATCH_BYTES`, aligned to 8.
+    """
+
+    def extrapolate(
+        dpo: Scalar, sft: Scalar, outs: Scalar, dpo_kind: Scalar, sft_kind: Scalar, out_kind: Scalar, rounding: Scalar,
+        alphas: Scalar, num_alphas: Scalar, key: Scalar, first: Scalar, count: Scalar, shared: Scalar,
+        per_alpha: Scalar, scratch: Scalar,
+    ) -> None:  # fmt: skip
+        out_at = carray(pointer(outs), num_alphas, np.int64)
+        alpha = carray(pointer(alphas), num_alphas, real)
+        sums = carray(pointer(shared), 5, np.float64)
+        rows = carray(pointer(per_alpha), (num_alphas, 3), np.float64)
+        d = carray(pointer(scratch), BLOCK, real)
+        s = carray(pointer(scratch + 8 * BLOCK), BLOCK, real)
+        delta = carray(pointer(scratch + 16 * BLOCK), BLOCK, real)
+        value = carray(pointer(scratch + 24 * BLOCK), BLOCK, real)
+        folded = carray(pointer(scratch + 32 * BLOCK), BLOCK, real)
+        careful = carray(pointer(scratch + 40 * BLOCK), BLOCK, np.float64)
+        bits_at = scratch + 48 * BLOCK
+        twins = carray(pointer(scratch + 52 * BLOCK), BLOCK, np.bool_)
+        dpo_size, sft_size, out_size = (
+            element_bytes(dpo_kind),
+            element_bytes(sft_kind),
+            element_bytes(out_kind),
+        )
+        random_bytes = bits_per_element(out_kind, d.itemsize) // 8
+        stochastic = rounding == STOCHASTIC and out_size == 2
+        usual = dpo_kind == BF16 and sft_kind == BF16 and out_kind == BF16 and rounding != REFERENCE
+        for k in range(num_alphas):
+            usual = usual and alpha[k] != 0 and alpha[k] != -1
+        done = 0
+        while done < count:
+            lo = (first + done) % BLOCK
+            hi = min(BLOCK, lo + count - done)
+            if stochastic:
+                random = carray(pointer(bits_at), BLOCK * random_bytes // 8, np.uint64)
+                random_bits(key, (first + done - lo) * random_bytes // 8, random)
+            if not (
+                usual
+                and hi - lo == BLOCK
+                and whole_block(
+                    carray(pointer(dpo + done * 2), BLOCK, np.uint16),
+                    carray(pointer(sft + done * 2), BLOCK, np.uint16),
+                    out_at, done, stochastic, carray(pointer(bits_at), BLOCK, np.uint16), alpha, sums, rows, folded, value,
+                )
+            ):  # fmt: skip
+                any_block(
+                    dpo + done * dpo_size, sft + done * sft_size, out_at, done * out_size, dpo_kind, sft_kind, out_kind,
+                    rounding, stochastic, bits_at + lo * random_bytes, alpha, lo, hi, sums, rows,
+                    d, s, delta, value, folded, careful, twins,
+                )  # fmt: skip
+            done += hi - lo
+
+    return extrapolate

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import ctypes
+import threading
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from expo_ray.checkpoint.tensors import DTYPE_BYTES
-from expo_ray.extrapolation import fused
+from expo_ray.extrapolation import compiled
 from expo_ray.extrapolation.arithmetic import Rule, compute_dtype, statistics_from_sums
 from expo_ray.extrapolation.statistics import TensorStatistics
 
-KINDS = {"BF16": fused.BF16, "F16": fused.F16, "F32": fused.F32, "F64": fused.F64}
-ROUNDINGS = {"nearest": fused.NEAREST, "stochastic": fused.STOCHASTIC, "reference": fused.REFERENCE}
+# The constants of `words` and `fused`, which are not imported here: numba would come with them.
+KINDS = {dtype: kind for kind, dtype in enumerate(("BF16", "F16", "F32", "F64"))}
+ROUNDINGS = {rounding: kind for kind, rounding in enumerate(("nearest", "stochastic", "reference"))}
+SCRATCH_BYTES = 53 * 2048
+
+_threads = threading.local()
 
 
 class CpuKernel:
@@ -21,10 +25,9 @@ class CpuKernel:
 
     def __init__(self, rule: Rule) -> None:
         self._dtypes = (rule.dpo_dtype, rule.sft_dtype, rule.out_dtype)
-        self._kinds = tuple(KINDS[dtype] for dtype in self._dtypes)
-        self._rounding = ROUNDINGS[rule.rounding]
-        self._real = np.float32 if compute_dtype(rule) == "F32" else np.float64
-        self._run = fused.kernel(compute_dtype(rule))
+        self._codes = (*(KINDS[dtype] for dtype in self._dtypes), ROUNDINGS[rule.rounding])
+        self._real: Any = ctypes.c_float if compute_dtype(rule) == "F32" else ctypes.c_double
+        self._run = compiled.kernel(compute_dtype(rule))
 
     def __call__(
         self,
@@ -37,24 +40,43 @@ class CpuKernel:
         first: int,
     ) -> list[TensorStatistics]:
         dpo_size, sft_size, out_size = (DTYPE_BYTES[dtype] for dtype in self._dtypes)
-        count = dpo.nbytes // dpo_size
-        assert [sft.nbytes, *(out.nbytes for out in outs)] == [count * sft_size] + [count * out_size] * len(
-            alphas
-        )
+        count, num = dpo.nbytes // dpo_size, len(outs)
+        assert sft.nbytes == count * sft_size
+        assert [out.nbytes for out in outs] == [count * out_size] * num
+        shared, per_alpha = (ctypes.c_double * 5)(), (ctypes.c_double * (3 * num))()
         parents = (_aligned(dpo, dpo_size), _aligned(sft, sft_size))
         results = [_aligned(out, out_size) for out in outs]
-        addresses = np.array([result.ctypes.data for result in results], np.int64)
-        shared, per_alpha = np.zeros(5), np.zeros((len(outs), 2))
+        addresses, factors = (ctypes.c_int64 * num)(*map(_address, results)), (self._real * num)(*alphas)
         self._run(
-            parents[0].ctypes.data, parents[1].ctypes.data, addresses, self._kinds, self._rounding,
-            np.array(alphas, self._real), key, first, count, shared, per_alpha,
+            *map(_address, parents), ctypes.addressof(addresses), *self._codes,
+            ctypes.addressof(factors), num, _signed(key), first, count,
+            ctypes.addressof(shared), ctypes.addressof(per_alpha), _scratch(),
         )  # fmt: skip
         for out, result in zip(outs, results, strict=True):
-            if result.flags.owndata:
-                np.frombuffer(out, np.uint8)[:] = result
-        return statistics_from_sums(count, shared, per_alpha)
+            if result is not out:
+                out[:] = result
+        return statistics_from_sums(count, shared, [per_alpha[k : k + 2] for k in range(0, 3 * num, 3)])
 
 
-def _aligned(buffer: memoryview, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    view = np.frombuffer(buffer, np.uint8)
-    return view.copy() if view.ctypes.data % size else view
+def _address(buffer: memoryview) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer)) if buffer.nbytes else 0
+
+
+def _aligned(buffer: memoryview, size: int) -> memoryview:
+    """The buffer as bytes, or a copy if its address is no multiple of `size`; read-only ones do not tell theirs."""
+    view = buffer.cast("B")
+    if view.readonly or _address(view) % size:
+        return memoryview(bytearray(view))
+    return buffer
+
+
+def _signed(word: int) -> int:
+    """The int64 with the same 64 bits."""
+    return word - (1 << 64) if word >> 63 else word
+
+
+def _scratch() -> int:
+    """Address of this thread's scratch memory."""
+    if not hasattr(_threads, "scratch"):
+        _threads.scratch = (ctypes.c_int64 * (SCRATCH_BYTES // 8))()
+    return ctypes.addressof(_threads.scratch)

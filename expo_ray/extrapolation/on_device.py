@@ -10,14 +10,13 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from expo_ray.checkpoint.tensors import DTYPE_BYTES
 from expo_ray.errors import JobError
 from expo_ray.extrapolation.arithmetic import Rule, statistics_from_sums
 from expo_ray.extrapolation.statistics import TensorStatistics
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 
@@ -76,6 +75,7 @@ class DeviceKernel:
         key: int,
         first: int,
     ) -> list[TensorStatistics]:
+        import numpy as np
         import torch
 
         from expo_ray.extrapolation.unfused import extrapolate
@@ -121,6 +121,8 @@ class _Lane:
             self._stream.synchronize()
 
     def upload(self, name: str, data: memoryview) -> torch.Tensor:
+        import numpy as np
+
         host = self._buffer(name, data.nbytes)
         host.numpy()[:] = np.frombuffer(data, np.uint8)
         return host.to(self._device, non_blocking=True)
