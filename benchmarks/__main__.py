@@ -14,6 +14,7 @@ QUESTIONS = {
     "alphas": "what do four alphas in one pass cost, against four passes?",
     "s3": "how fast is S3 to S3, against moving the same bytes with obstore alone?",
     "scale": "how many shards a second does the Ray driver carry, and does its memory grow?",
+    "rewards": "how fast are responses scored, against a transformers pipeline at batch 8?",
     "rounding": "how far from the exact model is the written one?",
 }
 # A study of numbers, not of this machine: a quarter of an hour, so it runs only when named.
