@@ -25,6 +25,9 @@ ANSWER_TIMEOUT_S = 1200.0
 ATTEMPTS = 10
 FIRST_DELAY_S = 0.5
 LONGEST_DELAY_S = 15.0
+# So many requests may fail for good, none being answered in between, before the endpoint itself is given up: a few prompts that
+# an engine cannot take are no reason, and one that is gone should not be waited for again and again.
+GIVEN_UP_IN_A_ROW = 3
 # A foreign endpoint does not tell how many requests keep it busy.
 FOREIGN_SLOTS = 128
 _LOG_PERIOD_S = 10.0
@@ -55,7 +58,7 @@ class Refused(Exception):
 
 
 class GaveUp(Exception):
-    """One request failed again and again, while the endpoint answered others."""
+    """One request failed again and again; the endpoint may answer others."""
 
 
 class Client:
@@ -85,7 +88,7 @@ class Client:
         self._attempts, self._delay_s, self._timeout_s = attempts, delay_s, timeout_s
         self._http = connect(url, timeout_s)
         self.url = str(self._http.base_url)
-        self._last_answer = self._last_logged = float("-inf")
+        self._given_up, self._last_logged = 0, float("-inf")
 
     async def names(self) -> list[str]:
         """What the endpoint serves; see `names_at`."""
@@ -100,26 +103,26 @@ class Client:
 
         Raises:
             Refused: if the endpoint refuses this request.
-            GaveUp: if it failed each time, while others were answered.
+            GaveUp: if it failed each time.
             EndpointError: if nothing is answered any more, or nothing of this model or key is.
         """
         body = {"model": model, "messages": list(messages), **options}
-        began, first_failure = time.monotonic(), None
+        began = time.monotonic()
         for attempt in range(1, self._attempts + 1):
             answer, reason, wait_s = await self._attempt(body)
             if answer is not None:
-                self._last_answer = time.monotonic()
+                self._given_up = 0
                 return answer
-            first_failure = first_failure or time.monotonic()
             if attempt < self._attempts and time.monotonic() - began < 2 * self._timeout_s:
                 self._tell(reason, attempt)
                 delay_s = min(LONGEST_DELAY_S, self._delay_s * 2 ** (attempt - 1)) * random.uniform(0.5, 1)
                 await asyncio.sleep(max(delay_s, wait_s))
                 continue
-            if self._last_answer < first_failure:
+            self._given_up += 1
+            if self._given_up > GIVEN_UP_IN_A_ROW:
                 raise EndpointError(
-                    f"{self.url}: {reason}; asked {attempt} times, and nothing else was answered meanwhile. What "
-                    "was answered before is kept: see to the endpoint, then run the same command again"
+                    f"{self.url}: {reason}; asked {attempt} times, and nothing else is answered either. What was "
+                    "answered before is kept: see to the endpoint, then run the same command again"
                 )
             raise GaveUp(f"{reason}; asked {attempt} times")
         raise AssertionError("no attempts")
