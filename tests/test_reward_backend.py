@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,12 +12,16 @@ pytest.importorskip("transformers")
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from expo_ray.config import RewardModel
 from expo_ray.errors import ExpoError, RewardError
 from expo_ray.evaluation.records import Reward
 from expo_ray.evaluation.reward_function import Failed, function_scorer, load_function
 from expo_ray.evaluation.reward_inputs import function_inputs, model_inputs
+from expo_ray.evaluation.reward_model import Classifier, inspect_reward_model
 from expo_ray.on_ray import reward_models
-from expo_ray.on_ray.reward_models import TransformersBackend, check_parity
+from expo_ray.on_ray.reward_actors import RewardPool
+from expo_ray.on_ray.reward_models import TransformersBackend, check_parity, load_backend
+from expo_ray.storage import open_store
 from tests.tiny_reward_models import MAX_TOKENS, english, last_token_scores, response, save_reward_model
 
 
@@ -63,6 +69,41 @@ def test_back_ends_that_disagree_are_refused_with_both_values() -> None:
         check_parity("rm", "fp32", [1.01, 0.5], [1.0, 0.5])
     with pytest.raises(RewardError, match=r"nan and 1\.0000"):
         check_parity("rm", "fp32", [float("nan")], [1.0])
+
+
+class _OffByOne:
+    """In the place of vLLM: the reference's scores, and one more."""
+
+    name = "off by one"
+
+    def __init__(self, model: Classifier, folder: Path, dtype: str, *, cuda: bool, gpu_share: float) -> None:
+        self._reference = TransformersBackend(folder, dtype, cuda=cuda)
+
+    def score(self, ids: Sequence[Sequence[int]]) -> list[float]:
+        return [one + 1 for one in self._reference.score(ids)]
+
+
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+def test_an_engine_that_scores_otherwise_does_not_get_to_work(
+    folder: Path, ids: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reward_models, "VllmBackend", _OffByOne)
+    model = inspect_reward_model(RewardModel(model=str(folder), backend="vllm"))
+    assert isinstance(model, Classifier)
+    with pytest.raises(RewardError, match="disagree on 16 of 16 texts"):
+        load_backend(model, folder, "fp32", gpu_share=0, probe=ids[:16])
+
+
+def test_a_model_in_a_bucket_is_looked_at_through_its_small_files(
+    folder: Path,
+) -> None:
+    store = open_store("memory://rewards/rm")
+    for file in folder.iterdir():
+        store.put(file.name, file.read_bytes())
+    there, here = (RewardPool(RewardModel(model=uri)) for uri in (store.uri, str(folder)))
+    rows = english(5)
+    assert there.inputs(rows) == here.inputs(rows)
+    assert len(there.inputs(rows)[3].ids) > 20
 
 
 def write_functions(folder: Path) -> None:

@@ -110,8 +110,8 @@ class _Batch:
 class RewardPool:
     """A reward model, ready to score; see `expo_ray.evaluation.reward.Scorer`.
 
-    Nothing is loaded, and Ray not needed, before something is to be scored. Actors stay until the pool is closed. An actor that dies, alone or with
-    its node, is replaced, and what it had not returned is given to another.
+    Nothing is loaded before something is to be scored. Actors stay until the pool is closed; `score` is for one thread at a
+    time. An actor that dies, alone or with its node, is replaced, and what it had not returned is given to another.
 
     Args:
         spec: the reward model as a job file has it.
@@ -188,8 +188,9 @@ class RewardPool:
                         self.spec.name, _STALL_WARNING_S, len(under_way), len(self._slots) - len(loading), len(self._slots),
                     )  # fmt: skip
         finally:
-            for ref in under_way:
+            for ref, (slot, _) in under_way.items():
                 ray.cancel(ref)
+                slot.batches -= 1
 
     def close(self) -> None:
         """End the actors."""
