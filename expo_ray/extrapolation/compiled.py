@@ -10,6 +10,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ import llvmlite
 from llvmlite import binding as llvm
 
 NUM_ARGUMENTS = 15
-_SOURCES = ("fused.py", "words.py")
+_SOURCES = ("compiled.py", "fused.py", "words.py")
 _SYMBOL = "extrapolate"
 _NUMBA = "NRT_MemInfo_call_dtor"
 _DIGEST_BYTES = 32
@@ -123,7 +124,6 @@ def optimised(compute: str) -> str:
     decorated = njit(signature, no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)(function)
     (compiled,) = decorated.overloads.values()
     code: str = compiled.library.get_llvm_str().replace(compiled.fndesc.llvm_func_name, _SYMBOL)
-    # Never called, as nothing is allocated; named nevertheless.
-    return code.replace(
-        f"declare void @{_NUMBA}(ptr)", f"define internal void @{_NUMBA}(ptr %0) {{ ret void }}\n;"
-    )
+    # Never called, as nothing is allocated, and named nevertheless.
+    stub = rf"define internal void @{_NUMBA}(\1 %0) {{ ret void }}"
+    return re.sub(rf"declare void @{_NUMBA}\((\S+)\).*", stub, code)
