@@ -16,7 +16,7 @@ from expo_ray.storage import open_store
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("job", metavar="JOB.yaml")
+    parser.add_argument("job", metavar="JOB.yaml", help="the job file")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace models that expo-ray wrote there before"
     )

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from examples.local_s3 import SeaweedFS
+from expo_ray.extrapolation import in_threads
 from expo_ray.storage import forget_stores, retry, s3_connection, s3_writer
 from tests.fault_proxy import Action, Fault
 from tests.pairs import expo, moved, write_both
@@ -120,6 +121,7 @@ class Job:
 @pytest.fixture
 def job(stage: Stage, light_pair: LightPair, monkeypatch: pytest.MonkeyPatch) -> Job:
     monkeypatch.setattr(retry, "FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr(in_threads, "MAX_RETRIES", 1)
     monkeypatch.setattr(s3_connection, "SILENCE_TIMEOUT_S", 0.5)
     monkeypatch.setattr(s3_connection, "WRITE_TIMEOUT_S", 1.5)
     monkeypatch.setattr(s3_connection, "PART_RETRIES", 2)

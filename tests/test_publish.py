@@ -493,7 +493,7 @@ def test_a_job_killed_at_any_moment_leaves_no_torn_model_and_is_finished_by_a_se
     root.mkdir()
     shards = len(shard_names(fresh))
     published = 0
-    for out in killed_everywhere(root, [*words, "--rounding", "nearest", *SHARDS.split()], stride=5):
+    for out in killed_everywhere(root, [*words, "--rounding", "nearest", *SHARDS.split()], stride=9):
         if (out / "expo.json").exists():
             published += 1
             assert model_of(out) == model_of(fresh)
@@ -515,12 +515,12 @@ def test_an_overwrite_killed_at_any_moment_leaves_the_old_model_the_new_one_or_n
     assert expo(*pair, new, 1, more="--shard-size 60kB") == 0
     root = tmp_path / "killed"
     root.mkdir()
-    for moment in range(1, 400, 7):
+    for moment in range(1, 400, 9):
         subprocess.run(["cp", "-r", str(old), str(root / f"killed-{moment}")], check=True)
     words = ["extrapolate", "--sft", str(pair[0]), "--dpo", str(pair[1]), "--alpha", "1", "--output", "OUT"]
     seen = Counter[str]()
     for out in killed_everywhere(
-        root, [*words, "--rounding", "nearest", "--shard-size", "60kB", "--overwrite"], stride=7
+        root, [*words, "--rounding", "nearest", "--shard-size", "60kB", "--overwrite"], stride=9
     ):
         if (out / "expo.json").exists():
             which = "old" if json.loads((out / "expo.json").read_text())["alpha"] == 0.5 else "new"
@@ -531,7 +531,7 @@ def test_an_overwrite_killed_at_any_moment_leaves_the_old_model_the_new_one_or_n
         assert expo(*pair, out, 1, more="--shard-size 60kB --overwrite") == 0
         assert model_of(out) == model_of(new)
     assert seen["old"] >= 1
-    assert seen["none"] > 10
+    assert seen["none"] > 7
 
 
 def test_a_job_that_is_told_to_stop_removes_what_it_had_begun(
