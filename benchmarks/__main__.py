@@ -15,10 +15,11 @@ QUESTIONS = {
     "s3": "how fast is S3 to S3, against moving the same bytes with obstore alone?",
     "scale": "how many shards a second does the Ray driver carry, and does its memory grow?",
     "rewards": "how fast are responses scored, against a transformers pipeline at batch 8?",
+    "alpha_search": "how good is the alpha that the search finds, and at what price?",
     "rounding": "how far from the exact model is the written one?",
 }
-# A study of numbers, not of this machine: a quarter of an hour, so it runs only when named.
-ONLY_WHEN_NAMED = {"rounding"}
+# Studies of numbers, not of this machine: many minutes, so they run only when named.
+ONLY_WHEN_NAMED = {"alpha_search", "rounding"}
 
 
 def main(words: list[str]) -> int:
@@ -27,8 +28,10 @@ def main(words: list[str]) -> int:
     name, *options = words
     if name not in QUESTIONS:
         print("python -m benchmarks [NAME [options]]\n")
-        print("\n".join(f"  {name:9} {question}" for name, question in QUESTIONS.items()))
-        print(f"\nWithout a name: all but {', '.join(ONLY_WHEN_NAMED)}. NAME --help lists its options.")
+        print("\n".join(f"  {name:12} {question}" for name, question in QUESTIONS.items()))
+        print(
+            f"\nWithout a name: all but {', '.join(sorted(ONLY_WHEN_NAMED))}. NAME --help lists its options."
+        )
         return 0 if name in {"-h", "--help"} else 2
     sys.argv = [f"python -m benchmarks {name}", *options]
     import_module(f"benchmarks.{name}").main()

@@ -24,11 +24,11 @@ def response(
     return Response(prompt, sample, "pair@0.5", [], text, tokens, 10, end, seed=1)
 
 
-def keyed(rows: list[Response]) -> dict[object, Response]:
+def keyed(rows: list[Response]) -> dict[tuple[str, int], Response]:
     return {row.key: row for row in rows}
 
 
-def scored(rows: list[Response], reward: float = 1.0) -> dict[str, dict[object, Reward]]:
+def scored(rows: list[Response], reward: float = 1.0) -> dict[str, dict[tuple[str, int], Reward]]:
     return {"rm": {row.key: Reward(row.prompt_id, row.sample, reward) for row in rows}}
 
 

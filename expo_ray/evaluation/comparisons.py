@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtri
 
-from expo_ray.evaluation.statistics import Array, resampled_deviations
+from expo_ray.evaluation.statistics import NORMAL, Array, resampled_deviations
 
 
 def losers(rewards: Array, level: float) -> NDArray[np.bool_]:
@@ -33,7 +32,7 @@ def losers(rewards: Array, level: float) -> NDArray[np.bool_]:
     errors[errors <= 1e-12] = np.inf
     deficits = (means[None, :] - means[:, None]) / errors
     # The largest of several deficits has no smaller critical value than one has: below that, there is nothing to resample.
-    suspects = np.flatnonzero(deficits.max(axis=1) > -ndtri(level))
+    suspects = np.flatnonzero(deficits.max(axis=1) > NORMAL.inv_cdf(1 - level))
     lost = np.zeros(num_alphas, bool)
     if len(suspects):
         deviations = resampled_deviations(rewards)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
@@ -15,8 +16,10 @@ from expo_ray.evaluation.statistics import Array
 # Long enough that prose seldom repeats one by chance, short enough to see a loop of one word.
 _REPEATED_CHARACTERS = 16
 
-# Log-probabilities of the tokens of dpo's own responses, by a response's key (prompt id, sample).
-LogProbabilities = Mapping[Hashable, Sequence[float]]
+# Prompt id and sample, or the wider type that `Parts.read` gives.
+Key = TypeVar("Key", bound=Hashable)
+# Log-probabilities of the tokens of dpo's own responses, by (prompt id, sample).
+LogProbabilities = Mapping[tuple[str, int], Sequence[float]]
 
 
 class EvaluationError(ExpoError):
@@ -70,8 +73,8 @@ class Evaluated:
 def evaluated(
     alpha: float,
     prompt_ids: Sequence[str],
-    responses: Mapping[Hashable, Response],
-    rewards: Mapping[str, Mapping[Hashable, Reward]],
+    responses: Mapping[Key, Response],
+    rewards: Mapping[str, Mapping[Key, Reward]],
     *,
     special_tokens: Sequence[str] = (),
     logprobs: tuple[LogProbabilities, LogProbabilities] | None = None,
@@ -91,14 +94,15 @@ def evaluated(
             reward that is not finite.
     """
     check_alpha(alpha)
+    scored = {name: {row.key: row.reward for row in of_model.values()} for name, of_model in rewards.items()}
     by_prompt: dict[str, list[Response]] = {name: [] for name in prompt_ids}
     for response in responses.values():
         if response.prompt_id in by_prompt:
             by_prompt[response.prompt_id].append(response)
     samples = max((len(rows) for rows in by_prompt.values()), default=0)
-    _check(alpha, by_prompt, rewards, samples)
+    _check(alpha, by_prompt, scored, samples)
 
-    def per_prompt(values: Mapping[Hashable, float]) -> Array:
+    def per_prompt(values: Mapping[tuple[str, int], float]) -> Array:
         return np.array([np.mean([values[row.key] for row in rows]) for rows in by_prompt.values()])
 
     taken = [row for rows in by_prompt.values() for row in rows]
@@ -106,10 +110,7 @@ def evaluated(
     return Evaluated(
         alpha=alpha,
         prompt_ids=tuple(prompt_ids),
-        rewards={
-            name: per_prompt({key: row.reward for key, row in of_model.items()})
-            for name, of_model in rewards.items()
-        },
+        rewards={name: per_prompt(values) for name, values in scored.items()},
         lengths=per_prompt({row.key: row.num_tokens for row in taken}),
         cut=per_prompt({row.key: row.finish_reason == "length" for row in taken}),
         repetition=per_prompt({row.key: repetition_of(row.text) for row in taken}),
@@ -138,7 +139,7 @@ def is_broken(text: str, special_tokens: Sequence[str]) -> bool:
 def _check(
     alpha: float,
     by_prompt: Mapping[str, Sequence[Response]],
-    rewards: Mapping[str, Mapping[Hashable, Reward]],
+    rewards: Mapping[str, Mapping[tuple[str, int], float]],
     samples: int,
 ) -> None:
     name = f"alpha {format_alpha(alpha)}"
@@ -158,7 +159,7 @@ def _check(
                 f"{name}: {model} has not scored {len(missing)} of {len(keys)} responses ({some(missing)}); run `reward` again, it "
                 "scores what is missing"
             )
-        wrong = [f"{key[0]}/{key[1]}" for key in keys if not np.isfinite(scored[key].reward)]
+        wrong = [f"{key[0]}/{key[1]}" for key in keys if not np.isfinite(scored[key])]
         if wrong:
             raise EvaluationError(
                 f"{name}: {model} gave {len(wrong)} reward(s) that are no finite number ({some(wrong)}); a mean with them says "
@@ -175,7 +176,7 @@ def _divergence(
     rows = []
     for prompt in by_prompt:
         total, count = 0.0, 0
-        for key in (key for key in of_dpo if isinstance(key, tuple) and key[0] == prompt):
+        for key in (key for key in of_dpo if key[0] == prompt):
             dpo, other = np.asarray(of_dpo[key]), np.asarray(of_alpha.get(key, ()))
             if dpo.shape != other.shape:
                 raise EvaluationError(

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtr, ndtri
 
 Array = NDArray[np.float64]
 # Takes means of columns, (..., columns), and gives the statistic, (...).
@@ -22,6 +22,7 @@ Statistic = Callable[[Array], Array]
 RESAMPLES = 10_000
 _SEED = 20_240_425
 _BLOCK = 1_000
+NORMAL = NormalDist()
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,11 @@ def bootstrap(columns: Array, statistic: Statistic, confidence: float = 0.95) ->
     acceleration = float((pull**3).sum()) / (6 * spread) if spread > 0 else 0.0
     # Ties count half: a win rate takes few values.
     below = (np.searchsorted(replicates, value) + np.searchsorted(replicates, value, "right")) / 2
-    bias = float(ndtri(np.clip(below, 1, RESAMPLES - 1) / RESAMPLES))
-    tail = ndtri((1 - confidence) / 2)
-    low, high = (ndtr(bias + (bias + z) / max(1 - acceleration * (bias + z), 1e-9)) for z in (tail, -tail))
+    bias = NORMAL.inv_cdf(min(max(float(below), 1), RESAMPLES - 1) / RESAMPLES)
+    tail = NORMAL.inv_cdf((1 - confidence) / 2)
+    low, high = (
+        NORMAL.cdf(bias + (bias + z) / max(1 - acceleration * (bias + z), 1e-9)) for z in (tail, -tail)
+    )
     ends = np.quantile(replicates, [low, high])
     return Interval(value, float(ends[0]), float(ends[1]))
 
@@ -72,7 +75,7 @@ def resampled_deviations(columns: Array) -> Array:
     centred = (columns - columns.mean(axis=0)).astype(np.float32)
     counts = _counts(len(columns))
     blocks = [counts[at : at + _BLOCK].astype(np.float32) @ centred for at in range(0, RESAMPLES, _BLOCK)]
-    return np.concatenate(blocks).astype(np.float64) / len(columns)
+    return np.asarray(np.concatenate(blocks), np.float64) / len(columns)
 
 
 @lru_cache(maxsize=8)

@@ -1,0 +1,111 @@
+"""Synthetic pairs: a reward that rises with alpha, turns, and falls off a cliff, and noisy responses to the same prompts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from expo_ray.evaluation.evaluated import Evaluated
+from expo_ray.evaluation.history import Half, HalfName, History, Rung
+
+# Standard deviations of the reward: between prompts, the same for every alpha; and of each response.
+PROMPT_NOISE, RESIDUAL = 2.0, 1.5
+NUM_PROMPTS = 1000  # of each half
+_LOWEST = -8.0
+
+_IDS = tuple(map(str, range(NUM_PROMPTS)))
+_ZERO, _ONE = np.zeros(NUM_PROMPTS), np.ones(NUM_PROMPTS)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Mean gain over dpo as a function of alpha.
+
+    Attributes:
+        turn: where the rise ends.
+        height: of the rise; 0 for a curve that is flat up to its cliff, below 0 for one that falls from the beginning.
+        rise: exponent of `1 - |1 - alpha / turn| ** rise`, left of the turn.
+        width: right of the turn, the fall is a parabola that reaches 0 at `turn * (1 + width)`.
+        cliff: as a multiple of `turn`.
+        steepness: of the cliff, on log alpha.
+        depth: of the cliff.
+    """
+
+    turn: float
+    height: float
+    rise: float
+    width: float
+    cliff: float
+    steepness: float
+    depth: float
+
+    def gain(self, alpha: float) -> float:
+        if alpha <= 0:
+            return 0.0
+        x = alpha / self.turn
+        drop = self.depth / (1 + math.exp(min(-math.log(x / self.cliff) / self.steepness, 500)))
+        return max(self.height * self._shape(x) - drop, _LOWEST)
+
+    def _shape(self, x: float) -> float:
+        if self.height < 0:
+            return x
+        return 1 - (1 - x) ** self.rise if x < 1 else 1 - ((x - 1) / self.width) ** 2
+
+    def attainable(self) -> float:
+        """The largest gain of any alpha."""
+        return max(0.0, *(self.gain(self.turn * factor) for factor in np.geomspace(0.2, 2, 500)))
+
+
+def draw(seed: int) -> Curve:
+    """A curve with a gain: the turn log-uniform in 0.1 to 10, the height log-uniform in 0.3 to 3."""
+    generator = np.random.default_rng([seed, 1])
+    return Curve(
+        turn=float(np.exp(generator.uniform(math.log(0.1), math.log(10)))),
+        height=float(np.exp(generator.uniform(math.log(0.3), math.log(3)))),
+        rise=generator.uniform(1.5, 2.5),
+        width=generator.uniform(0.7, 2),
+        cliff=generator.uniform(1.5, 4),
+        steepness=generator.uniform(0.05, 0.2),
+        depth=generator.uniform(2, 6),
+    )
+
+
+def flat(seed: int) -> Curve:
+    """No gain: the reward of dpo up to the cliff."""
+    return replace(draw(seed), height=0.0)
+
+
+def falling(seed: int) -> Curve:
+    """No gain: worse from the beginning."""
+    curve = draw(seed)
+    return replace(curve, height=-curve.height / 2)
+
+
+class Pair:
+    """A pair with this curve, whose responses are drawn as they are asked for."""
+
+    def __init__(self, curve: Curve, seed: int) -> None:
+        self.curve, self.seed = curve, seed
+        self.history = History(Half(NUM_PROMPTS, {}), Half(NUM_PROMPTS, {}))
+
+    def evaluate(self, rung: Rung) -> None:
+        half = self.history.half(rung.half)
+        found = dict(half.evaluated)
+        for alpha in rung.alphas:
+            if alpha not in found or len(found[alpha].prompt_ids) < rung.num_prompts:
+                found[alpha] = self._respond(rung.half, alpha).first(rung.num_prompts)
+        self.history = replace(self.history, **{rung.half: replace(half, evaluated=found)})
+
+    def mean(self, alpha: float, num_prompts: int = NUM_PROMPTS) -> float:
+        """Mean reward on the choosing half, asked for where it is missing."""
+        self.evaluate(Rung("choose", (alpha,), num_prompts, ""))
+        return float(self.history.choose.evaluated[alpha].rewards["reward"].mean())
+
+    def _respond(self, half: HalfName, alpha: float) -> Evaluated:
+        side = 0 if half == "choose" else 1
+        ease = np.random.default_rng([self.seed, 2, side]).normal(0, PROMPT_NOISE, NUM_PROMPTS)
+        generator = np.random.default_rng([self.seed, 3, side, round(alpha * 1e6)])
+        rewards = ease + self.curve.gain(alpha) + generator.normal(0, RESIDUAL, NUM_PROMPTS)
+        return Evaluated(alpha, _IDS, {"reward": rewards}, _ONE, cut=_ZERO, repetition=_ZERO, broken=_ZERO)
