@@ -42,11 +42,11 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pair", ["smollm2", "untied"])
+@pytest.mark.parametrize(("pair", "repeats"), [("smollm2", 20), ("untied", 6)])
 def test_after_swaps_both_ways_an_engine_answers_as_one_started_on_the_published_folder(
-    pair: str, request: pytest.FixtureRequest, tmp_path: Path
+    pair: str, repeats: int, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    found = swaps(*request.getfixturevalue(pair), tmp_path)
+    found = swaps(*request.getfixturevalue(pair), tmp_path, repeats)
     first, second = found["started"]
     assert first != second != found["dpo"]
     assert found["first"] == first
@@ -64,7 +64,7 @@ def test_after_swaps_both_ways_an_engine_answers_as_one_started_on_the_published
         assert "not to be trusted" in found["health"]
 
 
-def swaps(sft: Path, dpo: Path, folder: Path) -> dict[str, Any]:
+def swaps(sft: Path, dpo: Path, folder: Path, repeats: int) -> dict[str, Any]:
     words = [word for alpha in ALPHAS for word in ("--alpha", str(alpha))]
     assert main(["extrapolate", "--sft", str(sft), "--dpo", str(dpo), *words, "--output", str(folder)]) == 0
     plan = plan_pair(Pair(name="pair", sft=str(sft), dpo=str(dpo)), {})
@@ -76,6 +76,7 @@ def swaps(sft: Path, dpo: Path, folder: Path) -> dict[str, Any]:
             "-m",
             "tests.swap_script",
             f"{folder}/plan",
+            str(repeats),
             *published,
             f"{folder}/out",
             VLLM_CPU_OMP_THREADS_BIND="nobind",

@@ -125,7 +125,7 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     sft, dpo = save_chat_pair(tmp_path_factory.mktemp("tiny"), tied=False, dtype=torch.float32)
     job = {
         "pairs": [{"name": "tiny", "sft": str(sft), "dpo": str(dpo), "alphas": [0.5]}],
-        "serving": {"replicas": 2, **SMALL},
+        "serving": {"replicas": 2, "dtype": "fp32", **SMALL},
     }
     with RayBox() as box, serve(box, job) as (url, process):
         yield Running(url, sft, dpo, process)

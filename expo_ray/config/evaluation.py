@@ -83,7 +83,7 @@ class Serving(Frozen):
     """`auto` takes GPUs where the cluster has some."""
 
     dtype: WeightDtype = "auto"
-    """Data type that the engine computes in; `auto` is the checkpoint's."""
+    """Data type that the engine computes in; `auto` is the checkpoint's, or 16 bits where that is fp32."""
 
     max_model_len: Annotated[int, Field(ge=8)] | None = None
     """Longest prompt and response together, in tokens; the model's own limit unless given."""
