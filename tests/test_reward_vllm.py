@@ -68,7 +68,7 @@ def test_a_real_reward_model(box: RayBox) -> None:
         response(f"{one['prompt']} Then?", two["reference"])
         for one, two in zip(prompts[:48], prompts[9:], strict=False)
     ]
-    rows += [*others, response("Nothing?", ""), response("Long?", "One day, a dog saw a cat. " * 35)]
+    rows += [*others, response("Nothing?", ""), response("Long?", "One day, a dog saw a cat. " * 42)]
     assert len(rows) == TEXTS
     ids, expected = by_hand(STORIES / "rm", rows)
     assert {tuple(one[:1]) for one in ids} == {(1,)}  # BOS, once

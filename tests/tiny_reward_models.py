@@ -53,11 +53,18 @@ def save_reward_model(
 def last_token_scores(folder: Path, ids: Sequence[Sequence[int]]) -> list[float]:
     """What the head makes of the last token's hidden state, one text at a time and without padding."""
     model: Any = LlamaForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.inference_mode():
-        return [
-            (model.model(torch.tensor([list(one)])).last_hidden_state[0, -1] @ model.score.weight[0]).item()
-            for one in ids
-        ]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several for so small a model get into each other's way
+    try:
+        with torch.inference_mode():
+            return [
+                (
+                    model.model(torch.tensor([list(one)])).last_hidden_state[0, -1] @ model.score.weight[0]
+                ).item()
+                for one in ids
+            ]
+    finally:
+        torch.set_num_threads(threads)
 
 
 def response(prompt: str, text: str, sample: int = 0, **more: Any) -> Response:
