@@ -19,6 +19,7 @@ from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.receipt import Receipt, read_receipt, read_receipt_of_twin
 from expo_ray.extrapolation.statistics import TensorStatistics
 from expo_ray.report.model_card import model_card
+from expo_ray.report.results import PairResult
 from expo_ray.storage import Store, open_store
 
 FORMAT = 1
@@ -43,8 +44,11 @@ class Published:
     warnings: tuple[str, ...]
 
 
-def publish(plan: PairPlan, alpha: float) -> Published:
+def publish(plan: PairPlan, alpha: float, result: PairResult | None = None) -> Published:
     """Complete the model at `alpha`, whose shards are all stored. A model that is already complete is left alone.
+
+    Args:
+        result: what was measured of the pair, for the model's card.
 
     Raises:
         OutputError: if a shard is missing, or another plan has taken the folder.
@@ -67,7 +71,7 @@ def publish(plan: PairPlan, alpha: float) -> Published:
     small = dict(_small_files(plan, alpha))
     for key, data in small.items():
         store.put(key, data)
-    small[CARD] = _put_first(store, CARD, model_card(manifest).encode())
+    small[CARD] = _put_first(store, CARD, model_card(manifest, result).encode())
     files = {
         key: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for key, data in small.items()
     }

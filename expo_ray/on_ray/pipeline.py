@@ -30,6 +30,7 @@ from expo_ray.evaluation.records import digest
 from expo_ray.extrapolation.job import outputs_of, plan_job, run_job
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.progress import Progress
+from expo_ray.extrapolation.publish import Published, publish
 from expo_ray.on_ray.cluster import cluster
 from expo_ray.on_ray.extrapolation import OnRay
 from expo_ray.on_ray.pair_evaluator import PairEvaluator, Scorers
@@ -260,7 +261,14 @@ def _publish(
     if not winners:
         return {}, {}
     plan = plan_job(winners, [outputs_of(job, pair) for pair in winners])
-    with Progress(store) as progress, OnRay(progress, device=job.device) as executor:
+
+    def publish_with_result(plan: PairPlan, alpha: float) -> Published:
+        return publish(plan, alpha, found[plan.name])
+
+    with (
+        Progress(store) as progress,
+        OnRay(progress, device=job.device, publish_task=publish_with_result) as executor,
+    ):
         outcome = run_job(plan, executor, progress)
         progress.finish(
             "failed" if outcome.failures else "done", len(outcome.published), sorted(outcome.failures)
