@@ -306,7 +306,7 @@ def test_a_driver_killed_with_500_prompts_in_flight(endpoint: FakeEndpoint, tmp_
     command += ["--prompts", str(prompts), "--output", str(output)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     # 200 are answered, and all others wait.
-    endpoint.failing = lambda body: endpoint.gate.clear() if len(endpoint.chats) == 200 else None  # type: ignore[func-returns-value]
+    endpoint.failing = lambda body: endpoint.gate.clear() if len(endpoint.chats) == 200 else None
     first = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
         wait_until(lambda: len(endpoint.chats) >= 300, "requests wait beyond the answered ones")
