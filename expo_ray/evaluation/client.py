@@ -37,12 +37,17 @@ _TOO_LONG = ("context length", "context_length", "maximum model length", "max_mo
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer, before it is known which prompt's it is."""
+    """One answer, before it is known which prompt's it is.
+
+    Attributes:
+        prompt_logprobs: of the prompt's tokens after the first, where they were asked for.
+    """
 
     text: str
     num_tokens: int
     num_prompt_tokens: int
     finish_reason: str
+    prompt_logprobs: Sequence[float] = ()
 
 
 class Refused(Exception):
@@ -173,4 +178,6 @@ def _answer(data: Mapping[str, Any]) -> Answer:
         int(usage.get("completion_tokens") or 0),
         int(usage.get("prompt_tokens") or 0),
         str(choice.get("finish_reason") or ""),
+        # The first entry of each is the token that stands there; the first token of all has none.
+        [next(iter(one.values()))["logprob"] for one in data.get("prompt_logprobs") or () if one],
     )

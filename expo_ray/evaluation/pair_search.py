@@ -45,6 +45,7 @@ def search_pair(
                 pair, rung.why, ", ".join(map(format_alpha, alphas)), rung.num_prompts,
             )  # fmt: skip
             asked = first(halves[rung.half], rung.num_prompts)
+            assert len(asked) == rung.num_prompts, rung  # or it would be asked for again and again
             history = _with(
                 history, rung, pool.map(lambda alpha, asked=asked: evaluate(alpha, asked), alphas)
             )

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 
 from expo_ray.config import Sampling, format_alpha
 from expo_ray.errors import NotFound, Problems, RewardError
-from expo_ray.evaluation.evaluated import Evaluated, evaluated
+from expo_ray.evaluation.evaluated import Evaluated, LogProbabilities, evaluated
+from expo_ray.evaluation.likelihoods import likelihood_from_row, likelihoods
+from expo_ray.evaluation.pair_search import first
 from expo_ray.evaluation.parts import Parts
 from expo_ray.evaluation.progress import RowProgress
 from expo_ray.evaluation.prompts import PromptSet
@@ -19,6 +21,9 @@ from expo_ray.evaluation.reward import parse_reward, reward
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.on_ray.reward_actors import RewardPool
 from expo_ray.storage import Store, open_store
+
+# Prompts on which KL divergence from dpo is measured: a few hundred tokens tell it well enough for a guardrail.
+KL_PROMPTS = 32
 
 
 @dataclass
@@ -63,6 +68,7 @@ class PairEvaluator:
         # Two alphas on one engine would swap its weights to and fro; scoring one while the next is answered costs nothing.
         self._answering = threading.Semaphore(at_once)
         self._special_tokens = special_tokens(plan)
+        self._asking_dpo = threading.Lock()
         self.texts: dict[float, dict[str, Response]] = {}
         self._counted: dict[tuple[float, Hashable], int] = {}
 
@@ -76,21 +82,45 @@ class PairEvaluator:
         Raises:
             ExpoError: if a prompt stays unanswered, or a response without a reward.
         """
-        name = f"{self._plan.name}@{format_alpha(alpha)}"
+        name = self._name(alpha)
         with self._answering:
-            answers = respond(
-                self._url, name, [prompts], self._sampling, self._store, progress=self._progress, slots=self._slots
-            )  # fmt: skip
-        if answers.problems:
-            raise Problems(answers.problems)
-        responses: dict[Hashable, Response] = {one.key: one for one in answers.responses.values()}
+            responses = self._responses(alpha, prompts)
+            logprobs = None if alpha < 0 else self._logprobs(alpha, prompts)
         self.texts.setdefault(alpha, {}).update(
             {one.prompt_id: one for one in responses.values() if one.sample == 0}
         )
         self._counted |= {(alpha, key): one.num_tokens for key, one in responses.items()}
         rewards = {pool.spec.name: self._rewards(name, responses, pool) for pool in self._scorers.pools}
         ids = [prompt.id for prompt in prompts.prompts]
-        return evaluated(alpha, ids, responses, rewards, special_tokens=self._special_tokens)
+        return evaluated(
+            alpha, ids, responses, rewards, special_tokens=self._special_tokens, logprobs=logprobs
+        )
+
+    def _name(self, alpha: float) -> str:
+        return f"{self._plan.name}@{format_alpha(alpha)}"
+
+    def _responses(self, alpha: float, prompts: PromptSet) -> dict[Hashable, Response]:
+        answers = respond(
+            self._url, self._name(alpha), [prompts], self._sampling, self._store, progress=self._progress, slots=self._slots
+        )  # fmt: skip
+        if answers.problems:
+            raise Problems(answers.problems)
+        return {one.key: one for one in answers.responses.values()}
+
+    def _logprobs(self, alpha: float, prompts: PromptSet) -> tuple[LogProbabilities, LogProbabilities]:
+        """Log-probabilities of dpo's own responses to a few prompts, by dpo and by `alpha`."""
+        few = first(prompts, KL_PROMPTS)
+        with self._asking_dpo:  # several alphas want the same ones at the same time
+            own = [one for one in self._responses(0.0, few).values() if one.text]
+            by_dpo = self._likelihoods(0.0, own)
+        return by_dpo, by_dpo if alpha == 0 else self._likelihoods(alpha, own)
+
+    def _likelihoods(self, alpha: float, responses: Sequence[Response]) -> LogProbabilities:
+        name = self._name(alpha)
+        origin = responses[0].origin if responses else ""
+        folder = f"evaluation/{name}/likelihoods-{self._plan.plan_id(alpha)}-{origin}"
+        kept_in = Parts(self._store, folder, likelihood_from_row)
+        return likelihoods(self._url, name, responses, kept_in, slots=self._slots)
 
     def _rewards(
         self, name: str, responses: Mapping[Hashable, Response], pool: RewardPool
