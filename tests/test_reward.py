@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -73,8 +73,10 @@ def test_what_was_scored_before_a_stop_is_stored_and_not_scored_again(tmp_path: 
 def test_the_standard_error_takes_the_samples_of_a_prompt_as_one() -> None:
     rows = [row(number, sample) for number in range(5) for sample in range(2)]
     values = [0.5, 1.5, 3, 3, -2, 0, 4, 5, 1, 2]
-    rewards = {one.key: Reward(*one.key, value) for one, value in zip(rows, values, strict=True)}
-    found = summarise(rows, dict(rewards))
+    rewards: dict[Hashable, Reward] = {
+        one.key: Reward(*one.key, value) for one, value in zip(rows, values, strict=True)
+    }
+    found = summarise(rows, rewards)
     means = [1.0, 3.0, -1.0, 4.5, 1.5]
     assert found.mean == pytest.approx(statistics.mean(means))
     assert found.standard_error == pytest.approx(statistics.stdev(means) / math.sqrt(5))

@@ -43,7 +43,7 @@ def scored_by_vllm(box: RayBox, model: Path, rows: Sequence[Response]) -> list[f
 def by_hand(model: Path, rows: Sequence[Response]) -> tuple[list[list[int]], list[float]]:
     """Token ids as transformers makes them of a chat, and the scores of their last tokens."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    chats = [[*row.messages, {"role": "assistant", "content": row.text}] for row in rows]
+    chats = [[*map(dict, row.messages), {"role": "assistant", "content": row.text}] for row in rows]
     ids = [list(tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)) for chat in chats]
     return ids, last_token_scores(model, ids)
 
