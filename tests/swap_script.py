@@ -1,8 +1,8 @@
 """What one engine answers after swaps, and engines that were started on published folders; in a process of its own.
 
-    python -m tests.swap_script PLAN REPEATS ALPHA=FOLDER ALPHA=FOLDER OUT
+    python -m tests.swap_script PLAN ALPHA=FOLDER ALPHA=FOLDER OUT
 
-PLAN is a pickled `PairPlan`, REPEATS makes the prompts long, OUT receives JSON. `PairServer` runs as it does in a replica, without Ray Serve around it.
+PLAN is a pickled `PairPlan`, OUT receives JSON. `PairServer` runs as it does in a replica, without Ray Serve around it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from expo_ray.on_ray.engine_settings import engine_config
 from expo_ray.on_ray.pair_server import ModelServer, PairServer
 from expo_ray.on_ray.swap import PairWorker
 
-# All questions share it; with it they fill more than one block of the prefix cache, which on CPUs has 128 tokens.
-PREAMBLE = "You are a careful historian who answers briefly. "
+# All questions share it; with it they fill two blocks of the prefix cache, which on CPUs have 128 tokens.
+PREAMBLE = "You are a careful historian who answers briefly. " * 6
 QUESTIONS = ("What is the capital of France?", "Name a river.", "Who was Ada Lovelace?")
 TOKENS = 12
 
@@ -48,11 +48,11 @@ class ForgetfulWorker(PairWorker):
             super().expo_compare(alpha)
 
 
-async def ask(server: ModelServer, model: str, repeats: int) -> Answers:
+async def ask(server: ModelServer, model: str) -> Answers:
     """Greedy texts and logprobs of the questions, one after the other."""
     answers: Answers = []
     for question in QUESTIONS:
-        messages = [{"role": "system", "content": PREAMBLE * repeats}, {"role": "user", "content": question}]
+        messages = [{"role": "system", "content": PREAMBLE}, {"role": "user", "content": question}]
         request = ChatCompletionRequest.model_validate(
             {"model": model, "messages": messages, "temperature": 0, "max_tokens": TOKENS, "logprobs": True, "top_logprobs": 1}
         )  # fmt: skip
@@ -79,26 +79,24 @@ async def start(kind: type[Server], name: str, settings: Serving, **arguments: A
     return server
 
 
-async def swapped(
-    plan: PairPlan, settings: Serving, repeats: int, first: float, second: float
-) -> dict[str, Any]:
+async def swapped(plan: PairPlan, settings: Serving, first: float, second: float) -> dict[str, Any]:
     server = await start(PairServer, plan.name, settings, plan=plan)
     name = plan.name
-    found: dict[str, Any] = {"dpo": await ask(server, name, repeats)}
-    found["first"] = await ask(server, f"{name}@{first}", repeats)
-    found["second"] = await ask(server, f"{name}@{second}", repeats)
-    found["first again"] = await ask(server, f"{name}@{first}", repeats)
+    found: dict[str, Any] = {"dpo": await ask(server, name)}
+    found["first"] = await ask(server, f"{name}@{first}")
+    found["second"] = await ask(server, f"{name}@{second}")
+    found["first again"] = await ask(server, f"{name}@{first}")
 
     pause = server.pause
     server.pause = lambda **options: pause(**options | {"clear_cache": False})  # type: ignore[method-assign]
-    found["second, cache kept"] = await ask(server, f"{name}@{second}", repeats)
+    found["second, cache kept"] = await ask(server, f"{name}@{second}")
     server.pause = pause  # type: ignore[method-assign]
 
     await server.collective_rpc("expo_forget", args=(["repack", "compare"],))
-    found["first, head kept"] = await ask(server, f"{name}@{first}", repeats)
+    found["first, head kept"] = await ask(server, f"{name}@{first}")
     await server.collective_rpc("expo_forget", args=(["repack"],))
     try:
-        found["second, head kept"] = await ask(server, f"{name}@{second}", repeats)
+        found["second, head kept"] = await ask(server, f"{name}@{second}")
     except RuntimeError as error:
         found["refused"] = str(error)
         try:
@@ -109,15 +107,15 @@ async def swapped(
     return found
 
 
-async def started_on(folder: Path, settings: Serving, repeats: int) -> Answers:
+async def started_on(folder: Path, settings: Serving) -> Answers:
     server = await start(ModelServer, "published", settings, fetch=lambda: folder)
-    answers = await ask(server, "published", repeats)
+    answers = await ask(server, "published")
     await server.__del__()
     return answers
 
 
 def main() -> None:
-    plan_file, repeats, *published, out = sys.argv[1:]
+    plan_file, *published, out = sys.argv[1:]
     plan = pickle.loads(Path(plan_file).read_bytes())
     folders = {float(alpha): Path(folder) for alpha, _, folder in (text.partition("=") for text in published)}
     settings = Serving(max_model_len=512, engine={"max_num_seqs": 4, "kv_cache_memory_bytes": 1 << 28})
@@ -125,10 +123,8 @@ def main() -> None:
         update={"engine": {**settings.engine, "worker_extension_cls": "tests.swap_script.ForgetfulWorker"}}
     )
     with cluster():
-        found = asyncio.run(swapped(plan, forgetful, int(repeats), *folders))
-        found["started"] = [
-            asyncio.run(started_on(folder, settings, int(repeats))) for folder in folders.values()
-        ]
+        found = asyncio.run(swapped(plan, forgetful, *folders))
+        found["started"] = [asyncio.run(started_on(folder, settings)) for folder in folders.values()]
     Path(out).write_text(json.dumps(found))
 
 

@@ -22,7 +22,7 @@ from tests.ray_cluster import Process, RayBox, wait_until
 SMALL = {"max_model_len": 256, "engine": {"max_num_seqs": 4, "kv_cache_memory_bytes": 1 << 28}}
 START_S = 240.0
 ANSWER_S = 120.0
-URL = re.compile(r"http://127\.0\.0\.1:[0-9]+")
+URL = re.compile(r"^serving at (http://127\.0\.0\.1:[0-9]+)/v1", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Running:
         return [
             one
             for one in self.process.descendants()
-            if _name(one).startswith("ray::ServeReplica:expo-ray:PairServer")
+            if _name(one).startswith("ray::ServeReplica:expo-ray-") and ":PairServer:" in _name(one)
         ]
 
     def _request(self, path: str, body: dict[str, Any]) -> urllib.request.Request:
@@ -112,7 +112,7 @@ def serve(box: RayBox, job: dict[str, Any]) -> Iterator[tuple[str, Process]]:
     wait_until(lambda: URL.search(process.stdout) or not process.running, "the endpoint is up", START_S)
     found = URL.search(process.stdout)
     assert found, process.stderr[-3000:]
-    yield found[0], process
+    yield found[1], process
 
 
 @pytest.fixture(scope="session")

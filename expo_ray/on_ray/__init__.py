@@ -7,3 +7,4 @@ driver that pings nodes which do not expect it is cut off by them after half a m
 import os
 
 os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # job logs are files
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")

@@ -5,11 +5,13 @@ A new version: run `tests/test_engine_adapter.py`, which says what has moved, me
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+from ray._common.formatters import JSONFormatter
 from ray.llm._internal.serve.core.configs.openai_api_models import (
     ErrorInfo,
     ErrorResponse,
@@ -31,6 +33,7 @@ __all__ = [
     "check_version",
     "held_values",
     "http_address",
+    "plain_logs",
     "repack_heads",
     "stop_engine",
 ]
@@ -66,6 +69,16 @@ def http_address() -> tuple[str, int] | None:
     """Where the Serve that runs on this cluster listens; None if none runs."""
     client = _get_global_client(raise_if_no_controller_running=False)
     return None if client is None else (client.http_config.host, client.http_config.port)
+
+
+def plain_logs() -> None:
+    """Undo what importing Ray's LLM library does to this process's logs: all of them as JSON, from level INFO on."""
+    for handler in logging.root.handlers:
+        if isinstance(handler.formatter, JSONFormatter):
+            handler.setFormatter(logging.Formatter("%(message)s"))
+            logging.root.setLevel(logging.WARNING)
+    for name in ("ray.serve", "ray.llm"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def stop_engine(server: Any) -> None:

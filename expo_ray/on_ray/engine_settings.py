@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import ray
 from ray.serve.config import RequestRouterConfig
 from ray.serve.llm import LLMConfig
 
@@ -91,7 +92,9 @@ def _cpu_placement(settings: Serving, cpus: float) -> dict[str, Any]:
 
 
 def _environment(on_gpu: bool) -> dict[str, str]:
-    passed_on = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    # Ray would let these take the place of the job's own.
+    passed_on = dict(ray.get_runtime_context().runtime_env.get("env_vars") or {})
+    passed_on |= {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
     level = {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING")}
     # vLLM's own choice puts every engine on the first core
     return passed_on | level | ({} if on_gpu else {"VLLM_CPU_OMP_THREADS_BIND": "nobind"})

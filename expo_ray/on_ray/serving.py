@@ -21,7 +21,7 @@ from expo_ray.config import PublishedModel, Serving
 from expo_ray.errors import ExpoError, JobError, Problems
 from expo_ray.evaluation.records import digest
 from expo_ray.extrapolation.plan import PairPlan
-from expo_ray.on_ray.engine_adapter import check_version, http_address
+from expo_ray.on_ray.engine_adapter import check_version, http_address, plain_logs
 from expo_ray.on_ray.engine_settings import engine_config, slots_of
 from expo_ray.on_ray.ingress import ENDPOINTS, Ingress, web_app
 from expo_ray.on_ray.pair_server import ModelServer, PairServer
@@ -31,7 +31,8 @@ from expo_ray.storage import open_store
 log = logging.getLogger("expo_ray")
 
 HOST = "127.0.0.1"
-APPLICATION = "expo-ray"
+# Of one request, in which it may wait for other alphas: Ray's own limit of ten minutes is short for an engine on a CPU.
+REQUEST_TIMEOUT_S = 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def serving(
         JobError: if the port is taken, or an engine does not start.
     """
     check_version()
+    plain_logs()
     on_gpu = _on_gpu(settings)
     _check(pairs, settings, on_gpu)
     slots = slots_of(settings, on_gpu)
@@ -75,12 +77,14 @@ def serving(
         name="ingress",
         num_replicas=1,
         max_ongoing_requests=1_000_000,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "runtime_env": _ingress_environment()},
     )(make_fastapi_ingress(Ingress, endpoint_map=dict(ENDPOINTS), app=web_app()))
     alphas = {plan.name: list(plan.outputs) for plan in pairs}
-    with _http(settings.port) as url:
+    # The same job finds what it left behind when it was killed, and two jobs on one cluster do not meet.
+    name = f"expo-ray-{digest([[plan.plan_id(0) for plan in pairs], [[one.name, one.uri] for one in models]], 8)}"
+    with _http(settings.port, name) as (url, prefix):
         log.info("starting %d engine(s) of %s", settings.replicas * len(deployments), ", ".join(deployments))
-        with _running(ingress.bind(deployments=deployments, pairs=alphas)):
+        with _running(ingress.bind(deployments=deployments, pairs=alphas), name, prefix):
             yield Endpoint(url, slots * settings.replicas * len(deployments))
 
 
@@ -88,6 +92,12 @@ def weights_of(model: PublishedModel) -> str:
     """Digest of the files of a published model, as its store names them."""
     files = open_store(model.uri).list()
     return digest([[info.key, info.size, info.etag] for info in files if not info.key.startswith(".expo/")])
+
+
+def _ingress_environment() -> dict[str, Any]:
+    job = dict(ray.get_runtime_context().runtime_env)
+    timeout = {"RAY_SERVE_LLM_ROUTER_HTTP_TIMEOUT": str(REQUEST_TIMEOUT_S)}
+    return job | {"env_vars": {**(job.get("env_vars") or {}), **timeout}}
 
 
 def _on_gpu(settings: Serving) -> bool:
@@ -122,12 +132,12 @@ def _check(pairs: Sequence[PairPlan], settings: Serving, on_gpu: bool) -> None:
 
 
 @contextlib.contextmanager
-def _http(port: int) -> Iterator[str]:
-    """Serve's HTTP proxy, on loopback alone."""
+def _http(port: int, name: str) -> Iterator[tuple[str, str]]:
+    """Serve's HTTP proxy, on loopback alone: the URL of the application `name`, and its path."""
     if address := http_address():  # another job's, or left by one that was killed
         host, port = address
         log.info("joining the Ray Serve that listens at %s:%d", host, port)
-        yield f"http://{HOST if host == '0.0.0.0' else host}:{port}"
+        yield f"http://{HOST if host == '0.0.0.0' else host}:{port}/{name}", f"/{name}"
         return
     port = _free(port)
     serve.start(
@@ -136,7 +146,7 @@ def _http(port: int) -> Iterator[str]:
         logging_config={"log_level": "WARNING"},
     )
     try:
-        yield f"http://{HOST}:{port}"
+        yield f"http://{HOST}:{port}", "/"
     finally:
         serve.shutdown()
 
@@ -157,23 +167,21 @@ def _free(port: int) -> int:
 
 
 @contextlib.contextmanager
-def _running(application: serve.Application) -> Iterator[None]:
+def _running(application: serve.Application, name: str, prefix: str) -> Iterator[None]:
     try:
         try:
-            serve.run(
-                application, name=APPLICATION, route_prefix="/", logging_config={"log_level": "WARNING"}
-            )
+            serve.run(application, name=name, route_prefix=prefix, logging_config={"log_level": "WARNING"})
         except RuntimeError as error:
-            raise JobError(f"an engine did not start: {_reasons() or error}") from error
+            raise JobError(f"an engine did not start: {_reasons(name) or error}") from error
         yield
     finally:
         with contextlib.suppress(Exception):
-            serve.delete(APPLICATION)
+            serve.delete(name)
 
 
-def _reasons() -> str:
+def _reasons(application: str) -> str:
     """The last line of what Serve tells of each deployment that failed: the error itself, below its traceback."""
-    status = serve.status().applications.get(APPLICATION)
+    status = serve.status().applications.get(application)
     if status is None:
         return ""
     texts: Mapping[str, str] = {
