@@ -249,6 +249,7 @@ def test_every_bad_pair_is_told_before_anything_starts() -> None:
 def test_a_taken_port_is_told() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener, RayBox() as box:
         port = str(listener.getsockname()[1])
+        (box.folder / "config.json").write_text("{}")
         process = _serve(box, {"models": [{"name": "one", "uri": str(box.folder)}]}, port)
         assert process.wait() == 2
         errors = process.stderr

@@ -186,11 +186,15 @@ def _fetch_on_nodes(fetch: Callable[[], Path]) -> Path:
     group = get_current_placement_group()
     nodes = set(placement_group_table(group)["bundles_to_node_id"].values()) if group else set()
     others = nodes - {ray.get_runtime_context().get_node_id()}
-    task = ray.remote(num_cpus=0)(fetch)
+    task = ray.remote(num_cpus=0)(_call)
     ray.get(
         [
-            task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
+            task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(fetch)
             for node in others
         ]
     )
+    return fetch()
+
+
+def _call(fetch: Callable[[], Path]) -> Path:
     return fetch()

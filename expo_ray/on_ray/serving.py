@@ -61,7 +61,7 @@ def serving(
     check_version()
     plain_logs()
     on_gpu = _on_gpu(settings)
-    _check(pairs, settings, on_gpu)
+    _check(pairs, models, settings)
     slots = slots_of(settings, on_gpu)
     cpus = _cpus_of_engine(settings, len(pairs) + len(models))
 
@@ -116,13 +116,20 @@ def _cpus_of_engine(settings: Serving, deployments: int) -> float:
     return max(0.01, min(1.0, math.floor(100 * available / workers) / 100)) if available else 1.0
 
 
-def _check(pairs: Sequence[PairPlan], settings: Serving, on_gpu: bool) -> None:
+def _check(pairs: Sequence[PairPlan], models: Sequence[PublishedModel], settings: Serving) -> None:
     problems: list[ExpoError] = [
         JobError(
             f"{plan.name}: dpo is an adapter, and the engine needs whole weights; set `adapter: merge` for this pair"
         )
         for plan in pairs
         if plan.scaled
+    ]
+    problems += [
+        JobError(
+            f"{model.name}: {model.uri} has no config.json; give the folder of a model, and check your access to it"
+        )
+        for model in models
+        if not any(info.key == "config.json" for info in open_store(model.uri).list())
     ]
     reserved = sorted({"model", "served_model_name", "worker_extension_cls"} & settings.engine.keys())
     if reserved:
