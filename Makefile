@@ -18,9 +18,9 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 
-install: .venv/cpu.txt .venv/package ## make .venv from requirements/cpu.txt (2-5 minutes, 2 GB)
+install: .venv/cpu.txt .venv/package ## make .venv from requirements/cpu.txt (2-5 minutes, 3 GB)
 
-demo: install ## extrapolate a real pair from and to a real S3 server, on Ray, on this machine
+demo: install ## choose alpha for a real pair, from and to a real S3 server, on Ray, on this machine (10 minutes)
 	@$(RUN) examples/demo.py $(ARGS)
 
 test: install ## run every test this machine can run, and name those it cannot; ARGS="-m unit -k plan" narrows
@@ -69,7 +69,7 @@ clean: ## remove .venv and every cache
 	$(PIP) '$(TORCH)' 2> .venv/pip.log || { echo '  not in the configured index, asking $(TORCH_INDEX)'; \
 		$(PIP) --index-url $(TORCH_INDEX) '$(TORCH)' || { cat .venv/pip.log >&2; \
 			echo 'no index has it: check the network, or set PIP_FIND_LINKS to a folder with its wheel for this Python' >&2; exit 1; }; }; \
-	echo 'installing the other packages of requirements/cpu.txt (about 350 MB, 1-3 minutes)'; \
+	echo 'installing the other packages of requirements/cpu.txt (about 700 MB, 1-4 minutes)'; \
 	$(PIP) -r $<; \
 	cp $< $@
 
