@@ -96,7 +96,7 @@ async def swapped(plan: PairPlan, settings: Serving, first: float, second: float
     found["first, head kept"] = await ask(server, f"{name}@{first}")
     await server.collective_rpc("expo_forget", args=(["repack"],))
     try:
-        found["second, head kept"] = await ask(server, f"{name}@{second}")
+        found["third, head kept"] = await ask(server, f"{name}@1")
     except RuntimeError as error:
         found["refused"] = str(error)
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import pickle
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +15,6 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
     from expo_ray.on_ray.comparison import Comparison
-
-log = logging.getLogger("expo_ray")
 
 
 class PairWorker:
@@ -61,7 +58,6 @@ class PairWorker:
             raise RuntimeError(
                 "none of the engine's weights can be compared with the plan's; publish the models and serve those"
             )
-        log.info("%d tensors will be compared after each swap", len(self.expo_comparison.tensors))
 
     def expo_swap(self, alpha: float) -> None:
         """Load the weights of `alpha`, and compare what the engine then holds with the plan's arithmetic.
