@@ -10,7 +10,17 @@ from typing import Any
 from pydantic import BaseModel
 
 from expo_ray import __version__
-from expo_ray.config import Job, Pair, PairOptions, PromptSource, RewardModel, Sampling, Serving, parse_bytes
+from expo_ray.config import (
+    Job,
+    Pair,
+    PairOptions,
+    PromptSource,
+    RewardModel,
+    Sampling,
+    Serving,
+    check_repo_id,
+    parse_bytes,
+)
 from expo_ray.extrapolation.progress import size_text
 
 
@@ -36,6 +46,7 @@ def command_parser() -> argparse.ArgumentParser:
     _add_respond(commands)
     _add_reward(commands)
     _add_report(commands)
+    _add_push(commands)
     _add_command(commands, "schema", "print the JSON schema of the job file")
     return parser
 
@@ -155,6 +166,19 @@ def _add_report(commands: Any) -> None:
     parser.add_argument("run", metavar="RUN", help="The `output` of the run's job: a folder or a URI.")
 
 
+def _add_push(commands: Any) -> None:
+    parser = _add_command(commands, "push", "push a published model to the Hugging Face Hub, in one commit")
+    add = parser.add_argument
+    add("folder", metavar="FOLDER", help="A model that expo-ray published: a folder or a URI.")
+    add("repo_id", type=_repo_id, metavar="ORG/NAME", help="Its repository, which is created if need be.")
+    add(
+        "--private",
+        action="store_true",
+        help="If the repository is created. One that is there keeps its visibility.",
+    )
+    add("--dry-run", action="store_true", help="Check everything, print what would be sent, and stop.")
+
+
 def _add_extrapolate(commands: Any) -> None:
     parser = _add_command(commands, "extrapolate", "extrapolate one pair in this process, without a cluster")
     add = parser.add_argument
@@ -217,6 +241,13 @@ def with_alphas_joined(words: Sequence[str]) -> list[str]:
         if joined[index] == "--alpha" and joined[index + 1].startswith("-"):
             joined[index : index + 2] = [f"--alpha={joined[index + 1]}"]
     return joined
+
+
+def _repo_id(text: str) -> str:
+    try:
+        return check_repo_id(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _size(text: str) -> int:

@@ -158,6 +158,18 @@ def _report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _push(arguments: argparse.Namespace) -> int:
+    from expo_ray.extrapolation.push import plan_push, push
+    from expo_ray.storage.hub_push import check_token
+
+    check_token()
+    plan = plan_push(arguments.folder, arguments.repo_id)
+    print(plan.described(private=arguments.private), flush=True)
+    if plan.files and not arguments.dry_run:
+        print(f"pushed to {push(plan, private=arguments.private)}")
+    return 0
+
+
 def _schema(arguments: argparse.Namespace) -> int:
     print(json.dumps(job_schema(), indent=2))
     return 0
@@ -182,7 +194,8 @@ def _on_ray(module: str) -> Callable[[argparse.Namespace], int]:
 
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
-    "extrapolate": _extrapolate, "plan": _plan, "verify": _verify, "report": _report, "schema": _schema,
+    "extrapolate": _extrapolate, "plan": _plan, "verify": _verify, "report": _report, "push": _push,
+    "schema": _schema,
     "run": _on_ray("run_command"), "serve": _on_ray("serve_command"), "respond": _on_ray("respond_command"), "reward": _on_ray("reward_command"),
 }  # fmt: skip
 

@@ -7,7 +7,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,8 +18,9 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from expo_ray.storage import forget_stores
+from tests.hub_uploads import DROP, written
 
-TOKEN = "hf_standin"
+TOKEN, READ_TOKEN = "hf_standin", "hf_standin_read"
 LARGE_BYTES = 1000  # files from this size on are in "LFS": served by a redirect to another host name
 
 
@@ -57,6 +58,9 @@ class HubServer:
         api_faults: the same for requests about a model: an HTTP status or `stall`.
         expire_after: how many requests a redirected address serves before it answers 403.
         seen: every request.
+        uploads: what was sent of large files, by SHA-256; not in any repository yet.
+        upload_faults: statuses to answer the next requests that write with, by what they ask for, such as `commit`.
+        on_upload: called before each large file is taken.
     """
 
     repositories: dict[str, Repository] = field(default_factory=dict)
@@ -64,6 +68,9 @@ class HubServer:
     api_faults: list[int | str] = field(default_factory=list)
     expire_after: int = 1_000_000
     seen: list[Seen] = field(default_factory=list)
+    uploads: dict[str, bytes] = field(default_factory=dict)
+    upload_faults: dict[str, list[int | str]] = field(default_factory=dict)
+    on_upload: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
@@ -105,10 +112,37 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                 self._content(match[1], match[2], match[3], match[4])
             elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.*))?", path):
                 self._api(match[1], match[2] or "main", authorized)
+            elif path == "/api/whoami-v2":
+                if authorized:
+                    self._json({"name": "somebody", "auth": {"accessToken": {"role": "write"}}})
+                elif self.headers.get("authorization") == f"Bearer {READ_TOKEN}":
+                    self._json({"name": "somebody", "auth": {"accessToken": {"role": "read"}}})
+                else:
+                    self._answer(401, {"X-Error-Message": "Invalid credentials in Authorization header"})
             elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/(\w{40})/(.*)", path):
                 self._resolve(match[1], match[2], match[3], authorized)
             else:
                 self._answer(404, {})
+
+        def do_POST(self) -> None:
+            self._write()
+
+        def do_PUT(self) -> None:
+            self._write()
+
+        def _write(self) -> None:
+            path = unquote(urlsplit(self.path).path)
+            authorized = self.headers.get("authorization") == f"Bearer {TOKEN}"
+            hub.seen.append(Seen(self.command, path, "", authorized))
+            if self.headers.get("transfer-encoding") == "chunked":
+                self._answer(411, {})
+                return
+            body = self.rfile.read(int(self.headers.get("content-length", 0)))
+            status, answer = written(hub, path, body, authorized=authorized)
+            if status == DROP:
+                self.close_connection = True
+            else:
+                self._answer(status, {"Content-Type": "application/json"}, json.dumps(answer).encode())
 
         def _api(self, name: str, revision: str, authorized: bool) -> None:
             fault = hub.api_faults.pop(0) if hub.api_faults else None

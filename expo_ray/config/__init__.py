@@ -10,6 +10,7 @@ from expo_ray.config.fields import (
     Rounding,
     VocabPolicy,
     check_alpha,
+    check_repo_id,
     format_alpha,
     parse_bytes,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "Serving",
     "VocabPolicy",
     "check_alpha",
+    "check_repo_id",
     "format_alpha",
     "job_schema",
     "load_job",

@@ -78,6 +78,25 @@ ByteSize = Annotated[
 ]
 
 
+def check_repo_id(repo_id: str) -> str:
+    """`repo_id` itself, if the Hub takes it as the name of a model repository.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    part = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
+    if (
+        not re.fullmatch(f"{part}/{part}", repo_id)
+        or len(repo_id) > 96
+        or re.search(r"--|\.\.|\.git$", repo_id)
+    ):
+        raise ValueError(
+            f"{repo_id!r} cannot be a model repository of the Hub; write ORG/NAME, at most 96 letters, digits, `.`, `_` and `-`, "
+            "without `--`, `..` or `.git` at the end"
+        )
+    return repo_id
+
+
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 

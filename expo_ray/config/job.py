@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from expo_ray.config.evaluation import PromptSource, PublishedModel, RewardModel, Sampling, Serving
-from expo_ray.config.fields import Device, Frozen
+from expo_ray.config.fields import Device, Frozen, check_repo_id
 from expo_ray.config.pairs import Pair, PairOptions
 from expo_ray.config.search import Search
 
@@ -48,6 +48,9 @@ class Job(Frozen):
     publish: Literal["winners", "all"] = "winners"
     """What `expo-ray run` publishes: the chosen alpha of each pair, or that and all `alphas` of the pair."""
 
+    push_to: str | None = None
+    """Where `expo-ray run` pushes each winner on the Hugging Face Hub: `my-org/{pair}-expo`. Repositories that it creates are private."""
+
     @model_validator(mode="before")
     @classmethod
     def _spread_defaults(cls, data: Any) -> Any:
@@ -76,3 +79,21 @@ class Job(Frozen):
             if twice:
                 raise ValueError(f"{section}: {', '.join(twice)} is used twice; give each its own `name`")
         return self
+
+    @model_validator(mode="after")
+    def _check_push_to(self) -> Self:
+        if self.push_to is not None:
+            if len(self.pairs) > 1 and "{pair}" not in self.push_to:
+                raise ValueError(
+                    f"push_to: {self.push_to!r} is one repository for {len(self.pairs)} pairs; write `{{pair}}` where their names go"
+                )
+            for pair in self.pairs:
+                try:
+                    check_repo_id(self.repo_of(pair.name) or "")
+                except ValueError as error:
+                    raise ValueError(f"push_to: {error}") from error
+        return self
+
+    def repo_of(self, pair: str) -> str | None:
+        """Repository of the Hub that a pair's winner is pushed to; None if it is not."""
+        return self.push_to.replace("{pair}", pair) if self.push_to is not None else None

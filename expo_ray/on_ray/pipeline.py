@@ -31,6 +31,7 @@ from expo_ray.extrapolation.job import outputs_of, plan_job, run_job
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.progress import Progress
 from expo_ray.extrapolation.publish import Published, publish
+from expo_ray.extrapolation.push_job import push_winners
 from expo_ray.on_ray.cluster import cluster
 from expo_ray.on_ray.extrapolation import OnRay
 from expo_ray.on_ray.pair_evaluator import PairEvaluator, Scorers
@@ -41,6 +42,7 @@ from expo_ray.report.page import write_report
 from expo_ray.report.results import PairResult, Results
 from expo_ray.report.stored import parse_results, results_json, write_results
 from expo_ray.storage import Store, open_store
+from expo_ray.storage.hub_push import check_token
 
 log = logging.getLogger("expo_ray")
 
@@ -100,6 +102,11 @@ def prepare(job: Job) -> Prepared:
             pools.append(RewardPool(spec))
         except ExpoError as error:
             problems += each(error)
+    if job.push_to is not None:
+        try:
+            check_token()
+        except ExpoError as error:
+            problems += each(error)
     if problems:
         raise Problems(problems)
     union = PromptSet.of(
@@ -143,6 +150,13 @@ def run_pipeline(prepared: Prepared) -> Results:
     )
     write_results(store, results)
     write_report(store, results)
+    not_pushed = push_winners(
+        job, _winners(found, published)
+    )  # may take longer than anybody waits for a report
+    if not_pushed:
+        results = replace(results, failures={**results.failures, **not_pushed})
+        write_results(store, results)
+        write_report(store, results)
     return results
 
 
@@ -286,6 +300,17 @@ def _chosen(pair: Pair, result: PairResult, job: Job) -> Pair:
     asked = pair.alphas if job.publish == "all" else ()
     alphas = sorted({*asked, *([result.decision] if result.decision else [])})
     return pair.model_copy(update={"alphas": tuple(alphas)})
+
+
+def _winners(
+    found: Mapping[str, PairResult], published: Mapping[str, Mapping[float, Mapping[str, Any]]]
+) -> dict[str, str]:
+    """Folder of the chosen alpha, of each pair that has one."""
+    return {
+        name: published[name][result.decision]["uri"]
+        for name, result in found.items()
+        if result.decision and result.decision in published.get(name, {})
+    }
 
 
 def _with_models(

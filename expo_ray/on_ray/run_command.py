@@ -37,6 +37,9 @@ def described(prepared: Prepared) -> str:
         f"rewards: {rewards}; the first one chooses",
         f"search: {job.search.method}, then {'the winners' if job.publish == 'winners' else 'every alpha'} to {job.output}",
     ]
+    if job.push_to is not None:
+        places = ", ".join(str(job.repo_of(pair.name)) for pair in job.pairs)
+        lines.append(f"push: each winner to the Hub, in a private repository unless it is there: {places}")
     return "\n".join(lines)
 
 
