@@ -20,6 +20,7 @@ from tests.ray_cluster import Process, RayBox, wait_until
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
+PATIENCE_S = 240.0
 # Requests that one engine works on at once, and the client keeps waiting for it; see `Client.concurrency`.
 IN_FLIGHT = 32 + 8
 REWARD = """
@@ -56,14 +57,14 @@ class Run:
     def finish(self) -> str:
         """Run to the end; what it told."""
         process = self.start()
-        wait_until(lambda: not process.running, "the pipeline has finished")
+        wait_until(lambda: not process.running, "the pipeline has finished", PATIENCE_S)
         assert process.wait() == 0, process.stderr
         return process.stdout + process.stderr
 
     def kill_when(self, pattern: str, what: str) -> None:
         """SIGKILL the driver once a file of that pattern is there, and all that it started."""
         process = self.start()
-        wait_until(lambda: self.files(pattern) or not process.running, what)
+        wait_until(lambda: self.files(pattern) or not process.running, what, PATIENCE_S)
         assert process.running, process.stderr
         started = process.descendants()
         process.signal(signal.SIGKILL)

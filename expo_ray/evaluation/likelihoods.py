@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,7 @@ def likelihood_from_row(row: Mapping[str, Any]) -> Likelihood:
 
 def likelihoods(
     url: str, name: str, responses: Sequence[Response], kept_in: Parts[Likelihood], *, slots: int
-) -> dict[Hashable, Sequence[float]]:
+) -> dict[tuple[str, int], Sequence[float]]:
     """Log-probabilities of responses by a served model, by their key; those that are not stored are asked for and stored.
 
     Raises:
