@@ -150,9 +150,8 @@ def run_pipeline(prepared: Prepared) -> Results:
     )
     write_results(store, results)
     write_report(store, results)
-    not_pushed = push_winners(
-        job, _winners(found, published)
-    )  # may take longer than anybody waits for a report
+    # After the report: sending whole models may take longer than anybody waits for it.
+    not_pushed = push_winners(job, _winners(found, published))
     if not_pushed:
         results = replace(results, failures={**results.failures, **not_pushed})
         write_results(store, results)
