@@ -1,26 +1,31 @@
-"""vLLM's rewards against the head applied by hand, in fp32, through the command."""
+"""vLLM's rewards through the command: against the head applied by hand, and a real pair's against its published table."""
 
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import yaml
 from transformers import AutoTokenizer
 
 from expo_ray.evaluation.parts import rows_text
 from expo_ray.evaluation.records import Response
-from tests.ray_cluster import ROOT, RayBox
+from tests.ray_cluster import ROOT, Process, RayBox
 from tests.tiny_reward_models import english, last_token_scores, response, save_reward_model
 
-pytestmark = [pytest.mark.ray, pytest.mark.vllm]
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.timeout(600)]
 if find_spec("vllm") is None:
     pytest.skip("vLLM is not installed", allow_module_level=True)
 
 TEXTS = 200
 STORIES = ROOT.parent / "shared" / "data" / "stories"
+PAIR = "dpo_10pct"
+ALPHAS = ("0", "0.5", "4")
 
 
 @pytest.fixture
@@ -29,11 +34,20 @@ def box() -> Iterator[RayBox]:
         yield box
 
 
+def end_of(process: Process) -> int:
+    for _ in range(5):
+        try:
+            return process.wait()
+        except TimeoutError as error:
+            last = error
+    raise last
+
+
 def scored_by_vllm(box: RayBox, model: Path, rows: Sequence[Response]) -> list[float]:
     (box.folder / "responses.jsonl").write_text(rows_text(rows))
     words = ["--responses", "responses.jsonl", "--reward-model", str(model), "--backend", "vllm"]
     run = box.run("expo-ray", "reward", *words, "--output", "r.jsonl")
-    assert run.wait() == 0, run.stderr
+    assert end_of(run) == 0, run.stderr
     assert "scored by vllm" in run.stderr
     written = [json.loads(line) for line in (box.folder / "r.jsonl").read_text().splitlines()]
     assert [one["prompt_id"] for one in written] == [row.prompt_id for row in rows]
@@ -76,3 +90,46 @@ def test_a_real_reward_model(box: RayBox) -> None:
     assert max(map(len, ids)) > 400
     assert scored_by_vllm(box, STORIES / "rm", rows) == pytest.approx(expected, abs=1e-4)
     assert max(expected) > 2
+
+
+def published() -> dict[str, tuple[float, float]]:
+    """Mean reward and standard error by alpha at temperature 0.7; at an alpha other than 0, that of the paired difference."""
+    lines = (STORIES / "TABLE.md").read_text().split("\nt0.7 ")[1].split("\n\n")[1].splitlines()
+    header = [cell.strip().removeprefix("a=") for cell in lines[0].split("|")]
+    (row,) = (line.split("|") for line in lines if PAIR in line)
+    found = {}
+    for alpha in ALPHAS:
+        numbers = [float(one) for one in re.findall(r"-?\d+\.\d+", row[header.index(alpha)])]
+        found[alpha] = numbers[0], numbers[-1]
+    return found
+
+
+@pytest.mark.slow
+def test_rewards_at_three_alphas_are_those_of_the_table(box: RayBox) -> None:
+    if not STORIES.is_dir():
+        pytest.skip(f"{STORIES} is not there")
+    prompts = json.loads((STORIES / "test_prompts.json").read_text())
+    rows = (json.dumps({"prompt": one["prompt"]}) + "\n" for one in prompts)
+    (box.folder / "openings.jsonl").write_text("".join(rows))
+    job = {
+        "output": str(box.folder / "out"),
+        "pairs": [
+            {"name": "stories", "sft": str(STORIES / "sft"), "dpo": str(STORIES / PAIR), "alphas": [0, 0.5, 4]}
+        ],
+        "prompts": [{"source": "openings.jsonl"}],
+        "sampling": {
+            "temperature": 0.7, "top_p": 1, "top_k": 0, "presence_penalty": 0, "frequency_penalty": 0, "max_tokens": 64,
+            "samples": 2,
+        },
+        "serving": {"port": 0},
+        "rewards": [{"model": str(STORIES / "rm"), "backend": "transformers"}],
+    }  # fmt: skip
+    (box.folder / "job.yaml").write_text(yaml.safe_dump(job))
+    for name in ("respond", "reward"):
+        run = box.run("expo-ray", name, "job.yaml")
+        assert end_of(run) == 0, run.stderr
+    table = {line.split()[1]: line.split() for line in run.stdout.splitlines()[1:]}
+    for alpha, (mean, error) in published().items():
+        _, _, prompts_scored, ours, our_error, *_ = table[f"stories@{alpha}"]
+        assert prompts_scored == str(len({one["prompt"] for one in prompts}))
+        assert abs(float(ours) - mean) <= 2 * math.hypot(float(our_error), error), (alpha, ours, mean)
