@@ -67,7 +67,7 @@ def test_prompts_that_a_format_cannot_hold_are_refused() -> None:
 
 
 def test_the_second_turn_is_asked_with_the_first_answer(tmp_path: Path) -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"question_id": 81, "category": "writing", "turns": ["t1" + LINE_ENDS, "t2"]},
         {"question_id": 101, "category": "reasoning", "turns": ["u1", "u2"]},
         {"question_id": 141, "category": "stem", "turns": ["v1", "v2"]},

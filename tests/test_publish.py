@@ -26,7 +26,8 @@ from expo_ray.extrapolation.publish import publish
 from expo_ray.extrapolation.shard import extrapolate_shard
 from expo_ray.extrapolation.verify import read_manifest, verify_files
 from expo_ray.storage import open_store
-from expo_ray.storage.local import TEMP_PREFIX, LocalStore
+from expo_ray.storage.local import LocalStore
+from expo_ray.storage.local_writer import TEMP_PREFIX
 from tests.pairs import expo, files_of, write_pair
 
 SHARDS = "--shard-size 40kB"

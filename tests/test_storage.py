@@ -22,7 +22,8 @@ import pytest
 
 from expo_ray.errors import AlreadyExists, InputChanged, NotFound, StorageError
 from expo_ray.storage import FileInfo, Store, Writer, check_conditional_writes, join_uri, open_store
-from expo_ray.storage.local import TEMP_PREFIX, LocalStore
+from expo_ray.storage.local import LocalStore
+from expo_ray.storage.local_writer import TEMP_PREFIX
 from expo_ray.storage.memory import MemoryStore
 from tests.hub_server import HubServer, Repository
 

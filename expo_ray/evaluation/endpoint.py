@@ -63,13 +63,14 @@ async def card_of(http: httpx.AsyncClient, name: str) -> Card:
     Raises:
         EndpointError: if it cannot be reached, or does not serve the model.
     """
-    found = await _page(http, f"/v1/models/{quote(name, safe='@')}")
+    found: Mapping[str, Any] | None = await _page(http, f"/v1/models/{quote(name, safe='@')}")
     if found is None or found.get("id") != name:  # not every endpoint has this page
         cards = {str(card.get("id")): card for card in await _cards(http)}
         if name not in cards:
             served = ", ".join(cards) or "no models at all"
             raise EndpointError(f"{http.base_url}: does not serve {name}; it serves {served}")
         found = cards[name]
+    assert found is not None
     told = found.get("metadata") or {}
     engine = str(told.get("engine") or "")
     return Card(
@@ -148,8 +149,8 @@ async def _page(http: httpx.AsyncClient, path: str) -> dict[str, Any] | None:
         if last or response.status_code < 500:
             break
         await asyncio.sleep(_PAUSE_S)
-    if response.status_code in {401, 403} and (error := refusal(response)):
-        raise error
+    if response.status_code in {401, 403} and (refused := refusal(response)):
+        raise refused
     if response.status_code >= 500:
         raise EndpointError(
             f"{response.request.url}: status {response.status_code}, {reason_of(response)}; see to the endpoint"

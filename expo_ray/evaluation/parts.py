@@ -20,6 +20,7 @@ class Row(Protocol):
 
 
 R = TypeVar("R", bound=Row)
+T = TypeVar("T")
 
 
 class Parts(Generic[R]):
@@ -56,7 +57,7 @@ def rows_text(rows: Iterable[Any]) -> str:
     return "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
 
 
-def read_rows(store: Store, key: str, parse: Callable[[Mapping[str, Any]], R]) -> list[R]:
+def read_rows(store: Store, key: str, parse: Callable[[Mapping[str, Any]], T]) -> list[T]:
     """The rows of one JSONL file.
 
     Raises:

@@ -71,7 +71,7 @@ def _messages(found: Any) -> list[Message]:
         raise ValueError(
             f"`messages` is {found!r}; it must be a list of turns, each with `role` and `content`"
         )
-    messages = []
+    messages: list[Message] = []
     for place, turn in enumerate(found):
         if not isinstance(turn, Mapping) or turn.get("role") not in _ROLES:
             role = turn.get("role") if isinstance(turn, Mapping) else turn
