@@ -13,7 +13,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from examples.smollm2.build import build
 WANTED = 0.9
 SLOTS = 32
 SAMPLING = {"temperature": 0.7, "top_p": 0.9, "top_k": 50, "presence_penalty": 0.1, "frequency_penalty": 0.1}
-ENGINE = {"max_num_seqs": SLOTS, "kv_cache_memory_bytes": 1 << 30}
+ENGINE: Mapping[str, Any] = {"max_num_seqs": SLOTS, "kv_cache_memory_bytes": 1 << 30}
 MAX_MODEL_LEN = 1024
 
 
@@ -66,11 +66,11 @@ def alone(arguments: argparse.Namespace) -> list[float]:
 
     engine = LLM(
         str(arguments.pair / "dpo_100pct"), enforce_eager=True, max_model_len=MAX_MODEL_LEN, **ENGINE
-    )  # type: ignore[arg-type]
+    )
     chats: Any = [[{"role": "user", "content": question}] for question in questions(arguments.prompts)]
     options: dict[str, Any] = {**SAMPLING, "max_tokens": arguments.tokens, "ignore_eos": True}
     sampling = [SamplingParams(seed=seed, **options) for seed in range(arguments.prompts)]
-    engine.chat(chats[:SLOTS], sampling[:SLOTS], use_tqdm=False)
+    engine.chat(chats[:SLOTS], SamplingParams(max_tokens=8), use_tqdm=False)
     seconds = []
     for _ in range(arguments.rounds):
         engine.reset_prefix_cache()
@@ -94,7 +94,7 @@ def through_endpoint(arguments: argparse.Namespace) -> list[float]:
     settings = Serving(port=0, max_model_len=MAX_MODEL_LEN, engine=ENGINE)
     seconds = []
     with cluster(), serving([plan], [], settings) as endpoint:
-        asyncio.run(_ask(endpoint.url, "smollm2@0.2", questions(SLOTS), arguments.tokens))
+        asyncio.run(_ask(endpoint.url, "smollm2@0.2", questions(SLOTS), 8))
         for number in range(arguments.rounds):
             model = f"smollm2@{0.1 * number:g}"
             asyncio.run(_ask(endpoint.url, model, questions(1), 1))

@@ -37,8 +37,8 @@ def test_alphas_answer_as_transformers_does_with_the_formula(
     endpoint: Running, alone: dict[tuple[str, str], str]
 ) -> None:
     sft, dpo = read_weights(endpoint.sft), read_weights(endpoint.dpo)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(endpoint.dpo)
-    model = transformers.AutoModelForCausalLM.from_pretrained(endpoint.dpo)
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(endpoint.dpo)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(endpoint.dpo)
     for name, alpha in zip(ALPHAS, (0, 0.5, 2), strict=True):
         model.load_state_dict({key: one + alpha * (one - sft[key]) for key, one in dpo.items()})
         for question in QUESTIONS:

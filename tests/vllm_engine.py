@@ -6,7 +6,7 @@ import json
 import re
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -62,7 +62,7 @@ class Running:
         error: dict[str, Any] = json.loads(caught.value.read())["error"]
         return caught.value.code, error
 
-    def stream(self, path: str, **body: Any) -> Iterator[dict[str, Any]]:
+    def stream(self, path: str, **body: Any) -> Generator[dict[str, Any], None, None]:
         """The events of a streamed answer, the last `[DONE]` left out."""
         with urllib.request.urlopen(self._request(path, body | {"stream": True}), timeout=ANSWER_S) as answer:
             for line in answer:

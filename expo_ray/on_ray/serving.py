@@ -29,6 +29,7 @@ from expo_ray.on_ray.parents import published_folder
 from expo_ray.storage import open_store
 
 log = logging.getLogger("expo_ray")
+plain_logs()  # the imports above have changed them
 
 HOST = "127.0.0.1"
 # Of one request, in which it may wait for other alphas: Ray's own limit of ten minutes is short for an engine on a CPU.
@@ -59,7 +60,6 @@ def serving(
         JobError: if the port is taken, or an engine does not start.
     """
     check_version()
-    plain_logs()
     on_gpu = _on_gpu(settings)
     _check(pairs, models, settings)
     slots = slots_of(settings, on_gpu)
