@@ -21,7 +21,8 @@ def main() -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     # Seconds to import, so not before the arguments are known to be right.
-    from expo_ray.on_ray.pipeline import prepare, run_pipeline
+    from expo_ray.on_ray.pipeline import run_pipeline
+    from expo_ray.on_ray.prepared import prepare
     from expo_ray.on_ray.run_command import described, tell
 
     prepared = prepare(load_job(arguments.job))

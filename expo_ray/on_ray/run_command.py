@@ -7,7 +7,8 @@ import os
 import sys
 
 from expo_ray.config import Job, load_job
-from expo_ray.on_ray.pipeline import Prepared, prepare, run_pipeline
+from expo_ray.on_ray.pipeline import run_pipeline
+from expo_ray.on_ray.prepared import Prepared, prepare
 from expo_ray.report.page import PAGE
 from expo_ray.report.results import PairResult, Results
 from expo_ray.storage import join_uri

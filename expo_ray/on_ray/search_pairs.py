@@ -1,0 +1,132 @@
+"""The searches of a job's pairs, as many at a time as the cluster has room for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+
+import ray
+
+from expo_ray.errors import ExpoError, JobError, NotFound, OutputError
+from expo_ray.evaluation.pair_result import pair_result
+from expo_ray.evaluation.pair_search import search_pair
+from expo_ray.evaluation.progress import RowProgress
+from expo_ray.extrapolation.plan import PairPlan
+from expo_ray.on_ray.pair_evaluator import PairEvaluator, Scorers
+from expo_ray.on_ray.prepared import Prepared
+from expo_ray.on_ray.serving import serving
+from expo_ray.report.results import PairResult, Results
+from expo_ray.report.stored import parse_results, results_json
+from expo_ray.storage import Store
+
+log = logging.getLogger("expo_ray")
+
+
+@dataclass
+class Searched:
+    """What came of searching.
+
+    Attributes:
+        found: by pair, in the job's order.
+        failures: error by pair.
+        num_tokens: of all responses that were looked at.
+    """
+
+    found: dict[str, PairResult] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    num_tokens: int = 0
+
+
+def search_pairs(prepared: Prepared, store: Store) -> Searched:
+    """Choose the alpha of every pair whose search is not stored, on the connected cluster.
+
+    Raises:
+        JobError: if the cluster cannot hold the engines, or they do not start.
+    """
+    searched = Searched()
+    for plan in prepared.plans:
+        if stored := _stored(store, _result_key(prepared, plan)):
+            log.info("%s: its search is stored; %s", plan.name, stored.reason)
+            searched.found[plan.name] = stored
+    todo = [plan for plan in prepared.plans if plan.name not in searched.found]
+    if not todo:
+        return searched
+    with ExitStack() as stack, RowProgress("search", "rows", store) as progress:
+        for pool in prepared.pools:
+            stack.enter_context(pool)
+        scorers = Scorers(prepared.pools)
+        for wave in _waves(todo, prepared):
+            with (
+                serving(wave, (), prepared.job.serving) as endpoint,
+                ThreadPoolExecutor(len(wave)) as threads,
+            ):
+                evaluators = [
+                    PairEvaluator(
+                        plan, endpoint.url, scorers, sampling=prepared.job.sampling, store=store, progress=progress,
+                        slots=endpoint.slots // len(wave), at_once=prepared.job.serving.replicas,
+                    )
+                    for plan in wave
+                ]  # fmt: skip
+                outcomes = threads.map(partial(_search_one, prepared, store), wave, evaluators)
+                for plan, outcome in zip(wave, outcomes, strict=True):
+                    if isinstance(outcome, ExpoError):
+                        searched.failures[plan.name] = str(outcome)
+                        log.error("%s failed: %s", plan.name, outcome)
+                    else:
+                        searched.found[plan.name] = outcome
+                searched.num_tokens += sum(one.num_tokens for one in evaluators)
+        progress.finish("failed" if searched.failures else "done", sorted(searched.failures))
+    names = [plan.name for plan in prepared.plans if plan.name in searched.found]
+    searched.found = {name: searched.found[name] for name in names}
+    return searched
+
+
+def _search_one(
+    prepared: Prepared, store: Store, plan: PairPlan, evaluate: PairEvaluator
+) -> PairResult | ExpoError:
+    settings = prepared.job.search
+    try:
+        history, decision = search_pair(
+            plan.name, prepared.prompts, settings, evaluate, at_once=prepared.job.serving.replicas + 1
+        )
+    except ExpoError as error:
+        return error
+    result = pair_result(plan, history, decision, settings, evaluate.texts)
+    alone = Results(store.uri, "", (result,))
+    store.put(_result_key(prepared, plan), results_json(alone))
+    return result
+
+
+def _result_key(prepared: Prepared, plan: PairPlan) -> str:
+    return f"evaluation/searches/{plan.name}-{prepared.search_id(plan)}.json"
+
+
+def _stored(store: Store, key: str) -> PairResult | None:
+    """A finished search; one that cannot be read, because another version wrote it, is done again from the stored rows."""
+    try:
+        return parse_results(store.read(key), f"{store.uri}/{key}").pairs[0]
+    except (NotFound, OutputError):
+        return None
+
+
+def _waves(plans: Sequence[PairPlan], prepared: Prepared) -> list[Sequence[PairPlan]]:
+    """Pairs whose engines fit on the cluster at the same time, beside the reward models.
+
+    Raises:
+        JobError: if not even one does.
+    """
+    settings, resources = prepared.job.serving, ray.cluster_resources()
+    kind = "GPU" if settings.device != "cpu" and resources.get("GPU") else "CPU"
+    per_pair = settings.replicas * settings.tensor_parallel_size
+    for_rewards = sum(pool.spec.replicas * pool.share(kind) for pool in prepared.pools)
+    at_once = int((resources.get(kind, 0) - for_rewards) // per_pair)
+    if at_once < 1:
+        raise JobError(
+            f"the cluster has {resources.get(kind, 0):g} {kind}s; the engines of one pair take {per_pair} and the reward models "
+            f"{for_rewards:g}; add nodes, or lower `replicas` under `serving` or `num_{kind.lower()}s` under `rewards`"
+        )
+    return [plans[first : first + at_once] for first in range(0, len(plans), at_once)]
