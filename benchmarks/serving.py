@@ -1,7 +1,7 @@
 """What does the endpoint cost, against vLLM alone in one process on the same prompts?
 
 SmolLM2-135M of `examples/smollm2`, the paper's sampling, a fixed number of tokens for each prompt. Both sides have the
-same engine settings; the endpoint is asked over HTTP with as many requests in flight as the engine works on.
+same engine settings; the endpoint is asked over HTTP with as many requests in flight as it says.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.measure import CACHE, run
 from benchmarks.result import TARGET_HEADER, report, table, target
 from examples.smollm2.build import build
+
+if TYPE_CHECKING:
+    from expo_ray.on_ray.serving import Endpoint
 
 WANTED = 0.9
 SLOTS = 32
@@ -49,6 +52,7 @@ def main() -> None:
     words = [sys.executable, "-m", "benchmarks.serving", "--alone", "--pair", arguments.pair]
     words += ["--rounds", arguments.rounds, "--prompts", arguments.prompts, "--tokens", arguments.tokens]
     before = json.loads(run(*words).output.splitlines()[-1])
+    print(f"vLLM alone: {', '.join(f'{one:.2f}' for one in before)} s", file=sys.stderr, flush=True)
     served = through_endpoint(arguments)
     tokens = arguments.prompts * arguments.tokens
     _report(arguments, [tokens / one for one in before], [tokens / one for one in served])
@@ -94,23 +98,23 @@ def through_endpoint(arguments: argparse.Namespace) -> list[float]:
     settings = Serving(port=0, max_model_len=MAX_MODEL_LEN, engine=ENGINE)
     seconds = []
     with cluster(), serving([plan], [], settings) as endpoint:
-        asyncio.run(_ask(endpoint.url, "smollm2@0.2", questions(SLOTS), 8))
+        asyncio.run(_ask(endpoint, "smollm2@0.2", questions(SLOTS), 8))
         for number in range(arguments.rounds):
             model = f"smollm2@{0.1 * number:g}"
-            asyncio.run(_ask(endpoint.url, model, questions(1), 1))
+            asyncio.run(_ask(endpoint, model, questions(1), 1))
             began = time.monotonic()
-            found = asyncio.run(_ask(endpoint.url, model, questions(arguments.prompts), arguments.tokens))
+            found = asyncio.run(_ask(endpoint, model, questions(arguments.prompts), arguments.tokens))
             seconds.append(time.monotonic() - began)
             print(f"endpoint: {seconds[-1]:.2f} s", file=sys.stderr, flush=True)
             assert found == [arguments.tokens] * arguments.prompts
     return seconds
 
 
-async def _ask(url: str, model: str, asked: Sequence[str], tokens: int) -> list[int]:
+async def _ask(endpoint: Endpoint, model: str, asked: Sequence[str], tokens: int) -> list[int]:
     """Number of tokens of each answer."""
     import httpx
 
-    slots = asyncio.Semaphore(SLOTS)
+    slots = asyncio.Semaphore(endpoint.slots)
 
     async def one(client: httpx.AsyncClient, seed: int, question: str) -> int:
         messages = [{"role": "user", "content": question}]
@@ -123,7 +127,7 @@ async def _ask(url: str, model: str, asked: Sequence[str], tokens: int) -> list[
             **SAMPLING,
         }
         async with slots:
-            answer = await client.post(f"{url}/v1/chat/completions", json=body)
+            answer = await client.post(f"{endpoint.url}/v1/chat/completions", json=body)
         return int(answer.raise_for_status().json()["usage"]["completion_tokens"])
 
     async with httpx.AsyncClient(timeout=600) as client:
@@ -140,7 +144,7 @@ def _report(arguments: argparse.Namespace, alone: Sequence[float], served: Seque
         "serving",
         "Serving: tokens a second through the endpoint",
         [
-            f"SmolLM2-135M in bf16 on the CPU, {arguments.prompts} prompts of {arguments.tokens} tokens each, {SLOTS} at once; "
+            f"SmolLM2-135M in bf16 on the CPU, {arguments.prompts} prompts of {arguments.tokens} tokens each, {SLOTS} at once in the engine; "
             f"{arguments.rounds} runs of each.",
             table(("", "tokens/s, median", "range"), rows),
             table(TARGET_HEADER, [target("endpoint / vLLM alone", ratio, WANTED, at_most=False)]),
