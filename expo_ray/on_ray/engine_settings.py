@@ -27,17 +27,18 @@ def slots_of(settings: Serving, on_gpu: bool) -> int:
     return int(settings.engine.get("max_num_seqs", GPU_SLOTS if on_gpu else CPU_SLOTS))
 
 
-def engine_config(name: str, settings: Serving, on_gpu: bool, cpus: float = 1) -> LLMConfig:
+def engine_config(name: str, settings: Serving, on_gpu: bool, cpus: float = 1, threads: int = 1) -> LLMConfig:
     """What Ray's LLM library needs to know of one engine; the replica adds the folder once it has fetched it.
 
     Args:
-        cpus: of the cluster's, for each process of an engine on CPUs.
+        cpus: of the cluster's, for each worker of an engine on CPUs.
+        threads: of each such worker.
     """
     return LLMConfig(
         model_loading_config={"model_id": name, "model_source": "fetched by the replica"},
         engine_kwargs=_engine_arguments(settings, on_gpu),
         deployment_config=_deployment_options(settings, slots_of(settings, on_gpu)),
-        runtime_env={"env_vars": _environment(on_gpu)},
+        runtime_env={"env_vars": _environment(on_gpu, threads)},
         log_engine_metrics=False,
         **({} if on_gpu else _cpu_placement(settings, cpus)),
     )
@@ -91,10 +92,13 @@ def _cpu_placement(settings: Serving, cpus: float) -> dict[str, Any]:
     }
 
 
-def _environment(on_gpu: bool) -> dict[str, str]:
+def _environment(on_gpu: bool, threads: int) -> dict[str, str]:
     # Ray would let these take the place of the job's own.
     passed_on = dict(ray.get_runtime_context().runtime_env.get("env_vars") or {})
     passed_on |= {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
     level = {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING")}
-    # vLLM's own choice puts every engine on the first core
-    return passed_on | level | ({} if on_gpu else {"VLLM_CPU_OMP_THREADS_BIND": "nobind"})
+    if on_gpu:
+        return passed_on | level
+    # vLLM's own choice puts every engine on the first core, and Ray's gives it one thread: 0.75 of the tokens a second.
+    ours = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)}
+    return ours | passed_on | level

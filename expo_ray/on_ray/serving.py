@@ -32,6 +32,8 @@ log = logging.getLogger("expo_ray")
 plain_logs()  # the imports above have changed them
 
 HOST = "127.0.0.1"
+# Requests at an engine for each that it works on: with none waiting it runs dry while the next is on its way.
+QUEUE = 2
 # Of one request, in which it may wait for other alphas: Ray's own limit of ten minutes is short for an engine on a CPU.
 REQUEST_TIMEOUT_S = 24 * 3600
 
@@ -63,10 +65,10 @@ def serving(
     on_gpu = _on_gpu(settings)
     _check(pairs, models, settings)
     slots = slots_of(settings, on_gpu)
-    cpus = _cpus_of_engine(settings, len(pairs) + len(models))
+    cpus, threads = _cpus_of_worker(settings, len(pairs) + len(models))
 
     def deploy(server: type[ModelServer], name: str, **arguments: Any) -> serve.Application:
-        config = engine_config(name, settings, on_gpu, cpus)
+        config = engine_config(name, settings, on_gpu, cpus, threads)
         return build_llm_deployment(config, name_prefix="", bind_kwargs=arguments, deployment_cls=server)
 
     deployments = {plan.name: deploy(PairServer, plan.name, plan=plan) for plan in pairs}
@@ -85,7 +87,7 @@ def serving(
     with _http(settings.port, name) as (url, prefix):
         log.info("starting %d engine(s) of %s", settings.replicas * len(deployments), ", ".join(deployments))
         with _running(ingress.bind(deployments=deployments, pairs=alphas), name, prefix):
-            yield Endpoint(url, slots * settings.replicas * len(deployments))
+            yield Endpoint(url, QUEUE * slots * settings.replicas * len(deployments))
 
 
 def weights_of(model: PublishedModel) -> str:
@@ -109,11 +111,17 @@ def _on_gpu(settings: Serving) -> bool:
     return settings.device != "cpu" and bool(gpus)
 
 
-def _cpus_of_engine(settings: Serving, deployments: int) -> float:
-    """One for each process of an engine on CPUs; less where a small machine is to run more of them than it has cores."""
+def _cpus_of_worker(settings: Serving, deployments: int) -> tuple[float, int]:
+    """CPUs that the cluster sets aside for each worker of an engine on CPUs, and its threads.
+
+    One CPU, or less where a small machine is to run more of them than it has cores; the threads share what there is.
+    """
     workers = deployments * settings.replicas * settings.tensor_parallel_size
-    available: float = ray.cluster_resources().get("CPU", 0)
-    return max(0.01, min(1.0, math.floor(100 * available / workers) / 100)) if available else 1.0
+    on_nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+    share = sum(on_nodes) / workers
+    return min(1.0, max(0.01, math.floor(100 * share) / 100)), max(
+        1, int(min(share, max(on_nodes, default=1)))
+    )
 
 
 def _check(pairs: Sequence[PairPlan], models: Sequence[PublishedModel], settings: Serving) -> None:
