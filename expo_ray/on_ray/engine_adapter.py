@@ -88,6 +88,11 @@ def stop_engine(server: Any) -> None:
         client.shutdown()
 
 
+def quiet_reload() -> None:
+    """Keep every swap from warning of layers without weights of their own, rotary embeddings and tied heads; see `Comparison`."""
+    logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
+
+
 def repack_heads(model: torch.nn.Module) -> None:
     """Let output heads see new weights.
 
