@@ -102,15 +102,16 @@ def swap_back_and_forth(
     """Seconds of each swap, and the largest difference of a logprob to the engines that were started."""
     from expo_ray.config import Pair
     from expo_ray.extrapolation.plan import plan_pair
+    from expo_ray.extrapolation.step import Step
 
     plan = plan_pair(Pair(name="pair", sft=str(sft), dpo=str(dpo)), {})
     engine.collective_rpc("expo_open", args=(pickle.dumps(plan), True))
-    engine.collective_rpc("expo_swap", args=(0.25,))  # loads the compiled arithmetic, once for each engine
+    engine.collective_rpc("expo_swap", args=("0.25",))  # loads the compiled arithmetic, once for each engine
     seconds, worst = [], 0.0
     for number in range(max(2, count)):
         alpha = ALPHAS[number % len(ALPHAS)]
         began = time.monotonic()
-        engine.collective_rpc("expo_swap", args=(alpha,))
+        engine.collective_rpc("expo_swap", args=(str(Step(alpha)),))
         engine.reset_prefix_cache()
         seconds.append(time.monotonic() - began)
         print(f"swap to {alpha:g}: {seconds[-1]:.2f} s", file=sys.stderr, flush=True)

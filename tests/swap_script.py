@@ -1,6 +1,6 @@
 """What one engine answers after swaps, and engines that were started on published folders; in a process of its own.
 
-    python -m tests.swap_script PLAN ALPHA=FOLDER ALPHA=FOLDER OUT
+    python -m tests.swap_script PLAN STEP FOLDER STEP FOLDER OUT
 
 PLAN is a pickled `PairPlan`, OUT receives JSON. `PairServer` runs as it does in a replica, without Ray Serve around it.
 """
@@ -19,6 +19,7 @@ from ray.serve.llm.openai_api_models import ChatCompletionRequest
 
 from expo_ray.config import Serving
 from expo_ray.extrapolation.plan import PairPlan
+from expo_ray.extrapolation.step import Step
 from expo_ray.on_ray import engine_adapter
 from expo_ray.on_ray.cluster import cluster
 from expo_ray.on_ray.engine_settings import engine_config
@@ -43,9 +44,9 @@ class ForgetfulWorker(PairWorker):
         if "repack" in steps:
             engine_adapter.repack_heads = lambda model: None
 
-    def expo_compare(self, alpha: float) -> None:
+    def expo_compare(self, step: Step) -> None:
         if "compare" not in self.forgotten:
-            super().expo_compare(alpha)
+            super().expo_compare(step)
 
 
 async def ask(server: ModelServer, model: str) -> Answers:
@@ -79,7 +80,7 @@ async def start(kind: type[Server], name: str, settings: Serving, **arguments: A
     return server
 
 
-async def swapped(plan: PairPlan, settings: Serving, first: float, second: float) -> dict[str, Any]:
+async def swapped(plan: PairPlan, settings: Serving, first: str, second: str) -> dict[str, Any]:
     server = await start(PairServer, plan.name, settings, plan=plan)
     name = plan.name
     found: dict[str, Any] = {"dpo": await ask(server, name)}
@@ -115,16 +116,16 @@ async def started_on(folder: Path, settings: Serving) -> Answers:
 
 
 def main() -> None:
-    plan_file, *published, out = sys.argv[1:]
+    plan_file, first, first_folder, second, second_folder, out = sys.argv[1:]
     plan = pickle.loads(Path(plan_file).read_bytes())
-    folders = {float(alpha): Path(folder) for alpha, _, folder in (text.partition("=") for text in published)}
     settings = Serving(max_model_len=512, engine={"max_num_seqs": 4, "kv_cache_memory_bytes": 1 << 28})
     forgetful = settings.model_copy(
         update={"engine": {**settings.engine, "worker_extension_cls": "tests.swap_script.ForgetfulWorker"}}
     )
     with cluster():
-        found = asyncio.run(swapped(plan, forgetful, *folders))
-        found["started"] = [asyncio.run(started_on(folder, settings)) for folder in folders.values()]
+        found = asyncio.run(swapped(plan, forgetful, first, second))
+        folders = (Path(first_folder), Path(second_folder))
+        found["started"] = [asyncio.run(started_on(folder, settings)) for folder in folders]
     Path(out).write_text(json.dumps(found))
 
 

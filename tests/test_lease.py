@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from expo_ray.extrapolation.step import Step
 from expo_ray.on_ray import lease as lease_module
 from expo_ray.on_ray.lease import Lease
 
@@ -23,9 +24,10 @@ class Engine:
         self.served: list[float] = []
         self.users = 0
         self.fail_on: float | None = None
-        self.lease = Lease(self._swap, held)
+        self.lease = Lease(self._swap, None if held is None else Step(held))
 
-    async def _swap(self, alpha: float) -> None:
+    async def _swap(self, step: Step) -> None:
+        alpha = step.alpha
         assert self.users == 0
         self.held = None
         await asyncio.sleep(STEP_S)
@@ -36,7 +38,7 @@ class Engine:
         self.swaps.append(alpha)
 
     async def request(self, alpha: float, seconds: float = STEP_S) -> None:
-        async with self.lease.on(alpha):
+        async with self.lease.on(Step(alpha)):
             self.users += 1
             try:
                 assert self.held == alpha

@@ -9,8 +9,9 @@ import numpy as np
 
 from expo_ray.config import Search
 from expo_ray.evaluation.evaluated import Evaluated
-from expo_ray.evaluation.pair_search import SFT_ALPHA, search_pair
+from expo_ray.evaluation.pair_search import search_pair
 from expo_ray.evaluation.prompts import PromptSet, prompt_of
+from expo_ray.extrapolation.step import SFT, Step
 
 PROMPTS = PromptSet.of(
     "numbers", [prompt_of([{"role": "user", "content": f"Name number {i}."}]) for i in range(400)]
@@ -24,7 +25,8 @@ class Curve:
         self.height = height
         self.asked: list[tuple[float, tuple[str, ...]]] = []
 
-    def __call__(self, alpha: float, prompts: PromptSet) -> Evaluated:
+    def __call__(self, step: Step, prompts: PromptSet) -> Evaluated:
+        alpha = step.alpha
         ids = tuple(prompt.id for prompt in prompts.prompts)
         self.asked.append((alpha, ids))
         true = self.height * (1 - (math.log2((alpha + 0.1) / 0.9)) ** 2 / 9) if alpha >= 0 else -1.0
@@ -44,7 +46,7 @@ def test_a_gain_is_found_and_confirmed_on_prompts_that_did_not_choose_it() -> No
     assert not choose & confirm
     assert set(history.choose.evaluated[decision.alpha].prompt_ids) <= choose
     assert set(history.confirm.evaluated[decision.alpha].prompt_ids) <= confirm
-    assert SFT_ALPHA in history.choose.evaluated
+    assert SFT.alpha in history.choose.evaluated
     assert any(one.half == "confirm" and one.gain.low > 0 for one in decision.evidence)
 
 

@@ -194,19 +194,39 @@ def test_kept_dpo_and_failures_are_stated(results: Results, page: Page) -> None:
 
 def test_the_evidence_holds_both_halves_and_all_reward_models(results: Results, page: Page) -> None:
     pair = pair_of(results, "in-house-8b-10pct")
-    rows = page.tables["alpha 4.525 against dpo"][1:]
+    rows = page.tables["alpha 4.525, attention \u00d70.5, mlp \u00d72 against dpo"][1:]
     assert [row[:2] for row in rows] == [
         [half, model] for half in ("choosing", "confirming") for model in MODELS
     ]
     for row in rows:
         half = {"choosing": "choose", "confirming": "confirm"}[row[0]]
-        one, dpo = (measured(pair, alpha, half, row[1]) for alpha in (4.525, 0.0))
+        (one,) = (one for one in pair.chosen if (one.half, one.reward_model) == (half, row[1]))
+        dpo = measured(pair, 0.0, half, row[1])
         assert row[3:6] == [
             f"{dpo.reward.mean:+.3f}".replace("-", "\u2212"),
             f"{one.reward.mean:+.3f}".replace("-", "\u2212"),
             shown(one.gain),
         ]
         assert row[-1] == ("beyond chance" if one.gain.low > 0 else "not beyond chance")
+
+
+def test_multipliers_that_were_tried_are_told_beside_alpha_alone(results: Results, page: Page) -> None:
+    pair = pair_of(results, "in-house-8b-10pct")
+    assert pair.groups
+    (rows,) = (rows for title, rows in page.tables.items() if "against alpha 4.525 in all groups" in title)
+    assert [row[0] for row in rows[1:]] == [
+        "embeddings \u00d70",
+        "attention \u00d70.5",
+        "attention \u00d70.5, mlp \u00d72",
+    ]
+    for row, trial in zip(rows[1:], pair.groups.trials, strict=True):
+        assert row[1] == (trial.reason or "chosen")
+        assert row[2:] == [str(trial.prompts), shown(trial.gain)]
+    # The gain that pairs are compared by is of what was chosen.
+    assert pair.headline
+    assert pair.headline.gain.mean == pytest.approx(
+        measured(pair, 4.525, "confirm", MODELS[0]).gain.mean + 0.2
+    )
 
 
 def test_every_alpha_has_its_row_with_the_reason_it_fell_and_what_rounding_left_of_it(
@@ -417,6 +437,6 @@ def test_a_browser_shows_the_whole_page_and_asks_nobody(
     assert tab.evaluate(
         "[...document.querySelectorAll('table')].every(one => one.rows.length > 1 && one.offsetHeight > 50)"
     )
-    assert tab.evaluate("document.querySelectorAll('table').length") == 1 + 3 * 2
+    assert tab.evaluate("document.querySelectorAll('table').length") == 1 + 3 * 2 + 1
     answers = tab.evaluate("[...document.querySelectorAll('.answers')][0].querySelectorAll('pre').length")
     assert answers == 3

@@ -19,7 +19,8 @@ from tests.ray_cluster import RayBox
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
 
-ALPHAS = (0.5, 2.0)
+# A step, and the flags that publish the same weights.
+STEPS = {"0.5": ["--alpha", "0.5"], "2,mlp=0.25": ["--alpha", "2", "--multiplier", r"\.mlp\.=0.25"]}
 
 
 @pytest.mark.slow
@@ -46,21 +47,18 @@ def test_after_swaps_both_ways_an_engine_answers_as_one_started_on_the_published
 
 
 def swaps(sft: Path, dpo: Path, folder: Path) -> dict[str, Any]:
-    words = [word for alpha in ALPHAS for word in ("--alpha", str(alpha))]
-    assert (
-        main(["extrapolate", "--sft", str(sft), "--dpo", str(dpo), *words, "--output", str(folder / "out")])
-        == 0
-    )
+    for step, words in STEPS.items():
+        parents = ["--sft", str(sft), "--dpo", str(dpo)]
+        assert main(["extrapolate", *parents, *words, "--output", str(folder / step)]) == 0
     plan = plan_pair(Pair(name="pair", sft=str(sft), dpo=str(dpo)), {})
     (folder / "plan").write_bytes(pickle.dumps(plan))
-    published = [f"{alpha}={folder}/out/alpha={alpha:g}" for alpha in ALPHAS]
     with RayBox() as box:
         process = box.run(
             sys.executable,
             "-m",
             "tests.swap_script",
             f"{folder}/plan",
-            *published,
+            *(word for step in STEPS for word in (step, f"{folder}/{step}")),
             f"{folder}/answers",
             VLLM_CPU_OMP_THREADS_BIND="nobind",
         )

@@ -16,6 +16,7 @@ def check_rungs(sizes: tuple[int, ...]) -> tuple[int, ...]:
     return sizes
 
 
+Group = Literal["attention", "mlp", "embeddings"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Rungs = Annotated[tuple[Annotated[int, Field(ge=16)], ...], Field(min_length=1), AfterValidator(check_rungs)]
 
@@ -78,6 +79,10 @@ class Search(Frozen):
 
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     """Of all intervals; alpha is above 0 only where the lower bound of its gain over dpo is."""
+
+    groups: tuple[Group, ...] = ()
+    """Groups of tensors in which alpha is multiplied by 0, 0.5 and 2 as well, once alpha is chosen; what is better than alpha
+    alone is taken. `multipliers` of the pair count first."""
 
     guardrails: Guardrails = Guardrails()
     """What an alpha may change in the responses."""

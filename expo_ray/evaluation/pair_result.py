@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import numpy as np
@@ -11,9 +11,9 @@ from expo_ray.config import Search
 from expo_ray.config.search import Limit
 from expo_ray.evaluation.decision import Decision
 from expo_ray.evaluation.evaluated import Evaluated
+from expo_ray.evaluation.groups import GroupDecision
 from expo_ray.evaluation.guardrails import checks
 from expo_ray.evaluation.history import Half, HalfName, History
-from expo_ray.evaluation.pair_search import SFT_ALPHA
 from expo_ray.evaluation.records import Response
 from expo_ray.evaluation.statistics import (
     Array,
@@ -24,22 +24,32 @@ from expo_ray.evaluation.statistics import (
     win_rate,
 )
 from expo_ray.extrapolation.plan import PairPlan
-from expo_ray.report.results import Estimate, Example, Guardrail, Measured, PairResult
+from expo_ray.extrapolation.step import DPO, SFT, Step
+from expo_ray.report.results import Estimate, Example, Groups, GroupTrial, Guardrail, Measured, PairResult
 
 # Prompts shown in full: half of those that gained most, half of those that lost most.
 NUM_EXAMPLES = 6
 
-# Responses of sample 0 by alpha and prompt id.
-Texts = Mapping[float, Mapping[str, Response]]
+# Responses of sample 0 by step and prompt id.
+Texts = Mapping[Step, Mapping[str, Response]]
 
 
 def pair_result(
-    plan: PairPlan, history: History, decision: Decision, settings: Search, texts: Texts
+    plan: PairPlan,
+    history: History,
+    decision: Decision,
+    settings: Search,
+    texts: Texts,
+    *,
+    generations: int,
+    groups: GroupDecision | None = None,
 ) -> PairResult:
     """Gather measures, guardrails and examples of a finished search.
 
     Args:
         texts: what was answered, for the side-by-side examples.
+        generations: responses drawn.
+        groups: the search of multipliers, if there was one.
     """
     halves: tuple[HalfName, ...] = ("choose", "confirm")
     return PairResult(
@@ -50,17 +60,21 @@ def pair_result(
         considered=decision.considered or None,
         reason=decision.reason,
         measured=tuple(
-            one for half in halves for one in _measured(half, history.half(half), settings.confidence)
+            one
+            for half in halves
+            for alpha in sorted(history.half(half).evaluated)
+            for one in _measured(half, *_compared(history.half(half), alpha), settings.confidence)
         ),
         guardrails=tuple(_guardrails(history.choose, settings)),
         rejected={one.alpha: f"{one.stage}: {one.reason}" for one in decision.rejected},
         mean_tokens={
             alpha: float(one.lengths.mean()) for alpha, one in sorted(history.choose.evaluated.items())
         },
-        examples=tuple(_examples(history, decision, texts)),
-        generations=decision.generations,
+        examples=tuple(_examples(history, decision, texts, groups)),
+        generations=generations,
         rounding=plan.options.rounding,
         warnings=decision.warnings,
+        groups=_groups(groups, settings.confidence) if groups else None,
     )
 
 
@@ -68,28 +82,45 @@ def _named(uri: str, revision: str) -> str:
     return f"{uri}@{revision}" if revision and "@" not in uri else uri
 
 
-def _measured(name: HalfName, half: Half, confidence: float) -> Iterator[Measured]:
-    for alpha in sorted(half.evaluated):
-        one, dpo = _compared(half, alpha)
-        for model, rewards in one.rewards.items():
-            before = dpo.rewards[model]
-            yield Measured(
-                alpha=alpha,
-                half=name,
-                reward_model=model,
-                prompts=len(one.prompt_ids),
-                reward=_estimate(_mean(rewards, confidence)),
-                gain=_estimate(gain(rewards, before, confidence)),
-                controlled_gain=_estimate(
-                    length_controlled_gain(rewards, before, one.lengths, dpo.lengths, confidence)
-                ),
-                win_rate=win_rate(rewards, before, confidence).value,
-            )
+def _measured(half: HalfName, one: Evaluated, dpo: Evaluated, confidence: float) -> Iterator[Measured]:
+    for model, rewards in one.rewards.items():
+        before = dpo.rewards[model]
+        yield Measured(
+            alpha=one.alpha,
+            half=half,
+            reward_model=model,
+            prompts=len(one.prompt_ids),
+            reward=_estimate(_mean(rewards, confidence)),
+            gain=_estimate(gain(rewards, before, confidence)),
+            controlled_gain=_estimate(
+                length_controlled_gain(rewards, before, one.lengths, dpo.lengths, confidence)
+            ),
+            win_rate=win_rate(rewards, before, confidence).value,
+        )
+
+
+def _groups(groups: GroupDecision, confidence: float) -> Groups:
+    chosen = bool(groups.step.factors)
+    return Groups(
+        multipliers=dict(groups.step.factors),
+        reason=groups.reason,
+        trials=tuple(
+            GroupTrial(dict(one.step.factors), one.num_prompts, _estimate(one.gain), one.fell)
+            for one in groups.trials
+        ),
+        measured=tuple(
+            one
+            for half, found in groups.found.items()
+            for one in _measured(half, found[groups.step], found[DPO], confidence)
+        )
+        if chosen
+        else (),
+    )
 
 
 def _guardrails(half: Half, settings: Search) -> Iterator[Guardrail]:
     for alpha in sorted(half.evaluated):
-        if alpha in (0.0, SFT_ALPHA):
+        if alpha in (DPO.alpha, SFT.alpha):
             continue
         one, dpo = _compared(half, alpha)
         for check in checks(one, dpo, settings.guardrails, settings.confidence):
@@ -112,21 +143,26 @@ def _estimate(interval: Interval) -> Estimate:
     return Estimate(interval.value, interval.low, interval.high)
 
 
-def _examples(history: History, decision: Decision, texts: Texts) -> Iterator[Example]:
-    """The prompts whose reward changed most, either way, between dpo and the alpha that was chosen or came closest."""
-    half, shown = history.choose, decision.considered
-    if shown == 0 or shown not in half.evaluated:
+def _examples(
+    history: History, decision: Decision, texts: Texts, groups: GroupDecision | None
+) -> Iterator[Example]:
+    """The prompts whose reward changed most, either way, between dpo and the step that was chosen or came closest."""
+    half, shown = history.choose, Step(decision.considered)
+    if shown == DPO or shown.alpha not in half.evaluated:
         return
-    one, dpo = _compared(half, shown)
+    one, dpo = _compared(half, shown.alpha)
+    if groups and groups.step.factors:
+        shown = groups.step
+        one, dpo = groups.found["choose"][shown], groups.found["choose"][DPO]
     model = next(iter(one.rewards))
     change = one.rewards[model] - dpo.rewards[model]
     key: Literal["chosen", "candidate"] = "chosen" if decision.alpha else "candidate"
-    named: Sequence[tuple[str, float]] = (("sft", SFT_ALPHA), ("dpo", 0.0), (key, shown))
+    named = {"sft": (SFT, half.evaluated.get(SFT.alpha)), "dpo": (DPO, dpo), key: (shown, one)}
     order = np.argsort(change, kind="stable")
     ends = min(NUM_EXAMPLES, len(order)) // 2
     for row in [*order[::-1][:ends], *order[:ends]]:
         prompt_id = one.prompt_ids[row]
-        found = {name: texts.get(alpha, {}).get(prompt_id) for name, alpha in named}
+        found = {name: texts.get(step, {}).get(prompt_id) for name, (step, _) in named.items()}
         answered = {name: response for name, response in found.items() if response}
         if not answered:
             continue
@@ -134,11 +170,12 @@ def _examples(history: History, decision: Decision, texts: Texts) -> Iterator[Ex
             prompt=next(iter(answered.values())).messages[-1]["content"],
             responses={name: response.text for name, response in answered.items()},
             rewards={
-                name: _reward_at(half, alpha, prompt_id, model) for name, alpha in named if name in answered
+                name: _reward_at(evaluated, prompt_id, model)
+                for name, (_, evaluated) in named.items()
+                if name in answered and evaluated
             },
         )
 
 
-def _reward_at(half: Half, alpha: float, prompt_id: str, model: str) -> float:
-    one = half.evaluated[alpha]
+def _reward_at(one: Evaluated, prompt_id: str, model: str) -> float:
     return float(one.rewards[model][one.prompt_ids.index(prompt_id)])

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from expo_ray.config import Search, format_alpha
 from expo_ray.evaluation.decision import Decision, decide
 from expo_ray.evaluation.evaluated import Evaluated
-from expo_ray.evaluation.history import Half, History, Rung
+from expo_ray.evaluation.history import Half, HalfName, History, Rung
 from expo_ray.evaluation.prompts import PromptSet
 from expo_ray.evaluation.search import next_rung
+from expo_ray.extrapolation.step import SFT, Step
 
 log = logging.getLogger("expo_ray")
 
-SFT_ALPHA = -1.0
-
-# Answers and rewards of one alpha on some prompts; those that are stored are not made again.
-Evaluate = Callable[[float, PromptSet], Evaluated]
+# Answers and rewards of one step on some prompts; those that are stored are not made again.
+Evaluate = Callable[[Step, PromptSet], Evaluated]
 
 
 def search_pair(
@@ -35,7 +34,7 @@ def search_pair(
     Raises:
         ExpoError: if an alpha cannot be evaluated, or the prompts are too few.
     """
-    halves = dict(zip(("choose", "confirm"), (half.drawn() for half in prompts.halves()), strict=True))
+    halves = halves_of(prompts)
     history = History(Half(len(halves["choose"]), {}), Half(len(halves["confirm"]), {}))
     with ThreadPoolExecutor(at_once, "alpha") as pool:
         while rung := next_rung(history, settings):
@@ -47,16 +46,22 @@ def search_pair(
             asked = first(halves[rung.half], rung.num_prompts)
             assert len(asked) == rung.num_prompts, rung  # or it would be asked for again and again
             history = _with(
-                history, rung, pool.map(lambda alpha, asked=asked: evaluate(alpha, asked), alphas)
+                history, rung, pool.map(lambda alpha, asked=asked: evaluate(Step(alpha), asked), alphas)
             )
         decision = decide(history, settings)
         log.info("%s: %s", pair, decision.reason)
         # Not part of the search: where the curve of the report begins.
         smallest = min(settings.prompts[0], len(halves["choose"]))
-        sft = Rung("choose", (SFT_ALPHA,), smallest, "sft")
+        sft = Rung("choose", (SFT.alpha,), smallest, "sft")
         if not history.choose.has(sft):
-            history = _with(history, sft, [evaluate(SFT_ALPHA, first(halves["choose"], smallest))])
+            history = _with(history, sft, [evaluate(SFT, first(halves["choose"], smallest))])
     return history, decision
+
+
+def halves_of(prompts: PromptSet) -> Mapping[HalfName, PromptSet]:
+    """The half that alpha is chosen on, and the one that confirms it, each in the order in which it is asked."""
+    choose, confirm = (half.drawn() for half in prompts.halves())
+    return {"choose": choose, "confirm": confirm}
 
 
 def first(prompts: PromptSet, count: int) -> PromptSet:

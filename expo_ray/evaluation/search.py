@@ -12,7 +12,7 @@ from expo_ray.evaluation.ladder import ladder
 from expo_ray.evaluation.picked import Picked
 from expo_ray.evaluation.statistics import gain
 
-_FEWEST_PROMPTS = 16
+FEWEST_PROMPTS = 16
 
 
 class SearchError(ExpoError):
@@ -64,14 +64,14 @@ def looks_better(history: History, picked: Picked, confidence: float) -> bool:
 
 
 def _course(history: History, settings: Search) -> Generator[Rung, None, Picked]:
-    if history.choose.num_prompts < _FEWEST_PROMPTS:
+    if history.choose.num_prompts < FEWEST_PROMPTS:
         raise SearchError(
-            f"there are {history.choose.num_prompts} prompts to choose alpha on; a search needs at least {_FEWEST_PROMPTS}, and some "
+            f"there are {history.choose.num_prompts} prompts to choose alpha on; a search needs at least {FEWEST_PROMPTS}, and some "
             "hundreds to see small gains"
         )
     method = ladder if settings.method == "ladder" else grid
     picked = yield from method(history.choose, settings)
-    if history.confirm.num_prompts >= _FEWEST_PROMPTS and looks_better(history, picked, settings.confidence):
+    if history.confirm.num_prompts >= FEWEST_PROMPTS and looks_better(history, picked, settings.confidence):
         size = min(settings.confirm_prompts, history.confirm.num_prompts)
         yield Rung("confirm", (0.0, picked.alpha), size, "confirmation")
     return picked

@@ -11,6 +11,7 @@ import torch
 from expo_ray.checkpoint.tensors import WEIGHT_DTYPES
 from expo_ray.extrapolation.match import TensorPlan
 from expo_ray.extrapolation.plan import PairPlan
+from expo_ray.extrapolation.step import DPO, Step, stepped
 from expo_ray.on_ray.engine_adapter import held_values
 from expo_ray.on_ray.weights import rows_of
 
@@ -30,7 +31,7 @@ class _Places:
 
 
 class Comparison:
-    """Compares again and again, at other elements for each alpha.
+    """Compares again and again, at other elements for each step.
 
     Args:
         plan: whose parents are on this node.
@@ -43,21 +44,22 @@ class Comparison:
 
     def __init__(self, plan: PairPlan, model: torch.nn.Module, dtype: torch.dtype) -> None:
         self._plan, self._model, self._dtype = plan, model, dtype
-        self.tensors = [tensor for tensor in _sampled(plan) if self._places(tensor, 0.0).held]
+        self.tensors = [tensor for tensor in _sampled(plan) if self._places(tensor, DPO).held]
 
     def leave_out_rearranged(self) -> None:
         """Learn from an engine that has loaded dpo itself which tensors its loader stores in another order or form."""
-        others = set(self.differing(0.0))
+        others = set(self.differing(DPO))
         self.tensors = [tensor for tensor in self.tensors if tensor.name not in others]
 
-    def differing(self, alpha: float) -> list[str]:
-        """The tensors that do not hold the weights of `alpha`."""
-        places = {tensor.name: self._places(tensor, alpha) for tensor in self.tensors}
-        exact = rows_of(self._plan, {name: place.rows for name, place in places.items()}, alpha)
+    def differing(self, step: Step) -> list[str]:
+        """The tensors that do not hold the weights of `step`."""
+        places = {tensor.name: self._places(tensor, step) for tensor in self.tensors}
+        picked = {name: place.rows for name, place in places.items()}
+        exact = rows_of(stepped(self._plan, step), picked, step.alpha)
         return [name for name, place in places.items() if not self._agree(place, exact[name])]
 
-    def _places(self, tensor: TensorPlan, alpha: float) -> _Places:
-        chosen = random.Random(f"{tensor.name} {alpha}")
+    def _places(self, tensor: TensorPlan, step: Step) -> _Places:
+        chosen = random.Random(f"{tensor.name} {step}")
         rows, columns = (
             sorted(chosen.sample(range(size), min(size, count)))
             for size, count in ((tensor.shape[0], ROWS), (tensor.shape[-1], COLUMNS))

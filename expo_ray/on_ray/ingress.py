@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from expo_ray.errors import some
+from expo_ray.extrapolation.step import Step
 from expo_ray.on_ray.engine_adapter import ModelCard, ModelList, OpenAIHTTPException
 from expo_ray.on_ray.names import NameFault, ServedName, parse_name
 
@@ -49,7 +50,7 @@ class Ingress(OpenAiIngress):
 
     async def models(self) -> ModelList:
         listed = [ServedName(name, None) for name in self._deployments]
-        listed += [ServedName(name, alpha) for name, alphas in self._pairs.items() for alpha in alphas]
+        listed += [ServedName(name, Step(alpha)) for name, alphas in self._pairs.items() for alpha in alphas]
         return ModelList(data=[_card(str(name)) for name in listed])
 
     async def model_data(self, model: str) -> ModelCard:
@@ -72,7 +73,7 @@ class Ingress(OpenAiIngress):
             raise _refusal(
                 404, f"model {model!r} is not served here; served are {self._served()}", "model_not_found"
             )
-        if name.alpha is not None and name.base not in self._pairs:
+        if name.step is not None and name.base not in self._pairs:
             raise _refusal(
                 404,
                 f"{name.base} is a published model and has no other alpha; ask for `{name.base}`",

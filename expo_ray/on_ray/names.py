@@ -1,11 +1,11 @@
-"""Served names: `<pair>@<alpha>`, `<pair>` for alpha 0, or the name of a published model."""
+"""Served names: `<pair>@<alpha>`, `<pair>` for dpo, or the name of a published model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from expo_ray.config.fields import check_alpha, format_alpha
 from expo_ray.errors import ExpoError
+from expo_ray.extrapolation.step import Step, parse_step
 
 
 class NameFault(ExpoError):
@@ -18,29 +18,28 @@ class ServedName:
 
     Attributes:
         base: a pair or a published model.
-        alpha: None where the name has none.
+        step: None where the name has none; a pair then answers as dpo.
     """
 
     base: str
-    alpha: float | None
+    step: Step | None
 
     def __str__(self) -> str:
-        return self.base if self.alpha is None else f"{self.base}@{format_alpha(self.alpha)}"
+        return self.base if self.step is None else f"{self.base}@{self.step}"
 
 
 def parse_name(text: str) -> ServedName:
     """Take a name apart.
 
     Raises:
-        NameFault: if what follows the `@` is no alpha.
+        NameFault: if what follows the `@` is no step.
     """
-    base, at, alpha = text.partition("@")
+    base, at, step = text.partition("@")
     if not at:
         return ServedName(base, None)
     try:
-        return ServedName(base, check_alpha(float(alpha)))
+        return ServedName(base, parse_step(step))
     except ValueError as error:
-        reason = str(error) if str(error).startswith("alpha") else f"{alpha!r} is not a number"
         raise NameFault(
-            f"model {text!r}: {reason}; write `{base}@0.5`, with any finite number of at least -1"
+            f"model {text!r}: {error}; write `{base}@0.5`, with any finite number of at least -1"
         ) from error

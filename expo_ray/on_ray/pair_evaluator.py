@@ -1,4 +1,4 @@
-"""One pair behind an endpoint: the answers and rewards of any alpha, as numbers for the search."""
+"""One pair behind an endpoint: the answers and rewards of any step, as numbers for the search."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from expo_ray.config import Sampling, format_alpha
+from expo_ray.config import Sampling
 from expo_ray.errors import NotFound, Problems, RewardError
 from expo_ray.evaluation.evaluated import Evaluated, LogProbabilities, evaluated
 from expo_ray.evaluation.likelihoods import likelihood_from_row, likelihoods
@@ -19,6 +19,7 @@ from expo_ray.evaluation.records import Response, Reward
 from expo_ray.evaluation.respond import respond
 from expo_ray.evaluation.reward import parse_reward, reward
 from expo_ray.extrapolation.plan import PairPlan
+from expo_ray.extrapolation.step import DPO, Step, stepped
 from expo_ray.on_ray.reward_actors import RewardPool
 from expo_ray.storage import Store, open_store
 
@@ -38,17 +39,18 @@ class Scorers:
 
 
 class PairEvaluator:
-    """Makes what is missing of an alpha's responses and rewards; called from several threads, see `search_pair`.
+    """Makes what is missing of a step's responses and rewards; called from several threads, see `search_pair`.
 
     Args:
         url: of the endpoint that serves the pair.
         slots: requests that keep the pair's engines busy.
         store: the job's output.
-        at_once: alphas that may be answered at the same time: as many as the pair has engines.
+        at_once: steps that may be answered at the same time: as many as the pair has engines.
 
     Attributes:
-        texts: the first response to each prompt, by alpha and prompt id.
-        num_tokens: generated, of all responses.
+        texts: the first response to each prompt, by step and prompt id.
+        num_responses: of all steps together.
+        num_tokens: of all responses.
     """
 
     def __init__(
@@ -65,60 +67,64 @@ class PairEvaluator:
     ) -> None:
         self._plan, self._url, self._scorers, self._sampling = plan, url, scorers, sampling
         self._store, self._progress, self._slots = store, progress, slots
-        # Two alphas on one engine would swap its weights to and fro; scoring one while the next is answered costs nothing.
+        # Two steps on one engine would swap its weights to and fro; scoring one while the next is answered costs nothing.
         self._answering = threading.Semaphore(at_once)
         self._special_tokens = special_tokens(plan)
         self._asking_dpo = threading.Lock()
-        self.texts: dict[float, dict[str, Response]] = {}
-        self._counted: dict[tuple[float, Hashable], int] = {}
+        self.texts: dict[Step, dict[str, Response]] = {}
+        self._counted: dict[tuple[Step, Hashable], int] = {}
+
+    @property
+    def num_responses(self) -> int:
+        return len(self._counted)
 
     @property
     def num_tokens(self) -> int:
         return sum(self._counted.values())
 
-    def __call__(self, alpha: float, prompts: PromptSet) -> Evaluated:
-        """One alpha on some prompts.
+    def __call__(self, step: Step, prompts: PromptSet) -> Evaluated:
+        """One step on some prompts.
 
         Raises:
             ExpoError: if a prompt stays unanswered, or a response without a reward.
         """
-        name = self._name(alpha)
+        name = self._name(step)
         with self._answering:
-            responses = self._responses(alpha, prompts)
-            logprobs = None if alpha < 0 else self._logprobs(alpha, prompts)
-        self.texts.setdefault(alpha, {}).update(
+            responses = self._responses(step, prompts)
+            logprobs = None if step.alpha < 0 else self._logprobs(step, prompts)
+        self.texts.setdefault(step, {}).update(
             {one.prompt_id: one for one in responses.values() if one.sample == 0}
         )
-        self._counted |= {(alpha, key): one.num_tokens for key, one in responses.items()}
+        self._counted |= {(step, key): one.num_tokens for key, one in responses.items()}
         rewards = {pool.spec.name: self._rewards(name, responses, pool) for pool in self._scorers.pools}
         ids = [prompt.id for prompt in prompts.prompts]
         return evaluated(
-            alpha, ids, responses, rewards, special_tokens=self._special_tokens, logprobs=logprobs
+            step.alpha, ids, responses, rewards, special_tokens=self._special_tokens, logprobs=logprobs
         )
 
-    def _name(self, alpha: float) -> str:
-        return f"{self._plan.name}@{format_alpha(alpha)}"
+    def _name(self, step: Step) -> str:
+        return f"{self._plan.name}@{step}"
 
-    def _responses(self, alpha: float, prompts: PromptSet) -> dict[Hashable, Response]:
+    def _responses(self, step: Step, prompts: PromptSet) -> dict[Hashable, Response]:
         answers = respond(
-            self._url, self._name(alpha), [prompts], self._sampling, self._store, progress=self._progress, slots=self._slots
+            self._url, self._name(step), [prompts], self._sampling, self._store, progress=self._progress, slots=self._slots
         )  # fmt: skip
         if answers.problems:
             raise Problems(answers.problems)
         return {one.key: one for one in answers.responses.values()}
 
-    def _logprobs(self, alpha: float, prompts: PromptSet) -> tuple[LogProbabilities, LogProbabilities]:
-        """Log-probabilities of dpo's own responses to a few prompts, by dpo and by `alpha`."""
+    def _logprobs(self, step: Step, prompts: PromptSet) -> tuple[LogProbabilities, LogProbabilities]:
+        """Log-probabilities of dpo's own responses to a few prompts, by dpo and by `step`."""
         few = first(prompts, KL_PROMPTS)
-        with self._asking_dpo:  # several alphas want the same ones at the same time
-            own = [one for one in self._responses(0.0, few).values() if one.text]
-            by_dpo = self._likelihoods(0.0, own)
-        return by_dpo, by_dpo if alpha == 0 else self._likelihoods(alpha, own)
+        with self._asking_dpo:  # several steps want the same ones at the same time
+            own = [one for one in self._responses(DPO, few).values() if one.text]
+            by_dpo = self._likelihoods(DPO, own)
+        return by_dpo, by_dpo if step == DPO else self._likelihoods(step, own)
 
-    def _likelihoods(self, alpha: float, responses: Sequence[Response]) -> LogProbabilities:
-        name = self._name(alpha)
+    def _likelihoods(self, step: Step, responses: Sequence[Response]) -> LogProbabilities:
+        name, weights = self._name(step), stepped(self._plan, step).plan_id(step.alpha)
         origin = responses[0].origin if responses else ""
-        folder = f"evaluation/{name}/likelihoods-{self._plan.plan_id(alpha)}-{origin}"
+        folder = f"evaluation/{name}/likelihoods-{weights}-{origin}"
         kept_in = Parts(self._store, folder, likelihood_from_row)
         return likelihoods(self._url, name, responses, kept_in, slots=self._slots)
 

@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from expo_ray.evaluation.records import digest
 from expo_ray.extrapolation.plan import PairPlan
+from expo_ray.extrapolation.step import DPO, Step, stepped
 from expo_ray.on_ray.engine_adapter import ErrorInfo, ErrorResponse, engine_version, stop_engine
 from expo_ray.on_ray.lease import Lease
 from expo_ray.on_ray.names import ServedName, parse_name
@@ -90,23 +91,23 @@ class ModelServer(LLMServer):
 class PairServer(ModelServer):
     """An engine for all alphas of a pair; it starts with dpo's own weights.
 
-    Each request holds a lease on its alpha from before the engine sees it until its last token has been sent or the client
+    Each request holds a lease on its step from before the engine sees it until its last token has been sent or the client
     has gone. A failed swap makes the replica unhealthy, so that Serve replaces it, and it answers nothing meanwhile.
     """
 
     async def __init__(self, llm_config: LLMConfig, *, plan: PairPlan) -> None:  # type: ignore[misc]
         self._plan, holds_dpo = plan, starts_at_dpo(plan)
-        self._lease = Lease(self._swap, 0.0 if holds_dpo else None)
+        self._lease = Lease(self._swap, DPO if holds_dpo else None)
         await super().__init__(llm_config, fetch=lambda: engine_folder(plan))
         await self.collective_rpc("expo_open", args=(pickle.dumps(plan), holds_dpo))
 
     def _weights_of(self, name: ServedName) -> str:
-        return self._plan.plan_id(name.alpha or 0.0)
+        step = name.step or DPO
+        return stepped(self._plan, step).plan_id(step.alpha)
 
     async def _answer(self, method: Method, request: Any, raw_request_info: Any) -> AsyncGenerator[Any, None]:
-        alpha = parse_name(request.model).alpha or 0.0
         try:
-            async with self._lease.on(alpha):
+            async with self._lease.on(parse_name(request.model).step or DPO):
                 async for part in super()._answer(method, request, raw_request_info):
                     yield part
         except Exception as error:
@@ -116,14 +117,14 @@ class PairServer(ModelServer):
                 error=ErrorInfo(message=self._unusable(), type="service_unavailable", code=503)
             )
 
-    async def _swap(self, alpha: float) -> None:
+    async def _swap(self, step: Step) -> None:
         """Change the weights of the engine, which no request uses now.
 
         Requests that were given up may still be in it; the pause throws them out, and clears what is cached of prompts, which
         belongs to the old weights.
         """
         await self.pause(mode="abort", clear_cache=True)
-        await self.collective_rpc("expo_swap", timeout=SWAP_TIMEOUT_S, args=(alpha,))
+        await self.collective_rpc("expo_swap", timeout=SWAP_TIMEOUT_S, args=(str(step),))
         await self.resume()
 
     async def check_health(self) -> None:
@@ -136,7 +137,7 @@ class PairServer(ModelServer):
 
     async def record_routing_stats(self) -> dict[str, Any]:
         held = self._lease.held
-        return {} if held is None else {"alpha": held}
+        return {} if held is None else {"step": str(held)}
 
 
 def starts_at_dpo(plan: PairPlan) -> bool:

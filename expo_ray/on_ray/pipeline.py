@@ -19,6 +19,7 @@ from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.progress import Progress
 from expo_ray.extrapolation.publish import Published, publish
 from expo_ray.extrapolation.push_job import push_winners
+from expo_ray.extrapolation.step import GROUPS, Step
 from expo_ray.on_ray.cluster import cluster
 from expo_ray.on_ray.extrapolation import OnRay
 from expo_ray.on_ray.prepared import Prepared, versions
@@ -102,10 +103,15 @@ def _publish(job: Job, found: Mapping[str, PairResult], store: Store) -> tuple[M
 
 
 def _chosen(pair: Pair, result: PairResult, job: Job) -> Pair:
-    """The pair with the alphas to publish; none where dpo is kept and nothing else is asked for."""
+    """The pair with the alphas and multipliers to publish; no alpha where dpo is kept and nothing else is asked for."""
     asked = pair.alphas if job.publish == "all" else ()
     alphas = sorted({*asked, *([result.decision] if result.decision else [])})
-    return pair.model_copy(update={"alphas": tuple(alphas)})
+    step = Step.of(
+        result.decision, {group: result.multipliers[group] for group in GROUPS if group in result.multipliers}
+    )
+    return pair.model_copy(
+        update={"alphas": tuple(alphas), "multipliers": step.multipliers(pair.multipliers)}
+    )
 
 
 def _winners(found: Mapping[str, PairResult], published: Models) -> dict[str, str]:

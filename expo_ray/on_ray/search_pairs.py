@@ -12,6 +12,7 @@ from functools import partial
 import ray
 
 from expo_ray.errors import ExpoError, JobError, NotFound, OutputError
+from expo_ray.evaluation.groups import search_groups
 from expo_ray.evaluation.pair_result import pair_result
 from expo_ray.evaluation.pair_search import search_pair
 from expo_ray.evaluation.progress import RowProgress
@@ -88,14 +89,19 @@ def search_pairs(prepared: Prepared, store: Store) -> Searched:
 def _search_one(
     prepared: Prepared, store: Store, plan: PairPlan, evaluate: PairEvaluator
 ) -> PairResult | ExpoError:
-    settings = prepared.job.search
+    settings, at_once = prepared.job.search, prepared.job.serving.replicas + 1
     try:
-        history, decision = search_pair(
-            plan.name, prepared.prompts, settings, evaluate, at_once=prepared.job.serving.replicas + 1
+        history, decision = search_pair(plan.name, prepared.prompts, settings, evaluate, at_once=at_once)
+        groups = (
+            search_groups(plan.name, decision.alpha, prepared.prompts, settings, evaluate, at_once=at_once)
+            if settings.groups and decision.alpha
+            else None
         )
     except ExpoError as error:
         return error
-    result = pair_result(plan, history, decision, settings, evaluate.texts)
+    result = pair_result(
+        plan, history, decision, settings, evaluate.texts, generations=evaluate.num_responses, groups=groups
+    )
     alone = Results(store.uri, "", (result,))
     store.put(_result_key(prepared, plan), results_json(alone))
     return result

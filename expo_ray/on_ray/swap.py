@@ -1,4 +1,4 @@
-"""The swap: weights of another alpha into a running engine."""
+"""The swap: weights of another step into a running engine."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from expo_ray.config import format_alpha
 from expo_ray.errors import some
+from expo_ray.extrapolation.step import Step, parse_step, stepped
 from expo_ray.on_ray.weights import extrapolated
 
 if TYPE_CHECKING:
@@ -61,8 +61,8 @@ class PairWorker:
                 "none of the engine's weights can be compared with the plan's; publish the models and serve those"
             )
 
-    def expo_swap(self, alpha: float) -> None:
-        """Load the weights of `alpha`, and compare what the engine then holds with the plan's arithmetic.
+    def expo_swap(self, text: str) -> None:
+        """Load the weights of a step, given as its text, and compare what the engine then holds with the plan's arithmetic.
 
         Raises:
             ExpoError: if the weights cannot be computed; what the engine holds then is unknown.
@@ -70,18 +70,19 @@ class PairWorker:
         """
         from expo_ray.on_ray.engine_adapter import repack_heads
 
-        self.reload_weights(weights_iterator=extrapolated(self.expo_plan, alpha))
+        step = parse_step(text)
+        self.reload_weights(weights_iterator=extrapolated(stepped(self.expo_plan, step), step.alpha))
         repack_heads(self.get_model())
-        self.expo_compare(alpha)
+        self.expo_compare(step)
 
-    def expo_compare(self, alpha: float) -> None:
-        """See that sampled weights are those of `alpha`.
+    def expo_compare(self, step: Step) -> None:
+        """See that sampled weights are those of `step`.
 
         Raises:
             RuntimeError: if they are not.
         """
-        wrong = self.expo_comparison.differing(alpha)
+        wrong = self.expo_comparison.differing(step)
         if wrong:
             raise RuntimeError(
-                f"the engine does not hold the weights of alpha {format_alpha(alpha)}: {some(wrong)} are others"
+                f"the engine does not hold the weights of alpha {step}: {some(wrong)} are others"
             )

@@ -73,7 +73,8 @@ def evaluation_section(result: PairResult, alpha: float) -> list[str]:
 
 def _rows(result: PairResult, alpha: float) -> Iterator[tuple[str, str, list[Measured]]]:
     for half, name in _HALVES.items():
-        rows = [one for one in result.measured if (one.alpha, one.half) == (alpha, half)]
+        measured = result.chosen if alpha == result.decision else result.measured
+        rows = [one for one in measured if (one.alpha, one.half) == (alpha, half)]
         if rows:
             yield half, name, rows
 
@@ -96,7 +97,9 @@ def _metrics(one: Measured) -> Iterator[dict[str, Any]]:
 
 def _decision(result: PairResult, alpha: float) -> str:
     if alpha == result.decision:
-        return _cell(result.reason)
+        return _cell(
+            " ".join([f"{result.reason}.", *([f"{result.groups.reason}."] if result.groups else [])])
+        )
     why = result.rejected.get(alpha, "")
     other = "dpo itself was kept" if result.decision == 0 else f"alpha {format_alpha(result.decision)} was"
     return (

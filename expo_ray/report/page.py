@@ -13,10 +13,13 @@ from expo_ray.report.rows import (
     AlphaRow,
     EvidenceRow,
     ExampleView,
+    GroupRow,
     all_models,
     alpha_rows,
+    decision_text,
     evidence_rows,
     example_views,
+    group_rows,
     overview_row,
     sorted_pairs,
 )
@@ -37,10 +40,12 @@ class PairView:
 
     anchor: str
     result: PairResult
+    decision: str
     candidate: str
     drawings: list[Drawing]
     evidence: list[EvidenceRow]
     alphas: list[AlphaRow]
+    groups: list[GroupRow]
     examples: list[ExampleView]
 
 
@@ -86,10 +91,12 @@ def _view(pair: PairResult, number: int, confidence: float) -> PairView:
     return PairView(
         f"pair-{number}-{name}",
         pair,
+        decision_text(pair),
         "" if pair.candidate is None else alpha_text(pair.candidate),
         drawings_of(pair, f"f{number}", confidence),
         evidence_rows(pair),
         alpha_rows(pair),
+        group_rows(pair),
         example_views(pair),
     )
 

@@ -99,6 +99,38 @@ class Example(Recorded):
 
 
 @dataclass(frozen=True)
+class GroupTrial(Recorded):
+    """Multipliers of the chosen alpha, tried on the choosing prompts.
+
+    Attributes:
+        multipliers: of alpha, by group of tensors.
+        gain: paired difference to the chosen alpha alone, by the reward model that chooses.
+        reason: why they were not chosen; empty if they were.
+    """
+
+    multipliers: Mapping[str, Number]
+    prompts: int
+    gain: Estimate
+    reason: str
+
+
+@dataclass(frozen=True)
+class Groups(Recorded):
+    """The search of multipliers, after that of alpha.
+
+    Attributes:
+        multipliers: the chosen ones, by group of tensors; empty where alpha alone is kept.
+        reason: why, in a sentence.
+        measured: of alpha with the chosen multipliers, against dpo.
+    """
+
+    multipliers: Mapping[str, Number]
+    reason: str
+    trials: tuple[GroupTrial, ...] = ()
+    measured: tuple[Measured, ...] = ()
+
+
+@dataclass(frozen=True)
 class PairResult(Recorded):
     """Everything about one pair.
 
@@ -112,10 +144,11 @@ class PairResult(Recorded):
         mean_tokens: mean response length by alpha, on the choosing half.
         examples: the prompts whose reward changed most, either way.
         published: folders of published models by alpha.
-        generations: responses drawn for the search.
+        generations: responses drawn, those of sft for the curve among them.
         rounding: of the weights that were evaluated.
         warnings: what a reader should look at before using the decision.
         considered: the alpha that the search picked, whether it was chosen in the end or not; None where none was left.
+        groups: what came of multipliers; None where none were tried.
     """
 
     name: str
@@ -134,6 +167,19 @@ class PairResult(Recorded):
     rounding: str = ""
     warnings: tuple[str, ...] = ()
     considered: Number | None = None
+    groups: Groups | None = None
+
+    @property
+    def multipliers(self) -> Mapping[str, float]:
+        """What the chosen alpha is multiplied by, by group of tensors; empty where it is the same in all."""
+        return self.groups.multipliers if self.groups else {}
+
+    @property
+    def chosen(self) -> tuple[Measured, ...]:
+        """What was measured of the chosen model, its multipliers among it; empty where dpo is kept."""
+        if self.groups and self.groups.multipliers:
+            return self.groups.measured
+        return tuple(one for one in self.measured if one.alpha == self.decision) if self.decision else ()
 
     @property
     def reward_models(self) -> tuple[str, ...]:
@@ -160,10 +206,8 @@ class PairResult(Recorded):
     @property
     def headline(self) -> Measured | None:
         """The gain to compare pairs by: of the chosen alpha, by the choosing model, on prompts that did not choose it if there are any."""
-        if not self.measured or self.decision == 0:
-            return None
-        model = self.reward_models[0]
-        return self.find(self.decision, "confirm", model) or self.find(self.decision, "choose", model)
+        by_half = {one.half: one for one in self.chosen if one.reward_model == self.reward_models[0]}
+        return by_half.get("confirm") or by_half.get("choose")
 
 
 @dataclass(frozen=True)

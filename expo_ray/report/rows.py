@@ -72,6 +72,17 @@ class AlphaRow:
 
 
 @dataclass(frozen=True)
+class GroupRow:
+    """One combination of multipliers that was tried on the chosen alpha."""
+
+    multipliers: str
+    chosen: bool
+    prompts: str
+    gain: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class ExampleView:
     """One prompt: its first words, the change of its reward, and the texts side by side: (name, reward, text)."""
 
@@ -97,6 +108,20 @@ def all_models(results: Results) -> tuple[str, ...]:
     )
 
 
+def decision_text(pair: PairResult) -> str:
+    """What was decided, in a few words."""
+    if not pair.decision:
+        return "keep dpo"
+    return ", ".join(
+        [f"alpha {alpha_text(pair.decision)}", *filter(None, [multipliers_text(pair.multipliers)])]
+    )
+
+
+def multipliers_text(multipliers: Mapping[str, float]) -> str:
+    """What alpha is multiplied by, by group of tensors."""
+    return ", ".join(f"{group} \u00d7{alpha_text(factor)}" for group, factor in multipliers.items())
+
+
 def overview_row(pair: PairResult, anchor: str, models: Sequence[str]) -> OverviewRow:
     """The row of one pair in the table over all."""
     at = pair.candidate
@@ -108,7 +133,7 @@ def overview_row(pair: PairResult, anchor: str, models: Sequence[str]) -> Overvi
     return OverviewRow(
         pair.name,
         anchor,
-        f"alpha {alpha_text(pair.decision)}" if pair.decision else "keep dpo",
+        decision_text(pair),
         pair.decision != 0,
         "" if at is None else alpha_text(at),
         tuple(interval(one.gain) if one else NONE for one in (chosen, *confirmed)),
@@ -120,10 +145,10 @@ def overview_row(pair: PairResult, anchor: str, models: Sequence[str]) -> Overvi
 
 
 def evidence_rows(pair: PairResult) -> list[EvidenceRow]:
-    """What speaks for the alpha in question, or against it: both halves, all reward models."""
+    """What speaks for the model in question, or against it: both halves, all reward models."""
     rows = []
     for half, name in (("choose", "choosing"), ("confirm", "confirming")):
-        for one in pair.measured:
+        for one in pair.chosen or pair.measured:
             if one.alpha == pair.candidate and one.half == half:
                 dpo = pair.find(0.0, one.half, one.reward_model)
                 rows.append(
@@ -174,9 +199,24 @@ def _alpha_row(pair: PairResult, alpha: float) -> AlphaRow:
     )
 
 
+def group_rows(pair: PairResult) -> list[GroupRow]:
+    """Every combination of multipliers that was tried."""
+    return [
+        GroupRow(
+            multipliers_text(one.multipliers),
+            one.multipliers == pair.multipliers,
+            count(one.prompts),
+            interval(one.gain),
+            one.reason,
+        )
+        for one in (pair.groups.trials if pair.groups else ())
+    ]
+
+
 def example_views(pair: PairResult) -> list[ExampleView]:
     """The largest rise in reward first, the largest fall last."""
-    at = "alpha" if pair.candidate is None else f"alpha {alpha_text(pair.candidate)}"
+    shown = decision_text(pair) if pair.decision else "alpha"
+    at = shown if pair.decision or pair.candidate is None else f"alpha {alpha_text(pair.candidate)}"
     names = {"sft": "sft", "dpo": "dpo", "chosen": at, "candidate": at}
     return [_example(one, names) for one in sorted(pair.examples, key=lambda one: -(_change(one) or 0.0))]
 
