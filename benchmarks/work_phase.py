@@ -67,8 +67,9 @@ def _measure(arguments: argparse.Namespace) -> Work:
     from expo_ray.config import format_alpha, parse_pair
     from expo_ray.extrapolation.arithmetic import Rule, kernel_for
     from expo_ray.extrapolation.in_threads import InThreads
-    from expo_ray.extrapolation.job import plan_job, run_job
+    from expo_ray.extrapolation.job import plan_job
     from expo_ray.extrapolation.progress import Progress
+    from expo_ray.extrapolation.run import run_job
     from expo_ray.storage import join_uri
 
     if arguments.read_once:

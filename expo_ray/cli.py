@@ -25,8 +25,9 @@ from expo_ray.config import (
 from expo_ray.errors import ExpoError, Problems
 from expo_ray.extrapolation.describe import describe
 from expo_ray.extrapolation.in_threads import InThreads
-from expo_ray.extrapolation.job import JobPlan, Outcome, outputs_of, plan_job, run_job
+from expo_ray.extrapolation.job import JobPlan, outputs_of, plan_job
 from expo_ray.extrapolation.progress import Progress, size_text
+from expo_ray.extrapolation.run import Outcome, run_job
 from expo_ray.extrapolation.verify import read_manifest, rederive, verify_files
 from expo_ray.storage import join_uri, open_store
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class ExpoError(Exception):
@@ -67,6 +70,36 @@ class Problems(ExpoError):
     def __init__(self, problems: Sequence[ExpoError]) -> None:
         self.problems = tuple(problems)
         super().__init__("\n".join(f"- {problem}" for problem in self.problems))
+
+
+class Attempts:
+    """Several things to attempt, and what went wrong with any of them.
+
+    Example:
+        >>> attempts = Attempts()
+        >>> plans = [plan for pair in pairs for plan in attempts.attempt(partial(plan_pair, pair))]
+        >>> attempts.end()  # raises, unless all pairs could be planned
+    """
+
+    def __init__(self) -> None:
+        self.problems: list[ExpoError] = []
+
+    def attempt(self, make: Callable[[], T]) -> list[T]:
+        """What `make` makes, alone in a list; or nothing, and its problems are kept."""
+        try:
+            return [make()]
+        except ExpoError as error:
+            self.problems += each(error)
+            return []
+
+    def end(self) -> None:
+        """Tell all problems at once.
+
+        Raises:
+            Problems: if there are any.
+        """
+        if self.problems:
+            raise Problems(self.problems)
 
 
 def each(error: ExpoError) -> tuple[ExpoError, ...]:

@@ -9,8 +9,8 @@ import sys
 from expo_ray.cli import guarded, plan_of, report
 from expo_ray.config import load_job, parse_bytes
 from expo_ray.extrapolation.describe import describe
-from expo_ray.extrapolation.job import run_job
 from expo_ray.extrapolation.progress import Progress
+from expo_ray.extrapolation.run import run_job
 from expo_ray.storage import open_store
 
 

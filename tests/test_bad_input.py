@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from expo_ray import cli
 from expo_ray.cli import main
 from expo_ray.extrapolation import stream
-from expo_ray.extrapolation.job import run_job
 from expo_ray.extrapolation.progress import Progress
+from expo_ray.extrapolation.run import run_job
 from expo_ray.storage.local import LocalStore
 from tests.pairs import (
     LLAMA,

@@ -19,10 +19,11 @@ from expo_ray.config import Pair
 from expo_ray.errors import OutputError
 from expo_ray.extrapolation import in_threads, stream
 from expo_ray.extrapolation.in_threads import InThreads
-from expo_ray.extrapolation.job import JobPlan, Outcome, plan_job, run_job
+from expo_ray.extrapolation.job import JobPlan, plan_job
 from expo_ray.extrapolation.output import claim, release
 from expo_ray.extrapolation.progress import Progress
 from expo_ray.extrapolation.publish import publish
+from expo_ray.extrapolation.run import Outcome, run_job
 from expo_ray.extrapolation.shard import extrapolate_shard
 from expo_ray.extrapolation.verify import read_manifest, verify_files
 from expo_ray.storage import open_store

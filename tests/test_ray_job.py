@@ -19,8 +19,9 @@ import torch
 from examples.local_s3 import SeaweedFS
 from expo_ray.config import load_job
 from expo_ray.errors import ArithmeticFault, TransientStorageError
-from expo_ray.extrapolation.job import Outcome, outputs_of, plan_job, run_job
+from expo_ray.extrapolation.job import outputs_of, plan_job
 from expo_ray.extrapolation.progress import Progress
+from expo_ray.extrapolation.run import Outcome, run_job
 from tests.fault_proxy import Action, Fault
 from tests.pairs import llama_tensors, moved, write_both
 from tests.ray_cluster import ROOT, Process, RayBox, RayHead, wait_until, working

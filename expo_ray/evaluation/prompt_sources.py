@@ -8,10 +8,11 @@ import json
 import logging
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from expo_ray.config import PromptSource
-from expo_ray.errors import ExpoError, Problems, PromptError, each
+from expo_ray.errors import Attempts, PromptError
 from expo_ray.evaluation.prompt_rows import parse_prompt
 from expo_ray.evaluation.prompts import PromptSet, prompt_of
 from expo_ray.evaluation.records import Prompt
@@ -41,15 +42,9 @@ def load_prompts(sources: Iterable[PromptSource]) -> list[PromptSet]:
     Raises:
         Problems: with everything that is wrong with any of them, all bad rows of a file in one.
     """
-    problems: list[ExpoError] = []
-    sets = []
-    for source in sources:
-        try:
-            sets.append(load_prompt_set(source))
-        except ExpoError as error:
-            problems += each(error)
-    if problems:
-        raise Problems(problems)
+    attempts = Attempts()
+    sets = [one for source in sources for one in attempts.attempt(partial(load_prompt_set, source))]
+    attempts.end()
     return sets
 
 

@@ -11,11 +11,11 @@ from types import TracebackType
 from typing import Self
 
 from expo_ray.errors import TransientStorageError
-from expo_ray.extrapolation.job import Failures
 from expo_ray.extrapolation.on_device import resolve_device
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.progress import Progress
 from expo_ray.extrapolation.publish import Published, publish
+from expo_ray.extrapolation.run import Failures
 from expo_ray.extrapolation.shard import extrapolate_shard
 
 # One shard keeps about four cores busy: two with arithmetic, one hashing, one writing.

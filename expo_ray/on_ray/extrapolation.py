@@ -19,11 +19,11 @@ from ray.exceptions import RayTaskError
 from expo_ray.config import Device
 from expo_ray.errors import TransientStorageError
 from expo_ray.extrapolation.in_threads import Cancelled
-from expo_ray.extrapolation.job import Failures
 from expo_ray.extrapolation.on_device import resolve_device
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.progress import Progress, size_text
 from expo_ray.extrapolation.publish import Published, publish
+from expo_ray.extrapolation.run import Failures
 from expo_ray.extrapolation.shard import extrapolate_shard
 from expo_ray.on_ray.cluster import SHARD_IO
 

@@ -14,11 +14,12 @@ import ray
 
 from expo_ray.config import Job, Pair
 from expo_ray.evaluation.prompts import keep_prompts
-from expo_ray.extrapolation.job import outputs_of, plan_job, run_job
+from expo_ray.extrapolation.job import outputs_of, plan_job
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.progress import Progress
 from expo_ray.extrapolation.publish import Published, publish
 from expo_ray.extrapolation.push_job import push_winners
+from expo_ray.extrapolation.run import run_job
 from expo_ray.extrapolation.step import GROUPS, Step
 from expo_ray.on_ray.cluster import cluster
 from expo_ray.on_ray.extrapolation import OnRay
@@ -69,9 +70,13 @@ def run_pipeline(prepared: Prepared) -> Results:
     write_results(store, results)
     write_report(store, results)
     # After the report: sending whole models may take longer than anybody waits for it.
-    not_pushed = push_winners(job, _winners(searched.found, published))
-    if not_pushed:
-        results = replace(results, failures={**results.failures, **not_pushed})
+    pushed = push_winners(job, _winners(searched.found, published))
+    if pushed.addresses or pushed.failures:
+        results = replace(
+            results,
+            pairs=tuple(replace(pair, pushed=pushed.addresses.get(pair.name, "")) for pair in results.pairs),
+            failures={**results.failures, **pushed.failures},
+        )
         write_results(store, results)
         write_report(store, results)
     return results

@@ -13,23 +13,22 @@ from pydantic import BaseModel, ValidationError
 
 from expo_ray.config import Job, PromptSource, PublishedModel, Sampling, Serving, load_job
 from expo_ray.config.fields import named_after
-from expo_ray.errors import ExpoError, JobError, Problems, StorageError, each
+from expo_ray.errors import Attempts, JobError, Problems, StorageError
 from expo_ray.evaluation.client import Client
 from expo_ray.evaluation.progress import RowProgress
-from expo_ray.evaluation.prompt_sources import load_prompt_set
+from expo_ray.evaluation.prompt_sources import load_prompt_set, load_prompts
 from expo_ray.evaluation.prompts import PromptSet, keep_prompts
 from expo_ray.evaluation.records import Response
 from expo_ray.evaluation.respond_all import Responded, respond_job, respond_to_file
 from expo_ray.evaluation.response_file import ResponseFile
-from expo_ray.extrapolation.job import outputs_of
-from expo_ray.extrapolation.plan import PairPlan, plan_pair
+from expo_ray.extrapolation.job import plans_of
+from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.storage import open_store
 
 FAILED = 1
 _URL = ("http://", "https://")
 _WITHOUT_JOB = ("model", "name", "prompts", "limit", "output", *Sampling.model_fields)
 M = TypeVar("M", bound=BaseModel)
-T = TypeVar("T")
 
 
 def command(arguments: argparse.Namespace) -> int:
@@ -69,23 +68,18 @@ def check(job: Job) -> tuple[list[PairPlan], list[PromptSet]]:
     Raises:
         Problems: with everything that is wrong with pairs, models and prompts.
     """
-    problems: list[ExpoError] = []
+    attempts = Attempts()
     if not job.prompts:
-        problems.append(
+        attempts.problems.append(
             JobError(
                 "the job has no `prompts`; list at least one item there, such as `source: ultrafeedback`"
             )
         )
-    sets = [one for source in job.prompts for one in _attempt(problems, partial(load_prompt_set, source))]
-    plans = [
-        plan
-        for pair in job.pairs
-        for plan in _attempt(problems, partial(plan_pair, pair, outputs_of(job, pair)))
-    ]
+    sets = [one for found in attempts.attempt(partial(load_prompts, job.prompts)) for one in found]
+    plans = [plan for found in attempts.attempt(partial(plans_of, job)) for plan in found]
     for model in job.models:
-        _attempt(problems, partial(_check_model, model.uri))
-    if problems:
-        raise Problems(problems)
+        attempts.attempt(partial(_check_model, model.uri))
+    attempts.end()
     return plans, sets
 
 
@@ -93,22 +87,21 @@ def _one_model(arguments: argparse.Namespace) -> int:
     missing = [f"--{name}" for name in ("model", "prompts", "output") if not getattr(arguments, name)]
     if missing:
         raise JobError(f"{', '.join(missing)} missing; give a job file, or --model, --prompts and --output")
-    problems: list[ExpoError] = []
+    attempts = Attempts()
     fields = {name: getattr(arguments, name) for name in Sampling.model_fields}
-    samplings = _attempt(problems, partial(_section, Sampling, fields))
+    samplings = attempts.attempt(partial(_section, Sampling, fields))
     fields = {"source": arguments.prompts, "limit": arguments.limit}
-    sources = _attempt(problems, partial(_section, PromptSource, fields))
-    sets = [one for source in sources for one in _attempt(problems, partial(load_prompt_set, source))]
-    outputs = _attempt(problems, partial(ResponseFile, arguments.output, arguments.format))
+    sources = attempts.attempt(partial(_section, PromptSource, fields))
+    sets = [one for source in sources for one in attempts.attempt(partial(load_prompt_set, source))]
+    outputs = attempts.attempt(partial(ResponseFile, arguments.output, arguments.format))
     for output in outputs:
-        _attempt(problems, output.read)
+        attempts.attempt(output.read)
     models: list[PublishedModel] = []
     if not arguments.model.startswith(_URL):
         fields = named_after({"uri": arguments.model, "name": arguments.name}, "uri")
-        models = _attempt(problems, partial(_section, PublishedModel, fields))
-        _attempt(problems, partial(_check_model, arguments.model))
-    if problems:
-        raise Problems(problems)
+        models = attempts.attempt(partial(_section, PublishedModel, fields))
+        attempts.attempt(partial(_check_model, arguments.model))
+    attempts.end()
     (sampling,), (prompts,), (output,) = samplings, sets, outputs
     name = models[0].name if models else arguments.name or ""
     with _endpoint(arguments.model, models) as client, RowProgress("respond", "responses") as progress:
@@ -165,12 +158,3 @@ def _section(section: type[M], fields: Mapping[str, Any]) -> M:
                 for one in error.errors()
             ]
         ) from error
-
-
-def _attempt(problems: list[ExpoError], make: Callable[[], T]) -> list[T]:
-    """What `make` makes; or nothing, and one problem more."""
-    try:
-        return [make()]
-    except ExpoError as error:
-        problems += each(error)
-        return []

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from expo_ray.config import Job, RewardModel, load_job
-from expo_ray.errors import ExpoError, JobError, Problems, each
+from expo_ray.errors import Attempts, ExpoError, JobError
 from expo_ray.evaluation.parts import Parts
 from expo_ray.evaluation.progress import RowProgress
 from expo_ray.evaluation.prompt_sources import load_prompts
@@ -25,7 +25,6 @@ from expo_ray.on_ray.reward_actors import RewardPool
 from expo_ray.storage import Store, open_store
 
 FAILED = 1
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,25 +35,6 @@ class Work:
     model: str
     responses: Sequence[Response]
     todo: Todo
-
-
-@dataclass
-class _Found:
-    """Collects problems, so that all are told at once."""
-
-    problems: list[ExpoError] = field(default_factory=list)
-
-    def attempt(self, make: Callable[[], T]) -> list[T]:
-        """What `make` makes, or nothing."""
-        try:
-            return [make()]
-        except ExpoError as error:
-            self.problems += each(error)
-            return []
-
-    def tell(self) -> None:
-        if self.problems:
-            raise Problems(self.problems)
 
 
 def command(arguments: argparse.Namespace) -> int:
@@ -85,11 +65,11 @@ def reward_job(job: Job) -> int:
         missing = " and ".join(name for name in ("rewards", "prompts") if not getattr(job, name))
         raise JobError(f"the job has no `{missing}`; list at least one item there")
     store = open_store(job.output)
-    found = _Found()
-    sets = found.attempt(partial(load_prompts, job.prompts))
+    attempts = Attempts()
+    sets = attempts.attempt(partial(load_prompts, job.prompts))
     with ExitStack() as stack:
-        pools = [pool for spec in job.rewards for pool in found.attempt(partial(RewardPool, spec))]
-        found.tell()
+        pools = [pool for spec in job.rewards for pool in attempts.attempt(partial(RewardPool, spec))]
+        attempts.end()
         stored = stored_responses(store, job, sets[0])
         if not stored:
             raise JobError(
@@ -100,25 +80,24 @@ def reward_job(job: Job) -> int:
             one
             for pool in pools
             for group in stored
-            for one in found.attempt(partial(_plan, pool, group, store))
+            for one in attempts.attempt(partial(_plan, pool, group, store))
         ]
-        found.tell()
+        attempts.end()
         with RowProgress("reward", "responses", store) as progress:
             return run(work, progress)
 
 
 def reward_file(responses: str, spec: RewardModel, output: str) -> int:
     """Score the responses of one file into another."""
-    found = _Found()
-    rows = found.attempt(partial(read_responses, responses))
-    pools = found.attempt(partial(RewardPool, spec))
-    found.tell()
+    attempts = Attempts()
+    rows = attempts.attempt(partial(read_responses, responses))
+    pools = attempts.attempt(partial(RewardPool, spec))
+    attempts.end()
     (pool,), (listed,) = pools, rows
-    inputs = pool.inputs(listed)  # tells what is wrong before a cluster is started
+    pool.inputs(listed)  # tells what is wrong before a cluster is started
     with cluster():
         kept_in = RewardFile(output, [one.key for one in listed], _about(pool))
         todo = plan_rewards(listed, pool, kept_in)
-        del inputs
         with RowProgress("reward", "responses") as progress:
             return run([Work(pool, listed[0].model or responses, listed, todo)], progress)
 

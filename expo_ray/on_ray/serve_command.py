@@ -6,12 +6,9 @@ import argparse
 import json
 import shlex
 import signal
-from collections.abc import Sequence
 
 from expo_ray.config import Job, format_alpha, load_job
-from expo_ray.errors import ExpoError, Problems, each
-from expo_ray.extrapolation.job import outputs_of
-from expo_ray.extrapolation.plan import PairPlan, plan_pair
+from expo_ray.extrapolation.job import plans_of
 
 
 def command(arguments: argparse.Namespace) -> int:
@@ -31,24 +28,6 @@ def command(arguments: argparse.Namespace) -> int:
         except KeyboardInterrupt:  # SIGTERM as well
             print("stopping", flush=True)
     return 0
-
-
-def plans_of(job: Job) -> Sequence[PairPlan]:
-    """Plan all pairs of a job.
-
-    Raises:
-        Problems: with everything that is wrong with any of them.
-    """
-    plans: list[PairPlan] = []
-    problems: list[ExpoError] = []
-    for pair in job.pairs:
-        try:
-            plans.append(plan_pair(pair, outputs_of(job, pair)))
-        except ExpoError as error:
-            problems += each(error)
-    if problems:
-        raise Problems(problems)
-    return plans
 
 
 def _welcome(job: Job, url: str) -> str:
