@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}</s>{% endfor %}"
@@ -33,18 +33,38 @@ def ascii_tokenizer() -> PreTrainedTokenizerFast:
 
 def save_chat_pair(folder: Path, *, tied: bool, dtype: torch.dtype, seed: int = 0) -> tuple[Path, Path]:
     """`(sft, dpo)` of a Llama of 0.1 M parameters; its step from one to the other is large, embeddings included."""
-    tokenizer = ascii_tokenizer()
+    model = _model(tied, dtype, seed)
+    _save(model, folder / "sft")
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight) * 0.1)
+    _save(model, folder / "dpo")
+    return folder / "sft", folder / "dpo"
+
+
+def save_pair_that_learned(letter: str, folder: Path, *, seed: int = 0) -> tuple[Path, Path]:
+    """`(sft, dpo)` whose only difference is that dpo writes a letter more often; a larger alpha does so even more."""
+    model = _model(tied=False, dtype=torch.float32, seed=seed)
+    with torch.no_grad():
+        # What all hidden states have in common is what one row of the head can answer to.
+        model.model.embed_tokens.weight.add_(1.0)
+        _save(model, folder / "sft")
+        row = ascii_tokenizer().convert_tokens_to_ids(letter)
+        model.lm_head.weight[row].add_(10.0 / model.config.hidden_size)
+        _save(model, folder / "dpo")
+    return folder / "sft", folder / "dpo"
+
+
+def _model(tied: bool, dtype: torch.dtype, seed: int) -> LlamaForCausalLM:
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=len(ascii_tokenizer()), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=32, max_position_embeddings=512, bos_token_id=0, eos_token_id=1,
         tie_word_embeddings=tied, initializer_range=0.2,
     )  # fmt: skip
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    for side in ("sft", "dpo"):
-        model.save_pretrained(folder / side)
-        tokenizer.save_pretrained(folder / side)
-        with torch.no_grad():
-            for weight in model.parameters():
-                weight.add_(torch.randn_like(weight) * 0.1)
-    return folder / "sft", folder / "dpo"
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def _save(model: LlamaForCausalLM, folder: Path) -> None:
+    model.save_pretrained(folder)
+    ascii_tokenizer().save_pretrained(folder)

@@ -133,6 +133,7 @@ def _pair(
         published={decision: f"s3://alignment/expo/2026-11/pairs/{name}/alpha={decision:g}"}
         if decision
         else {},
+        pushed="https://huggingface.co/example-labs/in-house-8b-10pct-expo" if seed == 2 else "",
         generations=5_632 - 512 * seed,
         rounding="stochastic" if seed != 1 else "nearest",
         warnings=("the reward did not fall up to the largest alpha, 12.8; raise `largest_alpha` to climb further",)

@@ -7,15 +7,15 @@ import shutil
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
-from tests.chat_models import save_chat_pair
+from tests.chat_models import save_pair_that_learned
+from tests.hub_server import TOKEN, HubServer
 from tests.ray_cluster import Process, RayBox, wait_until
 
 pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -23,10 +23,12 @@ pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.slow, pytest.mark.t
 PATIENCE_S = 240.0
 # Requests that one engine works on at once, and the client keeps waiting for it; see `Client.concurrency`.
 IN_FLIGHT = 32 + 8
-REWARD = """
-def vowels(prompt: str, response: str) -> float:
-    return sum(letter in "aeiouAEIOU" for letter in response) / max(1, len(response))
+LETTER = "a"
+REWARD = f"""
+def share(prompt: str, response: str) -> float:
+    return response.count({LETTER!r}) / max(1, len(response))
 """
+REPOSITORY = "org/tiny-expo"
 
 
 class Run:
@@ -36,15 +38,13 @@ class Run:
         self.box, self.folder, self.output = box, folder, folder / name
         job = {
             "output": str(self.output),
-            "publish": "all",
-            "pairs": [
-                {"name": "tiny", "sft": str(folder / "sft"), "dpo": str(folder / "dpo"), "alphas": [0.25]}
-            ],
+            "pairs": [{"name": "tiny", "sft": str(folder / "sft"), "dpo": str(folder / "dpo")}],
             "prompts": [{"name": "letters", "source": str(folder / "prompts.txt")}],
             "sampling": {"max_tokens": 12, "samples": 2},
             "serving": {"port": 0, "max_model_len": 128},
-            "rewards": [{"name": "vowels", "model": "python:vowels_reward:vowels", "num_cpus": 0.5}],
-            "search": {"method": "grid", "alphas": [0.5, 1], "prompts": [24]},
+            "rewards": [{"name": "letter", "model": "python:letter_reward:share", "num_cpus": 0.5}],
+            "search": {"method": "grid", "alphas": [0.5, 1], "prompts": [24], "groups": ["mlp"]},
+            "push_to": "org/{pair}-expo",
         }
         self.job = folder / f"{name}.yaml"
         self.job.write_text(yaml.safe_dump(job))
@@ -61,10 +61,10 @@ class Run:
         assert process.wait() == 0, process.stderr
         return process.stdout + process.stderr
 
-    def kill_when(self, pattern: str, what: str) -> None:
-        """SIGKILL the driver once a file of that pattern is there, and all that it started."""
+    def kill_when(self, condition: Callable[[], object], what: str) -> None:
+        """SIGKILL the driver once a condition holds, and all that it started."""
         process = self.start()
-        wait_until(lambda: self.files(pattern) or not process.running, what, PATIENCE_S)
+        wait_until(lambda: condition() or not process.running, what, PATIENCE_S)
         assert process.running, process.stderr
         started = process.descendants()
         process.signal(signal.SIGKILL)
@@ -91,25 +91,56 @@ class Run:
 
 
 @pytest.fixture
-def box() -> Iterator[RayBox]:
-    with RayBox(VLLM_CPU_KVCACHE_SPACE="1") as box:
+def hub() -> Iterator[HubServer]:
+    with HubServer() as hub:
+        yield hub
+
+
+@pytest.fixture
+def box(hub: HubServer) -> Iterator[RayBox]:
+    # hf_xet speaks a protocol of its own to servers of its own.
+    with RayBox(
+        VLLM_CPU_KVCACHE_SPACE="1", HF_ENDPOINT=hub.endpoint, HF_TOKEN=TOKEN, HF_HUB_DISABLE_XET="1"
+    ) as box:
         yield box
+
+
+def pushed(hub: HubServer) -> dict[str, bytes]:
+    repository = hub.repositories[REPOSITORY]
+    return dict(repository.files[repository.branches["main"]])
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    save_chat_pair(tmp_path, tied=True, dtype=torch.float32)
-    (tmp_path / "vowels_reward.py").write_text(REWARD)
+    save_pair_that_learned(LETTER, tmp_path)
+    (tmp_path / "letter_reward.py").write_text(REWARD)
     (tmp_path / "prompts.txt").write_text("".join(f"Spell the number {i}.\n" for i in range(64)))
     return tmp_path
 
 
-def test_a_pipeline_that_is_killed_at_each_stage_comes_to_the_same_end(folder: Path, box: RayBox) -> None:
+def test_a_pipeline_that_is_killed_at_each_stage_comes_to_the_same_end(
+    folder: Path, box: RayBox, hub: HubServer
+) -> None:
     whole, broken = Run(folder, box, "whole"), Run(folder, box, "broken")
     whole.finish()
+    assert whole.result["decision"] > 0, whole.result["reason"]
+    assert whole.result["groups"]["trials"]
+    assert whole.result["pushed"].endswith(REPOSITORY)
+    (published,) = map(Path, whole.result["published"].values())
+    card = yaml.safe_load((published / "README.md").read_text().split("---\n")[1])
+    metrics = {one["name"]: one["value"] for one in card["model-index"][0]["results"][0]["metrics"]}
+    (confirmed,) = (
+        one
+        for one in whole.result["measured"]
+        if (one["alpha"], one["half"]) == (whole.result["decision"], "confirm")
+    )
+    assert metrics["Gain in reward over dpo, letter"] == confirmed["gain"]["mean"] > 0
+    assert pushed(hub)["README.md"] == (published / "README.md").read_bytes()
+    hub.repositories.clear()
 
     # In the search: nothing that is stored is asked or scored again, beyond what was in flight.
-    broken.kill_when("evaluation/tiny@*/*/rewards/*/*.jsonl", "some responses are scored")
+    scored = "evaluation/tiny@*/*/rewards/*/*.jsonl"
+    broken.kill_when(lambda: broken.files(scored), "some responses are scored")
     before = broken.rows("responses")
     told = broken.finish()
     assert "starting 1 engine(s)" in told
@@ -122,7 +153,7 @@ def test_a_pipeline_that_is_killed_at_each_stage_comes_to_the_same_end(folder: P
     # While publishing: the search is not begun again, and shards that are stored stay.
     decided, rows = broken.result, broken.rows("responses")
     shutil.rmtree(broken.output / "pairs")
-    broken.kill_when("pairs/*/*/.expo/claim.json", "an output is claimed")
+    broken.kill_when(lambda: broken.files("pairs/*/*/.expo/claim.json"), "an output is claimed")
     told = broken.finish()
     assert "its search is stored" in told
     assert "engine" not in told
@@ -130,6 +161,16 @@ def test_a_pipeline_that_is_killed_at_each_stage_comes_to_the_same_end(folder: P
     assert broken.result["published"] == decided["published"] != {}
     for folder_of_model in broken.result["published"].values():
         assert Path(folder_of_model, "expo.json").exists()
+
+    # While pushing: one commit shows the whole model.
+    hub.repositories.clear()
+    hub.uploads.clear()
+    broken.kill_when(lambda: hub.repositories, "a repository is made")
+    broken.finish()
+    assert broken.rows("responses") == rows
+    (model,) = map(Path, broken.result["published"].values())
+    assert pushed(hub)["expo.json"] == (model / "expo.json").read_bytes()
+    assert len(hub.repositories[REPOSITORY].files) == 2  # what the Hub made, and the model
 
     # While reporting: the page is drawn from what is stored.
     page = broken.output / "report" / "index.html"

@@ -13,7 +13,7 @@ from expo_ray.cli import main
 from expo_ray.config import parse_job
 from expo_ray.errors import InputChanged, OutputError, Problems, StorageError, TransientStorageError
 from expo_ray.extrapolation.push import plan_push, push
-from expo_ray.extrapolation.push_job import push_winners
+from expo_ray.extrapolation.push_job import Pushed, push_winners
 from expo_ray.storage import open_store, retry
 from tests.hub_server import READ_TOKEN, TOKEN, HubServer, Repository
 from tests.pairs import expo, files_of, write_pair
@@ -335,12 +335,14 @@ def test_the_job_option_names_one_repository_for_each_pair() -> None:
 def test_a_winner_that_cannot_be_pushed_does_not_stop_the_others(server: HubServer, made: Path) -> None:
     server.repositories["org/one-expo"] = Repository({"a" * 40: {"x.bin": b""}}, {"main": "a" * 40})
     winners = {"one": str(made / "alpha=0.5"), "two": str(made / "alpha=1")}
-    failures = push_winners(job(push_to="org/{pair}-expo"), winners)
-    assert list(failures) == ["one"]
-    assert f"published at {made / 'alpha=0.5'}, but not pushed to org/one-expo" in failures["one"]
+    found = push_winners(job(push_to="org/{pair}-expo"), winners)
+    assert list(found.failures) == ["one"]
+    assert f"published at {made / 'alpha=0.5'}, but not pushed to org/one-expo" in found.failures["one"]
+    assert list(found.addresses) == ["two"]
+    assert found.addresses["two"].endswith("org/two-expo")
     assert pushed(server, "org/two-expo") == published(made / "alpha=1")
     assert server.repositories["org/two-expo"].private
     server.seen.clear()
-    assert list(push_winners(job(push_to="org/{pair}-expo"), winners)) == ["one"]
+    assert list(push_winners(job(push_to="org/{pair}-expo"), winners).failures) == ["one"]
     assert writes(server) == []
-    assert push_winners(job(), winners) == {}
+    assert push_winners(job(), winners) == Pushed()

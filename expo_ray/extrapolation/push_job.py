@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from expo_ray.config import Job
 from expo_ray.errors import ExpoError
@@ -12,23 +13,34 @@ from expo_ray.extrapolation.push import plan_push, push
 log = logging.getLogger("expo_ray")
 
 
-def push_winners(job: Job, winners: Mapping[str, str]) -> dict[str, str]:
+@dataclass
+class Pushed:
+    """What came of pushing.
+
+    Attributes:
+        addresses: on the Hub, by pair.
+        failures: what went wrong, by pair; a pair that fails does not stop the others.
+    """
+
+    addresses: dict[str, str] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+def push_winners(job: Job, winners: Mapping[str, str]) -> Pushed:
     """Push each winner to the repository that `push_to` names; what is there already is left alone.
 
     Args:
         winners: the published folder of each pair that has one.
-
-    Returns:
-        What went wrong, by pair; a pair that fails does not stop the others.
     """
-    failures: dict[str, str] = {}
+    found = Pushed()
     for pair, folder in winners.items():
         repo_id = job.repo_of(pair)
         if repo_id is None:
             continue
         try:
-            log.info("%s: pushed to %s", pair, push(plan_push(folder, repo_id), private=True))
+            found.addresses[pair] = push(plan_push(folder, repo_id), private=True)
+            log.info("%s: pushed to %s", pair, found.addresses[pair])
         except ExpoError as error:
-            failures[pair] = f"published at {folder}, but not pushed to {repo_id}: {error}"
-            log.error("%s failed: %s", pair, failures[pair])
-    return failures
+            found.failures[pair] = f"published at {folder}, but not pushed to {repo_id}: {error}"
+            log.error("%s failed: %s", pair, found.failures[pair])
+    return found

@@ -144,6 +144,7 @@ class PairResult(Recorded):
         mean_tokens: mean response length by alpha, on the choosing half.
         examples: the prompts whose reward changed most, either way.
         published: folders of published models by alpha.
+        pushed: address of the chosen model on the Hub; empty if it was not pushed.
         generations: responses drawn, those of sft for the curve among them.
         rounding: of the weights that were evaluated.
         warnings: what a reader should look at before using the decision.
@@ -168,6 +169,7 @@ class PairResult(Recorded):
     warnings: tuple[str, ...] = ()
     considered: Number | None = None
     groups: Groups | None = None
+    pushed: str = ""
 
     @property
     def multipliers(self) -> Mapping[str, float]:
