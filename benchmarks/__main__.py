@@ -16,12 +16,13 @@ QUESTIONS = {
     "scale": "how many shards a second does the Ray driver carry, and does its memory grow?",
     "rewards": "how fast are responses scored, against a transformers pipeline at batch 8?",
     "alpha_search": "how good is the alpha that the search finds, and at what price?",
+    "decisions": "which alpha does the pipeline choose on real models, and what stops it?",
     "swap": "what does another alpha cost by a swap, against starting an engine on the published folder?",
     "serving": "what does the endpoint cost, against vLLM alone on the same prompts?",
     "rounding": "how far from the exact model is the written one?",
 }
 # Studies of numbers, not of this machine: many minutes, so they run only when named.
-ONLY_WHEN_NAMED = {"alpha_search", "rounding"}
+ONLY_WHEN_NAMED = {"alpha_search", "decisions", "rounding"}
 
 
 def main(words: list[str]) -> int:
