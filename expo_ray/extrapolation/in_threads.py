@@ -7,15 +7,13 @@ import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
-from typing import Self
 
 from expo_ray.errors import TransientStorageError
 from expo_ray.extrapolation.on_device import resolve_device
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.progress import Progress
 from expo_ray.extrapolation.publish import Published, publish
-from expo_ray.extrapolation.run import Failures
+from expo_ray.extrapolation.run import Executor, Failures
 from expo_ray.extrapolation.shard import extrapolate_shard
 
 # One shard keeps about four cores busy: two with arithmetic, one hashing, one writing.
@@ -31,8 +29,8 @@ class Cancelled(Exception):
     """Raised inside a shard to make it stop and remove what it has written."""
 
 
-class InThreads:
-    """Runs shards in this process; see `expo_ray.extrapolation.job.Executor`."""
+class InThreads(Executor):
+    """Runs shards in this process; see `expo_ray.extrapolation.run.Executor`."""
 
     def __init__(self, progress: Progress, *, device: str = "auto") -> None:
         self.slots = max(1, min(_MOST_SHARDS, (os.cpu_count() or 1) // _CORES_PER_SHARD))
@@ -70,11 +68,3 @@ class InThreads:
                 if attempt > MAX_RETRIES:
                     raise
                 log.warning("%s %s is done once more: %s", plan.name, plan.shards[index].file, error)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.cancel()

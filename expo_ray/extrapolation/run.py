@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any, Protocol, Self
 
 from expo_ray.config import format_alpha
 from expo_ray.errors import ExpoError, OutputError, TransientStorageError, some
@@ -29,6 +30,8 @@ STALL_WARNING_S = 300
 class Executor(Protocol):
     """Where the work runs: threads of this process, or a Ray cluster. Both tell their `Progress` what they have written.
 
+    As a context manager it cancels on the way out.
+
     Attributes:
         slots: number of shards worth having under way at once.
     """
@@ -43,6 +46,14 @@ class Executor(Protocol):
 
     def cancel(self) -> None:
         """Stop what is under way; unfinished files and uploads are removed."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cancel()
 
 
 @dataclass

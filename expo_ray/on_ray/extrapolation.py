@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from functools import lru_cache
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayTaskError
@@ -23,7 +22,7 @@ from expo_ray.extrapolation.on_device import resolve_device
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.progress import Progress, size_text
 from expo_ray.extrapolation.publish import Published, publish
-from expo_ray.extrapolation.run import Failures
+from expo_ray.extrapolation.run import Executor, Failures
 from expo_ray.extrapolation.shard import extrapolate_shard
 from expo_ray.on_ray.cluster import SHARD_IO
 
@@ -56,8 +55,8 @@ ShardTask = Callable[[PairPlan, int, Sequence[float], str], Made]
 PublishTask = Callable[[PairPlan, float], Published]
 
 
-class OnRay:
-    """Runs shards on the connected Ray cluster; see `expo_ray.extrapolation.job.Executor`.
+class OnRay(Executor):
+    """Runs shards on the connected Ray cluster; see `expo_ray.extrapolation.run.Executor`.
 
     Args:
         shard_task: what writes one shard on a worker; another one, to see what Ray and the driver cost by themselves.
@@ -143,14 +142,6 @@ class OnRay:
 
         ref.future().add_done_callback(settle)
         return ours
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.cancel()
 
 
 def _resources() -> dict[str, float]:

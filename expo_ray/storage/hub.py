@@ -14,7 +14,7 @@ from expo_ray.errors import InputChanged, NotFound, StorageError, TransientStora
 from expo_ray.storage.hub_errors import translate
 from expo_ray.storage.local import fill
 from expo_ray.storage.protocol import FileInfo, Writer
-from expo_ray.storage.retry import copy_pieces, equal_pieces, read_agreed, retry_transient
+from expo_ray.storage.retry import copy_pieces, equal_pieces, read_agreed, retry_translated
 from expo_ray.storage.uri import check_key, redact
 
 if TYPE_CHECKING:
@@ -200,17 +200,7 @@ class HubStore:
             yield from answer.iter_raw()
 
     def _ask(self, ask: Callable[[], T], uri: str) -> T:
-        """`ask()`, transient failures asked again, huggingface_hub's errors turned into ours."""
-
-        def translated() -> T:
-            try:
-                return ask()
-            except StorageError:
-                raise
-            except Exception as error:
-                raise translate(error, uri, self._api.endpoint) from error
-
-        return retry_transient(translated)
+        return retry_translated(ask, lambda error: translate(error, uri, self._api.endpoint))
 
 
 def _digest(data: bytes, like: str) -> str:

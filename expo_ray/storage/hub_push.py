@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from expo_ray.errors import InputChanged, NotFound, StorageError
 from expo_ray.storage.hub import HubStore
 from expo_ray.storage.hub_errors import translate
-from expo_ray.storage.retry import retry_transient
+from expo_ray.storage.retry import retry_translated
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
@@ -131,17 +131,7 @@ def _api() -> HfApi:
 
 
 def _ask(ask: Callable[[], T], what: str, endpoint: str, remedy: str) -> T:
-    """`ask()`, transient failures asked again, huggingface_hub's errors turned into ours."""
-
-    def translated() -> T:
-        try:
-            return ask()
-        except StorageError:
-            raise
-        except Exception as error:
-            raise _translated(error, what, endpoint, remedy) from error
-
-    return retry_transient(translated)
+    return retry_translated(ask, lambda error: _translated(error, what, endpoint, remedy))
 
 
 def _translated(error: Exception, what: str, endpoint: str, remedy: str) -> StorageError:

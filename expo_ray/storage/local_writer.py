@@ -9,13 +9,11 @@ import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from typing_extensions import Buffer
 
 from expo_ray.errors import NotFound, StorageError
-from expo_ray.storage.protocol import FileInfo
+from expo_ray.storage.protocol import FileInfo, Writer
 
 TEMP_PREFIX = ".partial-"
 # From this size on, a write goes past the page cache (O_DIRECT): 0.09 s of CPU time for 2 GiB, where memory for the page cache
@@ -37,7 +35,7 @@ _REMEDIES = {
 }
 
 
-class LocalWriter:
+class LocalWriter(Writer):
     """A temp file beside its goal, renamed onto it once it is on disk.
 
     It is locked while it is open, so that the next writer in the folder can tell what a killed process left behind.
@@ -114,14 +112,6 @@ class LocalWriter:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.abort()
 
     def _sync(self) -> tuple[Path, os.stat_result]:
         """The finished temp file, on disk."""

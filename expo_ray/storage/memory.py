@@ -5,13 +5,11 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import defaultdict
-from types import TracebackType
-from typing import Self
 
 from typing_extensions import Buffer
 
 from expo_ray.errors import AlreadyExists, InputChanged, NotFound, StorageError
-from expo_ray.storage.protocol import FileInfo
+from expo_ray.storage.protocol import FileInfo, Writer
 from expo_ray.storage.uri import check_key, split_bucket
 
 _OBJECTS: dict[str, dict[str, bytes]] = defaultdict(dict)
@@ -88,7 +86,7 @@ class MemoryStore:
         return self._folder + check_key(key, self.uri)
 
 
-class MemoryWriter:
+class MemoryWriter(Writer):
     """Gathers the bytes, and puts them at `commit`."""
 
     def __init__(self, store: MemoryStore, key: str, size: int) -> None:
@@ -111,14 +109,6 @@ class MemoryWriter:
 
     def abort(self) -> None:
         self._data.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.abort()
 
 
 def _info(key: str, data: bytes) -> FileInfo:

@@ -43,11 +43,13 @@ class Writer(Protocol):
     def abort(self) -> None:
         """Drop what was written: no file, no temp file, no pending multipart upload. Harmless after `commit`."""
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    ) -> None:
+        self.abort()
 
 
 class Store(Protocol):

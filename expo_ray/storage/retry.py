@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-from expo_ray.errors import TransientStorageError
+from expo_ray.errors import StorageError, TransientStorageError
 
 ATTEMPTS = 6
 FIRST_DELAY_S = 0.25
@@ -36,6 +36,20 @@ def retry_transient(ask: Callable[[], T]) -> T:
         return ask()
     except TransientStorageError as error:
         raise TransientStorageError(f"{error} (asked {ATTEMPTS} times)") from error
+
+
+def retry_translated(ask: Callable[[], T], translate: Callable[[Exception], StorageError]) -> T:
+    """`retry_transient(ask)`, where `ask` calls a client library whose errors `translate` turns into ours."""
+
+    def translated() -> T:
+        try:
+            return ask()
+        except StorageError:
+            raise
+        except Exception as error:
+            raise translate(error) from error
+
+    return retry_transient(translated)
 
 
 def read_agreed(read: Callable[[], T], agrees: Callable[[T], bool], uri: str) -> T:

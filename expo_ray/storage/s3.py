@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from expo_ray.errors import AlreadyExists, InputChanged, NotFound, StorageError, TransientStorageError
 from expo_ray.storage.protocol import FileInfo
-from expo_ray.storage.retry import copy_pieces, equal_pieces, read_agreed, retry_transient
+from expo_ray.storage.retry import copy_pieces, equal_pieces, read_agreed, retry_translated
 from expo_ray.storage.s3_connection import connect
 from expo_ray.storage.s3_errors import status_of, translate
 from expo_ray.storage.s3_writer import S3Writer
@@ -174,17 +174,7 @@ class S3Store:
         return read() if self._guarded else read_agreed(read, agrees, uri)
 
     def _retry(self, ask: Callable[[], T], uri: str) -> T:
-        """`ask()`, transient failures asked again, obstore's errors turned into ours."""
-
-        def translated() -> T:
-            try:
-                return ask()
-            except StorageError:
-                raise
-            except Exception as error:
-                raise translate(error, uri, self._connection) from error
-
-        return retry_transient(translated)
+        return retry_translated(ask, lambda error: translate(error, uri, self._connection))
 
     def _info(self, meta: ObjectMeta) -> FileInfo:
         return FileInfo(meta["path"].removeprefix(self._folder), meta["size"], meta["e_tag"] or "")

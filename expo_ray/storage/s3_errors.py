@@ -43,7 +43,14 @@ def status_of(error: Exception) -> int:
 
 
 def translate(error: Exception, uri: str, connection: Connection) -> StorageError:
-    """The error to raise in place of `error`, met while working on `uri`."""
+    """The error to raise in place of `error`, met while working on `uri`.
+
+    Raises:
+        KeyboardInterrupt: if that is what it was: of all Python code, obstore runs the one that looks up credentials, where
+            Ctrl-C then arrives, and it reports that as credentials which could not be had.
+    """
+    if "credential provider: KeyboardInterrupt" in str(error):
+        raise KeyboardInterrupt from error
     status = status_of(error)
     return _answered(status, str(error), uri, connection) if status else _unanswered(error, uri, connection)
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from types import TracebackType
-from typing import Self
 
 from typing_extensions import Buffer
 
 from expo_ray.errors import NotFound, StorageError
-from expo_ray.storage.protocol import FileInfo
+from expo_ray.storage.protocol import FileInfo, Writer
 from expo_ray.storage.s3_connection import Connection
 from expo_ray.storage.s3_errors import translate
 
@@ -19,7 +17,7 @@ MAX_PARTS = 10_000
 PARTS_IN_FLIGHT = 4
 
 
-class S3Writer:
+class S3Writer(Writer):
     """A multipart upload, `PARTS_IN_FLIGHT` parts at a time; one plain PUT if it fits into a part.
 
     Where the answer to the very first request is lost, or the process is killed, an upload stays pending whose id nobody knows:
@@ -82,14 +80,6 @@ class S3Writer:
         # obstore aborts the upload where a `with` block is left by an error, and only there.
         with contextlib.suppress(Exception):
             self._file.__exit__(RuntimeError, RuntimeError("aborted"), None)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.abort()
 
     def _landed_nevertheless(self, error: StorageError) -> FileInfo:
         """The object, if only the acknowledgement of the upload was lost; obstore asked again and was told `NoSuchUpload`."""
