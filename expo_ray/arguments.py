@@ -4,24 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
 from typing import Any
 
-from pydantic import BaseModel
-
 from expo_ray import __version__
-from expo_ray.config import (
-    Job,
-    Pair,
-    PairOptions,
-    PromptSource,
-    RewardModel,
-    Sampling,
-    Serving,
-    check_repo_id,
-    parse_bytes,
-)
-from expo_ray.extrapolation.progress import size_text
+from expo_ray.config import Job, Pair, PairOptions, PromptSource, RewardModel, Sampling, Serving
+from expo_ray.flags import count, help_of, multiplier, repo_id, size
 
 
 class _Help(argparse.HelpFormatter):
@@ -66,14 +53,14 @@ def _add_plan(commands: Any) -> None:
     add("job", metavar="JOB.yaml", help="The job file.")
     add(
         "--workers",
-        type=_count,
+        type=count,
         default=os.cpu_count() or 1,
         metavar="N",
         help="Shards under way at once. Default: %(default)s.",
     )
     add(
         "--bandwidth",
-        type=_size,
+        type=size,
         default="500MB",
         metavar="SIZE",
         help="Bytes a second of one worker. Default: %(default)s.",
@@ -90,7 +77,7 @@ def _add_verify(commands: Any) -> None:
         help="With --dpo: compute the weights again, and print the alpha that fits each tensor.",
     )
     add("--dpo", metavar="URI", help="See --sft.")
-    add("--allow-pickle", action="store_true", help=_text(PairOptions, "allow_pickle"))
+    add("--allow-pickle", action="store_true", help=help_of(PairOptions, "allow_pickle"))
 
 
 def _add_run(commands: Any) -> None:
@@ -108,7 +95,7 @@ def _add_serve(commands: Any) -> None:
         commands, "serve", "answer for every alpha of a job's pairs, and for its models, until interrupted"
     )
     parser.add_argument("job", metavar="JOB.yaml", help="The job file.")
-    parser.add_argument("--port", type=int, metavar="N", help=_text(Serving, "port"))
+    parser.add_argument("--port", type=int, metavar="N", help=help_of(Serving, "port"))
 
 
 def _add_respond(commands: Any) -> None:
@@ -126,8 +113,8 @@ def _add_respond(commands: Any) -> None:
         help="Without a job: a model folder, or the URL of an OpenAI-compatible endpoint.",
     )
     add("--name", metavar="NAME", help="The model's name at the endpoint, if it serves several.")
-    add("--prompts", metavar="SOURCE", help=_text(PromptSource, "source"))
-    add("--limit", type=_count, metavar="N", help=_text(PromptSource, "limit"))
+    add("--prompts", metavar="SOURCE", help=help_of(PromptSource, "source"))
+    add("--limit", type=count, metavar="N", help=help_of(PromptSource, "limit"))
     add("--output", metavar="FILE", help="JSONL file to write; one that is there is completed.")
     add(
         "--format",
@@ -145,7 +132,7 @@ def _add_respond(commands: Any) -> None:
         "samples",
         "seed",
     ):
-        add(f"--{name.replace('_', '-')}", metavar="N", help=_text(Sampling, name))
+        add(f"--{name.replace('_', '-')}", metavar="N", help=help_of(Sampling, name))
 
 
 def _add_reward(commands: Any) -> None:
@@ -153,9 +140,9 @@ def _add_reward(commands: Any) -> None:
     add = parser.add_argument
     add("job", nargs="?", metavar="JOB.yaml", help="All responses of a job, by all its reward models.")
     add("--responses", metavar="FILE", help="Without a job: the file that `expo-ray respond` wrote.")
-    add("--reward-model", metavar="URI", help=_text(RewardModel, "model"))
-    add("--backend", choices=("auto", "vllm", "transformers"), help=_text(RewardModel, "backend"))
-    add("--truncate", action="store_true", default=None, help=_text(RewardModel, "truncate"))
+    add("--reward-model", metavar="URI", help=help_of(RewardModel, "model"))
+    add("--backend", choices=("auto", "vllm", "transformers"), help=help_of(RewardModel, "backend"))
+    add("--truncate", action="store_true", default=None, help=help_of(RewardModel, "truncate"))
     add("--output", metavar="FILE", help="JSONL file to write; one that is there is completed.")
 
 
@@ -170,7 +157,7 @@ def _add_push(commands: Any) -> None:
     parser = _add_command(commands, "push", "push a published model to the Hugging Face Hub, in one commit")
     add = parser.add_argument
     add("folder", metavar="FOLDER", help="A model that expo-ray published: a folder or a URI.")
-    add("repo_id", type=_repo_id, metavar="ORG/NAME", help="Its repository, which is created if need be.")
+    add("repo_id", type=repo_id, metavar="ORG/NAME", help="Its repository, which is created if need be.")
     add(
         "--private",
         action="store_true",
@@ -182,8 +169,8 @@ def _add_push(commands: Any) -> None:
 def _add_extrapolate(commands: Any) -> None:
     parser = _add_command(commands, "extrapolate", "extrapolate one pair in this process, without a cluster")
     add = parser.add_argument
-    add("--sft", required=True, metavar="URI", help=_text(Pair, "sft"))
-    add("--dpo", required=True, metavar="URI", help=_text(Pair, "dpo"))
+    add("--sft", required=True, metavar="URI", help=help_of(Pair, "sft"))
+    add("--dpo", required=True, metavar="URI", help=help_of(Pair, "dpo"))
     add(
         "--alpha",
         required=True,
@@ -204,65 +191,18 @@ def _add_extrapolate(commands: Any) -> None:
         ("vocab", ("refuse", "by-token", "keep-dpo")),
         ("adapter", ("scale", "merge")),
     ):
-        add(f"--{name}", choices=choices, help=_text(PairOptions, name))
+        add(f"--{name}", choices=choices, help=help_of(PairOptions, name))
     add(
         "--multiplier",
         action="append",
-        type=_multiplier,
+        type=multiplier,
         default=[],
         metavar="REGEX=M",
         help="Multiply alpha by M in tensors whose name has REGEX; 0 freezes them at dpo. Repeatable, the first found counts.",
     )
-    add("--shard-size", metavar="SIZE", help=_text(PairOptions, "shard_size"))
-    add("--seed", metavar="N", help=_text(PairOptions, "seed"))
-    add("--allow-pickle", action="store_true", default=None, help=_text(PairOptions, "allow_pickle"))
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help=_text(Job, "device"))
+    add("--shard-size", metavar="SIZE", help=help_of(PairOptions, "shard_size"))
+    add("--seed", metavar="N", help=help_of(PairOptions, "seed"))
+    add("--allow-pickle", action="store_true", default=None, help=help_of(PairOptions, "allow_pickle"))
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help=help_of(Job, "device"))
     add("--overwrite", action="store_true", help="Replace a model that expo-ray wrote there before.")
     add("--dry-run", action="store_true", help="Print the plan and stop; nothing is written.")
-
-
-def _multiplier(text: str) -> tuple[str, str]:
-    pattern, equals, factor = text.rpartition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} has no factor; write it like 'embed_tokens|lm_head=0'")
-    return pattern, factor
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def with_alphas_joined(words: Sequence[str]) -> list[str]:
-    """`--alpha -1e-3` as one word, as argparse takes `-1e-3` and `-inf` for options."""
-    joined = list(words)
-    for index in reversed(range(len(joined) - 1)):
-        if joined[index] == "--alpha" and joined[index + 1].startswith("-"):
-            joined[index : index + 2] = [f"--alpha={joined[index + 1]}"]
-    return joined
-
-
-def _repo_id(text: str) -> str:
-    try:
-        return check_repo_id(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def _text(model: type[BaseModel], field: str) -> str:
-    """The help text of a field, with its default."""
-    info = model.model_fields[field]
-    text = " ".join((info.description or "").split()).replace("%", "%%")
-    default = info.get_default(call_default_factory=True) if not info.is_required() else None
-    if isinstance(default, bool) or not isinstance(default, str | int | float) or default == "":
-        return text
-    shown = size_text(default) if isinstance(default, int) and default >= 1_000_000 else default
-    return f"{text} Default: {shown}."

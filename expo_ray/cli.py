@@ -9,10 +9,10 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
-from expo_ray.arguments import command_parser, with_alphas_joined
+from expo_ray.arguments import command_parser
 from expo_ray.config import (
     Job,
     Pair,
@@ -29,6 +29,7 @@ from expo_ray.extrapolation.job import JobPlan, outputs_of, plan_job
 from expo_ray.extrapolation.progress import Progress, size_text
 from expo_ray.extrapolation.run import Outcome, run_job
 from expo_ray.extrapolation.verify import read_manifest, rederive, verify_files
+from expo_ray.flags import flags_of, with_alphas_joined, with_flags
 from expo_ray.storage import join_uri, open_store
 
 if TYPE_CHECKING:
@@ -41,40 +42,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0, 1 for work that failed, 2 for bad input, 130 when interrupted."""
     words = sys.argv[1:] if arguments is None else arguments
     parsed = command_parser().parse_args(with_alphas_joined(words))
-    return guarded(lambda: _COMMANDS[parsed.command](parsed))
+    return guarded(lambda: _COMMANDS[parsed.command](parsed), flags_of(parsed))
 
 
-def guarded(command: Callable[[], int]) -> int:
-    """Run `command`, turning errors that a user can mend into text and an exit status."""
+def guarded(command: Callable[[], int], flags: Collection[str] = ()) -> int:
+    """Run `command`, turning errors that a user can mend into text and an exit status.
+
+    Args:
+        flags: see `with_flags`.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("expo_ray").setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as on Ctrl-C
     try:
         return command()
     except Problems as error:
-        print(f"{len(error.problems)} problem(s), nothing was written:\n{error}", file=sys.stderr)
+        print(
+            f"{len(error.problems)} problem(s), nothing was written:\n{with_flags(str(error), flags)}",
+            file=sys.stderr,
+        )
         return BAD_INPUT
     except ExpoError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {with_flags(str(error), flags)}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on where it stopped", file=sys.stderr)
         return INTERRUPTED
 
 
-def report(outcome: Outcome) -> int:
+def report(outcome: Outcome, flags: Collection[str] = ()) -> int:
     """Print what came of a job; the exit status of the process."""
     for model in sorted(outcome.published, key=lambda model: (model.pair, model.alpha)):
         effective = "" if model.effective_alpha is None else f" (effective {model.effective_alpha:.3f})"
         print(f"{model.uri}: alpha {format_alpha(model.alpha)}{effective}, {size_text(model.size)}")
         for warning in model.warnings:
-            print(f"  warning: {warning}")
+            print(f"  warning: {with_flags(warning, flags)}")
     for name, error in outcome.failures.items():
-        print(f"failed: {name}: {error}", file=sys.stderr)
+        print(f"failed: {name}: {with_flags(str(error), flags)}", file=sys.stderr)
     return FAILED if outcome.failures else 0
 
 
 def _extrapolate(arguments: argparse.Namespace) -> int:
+    flags = flags_of(arguments)
     pair = parse_pair(_options_of(arguments), "command line")
     outputs = {
         alpha: arguments.output
@@ -84,13 +93,13 @@ def _extrapolate(arguments: argparse.Namespace) -> int:
     }
     job = plan_job([pair], [outputs], overwrite=arguments.overwrite)
     if arguments.dry_run:
-        print(describe(job, workers=1, bandwidth=parse_bytes("1GB")))
+        print(with_flags(describe(job, workers=1, bandwidth=parse_bytes("1GB")), flags))
         return 0
     for note in (note for plan in job.pairs for note in plan.notes):
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {with_flags(note, flags)}", file=sys.stderr)
     with Progress() as progress, InThreads(progress, device=arguments.device) as executor:
         outcome = run_job(job, executor, progress)
-    return report(outcome)
+    return report(outcome, flags)
 
 
 def _plan(arguments: argparse.Namespace) -> int:

@@ -86,7 +86,7 @@ def nothing(tensors: Tensors) -> None:
         (nothing, with_one("value_head.weight", 1, 64), "sft lacks 1 tensor(s) of dpo: value_head.weight"),
         (nothing, with_one(NORM, 32), f"1 tensor(s) do not fit: {NORM}: dpo has shape [32], sft has [64]; sft and dpo must be"),
         (with_one(NORM, 8, 8), nothing, f"{NORM}: dpo has shape [64], sft has [8, 8]"),
-        (nothing, rows(264), f"vocabularies differ, dpo has 264 rows and sft 256 (lm_head.weight, {EMBEDDING}); set `vocab: by-token`"),
+        (nothing, rows(264), f"vocabularies differ, dpo has 264 rows and sft 256 (lm_head.weight, {EMBEDDING}); set `--vocab by-token`"),
         (rows(264), nothing, "dpo has 256 rows and sft 264"),
     ],
     ids=["missing", "extra", "missing head", "shape", "dimensions", "vocabulary", "smaller vocabulary"],
@@ -102,6 +102,23 @@ def test_parents_that_do_not_fit(
     said = refused(capsys, *folders, tmp_path / "out")
     assert "1 problem(s), nothing was written:\n- dpo: " in said
     assert expected in said
+
+
+def test_remedies_are_flags_for_a_command_and_keys_for_a_job_file(tmp_path: Path, capsys: Print) -> None:
+    dpo = moved(llama_tensors())
+    rows(264)(dpo)
+    folders = write_both(tmp_path, llama_tensors() | {"extra.weight": dpo[NORM]}, dpo)
+    job = tmp_path / "job.yaml"
+    job.write_text(
+        f"output: {tmp_path}/o\npairs: [{{name: p, sft: {folders[0]}, dpo: {folders[1]}, alphas: [1]}}]"
+    )
+    said = refused(capsys, *folders, tmp_path / "out")
+    for remedy in ("`--vocab by-token`", "`--vocab keep-dpo`", "`--multiplier '<pattern>=0'`"):
+        assert remedy in said
+    assert main(["plan", str(job)]) == BAD_INPUT
+    said = capsys.readouterr().err
+    for remedy in ("`vocab: by-token`", "`vocab: keep-dpo`", "`multipliers: {<pattern>: 0}`"):
+        assert remedy in said
 
 
 def test_everything_wrong_with_a_pair_is_told_at_once(tmp_path: Path, capsys: Print) -> None:

@@ -149,8 +149,8 @@ REFUSALS: list[tuple[Files, str]] = [
     (
         {**CONFIG, "pytorch_model-00001-of-00001.bin": b"", "pytorch_model.bin.index.json": b"{}"},
         "no safetensors, only PyTorch pickles (pytorch_model-00001-of-00001.bin, pytorch_model.bin.index.json); convert them "
-        "(load and `save_pretrained` with transformers), or allow restricted unpickling with `--allow-pickle` (in a job file "
-        "`allow_pickle: true`)",
+        "(load and `save_pretrained` with transformers), or allow restricted unpickling with "
+        "`allow_pickle: true`",
     ),
     (
         {"adapter_config.json": b"{}", "adapter_model.bin": b""},

@@ -135,7 +135,7 @@ def test_what_an_adapter_cannot_take_is_refused_together(
 ) -> None:
     sft, dpo = save_lora(tmp_path, causal_model(tiny_llama()))
     assert expo(sft, dpo, tmp_path / "out", 0.5, more="--dtype fp32 --multiplier norm=0") == 2
-    assert "set `adapter: merge` to write a whole model" in capsys.readouterr().err
+    assert "set `--adapter merge` to write a whole model" in capsys.readouterr().err
     assert expo(dpo, sft, tmp_path / "out", 0.5) == 2
     assert "sft is an adapter; merge it first" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -139,7 +139,7 @@ def test_a_folder_with_the_flag(tmp_path: Path) -> None:
     assert set(found.files) == {
         "config.json", "pytorch_model.bin.index.json", *(f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)),
     }  # fmt: skip
-    with pytest.raises(CheckpointError, match="--allow-pickle"):
+    with pytest.raises(CheckpointError, match="`allow_pickle: true`"):
         read_checkpoint(store)
 
 

@@ -109,7 +109,7 @@ def _choose(store: Store, listing: Mapping[str, FileInfo], keys: Sequence[str], 
 def _pickle_refused(store: Store, keys: Sequence[str]) -> CheckpointError:
     return CheckpointError(
         f"{store.uri}: no safetensors, only PyTorch pickles ({some(keys)}); convert them (load and `save_pretrained` with "
-        "transformers), or allow restricted unpickling with `--allow-pickle` (in a job file `allow_pickle: true`)"
+        "transformers), or allow restricted unpickling with `allow_pickle: true`"
     )
 
 

@@ -70,7 +70,6 @@ async def card_of(http: httpx.AsyncClient, name: str) -> Card:
             served = ", ".join(cards) or "no models at all"
             raise EndpointError(f"{http.base_url}: does not serve {name}; it serves {served}")
         found = cards[name]
-    assert found is not None
     told = found.get("metadata") or {}
     engine = str(told.get("engine") or "")
     return Card(

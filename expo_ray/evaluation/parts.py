@@ -65,10 +65,10 @@ def read_rows(store: Store, key: str, parse: Callable[[Mapping[str, Any]], T]) -
     """
     rows = []
     # Not splitlines(): texts hold U+2028 and its like.
-    for number, line in enumerate(store.read(key).decode("utf-8").split("\n"), start=1):
+    for number, line in enumerate(store.read(key).split(b"\n"), start=1):
         if line.strip():
             try:
-                rows.append(parse(json.loads(line)))
+                rows.append(parse(json.loads(line.decode("utf-8"))))
             except (ValueError, TypeError, KeyError) as error:
                 raise StorageError(
                     f"{store.uri}/{key}, line {number}: not a row that can be read ({error}); mend or remove the line"

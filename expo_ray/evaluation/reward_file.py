@@ -12,7 +12,7 @@ from expo_ray.evaluation.parts import read_rows, rows_text
 from expo_ray.evaluation.records import Response, Reward
 from expo_ray.evaluation.reward import parse_reward
 from expo_ray.evaluation.reward_inputs import parse_response
-from expo_ray.storage import Store, open_store
+from expo_ray.storage import Store, open_store, split_file
 
 
 class RewardFile:
@@ -26,10 +26,12 @@ class RewardFile:
 
     Raises:
         OutputError: if the file holds something else.
+        StorageError: if `uri` names no file, or it cannot be read.
     """
 
     def __init__(self, uri: str, order: Iterable[Hashable], about: Mapping[str, Any]) -> None:
-        self._store, self._key = file_of(uri)
+        folder, self._key = split_file(uri)
+        self._store = open_store(folder)
         self._order = {key: place for place, key in enumerate(order)}
         self._about = (json.dumps(about, indent=1) + "\n").encode()
         self._rows: dict[Hashable, Reward] = {}
@@ -63,8 +65,8 @@ def read_responses(uri: str) -> list[Response]:
         RewardError: if it is empty, or two rows answer the same prompt as the same sample.
         StorageError: if it cannot be read, naming the first bad line.
     """
-    store, key = file_of(uri)
-    responses = read_rows(store, key, parse_response)
+    folder, name = split_file(uri)
+    responses = read_rows(open_store(folder), name, parse_response)
     if not responses:
         raise RewardError(f"{uri}: holds no responses; give the JSONL file that `expo-ray respond` wrote")
     counts = Counter(one.key for one in responses)
@@ -75,12 +77,6 @@ def read_responses(uri: str) -> list[Response]:
             "responses a file of their own, or number the samples"
         )
     return responses
-
-
-def file_of(uri: str) -> tuple[Store, str]:
-    """The store and the key of one file."""
-    folder, slash, name = uri.rpartition("/")
-    return open_store(f"{folder}{slash}" if folder or slash else "."), name
 
 
 def _read(store: Store, key: str) -> bytes | None:

@@ -147,7 +147,7 @@ def model_inputs(
         problems.append(
             RewardError(
                 f"{where}: the chats of {len(too_long)} prompt(s) are longer than the {max_tokens} tokens that the model takes ({shown}); "
-                "set `truncate: true` (--truncate) to score their beginnings, which are counted, or take a reward model with a "
+                "set `truncate: true` to score their beginnings, which are counted, or take a reward model with a "
                 "longer context"
             )
         )

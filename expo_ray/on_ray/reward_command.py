@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -20,9 +20,10 @@ from expo_ray.evaluation.records import Response
 from expo_ray.evaluation.reward import Scored, Todo, parse_reward, plan_rewards, score_missing, summarise
 from expo_ray.evaluation.reward_file import RewardFile, read_responses
 from expo_ray.evaluation.stored_responses import StoredResponses, stored_responses
+from expo_ray.flags import with_flags
 from expo_ray.on_ray.cluster import cluster
 from expo_ray.on_ray.reward_actors import RewardPool
-from expo_ray.storage import Store, open_store
+from expo_ray.storage import Store, open_store, split_file
 
 FAILED = 1
 
@@ -92,6 +93,7 @@ def reward_file(responses: str, spec: RewardModel, output: str) -> int:
     attempts = Attempts()
     rows = attempts.attempt(partial(read_responses, responses))
     pools = attempts.attempt(partial(RewardPool, spec))
+    attempts.attempt(partial(split_file, output))
     attempts.end()
     (pool,), (listed,) = pools, rows
     pool.inputs(listed)  # tells what is wrong before a cluster is started
@@ -99,7 +101,8 @@ def reward_file(responses: str, spec: RewardModel, output: str) -> int:
         kept_in = RewardFile(output, [one.key for one in listed], _about(pool))
         todo = plan_rewards(listed, pool, kept_in)
         with RowProgress("reward", "responses") as progress:
-            return run([Work(pool, listed[0].model or responses, listed, todo)], progress)
+            work = Work(pool, listed[0].model or responses, listed, todo)
+            return run([work], progress, flags={"backend", "truncate"})
 
 
 def _plan(pool: RewardPool, group: StoredResponses, store: Store) -> Work:
@@ -121,8 +124,12 @@ def _about(pool: RewardPool) -> Mapping[str, Any]:
     }
 
 
-def run(work: Sequence[Work], progress: RowProgress) -> int:
-    """Score it all, one reward model after the other, and print a table; the exit status."""
+def run(work: Sequence[Work], progress: RowProgress, flags: Collection[str] = ()) -> int:
+    """Score it all, one reward model after the other, and print a table; the exit status.
+
+    Args:
+        flags: see `with_flags`.
+    """
     progress.begin(sum(len(one.todo.inputs) for one in work), sum(len(one.todo.stored) for one in work))
     rows: list[Sequence[str]] = []
     failures: list[str] = []
@@ -132,7 +139,7 @@ def run(work: Sequence[Work], progress: RowProgress) -> int:
                 try:
                     scored = score_missing(one.todo, pool, progress)
                 except ExpoError as error:
-                    failures.append(f"{one.model} by {pool.spec.name}: {error}")
+                    failures.append(f"{one.model} by {pool.spec.name}: {with_flags(str(error), flags)}")
                     continue
                 rows.append(_row(one, scored))
                 failures += _told(one, scored)
