@@ -394,7 +394,7 @@ def test_an_output_that_holds_other_files_is_refused_and_they_stay(tmp_path: Pat
     [
         (
             "hf://org/model",
-            "output hf://org/model: the Hub is read only here; write to a folder and upload it",
+            "hf://org/model: the Hub is only read from here; write to a local folder or S3, from where `expo-ray push` sends",
         ),
         ("ftp://host/folder", "unknown scheme ftp://; use a local path or one of"),
         ("", "an empty path names no folder"),

@@ -364,7 +364,25 @@ def test_a_job_and_flags_do_not_mix(tmp_path: Path, capsys: Print) -> None:
     assert "--limit, --top-k beside a job file" in capsys.readouterr().err
     assert main(["respond", "--model", "http://127.0.0.1:1"]) == 2
     assert "--prompts, --output missing" in capsys.readouterr().err
+    assert (
+        main(
+            [
+                "respond",
+                "--model",
+                "http://127.0.0.1:1",
+                "--prompts",
+                str(prompt_file(tmp_path, 1)),
+                "--output",
+                "hf://org/name/r.jsonl",
+            ]
+        )
+        == 2
+    )
+    assert "hf://org/name: the Hub is only read from here" in capsys.readouterr().err
     job = tmp_path / "job.yaml"
+    job.write_text("output: hf://org/name\nmodels: [{name: m, uri: nowhere}]\n")
+    assert main(["respond", str(job)]) == 2
+    assert "output: hf://org/name: the Hub is only read from here" in capsys.readouterr().err
     job.write_text("output: out\nmodels: [{name: m, uri: nowhere}]\n")
     assert main(["respond", str(job)]) == 2
     said = capsys.readouterr().err

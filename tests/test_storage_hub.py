@@ -245,5 +245,5 @@ def test_the_hub_is_read_only(server: HubServer) -> None:
         lambda: store.writer("a", 1),
         lambda: store.delete("config.json"),
     ):
-        with pytest.raises(StorageError, match=r"the Hub is read-only here; .*hf upload"):
+        with pytest.raises(StorageError, match=r"the Hub is only read from here; .*`expo-ray push`"):
             write()

@@ -16,6 +16,8 @@ Device = Literal["auto", "cpu", "cuda"]
 RewardBackend = Literal["auto", "vllm", "transformers"]
 WeightDtype = Literal["auto", "bf16", "fp16", "fp32"]
 
+READ_ONLY = "the Hub is only read from here; write to a local folder or S3, from where `expo-ray push` sends a finished model"
+
 _UNITS = {"": 1, "B": 1} | {
     unit: base**power
     for power, letter in enumerate("KMGT", start=1)
@@ -46,6 +48,13 @@ def check_alpha(alpha: float) -> float:
 def format_alpha(alpha: float) -> str:
     """The shortest text that reads back as `alpha`, as in the folder name `alpha=0.5`."""
     return repr(float(alpha)).removesuffix(".0")
+
+
+def check_output(uri: str) -> str:
+    """`uri` itself, unless it can only be read."""
+    if uri.lower().startswith("hf://"):
+        raise ValueError(f"{uri}: {READ_ONLY}")
+    return uri
 
 
 def check_pattern(pattern: str) -> str:

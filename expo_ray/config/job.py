@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from expo_ray.config.evaluation import PromptSource, PublishedModel, RewardModel, Sampling, Serving
-from expo_ray.config.fields import Device, Frozen, check_repo_id
+from expo_ray.config.fields import Device, Frozen, check_output, check_repo_id
 from expo_ray.config.pairs import Pair, PairOptions
 from expo_ray.config.search import Search
 
@@ -15,7 +15,7 @@ from expo_ray.config.search import Search
 class Job(Frozen):
     """A job file: where to write, which pairs to extrapolate, and how to evaluate them."""
 
-    output: Annotated[str, Field(min_length=1)]
+    output: Annotated[str, Field(min_length=1), AfterValidator(check_output)]
     """Root of everything written: a path or `s3://bucket/prefix`. Models land in `pairs/<pair>/alpha=<alpha>/`."""
 
     pairs: tuple[Pair, ...] = ()

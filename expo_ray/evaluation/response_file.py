@@ -15,7 +15,7 @@ from expo_ray.evaluation.parts import Parts, read_rows, rows_text
 from expo_ray.evaluation.prompts import PromptSet
 from expo_ray.evaluation.records import Response
 from expo_ray.evaluation.respond import Key, response_from_row
-from expo_ray.storage import open_store, split_file
+from expo_ray.storage import open_output_file
 
 Format = Literal["jsonl", "alpaca-eval", "mt-bench"]
 
@@ -27,12 +27,13 @@ class ResponseFile:
     `<file>.responses.jsonl` keeps.
 
     Raises:
+        OutputError: if it cannot be written.
         StorageError: if `uri` names no file.
     """
 
     def __init__(self, uri: str, form: Format = "jsonl") -> None:
-        folder, self._name = split_file(uri)
-        self._store, self._form = open_store(folder), form
+        self._store, self._name = open_output_file(uri)
+        self._form = form
         self._rows_name = self._name if form == "jsonl" else f"{self._name}.responses.jsonl"
         self.uri = f"{self._store.uri}/{self._rows_name}"
         self.parts = Parts(self._store, f"{self._rows_name}.parts", response_from_row)

@@ -12,7 +12,7 @@ from expo_ray.evaluation.parts import read_rows, rows_text
 from expo_ray.evaluation.records import Response, Reward
 from expo_ray.evaluation.reward import parse_reward
 from expo_ray.evaluation.reward_inputs import parse_response
-from expo_ray.storage import Store, open_store, split_file
+from expo_ray.storage import Store, open_output_file, open_store, split_file
 
 
 class RewardFile:
@@ -25,13 +25,12 @@ class RewardFile:
         about: what decides the rewards; a file that another model made is refused.
 
     Raises:
-        OutputError: if the file holds something else.
+        OutputError: if the file holds something else, or cannot be written.
         StorageError: if `uri` names no file, or it cannot be read.
     """
 
     def __init__(self, uri: str, order: Iterable[Hashable], about: Mapping[str, Any]) -> None:
-        folder, self._key = split_file(uri)
-        self._store = open_store(folder)
+        self._store, self._key = open_output_file(uri)
         self._order = {key: place for place, key in enumerate(order)}
         self._about = (json.dumps(about, indent=1) + "\n").encode()
         self._rows: dict[Hashable, Reward] = {}

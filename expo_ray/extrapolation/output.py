@@ -13,7 +13,7 @@ from expo_ray.errors import AlreadyExists, ExpoError, NotFound, OutputError, som
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.progress import size_text
 from expo_ray.extrapolation.receipt import read_receipt
-from expo_ray.storage import FileInfo, Store, open_store
+from expo_ray.storage import FileInfo, Store, open_output, open_store
 from expo_ray.storage.conditional import PROBE_PREFIX
 
 CLAIM = ".expo/claim.json"
@@ -44,13 +44,9 @@ def inspect_output(plan: PairPlan, alpha: float, *, overwrite: bool) -> OutputSt
     """Look, without writing, at the folder where the model of `alpha` shall go.
 
     Raises:
-        OutputError: if the folder is a parent's, or holds something that is not to be overwritten.
+        OutputError: if the folder is a parent's, can only be read, or holds something that is not to be overwritten.
     """
-    if plan.outputs[alpha].startswith("hf://"):
-        raise OutputError(
-            f"output {plan.outputs[alpha]}: the Hub is read only here; write to a folder and upload it (`hf upload`)"
-        )
-    store = open_store(plan.outputs[alpha])
+    store = open_output(plan.outputs[alpha])
     uri = store.uri
     for side, parent in (("sft", plan.sft.uri), ("dpo", plan.dpo.uri)):
         if _overlap(uri, parent):

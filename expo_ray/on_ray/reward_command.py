@@ -23,7 +23,7 @@ from expo_ray.evaluation.stored_responses import StoredResponses, stored_respons
 from expo_ray.flags import with_flags
 from expo_ray.on_ray.cluster import cluster
 from expo_ray.on_ray.reward_actors import RewardPool
-from expo_ray.storage import Store, open_store, split_file
+from expo_ray.storage import Store, open_output_file, open_store
 
 FAILED = 1
 
@@ -93,7 +93,7 @@ def reward_file(responses: str, spec: RewardModel, output: str) -> int:
     attempts = Attempts()
     rows = attempts.attempt(partial(read_responses, responses))
     pools = attempts.attempt(partial(RewardPool, spec))
-    attempts.attempt(partial(split_file, output))
+    attempts.attempt(partial(open_output_file, output))
     attempts.end()
     (pool,), (listed,) = pools, rows
     pool.inputs(listed)  # tells what is wrong before a cluster is started

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from functools import cache
 
+from expo_ray.config.fields import check_output
+from expo_ray.errors import OutputError
 from expo_ray.storage.conditional import check_conditional_writes
 from expo_ray.storage.local import LocalStore
 from expo_ray.storage.memory import MemoryStore
@@ -17,6 +19,8 @@ __all__ = [
     "check_conditional_writes",
     "forget_stores",
     "join_uri",
+    "open_output",
+    "open_output_file",
     "open_store",
     "redact",
     "split_file",
@@ -35,6 +39,29 @@ def open_store(uri: str) -> Store:
     """
     scheme, rest = split_uri(uri)
     return LocalStore(uri) if scheme == "file" else _open(scheme, f"{scheme}://{rest.rstrip('/')}")
+
+
+def open_output(uri: str) -> Store:
+    """The store of a folder to write into; see `open_store`.
+
+    Raises:
+        OutputError: for the Hub, which is not even asked whether it has such a repository.
+    """
+    try:
+        return open_store(check_output(uri))
+    except ValueError as error:
+        raise OutputError(str(error)) from error
+
+
+def open_output_file(uri: str) -> tuple[Store, str]:
+    """The store and the key of a file to write.
+
+    Raises:
+        OutputError: for a file on the Hub.
+        StorageError: if `uri` names no file.
+    """
+    folder, name = split_file(uri)
+    return open_output(folder), name
 
 
 def forget_stores() -> None:

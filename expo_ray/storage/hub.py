@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
+from expo_ray.config.fields import READ_ONLY
 from expo_ray.errors import InputChanged, NotFound, StorageError, TransientStorageError
 from expo_ray.storage.hub_errors import translate
 from expo_ray.storage.local import fill
@@ -128,9 +129,7 @@ class HubStore:
         self._refuse()
 
     def _refuse(self) -> NoReturn:
-        raise StorageError(
-            f"{self.uri}: the Hub is read-only here; write to a local folder or S3, and upload with `hf upload`"
-        )
+        raise StorageError(f"{self.uri}: {READ_ONLY}")
 
     @property
     def _guarded(self) -> bool:
