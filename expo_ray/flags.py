@@ -84,7 +84,7 @@ def with_flags(text: str, flags: Collection[str]) -> str:
     def flag(setting: re.Match[str]) -> str:
         key, value = setting.groups()
         name = _SINGULAR.get(key, key)
-        if flags.isdisjoint({key, name}):
+        if key not in flags and name not in flags:
             return setting[0]
         option = f"--{name.replace('_', '-')}"
         if item := _ITEM.fullmatch(value):
