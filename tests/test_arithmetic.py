@@ -21,7 +21,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expo_ray.extrapolation import compiled, fused, on_cpu, words
+from expo_ray.extrapolation import any_block, compiled, fused, on_cpu, whole_block, words
 from expo_ray.extrapolation.arithmetic import FORMULAS, Rounding, Rule, compute_dtype, kernel_for, random_key
 from expo_ray.extrapolation.statistics import TensorStatistics
 from tests.exact_arithmetic import (
@@ -150,13 +150,13 @@ def test_no_fused_multiply_add(dtype: str) -> None:
 
 
 def test_the_machine_code_holds_no_fused_multiply_add_and_is_vectorised() -> None:
-    blocks = [np.zeros(fused.BLOCK, np.float32) for _ in range(4)]
-    halves = [np.zeros(fused.BLOCK, np.uint16) for _ in range(4)]
+    blocks = [np.zeros(any_block.BLOCK, np.float32) for _ in range(4)]
+    halves = [np.zeros(any_block.BLOCK, np.uint16) for _ in range(4)]
     alpha = np.float32(0.3)
     for piece, arguments in (
-        (fused.step, (*blocks[:3], alpha, False, blocks[3])),
-        (fused.measure, (*halves[:2], *blocks[:2])),
-        (fused.move_words, (*halves[:2], alpha, True, *halves[2:], blocks[0])),
+        (any_block.step, (*blocks[:3], alpha, False, blocks[3])),
+        (whole_block.measure, (*halves[:2], *blocks[:2])),
+        (whole_block.move_words, (*halves[:2], alpha, True, *halves[2:], blocks[0])),
     ):
         compiled_piece: Any = numba.njit(cast(Any, piece).py_func, error_model="numpy")
         compiled_piece(*arguments)
@@ -367,7 +367,7 @@ def test_the_gil_is_released() -> None:
 
 def test_the_constants_shared_with_the_compiled_code() -> None:
     assert {dtype: getattr(words, dtype) for dtype in on_cpu.KINDS} == on_cpu.KINDS
-    assert {name: getattr(fused, name.upper()) for name in on_cpu.ROUNDINGS} == on_cpu.ROUNDINGS
+    assert {name: getattr(any_block, name.upper()) for name in on_cpu.ROUNDINGS} == on_cpu.ROUNDINGS
     assert on_cpu.SCRATCH_BYTES >= fused.SCRATCH_BYTES
 
 

@@ -20,7 +20,7 @@ import llvmlite
 from llvmlite import binding as llvm
 
 NUM_ARGUMENTS = 15
-_SOURCES = ("compiled.py", "fused.py", "words.py")
+_SOURCES = ("any_block.py", "compiled.py", "fused.py", "whole_block.py", "words.py")
 _SYMBOL = "extrapolate"
 _NUMBA = "NRT_MemInfo_call_dtor"
 _DIGEST_BYTES = 32

@@ -113,7 +113,7 @@ def narrow(value: Tensor, dtype: str, bits: Tensor | None) -> Tensor:
 
 
 def to_16_bits(value: Tensor, dtype: str, bits: Tensor | None) -> Tensor:
-    """Round float64 once; `fused.to_16_bits` explains. `.to(torch.bfloat16)` would round to float32 first."""
+    """Round float64 once; `words.to_16_bits` explains. `.to(torch.bfloat16)` would round to float32 first."""
     mantissa, least, infinity = (7, 1023 - 126, 0x7F80) if dtype == "BF16" else (10, 1023 - 14, 0x7C00)
     pattern = value.view(torch.int64)
     magnitude = pattern & 0x7FFFFFFFFFFFFFFF
@@ -168,7 +168,7 @@ def in_blocks(values: Tensor, first: int) -> Tensor:
 
 
 def inner_products(a: Tensor, b: Tensor) -> Tensor:
-    """Sum of `a * b` in every row, float64; `fused.inner_product` explains."""
+    """Sum of `a * b` in every row, float64; `any_block.inner_product` explains."""
     total = fold(a * b).double()
     terms = a.double() * b.double()
     careful = fold(torch.where(torch.isfinite(terms), terms, 0.0))
