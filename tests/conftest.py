@@ -8,4 +8,5 @@ pytest_plugins = [
     "tests.machines",
     "tests.stage",
     "tests.browser",
+    "tests.disks",
 ]

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import struct
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from expo_ray.extrapolation import stream
 from expo_ray.extrapolation.progress import Progress
 from expo_ray.extrapolation.run import run_job
 from expo_ray.storage.local import LocalStore
+from tests.disks import remount
 from tests.pairs import (
     LLAMA,
     Tensors,
@@ -452,25 +452,6 @@ def test_a_damaged_claim_is_refused(tmp_path: Path, capsys: Print) -> None:
         assert "delete the folder and run again" in refused(capsys, sft, dpo, out)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if mounted.returncode:
-        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
 def test_a_disk_that_is_too_small_is_found_out_before(
     tmp_path: Path, capsys: Print, small_disk: Path
 ) -> None:
@@ -527,7 +508,7 @@ def test_a_disk_that_fills_up_meanwhile(
 
 def test_a_read_only_output_is_refused(tmp_path: Path, capsys: Print, small_disk: Path) -> None:
     sft, dpo = write_pair(tmp_path)
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    remount(small_disk, "ro")
     said = refused(capsys, sft, dpo, small_disk / "out")
     assert f"{small_disk}/out" in said
     assert "Read-only file system; choose an output on a writable file system" in said

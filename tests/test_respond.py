@@ -26,6 +26,7 @@ from expo_ray.evaluation.records import Response, seed_of
 from expo_ray.evaluation.respond import Answers, respond, response_from_row
 from expo_ray.evaluation.respond_all import respond_job
 from expo_ray.storage import open_store
+from tests.disks import disk, remount
 from tests.fake_endpoint import LINE_ENDS, Body, FakeEndpoint, fake_endpoint, text_for
 from tests.ray_cluster import ROOT, free_port, wait_until
 
@@ -277,27 +278,20 @@ def test_an_endpoint_that_tells_nothing_and_refuses_top_k(tmp_path: Path, capsys
 def test_a_full_disk_is_told_once_and_nothing_is_torn(
     endpoint: FakeEndpoint, tmp_path: Path, capsys: Print
 ) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    try:
+    with disk(tmp_path / "disk", "128k") as folder:
         prompts = prompt_file(tmp_path, 600)
-        assert run(endpoint, prompts, disk / "o.jsonl") == 1
+        assert run(endpoint, prompts, folder / "o.jsonl") == 1
         said = capsys.readouterr().err
         assert said.count("failed: ") == 1
         assert "free space there, or choose another output" in said
-        parts = Parts[Response](open_store(str(disk)), "o.jsonl.parts", response_from_row)
+        parts = Parts[Response](open_store(str(folder)), "o.jsonl.parts", response_from_row)
         kept = parts.read()  # whole rows alone
         assert 64 <= len(kept) < 600
-        subprocess.run(["mount", "-o", "remount,size=4m", str(disk)], check=True)
+        remount(folder, "size=4m")
         endpoint.chats = []
-        assert run(endpoint, prompts, disk / "o.jsonl") == 0
+        assert run(endpoint, prompts, folder / "o.jsonl") == 0
         assert len(endpoint.chats) == 600 - len(kept)
-        assert [path.name for path in disk.iterdir()] == ["o.jsonl"]
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        assert [path.name for path in folder.iterdir()] == ["o.jsonl"]
 
 
 def test_a_driver_killed_with_500_prompts_in_flight(endpoint: FakeEndpoint, tmp_path: Path) -> None:

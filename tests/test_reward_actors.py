@@ -13,14 +13,25 @@ import psutil
 import pytest
 import yaml
 
+from expo_ray.cli import main
 from expo_ray.config import Sampling
 from expo_ray.evaluation.parts import Parts, rows_text
-from expo_ray.evaluation.records import Response, digest
+from expo_ray.evaluation.records import Response, Reward, digest
 from expo_ray.evaluation.respond import response_from_row
 from expo_ray.evaluation.reward import parse_reward
+from expo_ray.evaluation.reward_file import RewardFile
+from expo_ray.evaluation.reward_function import load_function
 from expo_ray.storage import open_store
+from tests.disks import disk, remount
 from tests.ray_cluster import Process, RayBox, wait_until
-from tests.tiny_reward_models import TURNS, byte_tokenizer, last_token_scores, response, save_reward_model
+from tests.tiny_reward_models import (
+    TURNS,
+    byte_tokenizer,
+    last_token_scores,
+    rename_head,
+    response,
+    save_reward_model,
+)
 
 pytestmark = pytest.mark.ray
 
@@ -187,20 +198,91 @@ def test_responses_that_a_function_fails_on_are_named_and_the_others_kept(box: R
     assert (kept["prompt_id"], kept["reward"]) == (rows[0].prompt_id, 4.0)
 
 
-def test_everything_wrong_is_told_at_once_before_anything_is_loaded(box: RayBox) -> None:
+def test_a_full_disk_is_told_once_and_what_is_stored_is_kept(box: RayBox) -> None:
+    name = "python:slow_rewards:length"
+    rows = list(prompts().values())[:200]
+    (box.folder / "responses.jsonl").write_text(rows_text(rows))
+    with disk(box.folder / "disk", "24k") as folder:
+        output = folder / "r.jsonl"
+        identity = load_function(name, str(box.folder)).identity
+        about = {"model": name, "identity": identity, "backend": "auto", "dtype": "", "truncate": False}
+        kept = [Reward(row.prompt_id, 0, -1.0) for row in rows[:20]]  # no length
+        RewardFile(str(output), [], about).write(kept)
+        before = output.read_bytes()
+        words = ["--responses", "responses.jsonl", "--reward-model", name, "--output", output]
+        run = reward(box, *words)
+        assert run.wait() == 1
+        assert run.stderr.count("failed: ") == 1
+        assert f"{output}: No space left on device; free space there, or choose another output" in run.stderr
+        assert "Traceback" not in run.stderr
+        assert output.read_bytes() == before
+        assert {path.name for path in folder.iterdir()} == {"r.jsonl", "r.jsonl.about.json"}
+        remount(folder, "size=4m")
+        number = len(calls(box))
+        again = reward(box, *words)
+        assert again.wait() == 0, again.stderr
+        assert Counter(prompt for prompt, _ in calls(box)[number:]) == dict.fromkeys(
+            list(prompts())[20:200], 1
+        )
+        written = [json.loads(line) for line in output.read_text().splitlines()]
+    expected = [-1.0] * 20 + [float(len(row.text)) for row in rows[20:]]
+    assert [(one["prompt_id"], one["reward"]) for one in written] == [
+        (row.prompt_id, value) for row, value in zip(rows, expected, strict=True)
+    ]
+
+
+# --- what is wrong with the input, told before a Ray is started
+
+
+def refused(told: pytest.CaptureFixture[str], *words: object) -> str:
+    """What the command says of problems, in this very process."""
+    assert main(["reward", *map(str, words)]) == 2
+    said = told.readouterr().err
+    assert "nothing was written" in said
+    assert "started a local Ray" not in said
+    return said
+
+
+def test_everything_wrong_is_told_at_once_before_anything_is_loaded(
+    box: RayBox, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(box.folder)
     rows = [response("short", "a"), response("long", "b" * 300)]
     save_reward_model(box.folder / "rm")
     save_reward_model(box.folder / "three", num_labels=3)
-    rewards: list[dict[str, object]] = [
-        {"model": "rm"}, {"model": "three"}, {"model": "absent"}, {"model": "python:slow_rewards:other"}
-    ]  # fmt: skip
-    file, _ = job(box, rows, rewards)
-    run = reward(box, file)
-    assert run.wait() == 2
-    for told in ("3 problem(s)", "label(s)", "absent: no such folder", "other does not exist"):
-        assert told in run.stderr
-    (box.folder / "responses.jsonl").write_text(rows_text(rows))
-    run = reward(box, "--responses", "responses.jsonl", "--reward-model", "rm", "--output", "r.jsonl")
-    assert run.wait() == 2
-    assert f"{rows[1].prompt_id} with" in run.stderr
-    assert "started a local Ray" not in run.stderr
+    save_reward_model(box.folder / "headless")
+    rename_head(box.folder / "headless", "v_head.weight")
+    models = ["rm", "three", "headless", "absent", "python:slow_rewards:other"]
+    file, _ = job(box, rows, [{"model": name} for name in models])
+    said = refused(capsys, file)
+    for told in (
+        "4 problem(s)",
+        "3 by config.json label(s)",
+        "absent: no such folder",
+        "other does not exist",
+    ):
+        assert told in said
+    assert "headless: has no score head" in said
+    assert "random numbers. Give the folder of the trained reward model, with its head" in said
+
+    good = rows_text(rows)
+    (box.folder / "good.jsonl").write_text(good)
+    said = refused(capsys, "--responses", "good.jsonl", "--reward-model", "rm", "--output", "r.jsonl")
+    assert f"{rows[1].prompt_id} with" in said
+    assert "set `--truncate` to score their beginnings" in said
+    (box.folder / "bad.jsonl").write_bytes(good.encode() + b'{"prompt_id": "p"}\n\n{"prompt_id": "\xff"}\n{')
+    said = refused(capsys, "--responses", "bad.jsonl", "--reward-model", "headless", "--output", "d/")
+    for told in (
+        "3 problem(s)",
+        "bad.jsonl: 3 bad row(s), mend or remove them",
+        "headless: has no score head",
+    ):
+        assert told in said
+    for told in (
+        "line 3: not a row that can be read (`messages`",
+        "line 5: ",
+        "line 6: ",
+        "d/: names no file",
+    ):
+        assert told in said
+    assert not list(box.folder.glob("r.jsonl*"))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("transformers")
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from expo_ray.config import RewardModel
@@ -17,7 +17,14 @@ from expo_ray.errors import ExpoError, Problems
 from expo_ray.evaluation.reward_inputs import check_tokenizer, model_inputs, token_ids
 from expo_ray.evaluation.reward_model import Classifier, inspect_reward_model
 from tests.tiny_models import causal_model, tiny_llama
-from tests.tiny_reward_models import MAX_TOKENS, TURNS, byte_tokenizer, response, save_reward_model
+from tests.tiny_reward_models import (
+    MAX_TOKENS,
+    TURNS,
+    byte_tokenizer,
+    rename_head,
+    response,
+    save_reward_model,
+)
 
 
 def problem(folder: Path) -> str:
@@ -31,12 +38,6 @@ def change(folder: Path, **values: Any) -> None:
     (folder / "config.json").write_text(
         json.dumps({key: one for key, one in config.items() if one is not None})
     )
-
-
-def rename_head(folder: Path, name: str) -> None:
-    weights = load_file(folder / "model.safetensors")
-    weights[name] = weights.pop("score.weight")
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def test_ids_are_the_template_s_own_with_its_last_newline_and_no_generation_prompt(tmp_path: Path) -> None:

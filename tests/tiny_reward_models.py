@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
@@ -48,6 +49,13 @@ def save_reward_model(
     LlamaForSequenceClassification(config).save_pretrained(folder)
     byte_tokenizer(template, adds_bos=adds_bos).save_pretrained(folder)
     return folder
+
+
+def rename_head(folder: Path, name: str) -> None:
+    """Save the head under another name, as other libraries do."""
+    weights = load_file(folder / "model.safetensors")
+    weights[name] = weights.pop("score.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def last_token_scores(folder: Path, ids: Sequence[Sequence[int]]) -> list[float]:

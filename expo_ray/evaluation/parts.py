@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Generic, Protocol, TypeVar
 
 from expo_ray.errors import StorageError
 from expo_ray.evaluation.records import digest
 from expo_ray.storage import Store
+
+# A file that is something else altogether has a problem in every line.
+_SHOWN = 20
 
 
 class Row(Protocol):
@@ -61,16 +64,24 @@ def read_rows(store: Store, key: str, parse: Callable[[Mapping[str, Any]], T]) -
     """The rows of one JSONL file.
 
     Raises:
-        StorageError: naming the first line that is no such row.
+        StorageError: naming the lines that are no such rows.
     """
-    rows = []
+    rows: list[T] = []
+    wrong: list[str] = []
     # Not splitlines(): texts hold U+2028 and its like.
     for number, line in enumerate(store.read(key).split(b"\n"), start=1):
         if line.strip():
             try:
                 rows.append(parse(json.loads(line.decode("utf-8"))))
             except (ValueError, TypeError, KeyError) as error:
-                raise StorageError(
-                    f"{store.uri}/{key}, line {number}: not a row that can be read ({error}); mend or remove the line"
-                ) from error
+                wrong.append(f"line {number}: not a row that can be read ({error})")
+    if wrong:
+        raise StorageError(f"{store.uri}/{key}: {bad_rows(wrong)}")
     return rows
+
+
+def bad_rows(wrong: Sequence[str]) -> str:
+    """What to say of rows that cannot be read, each given as its place and what is wrong with it."""
+    more = [f"and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
+    told = "\n    ".join([*wrong[:_SHOWN], *more])
+    return f"{len(wrong)} bad row(s), mend or remove them:\n    {told}"

@@ -13,6 +13,7 @@ from typing import Any
 
 from expo_ray.config import PromptSource
 from expo_ray.errors import Attempts, PromptError
+from expo_ray.evaluation.parts import bad_rows
 from expo_ray.evaluation.prompt_rows import parse_prompt
 from expo_ray.evaluation.prompts import PromptSet, prompt_of
 from expo_ray.evaluation.records import Prompt
@@ -29,8 +30,6 @@ _NAMED = {
     "alpaca-eval": lambda: _load_dataset("json", data_files=_ALPACA_EVAL, split="train"),
 }
 _FILES = (".jsonl", ".txt", ".json", ".parquet")
-# A file that is something else altogether has a problem in every line.
-_SHOWN = 20
 
 # Each row with its place, such as `line 3`, and what makes a prompt of it or raises a ValueError.
 _Rows = tuple[Iterable[tuple[str, Any]], Callable[[Any], Prompt]]
@@ -73,9 +72,7 @@ def _parse(source: str, rows: Iterable[tuple[str, Any]], prompt_in: Callable[[An
         except ValueError as error:
             wrong.append(f"{place}: {error}")
     if wrong:
-        more = [f"and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
-        told = "\n    ".join(wrong[:_SHOWN] + more)
-        raise PromptError(f"{source}: {len(wrong)} bad row(s), mend or remove them:\n    {told}")
+        raise PromptError(f"{source}: {bad_rows(wrong)}")
     return prompts
 
 

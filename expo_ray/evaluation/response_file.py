@@ -42,7 +42,7 @@ class ResponseFile:
         """The rows of the file and of the parts, by key.
 
         Raises:
-            StorageError: naming the first row that is no response.
+            StorageError: naming the rows that are no responses.
         """
         try:
             rows = read_rows(self._store, self._rows_name, response_from_row)

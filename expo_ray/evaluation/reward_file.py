@@ -62,7 +62,7 @@ def read_responses(uri: str) -> list[Response]:
 
     Raises:
         RewardError: if it is empty, or two rows answer the same prompt as the same sample.
-        StorageError: if it cannot be read, naming the first bad line.
+        StorageError: if it cannot be read, naming the bad lines.
     """
     folder, name = split_file(uri)
     responses = read_rows(open_store(folder), name, parse_response)
