@@ -14,15 +14,17 @@ import psutil
 import pytest
 import yaml
 
+from examples.local_s3 import SeaweedFS
 from expo_ray.cli import main
 from expo_ray.evaluation.parts import Parts
 from expo_ray.evaluation.records import Response
 from expo_ray.evaluation.respond import response_from_row
 from expo_ray.storage import open_store
 from tests.ray_cluster import Process, RayBox, wait_until
+from tests.stage import upload
 from tests.vllm_engine import SMALL, START_S, Running
 
-pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(400)]
 
 NAME = "tiny@0.5"
 LENGTH = 24
@@ -69,6 +71,10 @@ def assert_each_once(output: Path, count: int) -> None:
     for row in rows:
         assert 1 <= row["num_tokens"] <= LENGTH
         assert row["finish_reason"] == ("stop" if row["num_tokens"] < LENGTH else row["finish_reason"])
+        # Each token is a character, but for the special ones.
+        stopped = row["finish_reason"] == "stop"
+        assert len(row["text"]) + row["num_special"] + stopped == row["num_tokens"]
+    assert count < 100 or any(row["num_special"] for row in rows)
 
 
 def test_a_driver_killed_in_mid_work_goes_on_where_it_was(
@@ -131,29 +137,35 @@ def test_without_room_for_max_tokens_an_answer_ends_with_the_context(
         output.unlink()
 
 
-def test_a_job_asks_dpo_and_every_alpha_on_a_ray_of_its_own(
-    endpoint: Running, box: RayBox, tmp_path: Path
+def test_a_job_asks_every_alpha_and_a_published_model_from_a_bucket(
+    endpoint: Running, box: RayBox, tmp_path: Path, s3_server: SeaweedFS, s3_uri: str
 ) -> None:
-    out = tmp_path / "out"
+    prefix = s3_uri.rpartition("/")[2]
+    sft, dpo = (upload(s3_server, one, f"{prefix}/{one.name}") for one in (endpoint.sft, endpoint.dpo))
     job = {
-        "output": str(out),
-        "pairs": [{"name": "tiny", "sft": str(endpoint.sft), "dpo": str(endpoint.dpo), "alphas": [2]}],
+        "output": f"{s3_uri}/out",
+        "pairs": [{"name": "tiny.1", "sft": sft, "dpo": dpo, "alphas": [2]}],
+        "models": [{"name": "published", "uri": dpo}],
         "prompts": [{"source": str(prompt_file(tmp_path, 12)), "name": "s"}],
         "sampling": {"max_tokens": LENGTH, "samples": 2},
         "serving": {"port": 0, **SMALL},
     }
     file = tmp_path / "job.yaml"
     file.write_text(yaml.safe_dump(job))
-    process = box.run("expo-ray", "respond", str(file), EXPO_RAY_CACHE=str(box.folder / "cache"))
+    cache = str(box.folder / "cache")
+    process = box.run("expo-ray", "respond", str(file), EXPO_RAY_CACHE=cache, **s3_server.environment)
     wait_until(lambda: not process.running, "the job is done", START_S)
     assert process.wait() == 0, process.stderr
+    out = open_store(f"{s3_uri}/out")
     texts = {}
-    for name in ("tiny@0", "tiny@2"):
-        (about,) = (out / "evaluation" / name).glob("*/about.json")
-        rows = Parts[Response](open_store(str(about.parent)), "responses", response_from_row).read()
+    for name in ("tiny.1@0", "tiny.1@2", "published"):
+        (about,) = (one.key for one in out.list(f"evaluation/{name}/") if one.key.endswith("/about.json"))
+        folder_of_rows = about.removesuffix("about.json") + "responses"
+        rows = Parts[Response](out, folder_of_rows, response_from_row).read()
         assert len(rows) == 24
         texts[name] = [row.text for _, row in sorted(rows.items())]
-    assert texts["tiny@0"] != texts["tiny@2"]
-    status = json.loads((out / "status.json").read_text())
-    assert (status["state"], status["responses"]) == ("done", {"done": 48, "all": 48, "kept": 0})
-    assert len(list((out / "evaluation" / "prompts").iterdir())) == 1
+    assert texts["tiny.1@0"] != texts["tiny.1@2"]
+    assert texts["tiny.1@0"] == texts["published"]  # the same seeds, and dpo's own weights
+    status = json.loads(out.read("status.json"))
+    assert (status["state"], status["responses"]) == ("done", {"done": 72, "all": 72, "kept": 0})
+    assert len(out.list("evaluation/prompts/")) == 1

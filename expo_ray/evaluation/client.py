@@ -41,6 +41,7 @@ class Answer:
 
     Attributes:
         prompt_logprobs: of the prompt's tokens after the first, where they were asked for.
+        token_ids: of the answer, its end included, where they were asked for.
     """
 
     text: str
@@ -48,6 +49,7 @@ class Answer:
     num_prompt_tokens: int
     finish_reason: str
     prompt_logprobs: Sequence[float] = ()
+    token_ids: Sequence[int] = ()
 
 
 class Refused(Exception):
@@ -180,4 +182,5 @@ def _answer(data: Mapping[str, Any]) -> Answer:
         str(choice.get("finish_reason") or ""),
         # The first entry of each is the token that stands there; the first token of all has none.
         [next(iter(one.values()))["logprob"] for one in data.get("prompt_logprobs") or () if one],
+        choice.get("token_ids") or (),
     )

@@ -29,6 +29,7 @@ class Card:
         dtype: that it computes in.
         max_model_len: longest prompt and response together, in tokens; 0 if unknown.
         vllm: whether requests may have the fields that vLLM adds to OpenAI's.
+        special_ids: of the tokens that its tokenizer calls special; empty if unknown.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Card:
     dtype: str = ""
     max_model_len: int = 0
     vllm: bool = False
+    special_ids: frozenset[int] = frozenset()
 
 
 def connect(url: str, timeout_s: float) -> httpx.AsyncClient:
@@ -80,6 +82,7 @@ async def card_of(http: httpx.AsyncClient, name: str) -> Card:
         str(told.get("dtype") or ""),
         int(told.get("max_model_len") or found.get("max_model_len") or 0),
         vllm=engine.startswith("vllm") or found.get("owned_by") == "vllm",
+        special_ids=frozenset(map(int, told.get("special_ids") or ())),
     )
 
 

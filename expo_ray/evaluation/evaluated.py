@@ -114,7 +114,7 @@ def evaluated(
         lengths=per_prompt({row.key: row.num_tokens for row in taken}),
         cut=per_prompt({row.key: row.finish_reason == "length" for row in taken}),
         repetition=per_prompt({row.key: repetition_of(row.text) for row in taken}),
-        broken=per_prompt({row.key: is_broken(row.text, tokens) for row in taken}),
+        broken=per_prompt({row.key: bool(row.num_special) or is_broken(row.text, tokens) for row in taken}),
         divergence=None if logprobs is None else _divergence(alpha, by_prompt, *logprobs),
         samples=samples,
     )

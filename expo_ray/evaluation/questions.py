@@ -99,6 +99,7 @@ async def put(client: Client, question: Question) -> Response | Unanswered:
         engine=card.engine,
         template=card.template,
         origin=origin_of(card, question.sampling),
+        num_special=_num_special(answer, card),
     )
 
 
@@ -151,8 +152,16 @@ def _options(card: Card, sampling: Sampling, seed: int) -> dict[str, Any]:
     }
     if card.vllm:
         # Left out, they would be those of the model's generation_config.json.
-        return options | {"top_k": sampling.top_k, "min_p": 0.0, "repetition_penalty": 1.0}
+        options |= {"top_k": sampling.top_k, "min_p": 0.0, "repetition_penalty": 1.0}
+        # vLLM leaves special tokens out of a text; their ids still tell of them.
+        return options | ({"return_token_ids": True} if card.special_ids else {})
     return options | ({"top_k": sampling.top_k} if sampling.top_k else {})
+
+
+def _num_special(answer: Answer, card: Card) -> int:
+    """Special tokens of an answer before the one that ends it."""
+    ids = answer.token_ids[:-1] if answer.finish_reason == "stop" else answer.token_ids
+    return sum(one in card.special_ids for one in ids)
 
 
 def _told(kind: str, name: str, count: int, card: Card, reason: str) -> str:

@@ -49,7 +49,7 @@ class Response:
         sample: 0 to `samples - 1`.
         model: name as requested, such as `zephyr-7b@0.3`.
         messages: what was asked; with follow-ups, the answers to the earlier turns among them.
-        text: the answer without special tokens that end it.
+        text: the answer without special tokens.
         num_tokens: generated tokens, the ending one included; of the last turn.
         num_prompt_tokens: tokens of the prompt with its template.
         finish_reason: `stop` or `length`.
@@ -57,6 +57,7 @@ class Response:
         engine: name and version of what generated it; empty if the endpoint does not tell.
         template: digest of the chat template; likewise.
         origin: digest of all that decided it beside prompt and sample: weights, sampling, engine, template.
+        num_special: special tokens before its end, which are not in `text`; 0 if the endpoint does not tell.
     """
 
     prompt_id: str
@@ -71,6 +72,7 @@ class Response:
     engine: str = ""
     template: str = ""
     origin: str = ""
+    num_special: int = 0
 
     @property
     def key(self) -> tuple[str, int]:

@@ -44,7 +44,8 @@ class ModelServer(LLMServer):
         self, llm_config: LLMConfig, *, fetch: Callable[[], Path], weights: str = ""
     ) -> None:
         folder = await asyncio.to_thread(_fetch_on_nodes, fetch)
-        self._name, self._weights, self._template = llm_config.model_id, weights, template_of(folder)
+        self._name, self._weights = llm_config.model_id, weights
+        self._template, self._special_ids = template_of(folder), special_ids_of(folder)
         await super().__init__(_with_source(llm_config, folder))
         self._about = (await self.collective_rpc("expo_describe"))[0]
 
@@ -58,6 +59,7 @@ class ModelServer(LLMServer):
         return {
             "engine": f"vllm {engine_version()}",
             "template": self._template,
+            "special_ids": self._special_ids,
             "weights": self._weights_of(parse_name(name)),
             **self._about,
         }
@@ -164,6 +166,15 @@ def template_of(folder: Path) -> str:
         return ""
     template = config.get("chat_template") if isinstance(config, dict) else None
     return digest(template) if template else ""
+
+
+def special_ids_of(folder: Path) -> list[int]:
+    """Ids of the tokens that a model's tokenizer calls special; none where its files do not tell."""
+    try:
+        tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        return [int(token["id"]) for token in tokenizer["added_tokens"] if token["special"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def _renamed(part: Any, engine_name: str, served: str) -> Any:

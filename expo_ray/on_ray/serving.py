@@ -69,7 +69,11 @@ def serving(
 
     def deploy(server: type[ModelServer], name: str, **arguments: Any) -> serve.Application:
         config = engine_config(name, settings, on_gpu, cpus, threads)
-        return build_llm_deployment(config, name_prefix="", bind_kwargs=arguments, deployment_cls=server)
+        # Ray's own name would be one for a.b and a_b.
+        own = {"name": f"{server.__name__}:{name}"}
+        return build_llm_deployment(
+            config, bind_kwargs=arguments, deployment_cls=server, override_serve_options=own
+        )
 
     deployments = {plan.name: deploy(PairServer, plan.name, plan=plan) for plan in pairs}
     for model in models:
