@@ -10,7 +10,12 @@ import pytest
 
 pytest.importorskip("transformers")
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPTNeoConfig,
+    GPTNeoForSequenceClassification,
+)
 
 from expo_ray.config import RewardModel
 from expo_ray.errors import ExpoError, RewardError
@@ -92,6 +97,41 @@ def test_an_engine_that_scores_otherwise_does_not_get_to_work(
     assert isinstance(model, Classifier)
     with pytest.raises(RewardError, match="disagree on 16 of 16 texts"):
         load_backend(model, folder, "fp32", gpu_share=0, probe=ids[:16])
+
+
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+def test_auto_takes_the_reference_for_what_vllm_does_not_know(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_reward_model(tmp_path)
+    torch.manual_seed(3)
+    network = GPTNeoForSequenceClassification(
+        GPTNeoConfig(
+            vocab_size=320, hidden_size=64, num_layers=2, attention_types=[[["global", "local"], 1]], num_heads=2,
+            max_position_embeddings=MAX_TOKENS, num_labels=1, pad_token_id=1,
+        )
+    )  # fmt: skip
+    network.save_pretrained(tmp_path)
+    monkeypatch.setattr(reward_models, "VllmBackend", _OffByOne)
+    unknown, known = (inspect_reward_model(RewardModel(model=str(one))) for one in (tmp_path, folder))
+    assert isinstance(unknown, Classifier)
+    assert isinstance(known, Classifier)
+    assert load_backend(known, folder, "fp32", gpu_share=0).name == "off by one"  # in the place of vLLM
+    backend = load_backend(unknown, tmp_path, "fp32", gpu_share=0)
+    assert backend.name.startswith("transformers ")
+    with torch.inference_mode():
+        expected = network.eval()(torch.tensor([[5, 6, 7]])).logits[0, 0].item()
+    assert backend.score([(5, 6, 7)]) == pytest.approx([expected], abs=1e-5)
+
+
+def test_rewards_of_different_back_ends_do_not_mix(folder: Path) -> None:
+    pools = [
+        RewardPool(RewardModel.model_validate({"model": str(folder), "backend": one, "dtype": "fp32"}))
+        for one in ("auto", "vllm", "transformers")
+    ]
+    assert len({pool.id for pool in pools}) == 3  # the folder of a job's rewards is named after it
+    again = RewardPool(RewardModel(model=str(folder), name="another", dtype="fp32", replicas=2))
+    assert again.id == pools[0].id
 
 
 def test_a_model_in_a_bucket_is_looked_at_through_its_small_files(

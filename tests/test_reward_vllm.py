@@ -43,9 +43,9 @@ def end_of(process: Process) -> int:
     raise last
 
 
-def scored_by_vllm(box: RayBox, model: Path, rows: Sequence[Response]) -> list[float]:
+def scored_by_vllm(box: RayBox, model: Path, rows: Sequence[Response], *more: str) -> list[float]:
     (box.folder / "responses.jsonl").write_text(rows_text(rows))
-    words = ["--responses", "responses.jsonl", "--reward-model", str(model), "--backend", "vllm"]
+    words = ["--responses", "responses.jsonl", "--reward-model", str(model), *more]
     run = box.run("expo-ray", "reward", *words, "--output", "r.jsonl")
     assert end_of(run) == 0, run.stderr
     assert "scored by vllm" in run.stderr
@@ -88,7 +88,7 @@ def test_a_real_reward_model(box: RayBox) -> None:
     assert {tuple(one[:1]) for one in ids} == {(1,)}  # BOS, once
     assert 1 not in {one[1] for one in ids}
     assert max(map(len, ids)) > 400
-    assert scored_by_vllm(box, STORIES / "rm", rows) == pytest.approx(expected, abs=1e-4)
+    assert scored_by_vllm(box, STORIES / "rm", rows, "--backend", "vllm") == pytest.approx(expected, abs=1e-4)
     assert max(expected) > 2
 
 

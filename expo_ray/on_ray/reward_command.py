@@ -143,7 +143,8 @@ def run(work: Sequence[Work], progress: RowProgress, flags: Collection[str] = ()
                     continue
                 rows.append(_row(one, scored))
                 failures += _told(one, scored)
-    print(_table(rows))
+    if rows:
+        print(_table(rows))
     for text in failures:
         print(f"failed: {text}", file=sys.stderr)
     progress.finish("failed" if failures else "done", failures)
