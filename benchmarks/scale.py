@@ -21,9 +21,10 @@ from benchmarks.work_phase import resident_bytes
 from expo_ray.checkpoint.tensors import Checkpoint, Tensor
 from expo_ray.config import Pair
 from expo_ray.extrapolation.job import JobPlan
+from expo_ray.extrapolation.layout import lay_out
 from expo_ray.extrapolation.match import TensorPlan
 from expo_ray.extrapolation.output import OutputState
-from expo_ray.extrapolation.plan import PairPlan, lay_out
+from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.progress import Progress
 from expo_ray.extrapolation.publish import Published
 from expo_ray.extrapolation.run import run_job

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from expo_ray.checkpoint.tensors import DTYPE_BYTES
 from expo_ray.checkpoint.vocabulary import RowRun
+from expo_ray.extrapolation.layout import ShardPlan
 from expo_ray.extrapolation.match import TensorPlan
-from expo_ray.extrapolation.plan import ShardPlan
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,35 +12,17 @@ from math import isfinite
 
 from expo_ray.checkpoint.adapter import lora_layers
 from expo_ray.checkpoint.folder import read_checkpoint
-from expo_ray.checkpoint.header import write_header
 from expo_ray.checkpoint.quantisation import quantisation_of
-from expo_ray.checkpoint.tensors import DTYPE_BYTES, Checkpoint
+from expo_ray.checkpoint.tensors import Checkpoint
 from expo_ray.checkpoint.vocabulary import RowRun, row_map, vocabulary
 from expo_ray.config import Pair, PairOptions, format_alpha
 from expo_ray.errors import CheckpointError, ExpoError, PairError, Problems, each
+from expo_ray.extrapolation.layout import ShardPlan, lay_out
 from expo_ray.extrapolation.match import Match, TensorPlan, match_tensors, multiplier_of, output_dtype
 from expo_ray.storage import open_store
 
 # Part of every plan id: raised when the same plan would give other bytes than before.
 ARITHMETIC_VERSION = 1
-
-
-@dataclass(frozen=True, slots=True)
-class ShardPlan:
-    """One output file.
-
-    Attributes:
-        size: of the whole file in bytes.
-    """
-
-    file: str
-    tensors: tuple[TensorPlan, ...]
-    size: int
-
-    @property
-    def header(self) -> bytes:
-        """What stands in front of the data: length and JSON of the safetensors format."""
-        return _header(self.tensors)
 
 
 @dataclass(frozen=True)
@@ -133,29 +115,6 @@ def plan_pair(pair: Pair, outputs: Mapping[float, str]) -> PairPlan:
     else:
         shards = lay_out(match.tensors, pair.shard_size)
     return PairPlan(pair.name, sft, dpo, pair, shards, outputs, tuple(match.notes))
-
-
-def lay_out(tensors: Sequence[TensorPlan], shard_bytes: int, stem: str = "model") -> tuple[ShardPlan, ...]:
-    """Pack tensors in their order into files of at most `shard_bytes` of data, named as `transformers` does."""
-    groups: list[list[TensorPlan]] = [[]]
-    filled = 0
-    for plan in tensors:
-        size = _nbytes(plan)
-        if groups[-1] and filled + size > shard_bytes:
-            groups.append([])
-            filled = 0
-        groups[-1].append(plan)
-        filled += size
-    names = [f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
-    if len(groups) == 1:
-        names = [f"{stem}.safetensors"]
-    return tuple(map(_shard, names, groups))
-
-
-def _shard(file: str, tensors: Sequence[TensorPlan]) -> ShardPlan:
-    # Wide dtypes first, so that every tensor starts at a multiple of its element's width, as readers that map files want.
-    ordered = tuple(sorted(tensors, key=lambda plan: -DTYPE_BYTES[plan.dtype]))
-    return ShardPlan(file, ordered, len(_header(ordered)) + sum(map(_nbytes, ordered)))
 
 
 def _read_parent(side: str, uri: str, allow_pickle: bool, problems: list[ExpoError]) -> Checkpoint | None:
@@ -258,11 +217,3 @@ def _same_files(sft: Checkpoint, dpo: Checkpoint) -> bool:
 
 def _named(name: str, error: ExpoError) -> ExpoError:
     return type(error)(f"{name}: {error}")
-
-
-def _header(tensors: Sequence[TensorPlan]) -> bytes:
-    return write_header([(plan.name, plan.dtype, plan.shape) for plan in tensors])
-
-
-def _nbytes(plan: TensorPlan) -> int:
-    return plan.dpo.numel * DTYPE_BYTES[plan.dtype]

@@ -13,8 +13,9 @@ import torch
 from expo_ray.checkpoint.vocabulary import RowRun
 from expo_ray.config import format_alpha
 from expo_ray.errors import ArithmeticFault
+from expo_ray.extrapolation.layout import ShardPlan
 from expo_ray.extrapolation.match import TensorPlan
-from expo_ray.extrapolation.plan import PairPlan, ShardPlan
+from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.statistics import TensorStatistics
 from expo_ray.extrapolation.stream import computed_pages
 
