@@ -105,12 +105,12 @@ def test_auto_takes_the_reference_for_what_vllm_does_not_know(
 ) -> None:
     save_reward_model(tmp_path)
     torch.manual_seed(3)
-    network = GPTNeoForSequenceClassification(
-        GPTNeoConfig(
-            vocab_size=320, hidden_size=64, num_layers=2, attention_types=[[["global", "local"], 1]], num_heads=2,
-            max_position_embeddings=MAX_TOKENS, num_labels=1, pad_token_id=1,
-        )
+    config = GPTNeoConfig(
+        vocab_size=320, hidden_size=64, num_layers=2, attention_types=[[["global", "local"], 1]], num_heads=2,
+        max_position_embeddings=MAX_TOKENS, pad_token_id=1,
     )  # fmt: skip
+    config.num_labels = 1
+    network = GPTNeoForSequenceClassification(config)
     network.save_pretrained(tmp_path)
     monkeypatch.setattr(reward_models, "VllmBackend", _OffByOne)
     unknown, known = (inspect_reward_model(RewardModel(model=str(one))) for one in (tmp_path, folder))
