@@ -15,7 +15,10 @@ from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import ray
+from ray.llm._internal.serve.core.configs import accelerators
 from ray.serve.llm.openai_api_models import ChatCompletionRequest
+from ray.util.placement_group import PlacementGroup
 
 from expo_ray.config import Serving
 from expo_ray.extrapolation.plan import PairPlan
@@ -115,6 +118,18 @@ async def started_on(folder: Path, settings: Serving) -> Answers:
     return answers
 
 
+def wait_for_placement() -> None:
+    """Ray's library looks up a placement group right after asking for it; before a replica starts, Serve has waited for it."""
+    ask_for = accelerators.placement_group
+
+    def ready(**options: Any) -> PlacementGroup:
+        group = ask_for(**options)
+        ray.get(group.ready())
+        return group
+
+    accelerators.placement_group = ready
+
+
 def main() -> None:
     plan_file, first, first_folder, second, second_folder, out = sys.argv[1:]
     plan = pickle.loads(Path(plan_file).read_bytes())
@@ -122,6 +137,7 @@ def main() -> None:
     forgetful = settings.model_copy(
         update={"engine": {**settings.engine, "worker_extension_cls": "tests.swap_script.ForgetfulWorker"}}
     )
+    wait_for_placement()
     with cluster():
         found = asyncio.run(swapped(plan, forgetful, first, second))
         folders = (Path(first_folder), Path(second_folder))
