@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from pydantic import BaseModel
 
@@ -68,6 +68,11 @@ def help_of(model: type[BaseModel], field: str) -> str:
     return f"{text} Default: {shown}."
 
 
+def given_flags(arguments: argparse.Namespace, names: Iterable[str]) -> list[str]:
+    """Those of the flags `names` that were given, as they are typed."""
+    return [_option(name) for name in names if getattr(arguments, name) is not None]
+
+
 def flags_of(parsed: argparse.Namespace) -> frozenset[str]:
     """The keys of the job file that the command at work takes as flags; none where it was given a job file."""
     return frozenset() if getattr(parsed, "job", None) else frozenset(vars(parsed))
@@ -86,9 +91,13 @@ def with_flags(text: str, flags: Collection[str]) -> str:
         name = _SINGULAR.get(key, key)
         if key not in flags and name not in flags:
             return setting[0]
-        option = f"--{name.replace('_', '-')}"
+        option = _option(name)
         if item := _ITEM.fullmatch(value):
             return f"`{option} '{item[1]}={item[2]}'`"
         return f"`{option}`" if value == "true" else f"`{option} {value}`"
 
     return _SETTING.sub(flag, text)
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

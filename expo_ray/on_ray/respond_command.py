@@ -23,6 +23,7 @@ from expo_ray.evaluation.respond_all import Responded, respond_job, respond_to_f
 from expo_ray.evaluation.response_file import ResponseFile
 from expo_ray.extrapolation.job import plans_of
 from expo_ray.extrapolation.plan import PairPlan
+from expo_ray.flags import given_flags
 from expo_ray.storage import open_store
 
 FAILED = 1
@@ -39,7 +40,7 @@ def command(arguments: argparse.Namespace) -> int:
     """
     if not arguments.job:
         return _one_model(arguments)
-    given = [f"--{name.replace('_', '-')}" for name in _WITHOUT_JOB if getattr(arguments, name) is not None]
+    given = given_flags(arguments, _WITHOUT_JOB)
     if given or arguments.format != "jsonl":
         raise JobError(
             f"{', '.join(given) or '--format'} beside a job file; set it there, or leave the file out"

@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,12 +19,13 @@ from expo_ray.evaluation.records import Response
 from expo_ray.evaluation.reward import Scored, Todo, parse_reward, plan_rewards, score_missing, summarise
 from expo_ray.evaluation.reward_file import RewardFile, read_responses
 from expo_ray.evaluation.stored_responses import StoredResponses, stored_responses
-from expo_ray.flags import with_flags
+from expo_ray.flags import given_flags, with_flags
 from expo_ray.on_ray.cluster import cluster
 from expo_ray.on_ray.reward_actors import RewardPool
 from expo_ray.storage import Store, open_output_file, open_store
 
 FAILED = 1
+_WITHOUT_JOB = ("responses", "reward_model", "backend", "truncate", "output")
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,9 @@ def command(arguments: argparse.Namespace) -> int:
     Raises:
         ExpoError: for everything wrong with the input, before any model is loaded.
     """
-    given = {name: getattr(arguments, name) for name in ("responses", "reward_model", "backend", "truncate")}
-    options = sorted(f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None)
-    if arguments.job and (options or arguments.output):
-        raise JobError(
-            f"a job file and {', '.join([*options, *(['--output'] if arguments.output else [])])}; give one or the other"
-        )
+    given = given_flags(arguments, _WITHOUT_JOB)
+    if arguments.job and given:
+        raise JobError(f"a job file and {', '.join(given)}; give one or the other")
     if arguments.job:
         return reward_job(load_job(arguments.job))
     if not (arguments.responses and arguments.reward_model and arguments.output):
@@ -68,15 +65,14 @@ def reward_job(job: Job) -> int:
     store = open_store(job.output)
     attempts = Attempts()
     sets = attempts.attempt(partial(load_prompts, job.prompts))
-    with ExitStack() as stack:
-        pools = [pool for spec in job.rewards for pool in attempts.attempt(partial(RewardPool, spec))]
-        attempts.end()
-        stored = stored_responses(store, job, sets[0])
-        if not stored:
-            raise JobError(
-                f"{store.uri}: holds no responses to the job's prompts, drawn as it says; run `expo-ray respond` on the job first"
-            )
-        stack.enter_context(cluster())
+    pools = [pool for spec in job.rewards for pool in attempts.attempt(partial(RewardPool, spec))]
+    attempts.end()
+    stored = stored_responses(store, job, sets[0])
+    if not stored:
+        raise JobError(
+            f"{store.uri}: holds no responses to the job's prompts, drawn as it says; run `expo-ray respond` on the job first"
+        )
+    with cluster():
         work = [
             one
             for pool in pools
