@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}</s>{% endfor %}"
@@ -62,7 +62,8 @@ def _model(tied: bool, dtype: torch.dtype, seed: int) -> LlamaForCausalLM:
         tie_word_embeddings=tied, initializer_range=0.2,
     )  # fmt: skip
     torch.manual_seed(seed)
-    return LlamaForCausalLM(config).to(dtype)
+    model: LlamaForCausalLM = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model
 
 
 def _save(model: LlamaForCausalLM, folder: Path) -> None:

@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 import ray
 from ray.llm._internal.serve.core.configs import accelerators
 from ray.serve.llm.openai_api_models import ChatCompletionRequest
-from ray.util.placement_group import PlacementGroup
 
 from expo_ray.config import Serving
 from expo_ray.extrapolation.plan import PairPlan
@@ -120,14 +119,15 @@ async def started_on(folder: Path, settings: Serving) -> Answers:
 
 def wait_for_placement() -> None:
     """Ray's library looks up a placement group right after asking for it; before a replica starts, Serve has waited for it."""
-    ask_for = accelerators.placement_group
+    library: Any = accelerators
+    ask_for = library.placement_group
 
-    def ready(**options: Any) -> PlacementGroup:
+    def ready(**options: Any) -> Any:
         group = ask_for(**options)
         ray.get(group.ready())
         return group
 
-    accelerators.placement_group = ready
+    library.placement_group = ready
 
 
 def main() -> None:

@@ -50,7 +50,7 @@ class Truth:
 
 def search(truth: Truth, groups: tuple[Group, ...] = ALL, prompts: PromptSet = PROMPTS) -> GroupDecision:
     settings = Search(prompts=(128, 400), confirm_prompts=400, groups=groups)
-    return search_groups("pair", ALONE.alpha, prompts, settings, truth, at_once=2)
+    return search_groups(ALONE.alpha, prompts, settings, truth, lambda text: None, at_once=2)
 
 
 def test_what_is_better_in_two_groups_is_found_and_confirmed_on_untouched_prompts() -> None:

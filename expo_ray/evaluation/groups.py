@@ -6,7 +6,6 @@ together, on many; and the best of those is confirmed on the other half, against
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -15,13 +14,11 @@ from expo_ray.config import Group, Search, format_alpha
 from expo_ray.evaluation.evaluated import Evaluated
 from expo_ray.evaluation.guardrails import checks, rejection
 from expo_ray.evaluation.history import HalfName
-from expo_ray.evaluation.pair_search import Evaluate, first, halves_of
+from expo_ray.evaluation.pair_search import Evaluate, Tell, first, halves_of
 from expo_ray.evaluation.prompts import PromptSet
 from expo_ray.evaluation.search import FEWEST_PROMPTS
 from expo_ray.evaluation.statistics import Interval, gain, standard_error
 from expo_ray.extrapolation.step import DPO, Step
-
-log = logging.getLogger("expo_ray")
 
 # Of alpha, in one group. 1 is alpha alone.
 FACTORS = (0.0, 0.5, 2.0)
@@ -62,22 +59,22 @@ class GroupDecision:
 
 
 def search_groups(
-    pair: str, alpha: float, prompts: PromptSet, settings: Search, evaluate: Evaluate, *, at_once: int
+    alpha: float, prompts: PromptSet, settings: Search, evaluate: Evaluate, tell: Tell, *, at_once: int
 ) -> GroupDecision:
     """Try multipliers on a chosen alpha.
 
     Args:
-        pair: name for log lines.
         alpha: chosen, above 0.
         evaluate: safe to call from several threads; what is stored is not made again, so that a rerun goes the same way.
+        tell: is told each round, and the decision.
         at_once: steps to evaluate at the same time.
 
     Raises:
         ExpoError: if a step cannot be evaluated.
     """
     with ThreadPoolExecutor(at_once, "group") as pool:
-        decision = _Course(pair, Step(alpha), halves_of(prompts), settings, evaluate, pool).decide()
-    log.info("%s: %s", pair, decision.reason)
+        decision = _Course(Step(alpha), halves_of(prompts), settings, evaluate, tell, pool).decide()
+    tell(decision.reason)
     return decision
 
 
@@ -85,11 +82,11 @@ def search_groups(
 class _Course:
     """One search; `trials` holds what it has tried so far."""
 
-    pair: str
     alone: Step
     halves: Mapping[HalfName, PromptSet]
     settings: Search
     evaluate: Evaluate
+    tell: Tell
     pool: ThreadPoolExecutor
     trials: dict[Step, Trial] = field(default_factory=dict)
 
@@ -147,7 +144,7 @@ class _Course:
     def _ask(self, steps: Sequence[Step], half: HalfName, size: int, why: str) -> Found:
         """Evaluate `steps`, and what they are compared with; on the choosing half, note what came of each."""
         asked = first(self.halves[half], size)
-        log.info("%s: %s, %s on %d prompts", self.pair, why, " ".join(map(str, steps)), len(asked))
+        self.tell(f"{why}, {'; '.join(map(str, steps))} on {len(asked)} prompts")
         every = [DPO, self.alone, *steps]
         found = dict(zip(every, self.pool.map(lambda step: self.evaluate(step, asked), every), strict=True))
         if half == "choose":

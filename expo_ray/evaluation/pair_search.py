@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,20 +14,20 @@ from expo_ray.evaluation.prompts import PromptSet
 from expo_ray.evaluation.search import next_rung
 from expo_ray.extrapolation.step import SFT, Step
 
-log = logging.getLogger("expo_ray")
-
 # Answers and rewards of one step on some prompts; those that are stored are not made again.
 Evaluate = Callable[[Step, PromptSet], Evaluated]
+# Takes what a search does next, or has come to, in a few words.
+Tell = Callable[[str], None]
 
 
 def search_pair(
-    pair: str, prompts: PromptSet, settings: Search, evaluate: Evaluate, *, at_once: int
+    prompts: PromptSet, settings: Search, evaluate: Evaluate, tell: Tell, *, at_once: int
 ) -> tuple[History, Decision]:
     """Choose alpha on one half of the prompts, and confirm it on the other.
 
     Args:
-        pair: name for log lines.
         evaluate: safe to call from several threads.
+        tell: is told each rung, and the decision.
         at_once: alphas of a rung to evaluate at the same time.
 
     Raises:
@@ -39,17 +38,14 @@ def search_pair(
     with ThreadPoolExecutor(at_once, "alpha") as pool:
         while rung := next_rung(history, settings):
             alphas = _missing(history, rung)
-            log.info(
-                "%s: %s, alpha %s on %d prompts",
-                pair, rung.why, ", ".join(map(format_alpha, alphas)), rung.num_prompts,
-            )  # fmt: skip
+            tell(f"{rung.why}, alpha {', '.join(map(format_alpha, alphas))} on {rung.num_prompts} prompts")
             asked = first(halves[rung.half], rung.num_prompts)
             assert len(asked) == rung.num_prompts, rung  # or it would be asked for again and again
             history = _with(
                 history, rung, pool.map(lambda alpha, asked=asked: evaluate(Step(alpha), asked), alphas)
             )
         decision = decide(history, settings)
-        log.info("%s: %s", pair, decision.reason)
+        tell(decision.reason)
         # Not part of the search: where the curve of the report begins.
         smallest = min(settings.prompts[0], len(halves["choose"]))
         sft = Rung("choose", (SFT.alpha,), smallest, "sft")

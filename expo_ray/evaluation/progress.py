@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from expo_ray import progress
 from expo_ray.progress import clock
 from expo_ray.storage import Store
 
+log = logging.getLogger("expo_ray")
+
+
+class RowCount(Protocol):
+    """Is told what has been answered or scored, by any thread."""
+
+    def begin(self, rows: int, kept: int = 0) -> None:
+        """Expect `rows` rows, beside `kept` ones that are there already; called again, so many more."""
+
+    def add(self, tokens: int, rows: int = 1) -> None:
+        """Count finished rows and their tokens."""
+
 
 class RowProgress(progress.Progress):
-    """Told what has been answered or scored, by any thread.
+    """A `RowCount` that is shown.
 
     Args:
-        stage: `respond` or `reward`.
+        stage: `respond`, `reward` or `search`.
         rows: what is counted, such as `responses`.
         status: store that receives `status.json`; None for none.
         quiet: show nothing.
@@ -26,7 +39,7 @@ class RowProgress(progress.Progress):
         self._all = self._done = self._kept = self._tokens = 0
 
     def begin(self, rows: int, kept: int = 0) -> None:
-        """Start the clock on `rows` rows, beside `kept` ones that are there already; called again, on so many more."""
+        """Start the clock; see `RowCount`."""
         with self._lock:
             if not self._all:
                 self._open_bar(rows, self._rows)
@@ -36,7 +49,7 @@ class RowProgress(progress.Progress):
                 self._bar.total = self._all
 
     def add(self, tokens: int, rows: int = 1) -> None:
-        """Count finished rows and their tokens."""
+        """See `RowCount`."""
         with self._lock:
             self._done += rows
             self._tokens += tokens
@@ -74,3 +87,51 @@ class RowProgress(progress.Progress):
 
     def _seconds_left(self) -> float | None:
         return self.seconds() * (self._all - self._done) / self._done if self._done else None
+
+
+class SearchProgress(RowProgress):
+    """A search: its responses, and beside them its rewards and what each pair is at.
+
+    The time left is that of the rungs begun: what they will ask for next, nobody knows.
+
+    Attributes:
+        rewards: counts the rewards.
+    """
+
+    def __init__(self, status: Store | None = None) -> None:
+        super().__init__("search", "responses", status)
+        self.rewards = _Rewards()
+        self._pairs: dict[str, str] = {}
+
+    def tell(self, pair: str, text: str) -> None:
+        """What a pair is at from now on, or what came of it."""
+        log.info("%s: %s", pair, text)
+        with self._lock:
+            self._pairs[pair] = text
+
+    @property
+    def line(self) -> str:
+        scored = f", {self.rewards.done}/{self.rewards.all} rewards" if self.rewards.all else ""
+        return super().line + scored
+
+    def counts(self) -> Mapping[str, Any]:
+        with self._lock:
+            pairs = dict(self._pairs)
+        return {
+            **super().counts(),
+            "rewards": {"done": self.rewards.done, "all": self.rewards.all},
+            "pairs": pairs,
+        }
+
+
+class _Rewards:
+    """A `RowCount` that only counts; its caller scores one batch at a time."""
+
+    def __init__(self) -> None:
+        self.all = self.done = 0
+
+    def begin(self, rows: int, kept: int = 0) -> None:
+        self.all += rows
+
+    def add(self, tokens: int, rows: int = 1) -> None:
+        self.done += rows

@@ -16,7 +16,7 @@ from expo_ray.errors import ExpoError, StorageError
 from expo_ray.evaluation.client import Client
 from expo_ray.evaluation.endpoint import Card
 from expo_ray.evaluation.parts import Parts
-from expo_ray.evaluation.progress import RowProgress
+from expo_ray.evaluation.progress import RowCount
 from expo_ray.evaluation.prompts import PromptSet
 from expo_ray.evaluation.questions import (
     Question,
@@ -73,7 +73,7 @@ def respond(
     sampling: Sampling,
     store: Store,
     *,
-    progress: RowProgress,
+    progress: RowCount,
     slots: int,
 ) -> Answers:
     """The responses of a served model to sets of prompts; those that `store` lacks are asked for and stored.
@@ -134,7 +134,7 @@ def response_from_row(row: Mapping[str, Any]) -> Response:
     return Response(**{**row, "messages": tuple(row["messages"])})
 
 
-async def answer(client: Client, asking: Asking, progress: RowProgress, concurrency: int) -> Answers:
+async def answer(client: Client, asking: Asking, progress: RowCount, concurrency: int) -> Answers:
     """Ask for what is missing, and store it in parts as it comes.
 
     Args:

@@ -8,7 +8,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from expo_ray.evaluation.progress import RowProgress
+from expo_ray.evaluation.progress import RowCount
 from expo_ray.evaluation.records import Response, Reward
 from expo_ray.evaluation.reward_function import Failed
 from expo_ray.evaluation.reward_inputs import RewardInput
@@ -86,7 +86,7 @@ def plan_rewards(responses: Sequence[Response], scorer: Scorer, kept_in: Rewards
     return Todo(stored, scorer.inputs(missing), kept_in)
 
 
-def score_missing(todo: Todo, scorer: Scorer, progress: RowProgress) -> Scored:
+def score_missing(todo: Todo, scorer: Scorer, progress: RowCount) -> Scored:
     """Score what is missing and store it as it comes.
 
     Args:
@@ -120,7 +120,7 @@ def reward(
     responses: Sequence[Response],
     scorer: Scorer,
     kept_in: Rewards,
-    progress: RowProgress,
+    progress: RowCount,
 ) -> Scored:
     """The rewards of some responses: stored ones are read, missing ones made and stored.
 

@@ -13,7 +13,7 @@ from expo_ray.evaluation.evaluated import Evaluated, LogProbabilities, evaluated
 from expo_ray.evaluation.likelihoods import likelihood_from_row, likelihoods
 from expo_ray.evaluation.pair_search import first
 from expo_ray.evaluation.parts import Parts
-from expo_ray.evaluation.progress import RowProgress
+from expo_ray.evaluation.progress import SearchProgress
 from expo_ray.evaluation.prompts import PromptSet
 from expo_ray.evaluation.records import Response, Reward
 from expo_ray.evaluation.respond import respond
@@ -61,7 +61,7 @@ class PairEvaluator:
         *,
         sampling: Sampling,
         store: Store,
-        progress: RowProgress,
+        progress: SearchProgress,
         slots: int,
         at_once: int,
     ) -> None:
@@ -136,7 +136,7 @@ class PairEvaluator:
             rows = [one for one in responses.values() if one.origin == origin]
             folder = f"evaluation/{name}/{origin}/rewards/{pool.spec.name}-{pool.id}"
             with self._scorers.locks[pool.spec.name]:
-                scored = reward(rows, pool, Parts(self._store, folder, parse_reward), self._progress)
+                scored = reward(rows, pool, Parts(self._store, folder, parse_reward), self._progress.rewards)
             if scored.failed:
                 first = scored.failed[0]
                 raise RewardError(

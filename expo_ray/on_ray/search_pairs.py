@@ -15,7 +15,7 @@ from expo_ray.errors import ExpoError, JobError, NotFound, OutputError
 from expo_ray.evaluation.groups import search_groups
 from expo_ray.evaluation.pair_result import pair_result
 from expo_ray.evaluation.pair_search import search_pair
-from expo_ray.evaluation.progress import RowProgress
+from expo_ray.evaluation.progress import SearchProgress
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.on_ray.pair_evaluator import PairEvaluator, Scorers
 from expo_ray.on_ray.prepared import Prepared
@@ -56,7 +56,7 @@ def search_pairs(prepared: Prepared, store: Store) -> Searched:
     todo = [plan for plan in prepared.plans if plan.name not in searched.found]
     if not todo:
         return searched
-    with ExitStack() as stack, RowProgress("search", "rows", store) as progress:
+    with ExitStack() as stack, SearchProgress(store) as progress:
         for pool in prepared.pools:
             stack.enter_context(pool)
         scorers = Scorers(prepared.pools)
@@ -72,7 +72,7 @@ def search_pairs(prepared: Prepared, store: Store) -> Searched:
                     )
                     for plan in wave
                 ]  # fmt: skip
-                outcomes = threads.map(partial(_search_one, prepared, store), wave, evaluators)
+                outcomes = threads.map(partial(_search_one, prepared, store, progress), wave, evaluators)
                 for plan, outcome in zip(wave, outcomes, strict=True):
                     if isinstance(outcome, ExpoError):
                         searched.failures[plan.name] = str(outcome)
@@ -87,13 +87,14 @@ def search_pairs(prepared: Prepared, store: Store) -> Searched:
 
 
 def _search_one(
-    prepared: Prepared, store: Store, plan: PairPlan, evaluate: PairEvaluator
+    prepared: Prepared, store: Store, progress: SearchProgress, plan: PairPlan, evaluate: PairEvaluator
 ) -> PairResult | ExpoError:
-    settings, at_once = prepared.job.search, prepared.job.serving.replicas + 1
+    settings, prompts = prepared.job.search, prepared.prompts
+    told, at_once = partial(progress.tell, plan.name), prepared.job.serving.replicas + 1
     try:
-        history, decision = search_pair(plan.name, prepared.prompts, settings, evaluate, at_once=at_once)
+        history, decision = search_pair(prompts, settings, evaluate, told, at_once=at_once)
         groups = (
-            search_groups(plan.name, decision.alpha, prepared.prompts, settings, evaluate, at_once=at_once)
+            search_groups(decision.alpha, prompts, settings, evaluate, told, at_once=at_once)
             if settings.groups and decision.alpha
             else None
         )
