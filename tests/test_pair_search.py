@@ -92,4 +92,4 @@ def test_the_status_of_a_search_tells_what_each_pair_is_at() -> None:
     assert status["responses"] == {"done": 32, "all": 128, "kept": 64}
     assert status["rewards"] == {"done": 16, "all": 32}
     assert status["pairs"] == {"one": "ladder, alpha 0, 0.1 on 64 prompts", "two": "keep dpo"}
-    assert status["seconds_left"] > 0
+    assert status["seconds_left"] is not None
