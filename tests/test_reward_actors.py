@@ -33,7 +33,8 @@ from tests.tiny_reward_models import (
     save_reward_model,
 )
 
-pytestmark = pytest.mark.ray
+# Several Rays are started one after the other, which takes minutes on a busy machine.
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
 RESPONSES = 500
 # Every call leaves a line: whose response, and which process scored it.
