@@ -5,6 +5,8 @@ Two studies, each through `expo-ray run`:
 - SmolLM2-135M tuned for the valence of words (`examples/smollm2`): chosen by valence alone with the guardrails lifted, with the
   guardrails, and with a reward model that never saw that training. All three share their responses.
 - With `--stories FOLDER`, three tiny pairs and their reward model, beside the table of rewards in that folder's `TABLE.md`.
+
+What an earlier run has stored below `.cache/benchmarks/decisions` is not asked for again.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.measure import CACHE, EXPO_RAY, ROOT, fresh, run
+from benchmarks.measure import CACHE, EXPO_RAY, ROOT, run
 from benchmarks.result import report, table
 from examples.smollm2.build import build
 
@@ -58,7 +60,7 @@ def main() -> None:
 
 def smollm2() -> list[str]:
     """The same pair searched with more and more that may object."""
-    models, output = CACHE / "smollm2", fresh("decisions-smollm2")
+    models, output = CACHE / "smollm2", CACHE / "decisions" / "smollm2"
     build(models, ("sft", "dpo_100pct", "rm"))
     example = yaml.safe_load((ROOT / "examples" / "smollm2.yaml").read_text())
     valence, rm = (one | {"replicas": 1} for one in example["rewards"])
@@ -89,8 +91,9 @@ def smollm2() -> list[str]:
 
 def stories(folder: Path) -> list[str]:
     """Three pairs in one job, sampled as their table was."""
-    output = fresh("decisions-stories")
+    output = CACHE / "decisions" / "stories"
     prompts = output.with_suffix(".jsonl")
+    prompts.parent.mkdir(parents=True, exist_ok=True)
     texts = [one["prompt"] for one in json.loads((folder / "test_prompts.json").read_text())]
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     job = {

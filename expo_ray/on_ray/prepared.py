@@ -5,11 +5,12 @@ from __future__ import annotations
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 from expo_ray import __version__
 from expo_ray.config import Job
-from expo_ray.errors import ExpoError, JobError, Problems, each
+from expo_ray.errors import Attempts, JobError
 from expo_ray.evaluation.prompts import PromptSet
 from expo_ray.evaluation.records import digest
 from expo_ray.extrapolation.plan import PairPlan
@@ -63,32 +64,21 @@ def prepare(job: Job) -> Prepared:
     Raises:
         Problems: with everything that is wrong with any of them.
     """
-    problems: list[ExpoError] = []
-    plans: Sequence[PairPlan] = []
-    sets: Sequence[PromptSet] = []
-    try:
-        plans, sets = check(job)
-    except Problems as error:
-        problems += error.problems
+    attempts = Attempts()
+    checked = attempts.attempt(partial(check, job))
     if not job.pairs:
-        problems.append(JobError("the job has no `pairs`; list at least one, each with `sft` and `dpo`"))
+        attempts.problems.append(
+            JobError("the job has no `pairs`; list at least one, each with `sft` and `dpo`")
+        )
     if not job.rewards:
-        problems.append(
+        attempts.problems.append(
             JobError("the job has no `rewards`; list at least one reward model, the first one chooses alpha")
         )
-    pools = []
-    for spec in job.rewards:
-        try:
-            pools.append(RewardPool(spec))
-        except ExpoError as error:
-            problems += each(error)
+    pools = [pool for spec in job.rewards for pool in attempts.attempt(partial(RewardPool, spec))]
     if job.push_to is not None:
-        try:
-            check_token()
-        except ExpoError as error:
-            problems += each(error)
-    if problems:
-        raise Problems(problems)
+        attempts.attempt(check_token)
+    attempts.end()
+    ((plans, sets),) = checked
     union = PromptSet.of(
         "+".join(one.name for one in sets), (prompt for one in sets for prompt in one.prompts)
     )
