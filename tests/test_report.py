@@ -248,6 +248,20 @@ def test_every_alpha_has_its_row_with_the_reason_it_fell_and_what_rounding_left_
     assert "no end" not in article
 
 
+def test_an_alpha_that_was_published_and_not_tried_has_its_row(results: Results) -> None:
+    pair = replace(
+        pair_of(results, "tulu-2-70b"), published={3.0: "s3://b/alpha=3"}, effective_alphas={3.0: 2.998}
+    )
+    page = Page(page_of(replace(results, pairs=(pair,))))
+    rows = {
+        row[0]: row
+        for row in next(rows for title, rows in page.tables.items() if title.startswith("On the choosing"))
+    }
+    assert "the search did not try it" in rows["3"][1]
+    assert rows["3"][-1] == "2.998"
+    assert "the search did not try it" not in rows["0.8"][1]
+
+
 def test_hostile_text_is_shown_and_nothing_else(page: Page) -> None:
     shown_text = re.sub(r"[\x00\x1b]", "\ufffd", HOSTILE)
     assert shown_text in page.texts["pre"]

@@ -100,6 +100,8 @@ def _start(stack: contextlib.ExitStack) -> None:
         os.environ["RAY_AUTH_TOKEN_PATH"] = f"{folder}/token"
         stack.callback(os.environ.pop, "RAY_AUTH_TOKEN_PATH")
         Path(folder, "token").write_text(secrets.token_hex(32))
+    # An engine takes minutes to start, and Serve would complain of it every half a minute.
+    os.environ.setdefault("RAY_SERVE_SLOW_STARTUP_WARNING_S", "600")
     # What Ray does on macOS. Otherwise it puts the network card's address in the place of 127.0.0.1 and opens every port to
     # the network.
     ray_constants.ENABLE_RAY_CLUSTER = False

@@ -5,13 +5,17 @@ A new version: run `tests/test_engine_adapter.py`, which says what has moved, me
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import ray
 import torch
 from ray._common.formatters import JSONFormatter
+from ray.exceptions import RayActorError
 from ray.llm._internal.serve.core.configs.openai_api_models import (
     ErrorInfo,
     ErrorResponse,
@@ -19,7 +23,8 @@ from ray.llm._internal.serve.core.configs.openai_api_models import (
     ModelList,
     OpenAIHTTPException,
 )
-from ray.serve.context import _get_global_client
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+from ray.serve.context import _get_global_client, _set_global_client
 
 from expo_ray.errors import JobError
 
@@ -35,10 +40,12 @@ __all__ = [
     "http_address",
     "plain_logs",
     "repack_heads",
+    "shut_serve_down",
     "stop_engine",
 ]
 
 VLLM = "0.29.0"
+SERVE_END_S = 30.0
 
 
 def check_version() -> None:
@@ -71,6 +78,21 @@ def http_address() -> tuple[str, int] | None:
     return None if client is None else (client.http_config.host, client.http_config.port)
 
 
+def shut_serve_down() -> None:
+    """What `serve.shutdown` does, without the error that Ray prints then: that call waits in the controller for its own end."""
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return
+    client.shutdown_cached_handles()
+    deadline = time.monotonic() + SERVE_END_S
+    with contextlib.suppress(RayActorError, ValueError):
+        ray.get(client._controller.graceful_shutdown.remote(wait=False), timeout=SERVE_END_S)
+        while time.monotonic() < deadline:
+            ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)  # a ValueError once it has gone
+            time.sleep(0.1)
+    _set_global_client(None)
+
+
 def plain_logs() -> None:
     """Undo what importing Ray's LLM library does to this process's logs: all of them as JSON, from level INFO on."""
     for handler in logging.root.handlers:
@@ -86,11 +108,6 @@ def stop_engine(server: Any) -> None:
     client = getattr(getattr(server, "engine", None), "_engine_client", None)
     if client is not None:
         client.shutdown()
-
-
-def quiet_reload() -> None:
-    """Keep every swap from warning of layers without weights of their own, rotary embeddings and tied heads; see `Comparison`."""
-    logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").setLevel(logging.ERROR)
 
 
 def repack_heads(model: torch.nn.Module) -> None:

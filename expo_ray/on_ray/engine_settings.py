@@ -50,6 +50,7 @@ def _engine_arguments(settings: Serving, on_gpu: bool) -> dict[str, Any]:
         "dtype": _VLLM_DTYPES[settings.dtype],
         "tensor_parallel_size": settings.tensor_parallel_size,
         "worker_extension_cls": "expo_ray.on_ray.swap.PairWorker",
+        "use_tqdm_on_load": False,
     }
     if settings.max_model_len:
         ours["max_model_len"] = settings.max_model_len
@@ -96,9 +97,14 @@ def _environment(on_gpu: bool, threads: int) -> dict[str, str]:
     # Ray would let these take the place of the job's own.
     passed_on = dict(ray.get_runtime_context().runtime_env.get("env_vars") or {})
     passed_on |= {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-    level = {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING")}
+    # Its warnings are about settings that are chosen here, and a user cannot mend them.
+    level = {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")}
     if on_gpu:
         return passed_on | level
     # vLLM's own choice puts every engine on the first core, and Ray's gives it one thread: 0.75 of the tokens a second.
-    ours = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(threads)}
+    ours = {
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": str(threads),
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }
     return ours | passed_on | level

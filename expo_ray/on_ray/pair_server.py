@@ -19,12 +19,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from expo_ray.evaluation.records import digest
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.step import DPO, Step, stepped
-from expo_ray.on_ray.engine_adapter import ErrorInfo, ErrorResponse, engine_version, stop_engine
+from expo_ray.on_ray.engine_adapter import ErrorInfo, ErrorResponse, engine_version, plain_logs, stop_engine
 from expo_ray.on_ray.lease import Lease
 from expo_ray.on_ray.names import ServedName, parse_name
 from expo_ray.on_ray.parents import engine_folder
 
 log = logging.getLogger("expo_ray")
+plain_logs()  # the imports above have changed them
 
 SWAP_TIMEOUT_S = 3600.0
 

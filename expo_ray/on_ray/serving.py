@@ -21,7 +21,7 @@ from expo_ray.config import PublishedModel, Serving
 from expo_ray.errors import ExpoError, JobError, Problems
 from expo_ray.evaluation.records import digest
 from expo_ray.extrapolation.plan import PairPlan
-from expo_ray.on_ray.engine_adapter import check_version, http_address, plain_logs
+from expo_ray.on_ray.engine_adapter import check_version, http_address, shut_serve_down
 from expo_ray.on_ray.engine_settings import engine_config, slots_of
 from expo_ray.on_ray.ingress import ENDPOINTS, Ingress, web_app
 from expo_ray.on_ray.pair_server import ModelServer, PairServer
@@ -29,7 +29,6 @@ from expo_ray.on_ray.parents import published_folder
 from expo_ray.storage import open_store
 
 log = logging.getLogger("expo_ray")
-plain_logs()  # the imports above have changed them
 
 HOST = "127.0.0.1"
 # Requests at an engine for each that it works on: with none waiting it runs dry while the next is on its way.
@@ -167,7 +166,7 @@ def _http(port: int, name: str) -> Iterator[tuple[str, str]]:
     try:
         yield f"http://{HOST}:{port}", "/"
     finally:
-        serve.shutdown()
+        shut_serve_down()
 
 
 def _free(port: int) -> int:

@@ -46,10 +46,10 @@ class PairWorker:
             StorageError: if a parent cannot be fetched.
         """
         from expo_ray.on_ray.comparison import Comparison
-        from expo_ray.on_ray.engine_adapter import quiet_reload
+        from expo_ray.on_ray.engine_adapter import plain_logs
         from expo_ray.on_ray.parents import on_this_node
 
-        quiet_reload()
+        plain_logs()
         self.expo_plan = on_this_node(pickle.loads(plan))
         dtype = self.model_config.dtype
         assert isinstance(dtype, torch.dtype)

@@ -168,8 +168,9 @@ def evidence_rows(pair: PairResult) -> list[EvidenceRow]:
 
 
 def alpha_rows(pair: PairResult) -> list[AlphaRow]:
-    """Every alpha that was tried, in order."""
-    alphas = {one.alpha for one in pair.measured if one.half == "choose"} | set(pair.rejected)
+    """Every alpha that was tried or published, in order."""
+    tried = {one.alpha for one in pair.measured if one.half == "choose"} | set(pair.rejected)
+    alphas = tried | set(pair.published)
     return [_alpha_row(pair, alpha) for alpha in sorted(alphas)]
 
 
@@ -178,6 +179,8 @@ def _alpha_row(pair: PairResult, alpha: float) -> AlphaRow:
     effective = pair.effective_alphas.get(alpha)
     tokens = pair.mean_tokens.get(alpha)
     reason = pair.rejected.get(alpha, "interpolates: drawn, never chosen" if alpha < 0 else "")
+    if not reason and alpha != pair.decision and not any(found):
+        reason = "published because the job lists it; the search did not try it"
     return AlphaRow(
         alpha_text(alpha),
         {-1.0: "sft", 0.0: "dpo"}.get(alpha, ""),
