@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -109,36 +108,31 @@ def stories(folder: Path) -> list[str]:
         "search": {"prompts": [len(texts)], "confirm_prompts": len(texts)},
     }  # fmt: skip
     pairs = searched(job)
-    known = known_gains(folder / "TABLE.md")
     rows = [row(name, pairs[name]) for name in STORIES]
-    beside = [
-        (
-            name,
-            f"{pairs[name]['decision']:g}",
-            *(known[name][alpha] for alpha in ALPHAS),
-        )
-        for name in STORIES
-    ]
+    beside(pairs, known_gains(folder / "TABLE.md"))
     return [
         f"## Stories: {len(set(texts))} openings, {SAMPLES} samples each, temperature 0.7\n\n"
         + table(("pair", *HEADER), rows),
         "\n".join(f"- {name}: {pairs[name]['reason']}" for name in STORIES),
-        "Gain over dpo and its standard error in `TABLE.md` (150 openings, 2 seeds, temperature 0.7):\n\n"
-        + table(("pair", "our alpha", *(f"alpha {alpha}" for alpha in ALPHAS)), beside),
     ]
 
 
+def beside(pairs: Mapping[str, Mapping[str, Any]], known: Mapping[str, Mapping[str, str]]) -> None:
+    """Print the decisions beside the folder's own table, whose figures are not ours to keep."""
+    rows = [(name, f"{pairs[name]['decision']:g}", *known[name].values()) for name in STORIES]
+    print("Gain over dpo and its standard error in TABLE.md, temperature 0.7:\n")
+    print(table(("pair", "our alpha", *(f"alpha {alpha}" for alpha in ALPHAS)), rows), end="\n\n")
+
+
 def searched(job: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
-    """Results by pair, with the seconds that the run took; nothing is published but winners."""
+    """Results by pair, as `results.json` has them."""
     output = Path(job["output"])
     file = output.with_suffix(".yaml")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(yaml.safe_dump(dict(job)))
-    started = time.monotonic()
     run(*EXPO_RAY, "run", file)
-    seconds = time.monotonic() - started
     pairs = json.loads((output / "results.json").read_text())["pairs"]
-    return {pair["name"]: pair | {"seconds": seconds} for pair in pairs}
+    return {pair["name"]: pair for pair in pairs}
 
 
 HEADER = ("climbed to", "picked", "decided", "gain, choosing", "gain, confirming", "responses")
