@@ -97,8 +97,7 @@ def _environment(on_gpu: bool, threads: int) -> dict[str, str]:
     # Ray would let these take the place of the job's own.
     passed_on = dict(ray.get_runtime_context().runtime_env.get("env_vars") or {})
     passed_on |= {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-    # Its warnings are about settings that are chosen here, and a user cannot mend them.
-    level = {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR")}
+    level = {"VLLM_LOGGING_LEVEL": os.environ["VLLM_LOGGING_LEVEL"]}  # this package has set it
     if on_gpu:
         return passed_on | level
     # vLLM's own choice puts every engine on the first core, and Ray's gives it one thread: 0.75 of the tokens a second.

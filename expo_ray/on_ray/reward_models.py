@@ -111,7 +111,6 @@ class VllmBackend:
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else all engines of a machine share the first core
             "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_LOGGING_LEVEL": "ERROR",
         }.items():
             os.environ.setdefault(name, text)
         import vllm
