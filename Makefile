@@ -24,7 +24,7 @@ demo: install ## choose alpha for a real pair, from and to a real S3 server, on 
 	@$(RUN) examples/demo.py $(ARGS)
 
 test: install ## run every test this machine can run, and name those it cannot; ARGS="-m unit -k plan" narrows
-	@$(RUN) -m pytest $(ARGS)
+	@$(RUN) -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
 
 lint: install ## ruff (lint and format) and mypy
 	@$(RUN) -m ruff check .
