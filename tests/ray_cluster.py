@@ -125,6 +125,8 @@ class RayBox:
             # Without it, Ray puts the network card's address in the place of 127.0.0.1.
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             "RAY_USAGE_STATS_ENABLED": "0",
+            # Two streams of tests share the cores: threads that spin while they wait would take them from each other.
+            "OMP_WAIT_POLICY": "PASSIVE",
             # What vLLM learns of an architecture takes a process that imports all of it; nothing of the user's is in there.
             "VLLM_CACHE_ROOT": str(ROOT / ".cache" / "vllm"),
             **environment,

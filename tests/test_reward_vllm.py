@@ -119,7 +119,7 @@ def test_rewards_at_three_alphas_are_those_of_the_table(box: RayBox) -> None:
         "prompts": [{"source": "openings.jsonl"}],
         "sampling": {
             "temperature": 0.7, "top_p": 1, "top_k": 0, "presence_penalty": 0, "frequency_penalty": 0, "max_tokens": 64,
-            "samples": 6,
+            "samples": 4,
         },
         "serving": {"port": 0},
         "rewards": [{"model": str(STORIES / "rm"), "backend": "transformers"}],
