@@ -41,6 +41,14 @@ def wait_until(condition: Callable[[], object], what: str, patience_s: float = P
         time.sleep(0.05)
 
 
+def ended(process: psutil.Process) -> bool:
+    """Whether it has; a zombie, too: whoever inherits it, such as a container's first process, may collect it late."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return int(listener.getsockname()[1])
@@ -101,8 +109,9 @@ class Process:
         if self.running:
             self._process.kill()
             self._process.wait()
-        _, alive = psutil.wait_procs(started, timeout=5)
-        for process in alive:  # a frozen one, too
+        with contextlib.suppress(TimeoutError):
+            wait_until(lambda: all(map(ended, started)), "all it started has ended", 5)
+        for process in started:  # a frozen one, too
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
 

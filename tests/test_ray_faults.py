@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.machines import Machine, Machines
-from tests.ray_cluster import Process, RayBox, RayHead, wait_until, working
+from tests.ray_cluster import Process, RayBox, RayHead, ended, wait_until, working
 from tests.stage import PART, SHARDS, Stage
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3]
@@ -73,7 +73,7 @@ def test_a_killed_driver_takes_its_own_ray_along(stage: Stage, ray_box: RayBox, 
     job.signal(signal.SIGKILL)
     job.wait()
     stage.way.release()  # the orphan ends with its shard
-    wait_until(lambda: not worker.is_running(), "its worker has ended")
+    wait_until(lambda: ended(worker), "its worker has ended")
     assert stage.shown() == []
     shutil.rmtree(left_over)  # Ray's logs
 

@@ -24,7 +24,7 @@ from expo_ray.extrapolation.progress import Progress
 from expo_ray.extrapolation.run import Outcome, run_job
 from tests.fault_proxy import Action, Fault
 from tests.pairs import llama_tensors, moved, write_both
-from tests.ray_cluster import ROOT, Process, RayBox, RayHead, wait_until, working
+from tests.ray_cluster import ROOT, Process, RayBox, RayHead, ended, wait_until, working
 from tests.stage import ALPHAS, PART, RECEIPT, SHARDS, Stage, upload
 
 pytestmark = [pytest.mark.ray, pytest.mark.s3]
@@ -72,7 +72,7 @@ def test_a_job_on_a_ray_of_its_own(stage: Stage, ray_box: RayBox, broken_pair: B
     assert end["bytes"]["done"] == sum(weights)
     assert not re.search(r"worker\.py|dashboard|raylet|\x1b|Traceback", job.stderr + job.stdout)
     assert list((ray_box.folder / "home").iterdir()) == []
-    assert [process for process in family if process.is_running()] == []
+    assert [process for process in family if not ended(process)] == []
 
     stage.way.inject()
     again = ray_box.job(stage.job_file())

@@ -23,7 +23,7 @@ from expo_ray.evaluation.reward_file import RewardFile
 from expo_ray.evaluation.reward_function import load_function
 from expo_ray.storage import open_store
 from tests.disks import disk, remount
-from tests.ray_cluster import Process, RayBox, wait_until
+from tests.ray_cluster import Process, RayBox, ended, wait_until
 from tests.tiny_reward_models import (
     TURNS,
     byte_tokenizer,
@@ -133,7 +133,7 @@ def test_a_killed_driver_scores_nothing_again_that_is_stored(box: RayBox) -> Non
     for process in its_ray:  # its actor would go on for a moment, and be counted
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(its_ray, timeout=10)
+    wait_until(lambda: all(map(ended, its_ray)), "its Ray has ended")
     kept = {prompt_id for prompt_id, _ in stored(origin)}
     assert 0 < len(kept) < RESPONSES, "killed too late to tell"
     before = len(calls(box))
