@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Generator
+
 import pytest
 
 pytest_plugins = [
@@ -14,9 +16,12 @@ pytest_plugins = [
 ]
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None]:
     """Two streams for `make test`: tests that start engines share one endpoint, all others servers and clusters."""
     for item in items:
         stream = "engines" if item.get_closest_marker("vllm") else "others"
         item.add_marker(pytest.mark.xdist_group(stream))
+    yield
+    # Two streams that mix start everything twice, and need more memory than there is.
+    assert not getattr(config.option, "loadgroup", False) or all("@" in item.nodeid for item in items)
