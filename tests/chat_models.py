@@ -42,6 +42,15 @@ def save_chat_pair(folder: Path, *, tied: bool, dtype: torch.dtype, seed: int = 
     return folder / "sft", folder / "dpo"
 
 
+def save_chat_lora(folder: Path, *, seed: int = 0) -> tuple[Path, Path]:
+    """`(sft, adapter)`: a model in float32, and a LoRA adapter on it that changes what it says."""
+    from tests.tiny_models import save_lora
+
+    model = _model(tied=False, dtype=torch.float32, seed=seed)
+    ascii_tokenizer().save_pretrained(folder / "sft")
+    return save_lora(folder, model, lora_alpha=80, target_modules="all-linear")
+
+
 def save_pair_that_learned(letter: str, folder: Path, *, seed: int = 0) -> tuple[Path, Path]:
     """`(sft, dpo)` whose only difference is that dpo writes a letter more often; a larger alpha does so even more."""
     model = _model(tied=False, dtype=torch.float32, seed=seed)

@@ -329,7 +329,7 @@ def test_merging_into_tied_embeddings_is_refused_and_rescaling_is_not(tmp_path: 
     message = refusal(tmp_path, merging=True)
     assert "adapts model.embed_tokens.weight, and memory://" in message
     assert (
-        "ties embedding and output head, so that merging would change both; keep it an adapter with"
+        "ties embedding and output head, so that merging would change both; such an adapter can be scaled"
         in message
     )
     # So it is: PEFT's merged model answers otherwise than the adapter did.

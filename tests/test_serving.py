@@ -7,8 +7,10 @@ import signal
 import socket
 import time
 import urllib.error
+from pathlib import Path
 from typing import Any
 
+import peft
 import psutil
 import pytest
 import torch
@@ -16,7 +18,7 @@ import transformers
 import yaml
 
 from expo_ray.cli import main
-from tests.chat_models import save_chat_pair
+from tests.chat_models import save_chat_lora, save_chat_pair
 from tests.pairs import read_weights
 from tests.ray_cluster import Process, RayBox, ended, wait_until
 from tests.vllm_engine import SMALL, START_S, Running, serve
@@ -41,14 +43,7 @@ def test_alphas_answer_as_transformers_does_with_the_formula(
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(endpoint.dpo)
     for name, alpha in zip(ALPHAS, (0, 0.5, 2), strict=True):
         model.load_state_dict({key: one + alpha * (one - sft[key]) for key, one in dpo.items()})
-        for question in QUESTIONS:
-            messages = [{"role": "user", "content": question}]
-            prompt = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
-            out = model.generate(**prompt, max_new_tokens=12, do_sample=False, pad_token_id=1)
-            text = tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
-            assert alone[name, question] == text
+        assert [alone[name, question] for question in QUESTIONS] == _answers(model, tokenizer)
     assert len(set(alone.values())) > 2 * len(QUESTIONS)  # the alphas do answer differently
 
 
@@ -103,7 +98,8 @@ def test_echoed_prompts_have_the_logprobs_of_the_formula(endpoint: Running) -> N
     ids = transformers.AutoTokenizer.from_pretrained(endpoint.dpo)("Hello there", return_tensors="pt")[
         "input_ids"
     ]
-    logprobs = torch.log_softmax(model(ids).logits[0], -1)
+    with torch.no_grad():
+        logprobs = torch.log_softmax(model(ids).logits[0], -1)
     wanted = [float(logprobs[position, ids[0, position + 1]]) for position in range(ids.shape[1] - 1)]
     assert found[0] is None
     assert found[1 : len(wanted) + 1] == pytest.approx(wanted, abs=1e-4)
@@ -194,6 +190,30 @@ def test_a_replica_whose_swap_fails_is_taken_out(
     assert {key: _patiently(endpoint, *key) for key in alone} == alone
 
 
+def _adapter_answers(sft: Path, dpo: Path, *, alpha: float, folder: Path) -> list[str]:
+    """What peft makes of the scaled adapter that `expo-ray extrapolate` publishes."""
+    out = folder / "scaled"
+    parents = ["--sft", str(sft), "--dpo", str(dpo)]
+    assert main(["extrapolate", *parents, "--alpha", str(alpha), "--output", str(out)]) == 0
+    base = transformers.AutoModelForCausalLM.from_pretrained(sft)
+    return _answers(
+        peft.PeftModel.from_pretrained(base, str(out)), transformers.AutoTokenizer.from_pretrained(sft)
+    )
+
+
+def _answers(model: Any, tokenizer: Any) -> list[str]:
+    """Greedy, 12 tokens to each question."""
+    found = []
+    for question in QUESTIONS:
+        messages = [{"role": "user", "content": question}]
+        prompt = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        out = model.generate(**prompt, max_new_tokens=12, do_sample=False, pad_token_id=1)
+        found.append(tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
+    return found
+
+
 def _patiently(endpoint: Running, model: str, question: str) -> str:
     """Ask again while a replica is being replaced."""
     deadline = time.monotonic() + START_S
@@ -207,7 +227,7 @@ def _patiently(endpoint: Running, model: str, question: str) -> str:
             time.sleep(0.5)
 
 
-def test_a_published_model_is_served_until_sigterm_which_leaves_nothing_behind() -> None:
+def test_a_published_model_and_a_lora_pair_are_served_until_sigterm_which_leaves_nothing_behind() -> None:
     with RayBox() as box:
         sft, dpo = save_chat_pair(box.folder, tied=True, dtype=torch.bfloat16)
         out = box.folder / "published"
@@ -217,7 +237,12 @@ def test_a_published_model_is_served_until_sigterm_which_leaves_nothing_behind()
             )
             == 0
         )
-        job = {"models": [{"name": "half", "uri": str(out)}], "serving": SMALL}
+        lora = save_chat_lora(box.folder / "lora")
+        job = {
+            "models": [{"name": "half", "uri": str(out)}],
+            "pairs": [{"name": "lora", "sft": str(lora[0]), "dpo": str(lora[1])}],
+            "serving": {"dtype": "fp32", **SMALL},
+        }
         with serve(box, job) as (url, process):
             running = Running(url, sft, dpo, process)
             assert running.chat("half", "Hello")
@@ -225,6 +250,9 @@ def test_a_published_model_is_served_until_sigterm_which_leaves_nothing_behind()
             assert status == 404
             assert "has no other alpha" in error["message"]
             assert f"curl {url}/v1/chat/completions" in process.stdout
+            answers = running.chats([("lora@0.5", question) for question in QUESTIONS])
+            assert answers == _adapter_answers(*lora, alpha=0.5, folder=box.folder)
+            assert answers != running.chats([("lora", question) for question in QUESTIONS])
             started = process.descendants()
             process.signal(signal.SIGTERM)
             assert process.wait() == 0

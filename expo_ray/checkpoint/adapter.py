@@ -81,7 +81,7 @@ def lora_layers(adapter: Checkpoint, base: Checkpoint, *, merging: bool = False)
     if merging and shared:
         raise CheckpointError(
             f"{adapter.uri}: adapts {some(shared)}, and {base.uri} ties embedding and output head, so that merging would "
-            "change both; keep it an adapter with `adapter: scale`"
+            "change both; such an adapter can be scaled (`adapter: scale`), and neither merged nor served"
         )
     layers = [
         _layer(adapter, module, a, b, base.tensors[tied.get(names[module], names[module])].shape)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from expo_ray.config.fields import NAME, Device, Frozen, RewardBackend, WeightDtype, named_after
 
@@ -93,6 +93,14 @@ class Serving(Frozen):
 
     engine: Mapping[str, Any] = Field(default_factory=dict)
     """Further arguments of vLLM's engine, as vLLM names them."""
+
+    @field_validator("engine")
+    @classmethod
+    def _check_engine(cls, engine: Mapping[str, Any]) -> Mapping[str, Any]:
+        own = sorted({"model", "served_model_name", "worker_extension_cls"} & engine.keys())
+        if own:
+            raise ValueError(f"{', '.join(own)}: expo-ray sets this itself; leave it out")
+        return engine
 
 
 class RewardModel(Frozen):

@@ -19,6 +19,19 @@ class SearchError(ExpoError):
     """A search that cannot begin, or a decision asked for before its end."""
 
 
+def check_size(num_prompts: int) -> None:
+    """See that the choosing half has enough prompts.
+
+    Raises:
+        SearchError: if it has not.
+    """
+    if num_prompts < FEWEST_PROMPTS:
+        raise SearchError(
+            f"there are {num_prompts} prompts to choose alpha on, half of the set; a search needs at least {FEWEST_PROMPTS}, and some "
+            "hundreds to see small gains"
+        )
+
+
 def next_rung(history: History, settings: Search) -> Rung | None:
     """The next round of the search, or None once alpha can be decided.
 
@@ -64,11 +77,7 @@ def looks_better(history: History, picked: Picked, confidence: float) -> bool:
 
 
 def _course(history: History, settings: Search) -> Generator[Rung, None, Picked]:
-    if history.choose.num_prompts < FEWEST_PROMPTS:
-        raise SearchError(
-            f"there are {history.choose.num_prompts} prompts to choose alpha on; a search needs at least {FEWEST_PROMPTS}, and some "
-            "hundreds to see small gains"
-        )
+    check_size(history.choose.num_prompts)
     method = ladder if settings.method == "ladder" else grid
     picked = yield from method(history.choose, settings)
     if history.confirm.num_prompts >= FEWEST_PROMPTS and looks_better(history, picked, settings.confidence):

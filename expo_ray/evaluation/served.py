@@ -1,10 +1,15 @@
-"""What a job's models are called where they are served."""
+"""A job's models where they are served: what they are called, and what engines hold."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
-from expo_ray.config import Job, format_alpha
+from expo_ray.config import Job, Pair, format_alpha
+from expo_ray.errors import Attempts
+from expo_ray.extrapolation.job import outputs_of
+from expo_ray.extrapolation.plan import PairPlan, plan_pair
+from expo_ray.storage import open_store
 
 
 def served_names(job: Job) -> list[str]:
@@ -19,3 +24,33 @@ def served_by_engine(job: Job) -> Mapping[str, Sequence[str]]:
         for pair in job.pairs
     }
     return pairs | {model.name: [model.name] for model in job.models}
+
+
+def served_plans(job: Job) -> list[PairPlan]:
+    """The pairs of a job as engines hold them: whole models, LoRA adapters merged, whatever is published in the end.
+
+    Raises:
+        Problems: with everything that is wrong with any pair or published model.
+    """
+    attempts = Attempts()
+    plans = [plan for pair in job.pairs for plan in attempts.attempt(partial(_whole, job, pair))]
+    for model in job.models:
+        attempts.attempt(partial(check_model, model.uri))
+    attempts.end()
+    return plans
+
+
+def check_model(uri: str) -> None:
+    """See that there is a model at `uri`.
+
+    Raises:
+        NotFound: if there is none.
+        StorageError: if it cannot be told.
+    """
+    open_store(uri).stat("config.json")
+
+
+def _whole(job: Job, pair: Pair) -> PairPlan:
+    outputs = outputs_of(job, pair)
+    plan = plan_pair(pair, outputs)
+    return plan_pair(pair.model_copy(update={"adapter": "merge"}), outputs) if plan.scaled else plan

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 
 from expo_ray.config import Job, Pair, format_alpha
-from expo_ray.errors import Attempts, ExpoError, JobError, Problems
+from expo_ray.errors import ExpoError, JobError, Problems
 from expo_ray.extrapolation.output import OutputState, check_space, inspect_output
 from expo_ray.extrapolation.plan import PairPlan, plan_pair
 from expo_ray.storage import join_uri
@@ -51,22 +50,6 @@ def outputs_of(job: Job, pair: Pair) -> dict[float, str]:
         alpha: join_uri(job.output, "pairs", pair.name, f"alpha={format_alpha(alpha)}")
         for alpha in pair.alphas
     }
-
-
-def plans_of(job: Job) -> list[PairPlan]:
-    """Plan all pairs of a job, without a look at their outputs.
-
-    Raises:
-        Problems: with everything that is wrong with any of them.
-    """
-    attempts = Attempts()
-    plans = [
-        plan
-        for pair in job.pairs
-        for plan in attempts.attempt(partial(plan_pair, pair, outputs_of(job, pair)))
-    ]
-    attempts.end()
-    return plans
 
 
 def plan_job(

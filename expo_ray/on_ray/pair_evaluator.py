@@ -148,9 +148,10 @@ class PairEvaluator:
 
 
 def special_tokens(plan: PairPlan) -> list[str]:
-    """The strings of the tokens that dpo's tokenizer calls special; none where its files do not tell."""
+    """The strings of the tokens that the pair's tokenizer calls special; none where its files do not tell."""
     try:
-        tokenizer = json.loads(open_store(plan.dpo.uri).read("tokenizer.json"))
+        parent = plan.side_files["tokenizer.json"]
+        tokenizer = json.loads(open_store(parent.uri).read("tokenizer.json"))
         return [str(token["content"]) for token in tokenizer["added_tokens"] if token["special"]]
     except (NotFound, ValueError, KeyError, TypeError):
         return []

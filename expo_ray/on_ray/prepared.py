@@ -13,6 +13,7 @@ from expo_ray.config import Job
 from expo_ray.errors import Attempts, JobError
 from expo_ray.evaluation.prompts import PromptSet
 from expo_ray.evaluation.records import digest
+from expo_ray.evaluation.search import check_size
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.on_ray.respond_command import check
 from expo_ray.on_ray.reward_actors import RewardPool
@@ -77,12 +78,27 @@ def prepare(job: Job) -> Prepared:
     pools = [pool for spec in job.rewards for pool in attempts.attempt(partial(RewardPool, spec))]
     if job.push_to is not None:
         attempts.attempt(check_token)
+    for plans, sets in checked:
+        prompts = PromptSet.of(
+            "+".join(one.name for one in sets), (prompt for one in sets for prompt in one.prompts)
+        )
+        attempts.attempt(partial(check_size, len(prompts.halves()[0])))
+        attempts.attempt(partial(_check_groups, job, plans))
     attempts.end()
-    ((plans, sets),) = checked
-    union = PromptSet.of(
-        "+".join(one.name for one in sets), (prompt for one in sets for prompt in one.prompts)
-    )
-    return Prepared(job, plans, sets, union, pools)
+    return Prepared(job, plans, sets, prompts, pools)
+
+
+def _check_groups(job: Job, plans: Sequence[PairPlan]) -> None:
+    scaled = [
+        plan.name
+        for pair, plan in zip(job.pairs, plans, strict=True)
+        if plan.dpo.adapter and pair.adapter == "scale"
+    ]
+    if job.search.groups and scaled:
+        raise JobError(
+            f"{', '.join(scaled)}: dpo is an adapter with one scale for all tensors, and `search.groups` gives them several; set "
+            "`adapter: merge`, or leave `groups` out"
+        )
 
 
 def versions() -> dict[str, str]:

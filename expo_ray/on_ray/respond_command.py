@@ -21,7 +21,7 @@ from expo_ray.evaluation.prompts import PromptSet, keep_prompts
 from expo_ray.evaluation.records import Response
 from expo_ray.evaluation.respond_all import Responded, respond_job, respond_to_file
 from expo_ray.evaluation.response_file import ResponseFile
-from expo_ray.extrapolation.job import plans_of
+from expo_ray.evaluation.served import check_model, served_plans
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.flags import given_flags
 from expo_ray.storage import open_store
@@ -77,9 +77,7 @@ def check(job: Job) -> tuple[list[PairPlan], list[PromptSet]]:
             )
         )
     sets = [one for found in attempts.attempt(partial(load_prompts, job.prompts)) for one in found]
-    plans = [plan for found in attempts.attempt(partial(plans_of, job)) for plan in found]
-    for model in job.models:
-        attempts.attempt(partial(_check_model, model.uri))
+    plans = [plan for found in attempts.attempt(partial(served_plans, job)) for plan in found]
     attempts.end()
     return plans, sets
 
@@ -101,7 +99,7 @@ def _one_model(arguments: argparse.Namespace) -> int:
     if not arguments.model.startswith(_URL):
         fields = named_after({"uri": arguments.model, "name": arguments.name}, "uri")
         models = attempts.attempt(partial(_section, PublishedModel, fields))
-        attempts.attempt(partial(_check_model, arguments.model))
+        attempts.attempt(partial(check_model, arguments.model))
     attempts.end()
     (sampling,), (prompts,), (output,) = samplings, sets, outputs
     name = models[0].name if models else arguments.name or ""
@@ -142,10 +140,6 @@ def _summary(name: str, responses: Sequence[Response], place: str) -> str:
     cut = sum(one.finish_reason == "length" for one in responses)
     told = f"{name}: {len(responses)} response(s), {tokens:.0f} tokens on average"
     return told + (f", {cut} cut at the longest length" if cut else "") + (f", in {place}" if place else "")
-
-
-def _check_model(uri: str) -> None:
-    open_store(uri).stat("config.json")
 
 
 def _section(section: type[M], fields: Mapping[str, Any]) -> M:

@@ -8,7 +8,7 @@ import shlex
 import signal
 
 from expo_ray.config import Job, format_alpha, load_job
-from expo_ray.extrapolation.job import plans_of
+from expo_ray.evaluation.served import served_plans
 
 
 def command(arguments: argparse.Namespace) -> int:
@@ -17,7 +17,7 @@ def command(arguments: argparse.Namespace) -> int:
     settings = (
         job.serving if arguments.port is None else job.serving.model_copy(update={"port": arguments.port})
     )
-    plans = plans_of(job)
+    plans = served_plans(job)
     from expo_ray.on_ray.cluster import cluster
     from expo_ray.on_ray.serving import serving
 

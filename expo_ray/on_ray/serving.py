@@ -18,7 +18,7 @@ from ray.serve.llm import build_llm_deployment
 from ray.serve.llm.ingress import make_fastapi_ingress
 
 from expo_ray.config import PublishedModel, Serving
-from expo_ray.errors import ExpoError, JobError, Problems
+from expo_ray.errors import JobError
 from expo_ray.evaluation.records import digest
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.on_ray.engine_adapter import check_version, http_address, shut_serve_down
@@ -56,13 +56,14 @@ def serving(
 ) -> Iterator[Endpoint]:
     """Serve on the connected Ray cluster; every engine answers when the block begins, and none is left when it ends.
 
+    Args:
+        pairs: of whole models, see `served_plans`.
+
     Raises:
-        Problems: with everything that cannot be served.
         JobError: if the port is taken, or an engine does not start.
     """
     check_version()
     on_gpu = _on_gpu(settings)
-    _check(pairs, models, settings)
     slots = slots_of(settings, on_gpu)
     cpus, threads = _cpus_of_worker(settings, len(pairs) + len(models))
 
@@ -125,28 +126,6 @@ def _cpus_of_worker(settings: Serving, deployments: int) -> tuple[float, int]:
     return min(1.0, max(0.01, math.floor(100 * share) / 100)), max(
         1, int(min(share, max(on_nodes, default=1)))
     )
-
-
-def _check(pairs: Sequence[PairPlan], models: Sequence[PublishedModel], settings: Serving) -> None:
-    problems: list[ExpoError] = [
-        JobError(
-            f"{plan.name}: dpo is an adapter, and the engine needs whole weights; set `adapter: merge` for this pair"
-        )
-        for plan in pairs
-        if plan.scaled
-    ]
-    problems += [
-        JobError(
-            f"{model.name}: {model.uri} has no config.json; give the folder of a model, and check your access to it"
-        )
-        for model in models
-        if not any(info.key == "config.json" for info in open_store(model.uri).list())
-    ]
-    reserved = sorted({"model", "served_model_name", "worker_extension_cls"} & settings.engine.keys())
-    if reserved:
-        problems.append(JobError(f"serving.engine: {', '.join(reserved)} are expo-ray's own; remove them"))
-    if problems:
-        raise Problems(problems)
 
 
 @contextlib.contextmanager
