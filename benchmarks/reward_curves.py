@@ -14,6 +14,8 @@ from expo_ray.evaluation.history import Half, HalfName, History, Rung
 PROMPT_NOISE, RESIDUAL = 2.0, 1.5
 NUM_PROMPTS = 1000  # of each half
 _LOWEST = -8.0
+# Between the seed of a curve and that of the second reward model's.
+_SECOND = 50_000
 
 _IDS = tuple(map(str, range(NUM_PROMPTS)))
 _ZERO, _ONE = np.zeros(NUM_PROMPTS), np.ones(NUM_PROMPTS)
@@ -53,10 +55,6 @@ class Curve:
             return x
         return 1 - (1 - x) ** self.rise if x < 1 else 1 - ((x - 1) / self.width) ** 2
 
-    def attainable(self) -> float:
-        """The largest gain of any alpha."""
-        return max(0.0, *(self.gain(self.turn * factor) for factor in np.geomspace(0.2, 2, 500)))
-
 
 def draw(seed: int) -> Curve:
     """A curve with a gain: the turn log-uniform in 0.1 to 10, the height log-uniform in 0.3 to 3."""
@@ -83,11 +81,21 @@ def falling(seed: int) -> Curve:
     return replace(curve, height=-curve.height / 2)
 
 
-class Pair:
-    """A pair with this curve, whose responses are drawn as they are asked for."""
+def second(seed: int) -> Curve:
+    """What another reward model sees of the pair of `draw`: a turn 1 to 8 times as early, log-uniform."""
+    turn = draw(seed).turn / float(np.exp(np.random.default_rng([seed, 4]).uniform(0, math.log(8))))
+    return replace(draw(seed + _SECOND), turn=turn)
 
-    def __init__(self, curve: Curve, seed: int) -> None:
-        self.curve, self.seed = curve, seed
+
+class Pair:
+    """A pair with this curve, whose responses are drawn as they are asked for.
+
+    Args:
+        other: the curve of a second reward model.
+    """
+
+    def __init__(self, curve: Curve, seed: int, other: Curve | None = None) -> None:
+        self.curve, self.seed, self.other = curve, seed, other
         self.history = History(Half(NUM_PROMPTS, {}), Half(NUM_PROMPTS, {}))
 
     def evaluate(self, rung: Rung) -> None:
@@ -98,6 +106,16 @@ class Pair:
                 found[alpha] = self._respond(rung.half, alpha).first(rung.num_prompts)
         self.history = replace(self.history, **{rung.half: replace(half, evaluated=found)})
 
+    def gain(self, alpha: float) -> float:
+        """The true gain of an alpha; what is below 0 by either reward model counts as it."""
+        gain = self.curve.gain(alpha)
+        other = self.other.gain(alpha) if self.other else gain
+        return gain if other >= 0 else min(gain, other)
+
+    def attainable(self) -> float:
+        """The largest gain of any alpha."""
+        return max(0.0, *(self.gain(self.curve.turn * factor) for factor in np.geomspace(0.02, 2, 1000)))
+
     def mean(self, alpha: float, num_prompts: int = NUM_PROMPTS) -> float:
         """Mean reward on the choosing half, asked for where it is missing."""
         self.evaluate(Rung("choose", (alpha,), num_prompts, ""))
@@ -105,7 +123,13 @@ class Pair:
 
     def _respond(self, half: HalfName, alpha: float) -> Evaluated:
         side = 0 if half == "choose" else 1
-        ease = np.random.default_rng([self.seed, 2, side]).normal(0, PROMPT_NOISE, NUM_PROMPTS)
-        generator = np.random.default_rng([self.seed, 3, side, round(alpha * 1e6)])
-        rewards = ease + self.curve.gain(alpha) + generator.normal(0, RESIDUAL, NUM_PROMPTS)
-        return Evaluated(alpha, _IDS, {"reward": rewards}, _ONE, cut=_ZERO, repetition=_ZERO, broken=_ZERO)
+        by_prompt = np.random.default_rng([self.seed, 2, side])
+        by_response = np.random.default_rng([self.seed, 3, side, round(alpha * 1e6)])
+        rewards = {
+            name: by_prompt.normal(0, PROMPT_NOISE, NUM_PROMPTS)
+            + curve.gain(alpha)
+            + by_response.normal(0, RESIDUAL, NUM_PROMPTS)
+            for name, curve in (("reward", self.curve), ("second", self.other))
+            if curve
+        }
+        return Evaluated(alpha, _IDS, rewards, _ONE, cut=_ZERO, repetition=_ZERO, broken=_ZERO)

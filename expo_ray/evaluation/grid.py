@@ -6,7 +6,7 @@ from collections.abc import Generator
 
 from expo_ray.config import Search, format_alpha
 from expo_ray.evaluation.history import Half, Rung
-from expo_ray.evaluation.picked import Picked, Rejected, sizes_of, veto
+from expo_ray.evaluation.picked import Picked, Rejected, objection, sizes_of, veto
 
 
 def grid(half: Half, settings: Search) -> Generator[Rung, None, Picked]:
@@ -18,7 +18,7 @@ def grid(half: Half, settings: Search) -> Generator[Rung, None, Picked]:
     reasons = {
         alpha: "it interpolates: drawn, and never chosen"
         if alpha < 0
-        else veto(half, settings, alpha, size, settings.confidence)
+        else veto(half, settings, alpha, size, settings.confidence) or objection(half, alpha, size)
         for alpha in alphas
         if alpha
     }

@@ -15,7 +15,14 @@ import numpy as np
 from expo_ray.config import Search, format_alpha
 from expo_ray.evaluation.comparisons import losers
 from expo_ray.evaluation.history import Half, Rung
-from expo_ray.evaluation.picked import Picked, Rejected, sizes_of, smallest_within_one_error, veto
+from expo_ray.evaluation.picked import (
+    Picked,
+    Rejected,
+    objection,
+    sizes_of,
+    smallest_within_one_error,
+    veto,
+)
 from expo_ray.evaluation.top import rounded, top_of
 
 # The numbers of this file were tuned in benchmarks/alpha_search.py, on other seeds than it reports.
@@ -51,7 +58,7 @@ class _Course:
         # A step of the ladder or a round of the race may end an alpha: each spends the same share of the error.
         self.level = (1 - settings.confidence) / (steps + len(self.sizes))
         self.ceiling = math.inf
-        # The smallest alpha that a guardrail ended since the last look below it.
+        # The smallest alpha that a guardrail or another reward model ended since the last look below it.
         self.vetoed_at = math.inf
         self.asked: dict[float, int] = {}
         self.rejected: dict[float, Rejected] = {}
@@ -109,7 +116,7 @@ class _Course:
         survivors: tuple[float, ...] = ()
         while alive and not survivors:
             yield self._rung((0.0, *alive), size, stage)
-            survivors = self._survivors(alive, size, stage)
+            survivors = self._unopposed(self._survivors(alive, size, stage), size, stage)
             alive = survivors or self._below_veto()
         if not alive:
             return self._picked(0.0, size)
@@ -125,11 +132,15 @@ class _Course:
         return self._picked(picked, size)
 
     def _below_veto(self) -> tuple[float, ...]:
-        """The best of the alphas below one that a guardrail has ended late, when no other was left beside it."""
+        """The best of the alphas below one that was ended late, not by its reward, when no other was left beside it."""
         if self.vetoed_at == math.inf:
             return ()
         self.ceiling, self.vetoed_at = min(self.ceiling, self.vetoed_at), math.inf
-        below = [alpha for alpha in self.asked if 0 < alpha < self.ceiling]
+        below = [
+            alpha
+            for alpha, size in self.asked.items()
+            if 0 < alpha < self.ceiling and not objection(self.half, alpha, size)
+        ]
         return (max(below, key=self._gain),) if below else ()
 
     def _with_top(self, alive: tuple[float, ...], stage: str) -> tuple[float, ...]:
@@ -191,6 +202,16 @@ class _Course:
             if gone and alpha:
                 self._reject_below(alpha, field, size, stage)
         return tuple(alpha for alpha, gone in zip(field, lost, strict=True) if alpha and not gone)
+
+    def _unopposed(self, alive: tuple[float, ...], size: int, stage: str) -> tuple[float, ...]:
+        """Those that the other reward models may confirm."""
+        reasons = {alpha: objection(self.half, alpha, size) for alpha in alive}
+        passed = tuple(alpha for alpha in alive if not reasons[alpha])
+        for alpha in set(alive) - set(passed):
+            self._reject(alpha, stage, reasons[alpha])
+        if alive and not passed:
+            self.vetoed_at = min(alive)
+        return passed
 
     def _best_of(self, alive: tuple[float, ...], size: int, kept: int, stage: str) -> tuple[float, ...]:
         """The alphas with the highest means, where no test tells more."""

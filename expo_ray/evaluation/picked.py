@@ -55,6 +55,19 @@ def veto(half: Half, settings: Search, alpha: float, num_prompts: int, confidenc
     return rejection(checks(one, dpo, settings.guardrails, confidence))
 
 
+def objection(half: Half, alpha: float, num_prompts: int) -> str:
+    """Why another reward model can hardly confirm an alpha: it finds dpo better, significantly or not; empty if none does.
+
+    For the last look before the confirmation, where each reward model has to see a gain; earlier ones take more than noise (`veto`).
+    """
+    one, dpo = half.at(alpha, num_prompts), half.at(0.0, num_prompts)
+    for name in list(one.rewards)[1:]:
+        difference = float((one.rewards[name] - dpo.rewards[name]).mean())
+        if difference < 0:
+            return f"{name} has to confirm it, and gives it {-difference:.3f} less than dpo on {num_prompts} prompts"
+    return ""
+
+
 def smallest_within_one_error(half: Half, alphas: tuple[float, ...], num_prompts: int) -> tuple[float, float]:
     """The best of `alphas`, and the smallest one that is at most one standard error of their difference below it."""
     rewards = half.rewards(alphas, num_prompts)
