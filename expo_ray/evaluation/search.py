@@ -13,6 +13,8 @@ from expo_ray.evaluation.picked import Picked
 from expo_ray.evaluation.statistics import gain
 
 FEWEST_PROMPTS = 16
+# Part of what identifies a search: raised when it would go another way than before, or decide otherwise.
+SEARCH_VERSION = 2
 
 
 class SearchError(ExpoError):

@@ -13,7 +13,7 @@ from expo_ray.config import Job
 from expo_ray.errors import Attempts, JobError
 from expo_ray.evaluation.prompts import PromptSet
 from expo_ray.evaluation.records import digest
-from expo_ray.evaluation.search import check_size
+from expo_ray.evaluation.search import SEARCH_VERSION, check_size
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.on_ray.respond_command import check
 from expo_ray.on_ray.reward_actors import RewardPool
@@ -53,6 +53,7 @@ class Prepared:
                 "sampling": self.job.sampling.model_dump(mode="json"),
                 "rewards": [pool.id for pool in self.pools],
                 "search": self.job.search.model_dump(mode="json"),
+                "search_version": SEARCH_VERSION,
                 "serving": [self.job.serving.dtype, self.job.serving.max_model_len],
                 "vllm": versions().get("vllm", ""),
             }
