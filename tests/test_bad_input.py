@@ -423,7 +423,7 @@ def test_another_plans_model_is_refused_and_overwritten_only_when_asked(
     for more in ("", "--shard-size 60kB --seed 1", "--dtype fp32"):
         said = refused(capsys, sft, dpo, out, alphas=(1,), more=more)
         assert f"output {out} holds the model of another plan (" in said
-        assert "choose another output folder, or replace it with --overwrite" in said
+        assert "choose another output folder, or remove this one" in said
     assert expo(sft, dpo, out, 1, more="--overwrite") == 0
     assert expo(sft, dpo, fresh, 1) == 0
     assert files_of(out).keys() == files_of(fresh).keys()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ pytest.importorskip("peft")
 from expo_ray.cli import main
 from expo_ray.config import load_job
 from expo_ray.evaluation.served import served_plans
-from jobs import pipeline
+from tests.ray_cluster import ROOT
 from tests.tiny_models import causal_model, save_lora, tiny_llama
 
 BAD_INPUT = 2
@@ -43,16 +45,16 @@ def written(job: dict[str, Any], folder: Path) -> Path:
 
 
 def test_a_dry_run_tells_what_would_be_done_and_writes_nothing(
-    job: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    job: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = written(job, tmp_path)
     assert main(["run", str(file), "--dry-run"]) == 0
     told = capsys.readouterr().out
     assert "1 pair(s): lora" in told
     assert "64 prompts (prompts.txt): 22 to choose alpha on, 42 to confirm it on" in told
-    monkeypatch.setattr(sys, "argv", ["pipeline.py", str(file), "--dry-run"])
-    assert pipeline.main() == 0
-    assert capsys.readouterr().out == told
+    script = [sys.executable, str(ROOT / "jobs" / "pipeline.py"), str(file), "--dry-run"]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    assert subprocess.check_output(script, text=True, env=environment) == told
     assert not (tmp_path / "out").exists()
 
 
@@ -76,6 +78,22 @@ def test_everything_wrong_with_a_job_is_told_before_anything_starts(
         in told
     )
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_other_options_in_the_output_is_told_before_the_search(
+    job: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, (pair,) = written(job, tmp_path), job["pairs"]
+    words = ["extrapolate", "--sft", pair["sft"], "--dpo", pair["dpo"], "--alpha", "0.5", "--output"]
+    out = tmp_path / "out" / "pairs" / "lora" / "alpha=0.5"
+    assert main([*words, str(out)]) == 0
+    assert main(["run", str(file), "--dry-run"]) == 0
+    assert main([*words, str(out), "--seed", "7", "--overwrite"]) == 0
+    capsys.readouterr()
+    assert main(["run", str(file)]) == BAD_INPUT
+    told = capsys.readouterr().err
+    assert f"lora: output {out} holds the model of another plan" in told
+    assert "choose another output folder, or remove this one" in told
 
 
 def test_an_engine_argument_that_is_not_the_users_to_set_is_refused(

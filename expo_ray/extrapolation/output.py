@@ -72,7 +72,7 @@ def inspect_output(plan: PairPlan, alpha: float, *, overwrite: bool) -> OutputSt
     if holder != plan.plan_id(alpha):
         raise OutputError(
             f"output {uri} holds {'the' if MANIFEST in present else 'an unfinished'} model of another plan ({holder}; this one is "
-            f"{plan.plan_id(alpha)}): other parents, alpha or options; choose another output folder, or replace it with --overwrite"
+            f"{plan.plan_id(alpha)}): other parents, alpha or options; choose another output folder, or remove this one (`expo-ray extrapolate` and jobs/extrapolate.py do it with --overwrite)"
         )
     done = (read_receipt(store, holder, shard.file, present) for shard in plan.shards)
     whole = _is_whole(plan, present)

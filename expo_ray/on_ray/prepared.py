@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,10 +15,14 @@ from expo_ray.errors import Attempts, JobError
 from expo_ray.evaluation.prompts import PromptSet
 from expo_ray.evaluation.records import digest
 from expo_ray.evaluation.search import SEARCH_VERSION, check_size
+from expo_ray.extrapolation.job import outputs_of, plan_job
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.on_ray.respond_command import check
 from expo_ray.on_ray.reward_actors import RewardPool
+from expo_ray.storage import open_store
 from expo_ray.storage.hub_push import check_token
+
+_ALPHA_FOLDER = re.compile(r"/alpha=(-?[0-9]+(?:\.[0-9]+)?(?:e-?[0-9]+)?)/")
 
 
 @dataclass(frozen=True)
@@ -85,8 +90,28 @@ def prepare(job: Job) -> Prepared:
         )
         attempts.attempt(partial(check_size, len(prompts.halves()[0])))
         attempts.attempt(partial(_check_groups, job, plans))
+        attempts.attempt(partial(_check_outputs, job))
     attempts.end()
     return Prepared(job, plans, sets, prompts, pools)
+
+
+def _check_outputs(job: Job) -> None:
+    """See that models which are there already are of these very pairs: the search may come to the same alphas.
+
+    Raises:
+        Problems: if one is not, or if what is sure to be published has no room.
+    """
+    if job.search.groups:  # a winner's multipliers are part of its plan, and not known yet
+        return
+    store = open_store(job.output)
+    pairs = []
+    for pair in job.pairs:
+        keys = [info.key for info in store.list(f"pairs/{pair.name}/")]
+        there = {float(found[1]) for key in keys if (found := _ALPHA_FOLDER.search(key))}
+        alphas = there | set(pair.alphas if job.publish == "all" else ())
+        if alphas:
+            pairs.append(pair.model_copy(update={"alphas": tuple(sorted(alphas))}))
+    plan_job(pairs, [outputs_of(job, pair) for pair in pairs])
 
 
 def _check_groups(job: Job, plans: Sequence[PairPlan]) -> None:
