@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,15 @@ from tests.ray_cluster import ROOT
 from tests.tiny_models import causal_model, save_lora, tiny_llama
 
 BAD_INPUT = 2
+
+
+@pytest.fixture(autouse=True)
+def logs_of_its_own() -> Iterator[None]:
+    """Importing Ray's LLM library makes all logs go to the stderr of that moment, which here is one test's alone."""
+    before = logging.root.handlers[:]
+    yield
+    for handler in [one for one in logging.root.handlers if one not in before]:
+        logging.root.removeHandler(handler)
 
 
 @pytest.fixture
