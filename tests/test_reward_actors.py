@@ -37,14 +37,14 @@ from tests.tiny_reward_models import (
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
 RESPONSES = 500
-# Every call leaves a line: whose response, and which process scored it.
+# Every call leaves a line: whose response, and which process scored it. Where a file `slow` is, it takes ten times as long.
 SLOW = """
 import os, time
 
 def length(prompt, response):
     with open(os.environ["CALLS"], "a") as calls:
         calls.write(f"{prompt} {os.getpid()}\\n")
-    time.sleep(0.01)
+    time.sleep(0.1 if os.path.exists(os.environ["SLOW"]) else 0.01)
     if response == "raise":
         raise LookupError("not this one")
     return float("inf") if response == "infinite" else len(response)
@@ -55,7 +55,11 @@ def length(prompt, response):
 def box() -> Iterator[RayBox]:
     with RayBox() as box:
         (box.folder / "slow_rewards.py").write_text(SLOW)
-        box.environment |= {"CALLS": str(box.folder / "calls"), "CUDA_VISIBLE_DEVICES": ""}
+        box.environment |= {
+            "CALLS": str(box.folder / "calls"),
+            "SLOW": str(box.folder / "slow"),
+            "CUDA_VISIBLE_DEVICES": "",
+        }
         yield box
 
 
@@ -125,6 +129,7 @@ def test_an_actor_that_dies_costs_no_response(box: RayBox) -> None:
 def test_a_killed_driver_scores_nothing_again_that_is_stored(box: RayBox) -> None:
     rows = prompts()
     file, origin = job(box, list(rows.values()), [{"model": "python:slow_rewards:length"}])
+    (box.folder / "slow").touch()
     first = reward(box, file)
     wait_until(lambda: stored(origin) or not first.running, "some rewards are stored")
     its_ray = first.descendants()
@@ -135,7 +140,8 @@ def test_a_killed_driver_scores_nothing_again_that_is_stored(box: RayBox) -> Non
             process.kill()
     wait_until(lambda: all(map(ended, its_ray)), "its Ray has ended")
     kept = {prompt_id for prompt_id, _ in stored(origin)}
-    assert 0 < len(kept) < RESPONSES, "killed too late to tell"
+    assert 0 < len(kept) < RESPONSES
+    (box.folder / "slow").unlink()
     before = len(calls(box))
     second = reward(box, file)
     assert second.wait() == 0, second.stderr
