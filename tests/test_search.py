@@ -144,7 +144,7 @@ def test_a_climb_that_only_the_choosing_reward_likes_is_stopped_by_the_second_mo
 
 def test_where_another_model_would_rather_have_dpo_a_smaller_alpha_takes_the_place() -> None:
     """The first model likes alpha 1.3 best; the second one sees a small gain below 1, and a small loss above."""
-    pair = Pair(hill(1.3), lambda alpha: 1.2 * alpha * (1 - alpha), seed=1)
+    pair = Pair(hill(1.3), lambda alpha: 1.5 * alpha * (1 - alpha), seed=1)
     found = pair.search(Search(confirm_prompts=1000))
     assert found.alpha == 0.8
     assert {one.reward for one in found.evidence if one.half == "confirm" and one.gain.low > 0} == {
@@ -154,7 +154,7 @@ def test_where_another_model_would_rather_have_dpo_a_smaller_alpha_takes_the_pla
     fell = next(one for one in found.rejected if one.alpha == 1.13)
     assert (fell.stage, fell.reason[:41]) == (
         "final at 1000 prompts",
-        "rm1 has to confirm it, and gives it 0.068",
+        "rm1 has to confirm it, and gives it 0.112",
     )
 
 
@@ -254,7 +254,7 @@ def test_the_grid_tries_the_list_and_never_chooses_an_interpolation() -> None:
 
 def test_the_grid_leaves_what_another_model_finds_no_better_than_dpo() -> None:
     settings = Search(method="grid", alphas=(0.5, 1.0, 1.4), prompts=(400,), confirm_prompts=1000)
-    found = Pair(hill(1.4), lambda alpha: 1.2 * alpha * (1.1 - alpha), seed=1).search(settings)
+    found = Pair(hill(1.4), lambda alpha: 2 * alpha * (1.1 - alpha), seed=1).search(settings)
     assert found.alpha in {0.5, 1.0}
     assert "rm1" in next(one for one in found.rejected if one.alpha == 1.4).reason
 

@@ -56,15 +56,19 @@ def veto(half: Half, settings: Search, alpha: float, num_prompts: int, confidenc
 
 
 def objection(half: Half, alpha: float, num_prompts: int) -> str:
-    """Why another reward model can hardly confirm an alpha: it finds dpo better, significantly or not; empty if none does.
+    """Why another reward model can hardly confirm an alpha: it finds dpo better, by more than one standard error; empty if none does.
 
-    For the last look before the confirmation, where each reward model has to see a gain; earlier ones take more than noise (`veto`).
+    For the last look before the confirmation, where each reward model has to see a gain; earlier ones take significance (`veto`).
     """
     one, dpo = half.at(alpha, num_prompts), half.at(0.0, num_prompts)
     for name in list(one.rewards)[1:]:
-        difference = float((one.rewards[name] - dpo.rewards[name]).mean())
-        if difference < 0:
-            return f"{name} has to confirm it, and gives it {-difference:.3f} less than dpo on {num_prompts} prompts"
+        loss = float((dpo.rewards[name] - one.rewards[name]).mean())
+        error = standard_error(one.rewards[name], dpo.rewards[name])
+        if loss > error:
+            return (
+                f"{name} has to confirm it, and gives it {loss:.3f} less than dpo on {num_prompts} prompts, where the standard "
+                f"error is {error:.3f}"
+            )
     return ""
 
 
