@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from expo_ray.text import redact, visible
+
 T = TypeVar("T")
 
 
 class ExpoError(Exception):
-    """Base of every error whose remedy is in the user's hands."""
+    """Base of every error whose remedy is in the user's hands. Its text holds no secret and no control character."""
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*(visible(redact(each)) if isinstance(each, str) else each for each in arguments))
 
 
 class JobError(ExpoError):

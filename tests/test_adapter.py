@@ -315,7 +315,7 @@ def test_tensors_that_do_not_fit(change: Any, message: str, copy: Path) -> None:
         ({"lora_alpha": None}, "lora_alpha is None, not a number; save the adapter again"),
         ({"alpha_pattern": {"q_proj": float("inf")}}, "lora_alpha is inf, not a number"),
         ({"alpha_pattern": [3]}, "alpha_pattern is [3], not an object; save the adapter again"),
-        ({"rank_pattern": {"(": 3}}, "rank_pattern has '(', no regular expression"),
+        ({"rank_pattern": {"(": 3}}, "rank_pattern: '(' is not a regular expression"),
     ],
 )
 def test_settings_that_are_none(change: dict[str, Any], message: str, copy: Path) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 from expo_ray.checkpoint.tensors import WEIGHT_DTYPES, Checkpoint, Tensor
 from expo_ray.checkpoint.tied import tied_alias
 from expo_ray.checkpoint.weight_files import some
-from expo_ray.errors import CheckpointError
+from expo_ray.errors import CheckpointError, JobError
+from expo_ray.untrusted import compile_pattern
 
 _MERGE_FIRST = "merge the adapter first (`merge_and_unload`, save) and pass the merged folder"
 
@@ -219,12 +220,11 @@ def _by_pattern(config: Mapping[str, Any], key: str, module: str, default: objec
     """As PEFT has it: the first key that is, as a regular expression, the whole or a dotted end of the module's name."""
     for pattern, value in _pattern(config, key, where):
         try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
+            compile_pattern(pattern)  # by itself, so that the message names what stands in the file
+            if compile_pattern(rf"(.*\.)?({pattern})").fullmatch(module):
                 return value
-        except re.error as error:
-            raise CheckpointError(
-                f"{where}: {key} has {pattern!r}, no regular expression ({error}); mend it"
-            ) from error
+        except JobError as error:
+            raise CheckpointError(f"{where}: {key}: {error}; save the adapter again") from error
     return default
 
 

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 from math import prod
 from typing import Any
 
-from expo_ray.checkpoint.json_file import parse_object
 from expo_ray.checkpoint.tensors import DTYPE_BYTES, Tensor
 from expo_ray.errors import CheckpointError
 from expo_ray.storage.protocol import FileInfo, Store
+from expo_ray.untrusted import parse_json_object
 
 # The limit of the safetensors library (MAX_HEADER_SIZE).
 MAX_HEADER_BYTES = 100_000_000
@@ -97,7 +97,7 @@ def _parse(text: bytes, info: FileInfo, where: str) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{where}: the header begins with {text[:8]!r} instead of '{{'; download it again"
         )
-    entries = parse_object(text, f"{where}: header", strict=True)
+    entries = parse_json_object(text, f"{where}: header", most_bytes=MAX_HEADER_BYTES, strict=True)
     _check_metadata(entries.pop("__metadata__", {}), where)
     data_start = 8 + len(text)
     placed = [_placed(name, entry, data_start, info.key, where) for name, entry in entries.items()]

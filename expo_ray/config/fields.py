@@ -8,6 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
+from expo_ray.errors import JobError
+from expo_ray.untrusted import compile_pattern
+
 Rounding = Literal["nearest", "stochastic", "reference"]
 OutputDtype = Literal["keep", "bf16", "fp16", "fp32"]
 VocabPolicy = Literal["refuse", "by-token", "keep-dpo"]
@@ -60,9 +63,9 @@ def check_output(uri: str) -> str:
 def check_pattern(pattern: str) -> str:
     """`pattern` itself, if it is a regular expression."""
     try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is not a regular expression ({error})") from error
+        compile_pattern(pattern)
+    except JobError as error:
+        raise ValueError(str(error)) from error
     return pattern
 
 

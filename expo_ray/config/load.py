@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from expo_ray.config.job import Job
 from expo_ray.config.pairs import Pair
 from expo_ray.errors import JobError, Problems
+from expo_ray.untrusted import parse_yaml
 
 
 def load_job(path: str | Path) -> Job:
@@ -23,11 +23,10 @@ def load_job(path: str | Path) -> Job:
         Problems: with everything that is wrong in it.
     """
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
         raise JobError(f"{path}: cannot be read ({error}); give the path of a YAML job file") from error
-    except yaml.YAMLError as error:
-        raise JobError(f"{path}: is not YAML ({' '.join(str(error).split())})") from error
+    data = parse_yaml(text, str(path))
     if not isinstance(data, dict):
         raise JobError(
             f"{path}: holds {type(data).__name__}; a job file is a mapping with `output` and `pairs`"

@@ -13,6 +13,7 @@ from expo_ray.checkpoint.tied import embedding_name, tied_alias
 from expo_ray.checkpoint.vocabulary import RowRun
 from expo_ray.config import PairOptions
 from expo_ray.errors import ExpoError, PairError, each, some
+from expo_ray.untrusted import compile_pattern
 
 OUTPUT_DTYPES: Mapping[str, str] = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
@@ -68,7 +69,10 @@ def output_dtype(stored: str, options: PairOptions) -> str:
 
 def multiplier_of(name: str, options: PairOptions) -> float:
     """The multiplier of the first pattern found in `name`, 1 without one."""
-    return next((value for pattern, value in options.multipliers.items() if re.search(pattern, name)), 1.0)
+    return next(
+        (value for pattern, value in options.multipliers.items() if compile_pattern(pattern).search(name)),
+        1.0,
+    )
 
 
 def match_tensors(
@@ -148,7 +152,7 @@ class _Matcher:
         idle = [
             pattern
             for pattern in self.options.multipliers
-            if not any(re.search(pattern, name) for name in names)
+            if not any(compile_pattern(pattern).search(name) for name in names)
         ]
         notes = [f"no tensor has a name with the pattern `{pattern}` of `multipliers`" for pattern in idle]
         if self.buffers:
