@@ -67,7 +67,7 @@ def remember_secret(value: str) -> None:
 def _bare_url(match: re.Match[str]) -> str:
     scheme, rest = match["scheme"], match["rest"]
     tail = rest[len(rest.rstrip(_CLOSING)) :]
-    path, query, _ = rest.removesuffix(tail).partition("?") if tail else rest.partition("?")
+    path = rest.removesuffix(tail).partition("?")[0] if tail else rest.partition("?")[0]
     host = path.partition("/")[0]
     user, at, _ = host.rpartition("@")
     if at:
