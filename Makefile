@@ -47,10 +47,10 @@ LOCK := uv pip compile --quiet --python-platform x86_64-manylinux_2_28 --annotat
 
 lock: ## resolve requirements/*.txt anew (needs uv: `pip install uv`)
 	@command -v uv > /dev/null || { echo 'make lock needs uv: pip install uv' >&2; exit 1; }
-	@$(LOCK) requirements/cpu.in --extra evaluate --extra dev --python-version 3.11 \
+	@$(LOCK) requirements/cpu.in --extra evaluate --extra benchmark --extra dev --python-version 3.11 \
 		$(foreach NAME,torchvision torchaudio torchcodec triton,--no-emit-package $(NAME)) \
 		$(if $(UV_FIND_LINKS),,--torch-backend cpu) --output-file requirements/cpu.txt > /dev/null
-	@$(LOCK) --extra gpu --python-version 3.12 --output-file requirements/gpu.txt > /dev/null
+	@$(LOCK) --extra gpu --extra benchmark --python-version 3.12 --output-file requirements/gpu.txt > /dev/null
 
 clean: ## remove .venv and every cache
 	@rm -rf .venv .cache .demo .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
