@@ -14,7 +14,17 @@ from typing import Any, Self
 import httpx
 
 from expo_ray.errors import EndpointError
-from expo_ray.evaluation.endpoint import Card, broken_by, card_of, connect, names_at, reason_of, refusal
+from expo_ray.evaluation.endpoint import (
+    KEY_VARIABLE,
+    Card,
+    broken_by,
+    card_of,
+    connect,
+    names_at,
+    reason_of,
+    refusal,
+    wait_asked_for,
+)
 from expo_ray.evaluation.records import Message
 
 log = logging.getLogger("expo_ray")
@@ -42,6 +52,7 @@ class Answer:
     Attributes:
         prompt_logprobs: of the prompt's tokens after the first, where they were asked for.
         token_ids: of the answer, its end included, where they were asked for.
+        top_logprobs: of each token of the answer, the likeliest tokens with their log-probabilities, where they were asked for.
     """
 
     text: str
@@ -50,6 +61,7 @@ class Answer:
     finish_reason: str
     prompt_logprobs: Sequence[float] = ()
     token_ids: Sequence[int] = ()
+    top_logprobs: Sequence[Mapping[str, float]] = ()
 
 
 class Refused(Exception):
@@ -75,6 +87,8 @@ class Client:
         slots: requests that keep the endpoint busy.
         attempts: of one request that fails for reasons that may pass.
         delay_s: before the second attempt; it doubles from there.
+        concurrency: requests to have in flight; a quarter more than `slots` if it is 0.
+        key_variable: names the variable that holds this endpoint's key; empty for none.
 
     Attributes:
         url: of the endpoint, without `/v1`.
@@ -89,13 +103,18 @@ class Client:
         attempts: int = ATTEMPTS,
         delay_s: float = FIRST_DELAY_S,
         timeout_s: float = ANSWER_TIMEOUT_S,
+        concurrency: int = 0,
+        key_variable: str = KEY_VARIABLE,
     ) -> None:
         # A little above what the engine works on, so that it finds the next request waiting when one is done.
-        self.concurrency = slots + max(2, slots // 4)
+        self.concurrency = concurrency or slots + max(2, slots // 4)
         self._attempts, self._delay_s, self._timeout_s = attempts, delay_s, timeout_s
-        self._http = connect(url, timeout_s)
+        self._http = connect(url, timeout_s, key_variable)
         self.url = str(self._http.base_url)
         self._given_up, self._last_logged = 0, float("-inf")
+        # When a rate limit is reached, every request in flight would learn it for itself, and be counted against it.
+        self._paused_until = 0.0
+        self._limit_name = "max_tokens"
 
     async def names(self) -> list[str]:
         """What the endpoint serves; see `names_at`."""
@@ -115,11 +134,14 @@ class Client:
         """
         body = {"model": model, "messages": list(messages), **options}
         began = time.monotonic()
-        for attempt in range(1, self._attempts + 1):
+        attempt = 0
+        while True:
             answer, reason, wait_s = await self._attempt(body)
             if answer is not None:
                 self._given_up = 0
                 return answer
+            # An endpoint that names the time to wait is there, and bounded by time alone.
+            attempt += 1 if not wait_s or not attempt else 0
             if attempt < self._attempts and time.monotonic() - began < 2 * self._timeout_s:
                 self._tell(reason, attempt)
                 delay_s = min(LONGEST_DELAY_S, self._delay_s * 2 ** (attempt - 1)) * random.uniform(0.5, 1)
@@ -132,20 +154,23 @@ class Client:
                     "answered before is kept: see to the endpoint, then run the same command again"
                 )
             raise GaveUp(f"{reason}; asked {attempt} times")
-        raise AssertionError("no attempts")
 
     async def _attempt(self, body: Mapping[str, Any]) -> tuple[Answer | None, str, float]:
         """The answer; or None, the reason, and the seconds that the endpoint asks to wait."""
+        await asyncio.sleep(max(0.0, self._paused_until - time.monotonic()))
         try:
-            response = await self._http.post("/v1/chat/completions", json=body)
+            response = await self._http.post("/v1/chat/completions", json=self._renamed(body))
         except httpx.TransportError as error:
             return None, f"no answer ({broken_by(error)})", 0.0
         if response.status_code in _TRANSIENT or response.status_code >= 500:
-            told = response.headers.get("Retry-After", "")
-            wait_s = min(60.0, float(told)) if told.isdecimal() else 0.0
+            wait_s = wait_asked_for(response)
+            self._paused_until = max(self._paused_until, time.monotonic() + wait_s)
             return None, f"status {response.status_code}, {reason_of(response)}", wait_s
         if response.status_code != httpx.codes.OK:
             reason = reason_of(response)
+            if "max_completion_tokens" in reason and self._limit_name == "max_tokens":
+                self._limit_name = "max_completion_tokens"  # as OpenAI's reasoning models ask for it
+                return await self._attempt(body)
             raise refusal(response) or Refused(reason, too_long=any(sign in reason for sign in _TOO_LONG))
         try:
             answer = _answer(response.json())
@@ -154,6 +179,9 @@ class Client:
         if answer.finish_reason in {"abort", "error"}:
             return None, f"the engine broke off ({answer.finish_reason})", 0.0
         return answer, "", 0.0
+
+    def _renamed(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {self._limit_name if name == "max_tokens" else name: value for name, value in body.items()}
 
     def _tell(self, reason: str, attempt: int) -> None:
         """Log a failed attempt; when an endpoint goes, hundreds fail at once."""
@@ -183,4 +211,9 @@ def _answer(data: Mapping[str, Any]) -> Answer:
         # The first entry of each is the token that stands there; the first token of all has none.
         [next(iter(one.values()))["logprob"] for one in data.get("prompt_logprobs") or () if one],
         choice.get("token_ids") or (),
+        [
+            {str(entry["token"]): float(entry["logprob"]) for entry in token["top_logprobs"]}
+            for token in (choice.get("logprobs") or {}).get("content") or ()
+            if token.get("top_logprobs")
+        ],
     )

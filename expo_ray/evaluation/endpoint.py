@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -14,6 +16,8 @@ import httpx
 from expo_ray.errors import EndpointError
 
 CONNECT_TIMEOUT_S = 10.0
+KEY_VARIABLE = "OPENAI_API_KEY"
+_LONGEST_WAIT_S = 600.0
 _PAUSE_S = 1.0
 
 
@@ -42,13 +46,13 @@ class Card:
     special_ids: frozenset[int] = frozenset()
 
 
-def connect(url: str, timeout_s: float) -> httpx.AsyncClient:
-    """A client of the endpoint at `url`, with or without its `/v1`.
+def connect(url: str, timeout_s: float, key_variable: str = KEY_VARIABLE) -> httpx.AsyncClient:
+    """Open a client of the endpoint at `url`, with or without its `/v1`.
 
-    The key in OPENAI_API_KEY goes along if it is set.
+    The key in the variable `key_variable` goes along if it is set; no key does if that is empty.
     """
     root = url.rstrip("/").removesuffix("/v1").rstrip("/")
-    key = os.environ.get("OPENAI_API_KEY")
+    key = os.environ.get(key_variable) if key_variable else None
     return httpx.AsyncClient(
         base_url=root,
         headers={"Authorization": f"Bearer {key}"} if key else {},
@@ -106,6 +110,19 @@ def refusal(response: httpx.Response) -> EndpointError | None:
             "model that it serves"
         )
     return None
+
+
+def wait_asked_for(response: httpx.Response) -> float:
+    """Seconds that the `Retry-After` of an answer asks to wait, a number or an HTTP date (RFC 9110, 10.2.3); 0 without one."""
+    header = response.headers.get("Retry-After", "").strip()
+    try:
+        seconds = float(header)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(header).timestamp() - time.time()
+        except (ValueError, OverflowError):
+            return 0.0
+    return min(_LONGEST_WAIT_S, seconds) if seconds > 0 else 0.0  # not a number compares as false
 
 
 def reason_of(response: httpx.Response) -> str:
