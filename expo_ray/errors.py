@@ -41,6 +41,10 @@ class EndpointError(ExpoError):
     """A model's endpoint cannot be reached, or refuses what it is asked."""
 
 
+class BenchmarkError(ExpoError):
+    """A benchmark's prompts, answers or judgments are not what they should be."""
+
+
 class ArithmeticFault(ExpoError):
     """The weights themselves forbid a usable result: NaN, infinity, overflow."""
 

@@ -52,20 +52,32 @@ def bootstrap(columns: Array, statistic: Statistic, confidence: float = 0.95) ->
     if num_prompts < 2:
         raise ValueError(f"{num_prompts} prompt(s); an interval needs at least 2")
     means = columns.mean(axis=0)
-    value = float(statistic(means))
-    replicates = np.sort(statistic(means + resampled_deviations(columns)))
-    without_one = statistic(means + (means - columns) / (num_prompts - 1))
+    replicates = np.asarray(statistic(means + resampled_deviations(columns)), np.float64)
+    without_one = np.asarray(statistic(means + (means - columns) / (num_prompts - 1)), np.float64)
+    return bca(float(statistic(means)), replicates, without_one, confidence)
+
+
+def bca(value: float, replicates: Array, without_one: Array, confidence: float = 0.95) -> Interval:
+    """BCa interval (Efron 1987) from a statistic that was computed again for each resample.
+
+    Args:
+        value: the statistic of the sample.
+        replicates: (resamples,), the statistic of each resample.
+        without_one: (prompts,), the statistic of the sample without each prompt in turn.
+        confidence: of the two-sided interval.
+    """
+    ordered = np.sort(replicates)
     pull = without_one.mean() - without_one
     spread = float((pull**2).sum()) ** 1.5
     acceleration = float((pull**3).sum()) / (6 * spread) if spread > 0 else 0.0
     # Ties count half: a win rate takes few values.
-    below = (np.searchsorted(replicates, value) + np.searchsorted(replicates, value, "right")) / 2
-    bias = NORMAL.inv_cdf(min(max(float(below), 1), RESAMPLES - 1) / RESAMPLES)
+    below = (np.searchsorted(ordered, value) + np.searchsorted(ordered, value, "right")) / 2
+    bias = NORMAL.inv_cdf(min(max(float(below), 1), len(ordered) - 1) / len(ordered))
     tail = NORMAL.inv_cdf((1 - confidence) / 2)
     low, high = (
         NORMAL.cdf(bias + (bias + z) / max(1 - acceleration * (bias + z), 1e-9)) for z in (tail, -tail)
     )
-    ends = np.quantile(replicates, [low, high])
+    ends = np.quantile(ordered, [low, high])
     return Interval(value, float(ends[0]), float(ends[1]))
 
 
@@ -73,13 +85,13 @@ def resampled_deviations(columns: Array) -> Array:
     """Means of the columns in each resample of the prompts, less their means in the sample: (resamples, columns)."""
     # Centred columns lose nothing that matters in float32, at half the time.
     centred = (columns - columns.mean(axis=0)).astype(np.float32)
-    counts = _counts(len(columns))
+    counts = resample_counts(len(columns))
     blocks = [counts[at : at + _BLOCK].astype(np.float32) @ centred for at in range(0, RESAMPLES, _BLOCK)]
     return np.asarray(np.concatenate(blocks), np.float64) / len(columns)
 
 
 @lru_cache(maxsize=8)
-def _counts(num_prompts: int) -> NDArray[np.uint8]:
+def resample_counts(num_prompts: int) -> NDArray[np.uint8]:
     """How often each prompt is drawn in each resample: (resamples, prompts)."""
     generator = np.random.default_rng([_SEED, num_prompts])
     counts = np.empty((RESAMPLES, num_prompts), np.uint8)

@@ -1,0 +1,122 @@
+"""AlpacaEval 2.0: win rates of models against one baseline, raw and at equal length, and their paired differences."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from expo_ray.benchmark.intervals import Estimate, difference, estimate, mean_of
+from expo_ray.benchmark.judgments import Verdicts
+from expo_ray.benchmark.length_control import Kind, LengthControl, controlled_win_rate
+from expo_ray.errors import BenchmarkError
+
+
+@dataclass(frozen=True, eq=False)
+class ArmScore:
+    """A model's win rates against the baseline, in percent.
+
+    Attributes:
+        verdicts: rows that the score was computed from; all hold a verdict.
+        win_rate: as judged.
+        controlled: at equal length; None where no length control is right for the judge.
+        control: how it was controlled.
+        unparsed: prompts without a verdict.
+    """
+
+    verdicts: Verdicts
+    win_rate: Estimate
+    controlled: Estimate | None
+    control: Kind | None
+    unparsed: int
+
+
+@dataclass(frozen=True, eq=False)
+class ArmDifference:
+    """How much a model's win rates are above a reference's on the same prompts, in points.
+
+    Attributes:
+        model: name of the model.
+        reference: name of the model that it is compared with.
+        prompts: those on which both have a verdict.
+    """
+
+    model: str
+    reference: str
+    win_rate: Estimate
+    controlled: Estimate | None
+    prompts: int
+
+
+def score_arm(
+    verdicts: Verdicts, control: LengthControl | None, *, package_value: float | None = None
+) -> ArmScore:
+    """Compute a model's win rates.
+
+    Args:
+        verdicts: of one model against the baseline.
+        control: right for the judge, or None for raw win rates alone.
+        package_value: alpaca-eval's own length-controlled win rate, in percent; with it the refitted interval is moved to this
+            value, by at most 0.15.
+
+    Raises:
+        BenchmarkError: if fewer than two prompts hold a verdict.
+    """
+    rows = verdicts.parsed
+    controlled = None
+    if control is not None:
+        controlled = estimate(controlled_win_rate(rows, control), len(rows.index))
+        if package_value is not None:
+            controlled = controlled.moved_to(package_value, 0, 100)
+    return ArmScore(
+        rows,
+        estimate(mean_of(100 * rows.wins), len(rows.index)),
+        controlled,
+        control.kind if control else None,
+        verdicts.unparsed,
+    )
+
+
+def compare_arms(
+    model: ArmScore,
+    reference: ArmScore,
+    control: LengthControl | None,
+    package_values: Mapping[str, float] | None = None,
+) -> ArmDifference:
+    """Compute the paired differences of two models on the prompts on which both have a verdict.
+
+    Args:
+        model: the model in question.
+        reference: what it is compared with; same baseline, judge and control.
+        control: of both.
+        package_values: alpaca-eval's own length-controlled win rates on those prompts, by name of the model.
+
+    Raises:
+        BenchmarkError: if they have another baseline or judge, or fewer than two prompts in common.
+    """
+    sides = [(arm.verdicts.opponent, arm.verdicts.judge, arm.control) for arm in (model, reference)]
+    if sides[0] != sides[1]:
+        raise BenchmarkError(
+            f"{model.verdicts.model} and {reference.verdicts.model} have other baselines, judges or length controls "
+            f"({_side(*sides[0])}; {_side(*sides[1])}); compare models that one judge compared with one baseline"
+        )
+    common = np.intersect1d(model.verdicts.index, reference.verdicts.index)
+    arms = [
+        arm if len(arm.verdicts.index) == len(common) else score_arm(arm.verdicts.at(common), control)
+        for arm in (model, reference)
+    ]
+    controlled = None
+    if arms[0].controlled and arms[1].controlled:
+        controlled = difference(arms[0].controlled, arms[1].controlled)
+    return ArmDifference(
+        model.verdicts.model,
+        reference.verdicts.model,
+        difference(arms[0].win_rate, arms[1].win_rate),
+        controlled,
+        len(common),
+    )
+
+
+def _side(opponent: str, judge: str, control: Kind | None) -> str:
+    return f"{opponent}, {judge or 'unnamed judge'}, {control or 'none'}"

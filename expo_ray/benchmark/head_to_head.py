@@ -1,0 +1,79 @@
+"""Two models judged against each other: the figure that says whether the second is better, and by how much.
+
+As many judgments in both orders as two models cost against a baseline in one; no baseline and no GPT-4 verdict enters.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from expo_ray.benchmark.intervals import Estimate, estimate, mean_of, p_value
+from expo_ray.benchmark.judgments import Verdicts
+from expo_ray.benchmark.length_control import Regression
+from expo_ray.evaluation.statistics import Array
+
+
+@dataclass(frozen=True, eq=False)
+class HeadToHead:
+    """How often a model's answers are judged better than its opponent's, in percent; 50 means equally good.
+
+    Attributes:
+        model: such as `pair@0.5`.
+        opponent: such as `pair@0`.
+        judge: name of the judge.
+        win_rate: as judged.
+        controlled: win rate at equal length: what the intercept of a logistic regression of the verdicts on
+            tanh(length difference over its standard deviation) predicts. The primary figure.
+        prompts: with a verdict in each order asked for.
+        unparsed: prompts without.
+        length_ratio: mean length of the model's answers over its opponent's.
+    """
+
+    model: str
+    opponent: str
+    judge: str
+    win_rate: Estimate
+    controlled: Estimate
+    prompts: int
+    unparsed: int
+    length_ratio: float
+
+    @cached_property
+    def p_value(self) -> float:
+        """Two-sided, of the length-controlled win rate against 50, by its log-odds and their bootstrap standard error."""
+        spread = float(_log_odds(self.controlled.replicates).std(ddof=1))
+        return p_value(float(_log_odds(np.array(self.controlled.interval.value))), spread)
+
+
+def head_to_head(verdicts: Verdicts) -> HeadToHead:
+    """Compute win rate and length-controlled win rate with their intervals.
+
+    Args:
+        verdicts: of the model against its opponent, orders averaged (`verdicts_of`).
+
+    Raises:
+        BenchmarkError: if fewer than two prompts hold a verdict.
+    """
+    rows = verdicts.parsed
+    regression = Regression(rows.lengths - rows.opponent_lengths, rows.wins)
+    num_prompts = len(rows.index)
+    opponent_length = float(rows.opponent_lengths.mean()) if num_prompts else 0.0
+    return HeadToHead(
+        verdicts.model,
+        verdicts.opponent,
+        verdicts.judge,
+        estimate(mean_of(100 * rows.wins), num_prompts),
+        estimate(lambda counts: 100 * regression.win_rates(counts), num_prompts),
+        num_prompts,
+        verdicts.unparsed,
+        float(rows.lengths.mean()) / opponent_length if opponent_length else math.inf,
+    )
+
+
+def _log_odds(percent: Array) -> Array:
+    share = np.clip(percent / 100, 1e-6, 1 - 1e-6)
+    return np.asarray(np.log(share / (1 - share)))
