@@ -15,6 +15,7 @@ from expo_ray.extrapolation.progress import size_text
 from expo_ray.extrapolation.receipt import read_receipt
 from expo_ray.storage import FileInfo, Store, open_output, open_store
 from expo_ray.storage.conditional import PROBE_PREFIX
+from expo_ray.storage.local_writer import check_writable, free_bytes
 
 CLAIM = ".expo/claim.json"
 MANIFEST = "expo.json"
@@ -54,6 +55,9 @@ def inspect_output(plan: PairPlan, alpha: float, *, overwrite: bool) -> OutputSt
                 f"output {uri} and {side} {parent} lie in each other; choose another output folder"
             )
     present = {info.key: info for info in store.list() if not info.key.startswith(PROBE_PREFIX)}
+    folder = local_folder(uri)
+    if folder and MANIFEST not in present:
+        check_writable(folder)
     if not present:
         return OutputState()
     if CLAIM not in present:
@@ -194,9 +198,8 @@ def check_space(plans: Iterable[tuple[PairPlan, int]]) -> list[ExpoError]:
         by_device[device] = (place, by_device.get(device, (place, 0))[1] + size)
     problems: list[ExpoError] = []
     for place, size in by_device.values():
-        stat = os.statvfs(place)
-        free = stat.f_bavail * stat.f_frsize
-        if size > free:
+        free = free_bytes(place)
+        if free is not None and size > free:
             problems.append(
                 OutputError(
                     f"{place}: {size_text(size)} are to be written, {size_text(free)} are free; free space or choose another output"

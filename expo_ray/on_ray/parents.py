@@ -20,6 +20,7 @@ from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.progress import size_text
 from expo_ray.extrapolation.verify import read_manifest
 from expo_ray.storage import FileInfo, Store, open_store
+from expo_ray.storage.local_writer import free_bytes
 
 CACHE_VARIABLE = "EXPO_RAY_CACHE"
 _COMPLETE = ".complete.json"
@@ -163,8 +164,8 @@ def _is_same(path: Path, sha256: str, size: int, mtime_ns: int) -> bool:
 
 
 def _check_space(folder: Path, files: Mapping[str, FileInfo]) -> None:
-    need, free = sum(info.size for info in files.values()), shutil.disk_usage(folder.parent).free
-    if need > free:
+    need, free = sum(info.size for info in files.values()), free_bytes(str(folder.parent))
+    if free is not None and need > free:
         raise StorageError(
             f"{folder.parent}: {size_text(need)} are to be fetched, {size_text(free)} are free; free space, or set "
             f"{CACHE_VARIABLE} to a folder on another disk"
