@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import random
 import time
@@ -159,7 +160,11 @@ class Client:
         """The answer; or None, the reason, and the seconds that the endpoint asks to wait."""
         await asyncio.sleep(max(0.0, self._paused_until - time.monotonic()))
         try:
-            response = await self._http.post("/v1/chat/completions", json=self._renamed(body))
+            response = await self._http.post(
+                "/v1/chat/completions",
+                content=_json(self._renamed(body)),
+                headers={"Content-Type": "application/json"},
+            )
         except httpx.TransportError as error:
             return None, f"no answer ({broken_by(error)})", 0.0
         if response.status_code in _TRANSIENT or response.status_code >= 500:
@@ -197,6 +202,13 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._http.aclose()
+
+
+def _json(body: Mapping[str, Any]) -> bytes:
+    try:
+        return json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode("utf-8")
+    except UnicodeEncodeError:  # half of a surrogate pair has no UTF-8, but an escape
+        return json.dumps(body, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
 def _answer(data: Mapping[str, Any]) -> Answer:

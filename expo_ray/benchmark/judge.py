@@ -1,0 +1,147 @@
+"""A judge: which model is asked, how, at what price, and what its answer says about two outputs."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from expo_ray.evaluation.records import digest
+
+Protocol = Literal["logprobs", "verdict"]
+
+# The tokens by which AlpacaEval's template names the first and the second output.
+FIRST, SECOND = "m", "M"
+_OPENAI = "api.openai.com"
+# Judges that reason write some hundred tokens, some of them thousands.
+_VERDICT_TOKENS = 4096
+_EXPECTED_VERDICT_TOKENS = 500
+_THOUGHTS = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
+_VERDICT = re.compile(r"\[\[\s*(A>>B|A>B|A=B|B=A|B>A|B>>A|A|B|C)\s*\]\]")
+# Share of the second output in a win: a verdict of one `>` is a win by less than one of two.
+_SHARES = {
+    "A>>B": 0.0,
+    "A": 0.0,
+    "A>B": 0.25,
+    "A=B": 0.5,
+    "B=A": 0.5,
+    "C": 0.5,
+    "B>A": 0.75,
+    "B>>A": 1.0,
+    "B": 1.0,
+}
+_RATING = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
+
+
+@dataclass(frozen=True)
+class Price:
+    """Dollars for a million tokens, of prompts and of answers."""
+
+    prompt: float
+    answer: float
+
+    def of(self, num_prompt_tokens: int, num_tokens: int) -> float:
+        """Dollars for one request."""
+        return (num_prompt_tokens * self.prompt + num_tokens * self.answer) / 1e6
+
+
+@dataclass(frozen=True)
+class Judge:
+    """One judge.
+
+    Attributes:
+        url: of an OpenAI-compatible endpoint, with its `/v1`.
+        model: its name there.
+        key_variable: names the variable that holds the endpoint's key; empty for none.
+        protocol: `logprobs` reads the log-probabilities of one token, as AlpacaEval 2.0 does; `verdict` lets the judge reason
+            and reads its verdict.
+        extra: further fields of each request, such as `chat_template_kwargs`; a field set to null is left out.
+        price: to bound the cost by; None if unknown.
+        concurrency: requests in flight.
+        weights: what the endpoint says of the model's identity, if anything.
+    """
+
+    url: str
+    model: str
+    key_variable: str = ""
+    protocol: Protocol = "logprobs"
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    price: Price | None = None
+    concurrency: int = 16
+    weights: str = ""
+
+    @property
+    def id(self) -> str:
+        """Digest of all that decides a judgment beside the question: not where the judge is reached."""
+        return digest([self.model, self.weights, self.protocol, dict(self.extra)])
+
+    def options(self) -> dict[str, Any]:
+        """Fields of a request to compare two outputs."""
+        if self.protocol == "logprobs":
+            # One token at temperature 1, as AlpacaEval has it: the temperature has no part in the log-probabilities.
+            asked = {"max_tokens": 1, "temperature": 1.0, "logprobs": True, "top_logprobs": 5}
+        else:
+            asked = {"max_tokens": _VERDICT_TOKENS, "temperature": 0.0}
+        return self.with_extra(asked)
+
+    def with_extra(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """`asked` with the judge's own fields."""
+        fields = {"n": 1, "stream": False, **asked, **self.extra}
+        return {name: value for name, value in fields.items() if value is not None}
+
+    @property
+    def expected_tokens(self) -> int:
+        """Tokens of a usual answer, for estimates of the cost."""
+        return 1 if self.protocol == "logprobs" else _EXPECTED_VERDICT_TOKENS
+
+
+def default_key_variable(url: str) -> str:
+    """The variable whose key goes to `url` unless another is named: OpenAI's to OpenAI, none anywhere else."""
+    return "OPENAI_API_KEY" if urlsplit(url).hostname == _OPENAI else ""
+
+
+def preference_from_logprobs(first_token: Mapping[str, float]) -> float | None:
+    """Preference for the second output, 1 to 2, from the log-probabilities of the answer's first token.
+
+    As AlpacaEval's `logprob_parser`: 2 - p(m) / (p(m) + p(M)). None if neither is among the likeliest tokens.
+    """
+    first, second = (_probability(first_token, name) for name in (FIRST, SECOND))
+    return 2 - first / (first + second) if first + second > 0 else None
+
+
+def mass_on_names(first_token: Mapping[str, float]) -> float:
+    """Probability that the judge answers with one of the two names at all."""
+    return _probability(first_token, FIRST) + _probability(first_token, SECOND)
+
+
+def preference_from_verdict(text: str) -> float | None:
+    """Preference for the second output, 1 to 2, from a judge's last verdict; None if there is none.
+
+    A verdict is `[[A>>B]]`, `[[A>B]]`, `[[A=B]]`, `[[B>A]]`, `[[B>>A]]`, `[[A]]`, `[[B]]`, `[[C]]` (a tie), or a last line `m`
+    or `M`. Thoughts between `<think>` and `</think>` do not count.
+    """
+    said = _THOUGHTS.sub("", text)
+    verdicts = _VERDICT.findall(said)
+    if verdicts:
+        return 1 + _SHARES[verdicts[-1]]
+    lines = [line.strip(" \t\r*_`\"'.") for line in said.strip().split("\n")]
+    return {FIRST: 1.0, SECOND: 2.0}.get(lines[-1])
+
+
+def rating_from(text: str) -> float:
+    """MT-Bench's rating of one answer: the first `[[n]]`, else the first `[n]`; -1 if there is neither (FastChat's rule)."""
+    said = _THOUGHTS.sub("", text)
+    for pattern in _RATING:
+        if match := pattern.search(said):
+            return float(match[1])
+    return -1.0
+
+
+def _probability(first_token: Mapping[str, float], name: str) -> float:
+    # Some tokenizers put the space before a word into its token.
+    return math.fsum(
+        math.exp(logprob) for token, logprob in first_token.items() if token.strip(" ▁Ġ") == name
+    )
