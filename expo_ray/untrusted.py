@@ -7,6 +7,10 @@ remedy: never another exception, a hang, or memory beyond a small multiple of th
 from __future__ import annotations
 
 import json
+import math
+import re
+import time
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from functools import lru_cache
@@ -14,23 +18,39 @@ from typing import Any, TypeVar
 
 import regex
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from expo_ray.errors import CheckpointError, ExpoError, JobError
 from expo_ray.text import shown
 
 # The largest config.json in use has some 100 kB.
 CONFIG_BYTES = 2**20
-# The largest tokenizer.json in use is about 35 MB; parsed JSON takes up to 25 times its size in memory.
-TOKENIZER_BYTES = 64 * 2**20
+# The largest tokenizer.json in use is about 35 MB.
+TOKENIZER_BYTES = 128 * 2**20
 _DEEPEST = 64
-_YAML_BYTES = 2**20
+# `{"a":1},` takes 240 bytes of memory and `[],` takes 64, so that the length of a text bounds little. The largest real count is
+# that of a weight file with a million tensors.
+_JSON_VALUES = 16_000_000
+_VALUES_OF_AN_OBJECT = 4
+# Every integer of so few digits can be compared with, and turned into, a double.
+_LONGEST_NUMBER = 300
+YAML_BYTES = 2**20
 _YAML_VALUES = 100_000
+_MERGE = "tag:yaml.org,2002:merge"
 _LONGEST_PATTERN = 1000
 _PATTERN_TIMEOUT_S = 1.0
+# Of all searches with one pattern together, as a model can have 100,000 names; an ordinary search takes microseconds.
+_PATTERN_BUDGET_S = 5.0
+_SLOW_SEARCH_S = 0.001
 _AGAIN = "download the file again"
 
 M = TypeVar("M", bound=BaseModel)
+
+
+class Foreign(BaseModel):
+    """Base of the models of data from outside: exact types, no NaN or infinity; unknown keys are left alone."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False)
 
 
 def parse_json(
@@ -43,10 +63,13 @@ def parse_json(
     remedy: str = _AGAIN,
     surrogates: bool = False,
 ) -> Any:
-    """One JSON value (RFC 8259) in UTF-8.
+    """Parse one JSON value (RFC 8259) in UTF-8.
+
+    Refused are half surrogate pairs, escaped or not, integers of more than 300 digits, numbers beyond a double's range, nesting
+    beyond 64 levels, and more than some 16 million values.
 
     Args:
-        data: the text; a lone surrogate is refused, escaped or not.
+        data: the text.
         source: names the text in errors.
         most_bytes: refuse a longer text before it is parsed.
         strict: refuse a key that stands twice in one object, NaN and Infinity, all of which other readers take differently.
@@ -61,20 +84,26 @@ def parse_json(
         raise error(f"{source}: {len(data)} bytes of JSON, more than the {most_bytes} read here; {remedy}")
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
+        lists, objects = text.count("["), text.count("{")
+        if text.count(",") + lists + _VALUES_OF_AN_OBJECT * objects > _JSON_VALUES:
+            raise ValueError("too many values")
         value = json.loads(
             text,
             object_pairs_hook=_unique if strict else None,
             parse_constant=_no_constant if strict else None,
             parse_int=_parse_int,
+            parse_float=_parse_float,
         )
-        if not surrogates and ("\\u" in text or isinstance(data, str)):
-            json.dumps(value, ensure_ascii=False).encode("utf-8")  # fails on half of a surrogate pair
+        if lists + objects > _DEEPEST:
+            _check_depth(value)
+        if not surrogates and (isinstance(data, str) or "\\ud" in text or "\\uD" in text):
+            _check_unicode(value)
     except RecursionError as fault:
         raise error(f"{source}: JSON nested too deeply; {remedy}") from fault
+    except MemoryError as fault:
+        raise error(f"{source}: too little memory for {len(data)} bytes of JSON; {remedy}") from fault
     except ValueError as fault:
         raise error(f"{source}: not valid JSON ({shown(fault)}); {remedy}") from fault
-    if text.count("[") + text.count("{") > _DEEPEST and _too_deep(value):
-        raise error(f"{source}: JSON nested more than {_DEEPEST} levels deep; {remedy}")
     return value
 
 
@@ -87,7 +116,7 @@ def parse_json_object(
     error: type[ExpoError] = CheckpointError,
     remedy: str = _AGAIN,
 ) -> dict[str, Any]:
-    """One JSON object; arguments and errors as of `parse_json`."""
+    """Parse one JSON object; arguments and errors as of `parse_json`."""
     value = parse_json(data, source, most_bytes=most_bytes, strict=strict, error=error, remedy=remedy)
     if not isinstance(value, dict):
         raise error(f"{source}: a JSON {kind_of(value)} instead of an object; {remedy}")
@@ -95,7 +124,7 @@ def parse_json_object(
 
 
 def validated(model: type[M], data: object, source: str, *, error: type[ExpoError], remedy: str) -> M:
-    """`data`, parsed before, as an instance of `model`.
+    """Check `data`, parsed before, against `model`.
 
     Raises:
         ExpoError: of the class `error`, with the first few fields that do not fit.
@@ -105,25 +134,25 @@ def validated(model: type[M], data: object, source: str, *, error: type[ExpoErro
     except ValidationError as fault:
         faults = [
             f"{'.'.join(map(str, each['loc'])) or 'it'}: {each['msg'].removeprefix('Value error, ')}"
-            for each in fault.errors(include_url=False)
+            for each in fault.errors(include_url=False, include_input=False, include_context=False)
         ]
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise error(f"{source}: {shown('; '.join(faults[:3]), 400)}{more}; {remedy}") from fault
-    except (RecursionError, OverflowError) as fault:
+    except (ArithmeticError, RecursionError) as fault:
         raise error(f"{source}: cannot be read ({shown(fault)}); {remedy}") from fault
 
 
 def parse_yaml(text: str, source: str, *, error: type[ExpoError] = JobError) -> Any:
-    """One YAML document of plain values.
+    """Parse one YAML document of plain values.
 
-    Refused are tags of other types, a key that stands twice, nesting beyond 64 levels, and aliases or merge keys that
-    unfold to more than 100,000 values.
+    Refused are tags of other types, a key that stands twice, nesting beyond 64 levels, integers of more than 300 digits, and
+    aliases or merge keys that unfold to more than 100,000 values.
 
     Raises:
         ExpoError: of the class `error`, whatever is wrong.
     """
-    if len(text) > _YAML_BYTES:
-        raise error(f"{source}: {len(text)} characters, more than the {_YAML_BYTES} of a job file; split it")
+    if len(text) > YAML_BYTES:
+        raise error(f"{source}: {len(text)} characters, more than the {YAML_BYTES} of a job file; split it")
     try:
         value = yaml.load(text, Loader=_PlainLoader)
         _check_unfolded(value)
@@ -131,7 +160,7 @@ def parse_yaml(text: str, source: str, *, error: type[ExpoError] = JobError) -> 
         raise error(f"{source}: is not YAML ({shown(' '.join(str(fault).split()), 400)})") from fault
     except RecursionError as fault:
         raise error(f"{source}: YAML nested too deeply; write it flatter") from fault
-    except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as fault:
+    except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError, MemoryError) as fault:
         # PyYAML's own constructors let these through: a date 2024-13-45, `!!int foo`, a number of 5,000 digits.
         raise error(
             f"{source}: holds a value that YAML cannot read ({shown(fault)}); put it in quotes"
@@ -140,14 +169,15 @@ def parse_yaml(text: str, source: str, *, error: type[ExpoError] = JobError) -> 
 
 
 class Pattern:
-    """A regular expression from outside: a search in it ends within a second, whatever it is."""
+    """A regular expression from outside: a search ends within a second, and all searches with it within seconds."""
 
     def __init__(self, text: str, compiled: regex.Pattern[str]) -> None:
         self.text = text
         self._compiled = compiled
+        self._spent_s = 0.0
 
     def search(self, name: str) -> bool:
-        """Whether the expression is found anywhere in `name`.
+        """Return whether the expression matches anywhere in `name`.
 
         Raises:
             JobError: if the search takes too long.
@@ -155,42 +185,57 @@ class Pattern:
         return self._run(self._compiled.search, name)
 
     def fullmatch(self, name: str) -> bool:
-        """Whether the expression is all of `name`; errors as of `search`."""
+        """Return whether the expression matches all of `name`; errors as of `search`."""
         return self._run(self._compiled.fullmatch, name)
 
     def _run(self, find: Any, name: str) -> bool:
+        began = time.thread_time()
         try:
-            return find(name, timeout=_PATTERN_TIMEOUT_S) is not None
+            matched = find(name, timeout=_PATTERN_TIMEOUT_S) is not None
         except (TimeoutError, MemoryError, RecursionError) as fault:
-            raise JobError(
-                f"the pattern `{shown(self.text)}` takes more than {_PATTERN_TIMEOUT_S:.0f} s on the name {shown(name)}; "
-                "write it without a repetition inside a repetition"
-            ) from fault
+            self._spent_s = _PATTERN_BUDGET_S  # hundreds of names may follow
+            raise self._too_slow(name) from fault
+        took = time.thread_time() - began
+        if took > _SLOW_SEARCH_S:
+            self._spent_s += took
+            if self._spent_s > _PATTERN_BUDGET_S:
+                raise self._too_slow(name)
+        return matched
+
+    def _too_slow(self, name: str) -> JobError:
+        return JobError(
+            f"the pattern `{shown(self.text)}` takes too long on names such as {shown(name, 80)}; write it without a repetition "
+            "inside a repetition"
+        )
 
 
 @lru_cache(maxsize=1024)
 def compile_pattern(text: str) -> Pattern:
-    """A regular expression (syntax of Python's `re`), compiled by a matcher that knows a time limit.
+    """Compile a regular expression (syntax of Python's `re`) for a matcher that knows a time limit.
 
     Raises:
         JobError: if it is not one, or longer than 1,000 characters.
     """
     if len(text) > _LONGEST_PATTERN:
         raise JobError(
-            f"the pattern `{shown(text, 60)}` is longer than the {_LONGEST_PATTERN} characters that are read"
+            f"the pattern `{shown(text, 60)}` is longer than the {_LONGEST_PATTERN} characters that are read; write it shorter"
         )
     try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            re.compile(text)  # the matcher takes more than `re`, of which nothing else here knows
         return Pattern(text, regex.compile(text, regex.V0))
     except (
-        regex.error,
         ValueError,
-        OverflowError,
-        RecursionError,
-        MemoryError,
+        ArithmeticError,
         LookupError,
         TypeError,
+        RuntimeError,
+        MemoryError,
+        re.error,
+        regex.error,
     ) as fault:
-        raise JobError(f"{shown(text)!r} is not a regular expression ({shown(fault)})") from fault
+        raise JobError(f"{shown(text)!r} is not a regular expression ({shown(fault)}); correct it") from fault
 
 
 def kind_of(value: object) -> str:
@@ -212,26 +257,47 @@ def _no_constant(text: str) -> Any:
 
 
 def _parse_int(text: str) -> int | float:
+    if len(text) > _LONGEST_NUMBER:
+        raise ValueError(f"a number of {len(text)} digits")
     # JSON readers with unsigned integers refuse a sign, even before 0.
     return -0.0 if text == "-0" else int(text)
 
 
-def _too_deep(value: Any) -> bool:
+def _parse_float(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text} is beyond the range of a number")
+    return number
+
+
+def _check_depth(value: Any) -> None:
     level: list[Any] = [value]
     for _ in range(_DEEPEST):
-        level = [inner for container in level for inner in _inside(container)]
+        level = [inner for container in level for inner in _children(container) if _children(inner)]
         if not level:
-            return False
-    return True
+            return
+    raise RecursionError
 
 
-def _inside(container: Any) -> Iterable[Any]:
-    values = container.values() if isinstance(container, dict) else container
-    return (
-        [value for value in values if isinstance(value, dict | list)]
-        if isinstance(container, dict | list)
-        else ()
-    )
+def _check_unicode(value: Any) -> None:
+    """Raise a `ValueError` on a text with half of a surrogate pair."""
+    stack = [value]
+    while stack:
+        inner = stack.pop()
+        if isinstance(inner, str):
+            if not inner.isascii():
+                inner.encode("utf-8")
+        elif isinstance(inner, dict):
+            stack += inner.keys()
+            stack += inner.values()
+        elif isinstance(inner, list):
+            stack += inner
+
+
+def _children(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def _check_unfolded(value: Any) -> None:
@@ -244,6 +310,10 @@ def _check_unfolded(value: Any) -> None:
             raise ValueError(f"aliases or merge keys unfold to more than {_YAML_VALUES} values")
         if depth > _DEEPEST:
             raise RecursionError
+        if isinstance(inner, bytes):
+            raise ValueError("binary data")
+        if isinstance(inner, int) and inner.bit_length() > 3 * _LONGEST_NUMBER:
+            raise ValueError(f"an integer of more than {_LONGEST_NUMBER} digits")
         if isinstance(inner, dict):
             stack += [(child, depth + 1) for child in (*inner.keys(), *inner.values())]
         elif isinstance(inner, list | tuple | set):
@@ -258,13 +328,26 @@ class _PlainLoader(yaml.SafeLoader):
         self._merged = 0
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        own = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        twice = [key for key, count in Counter(map(str, own)).items() if count > 1]
-        if twice:
+        own = [
+            (key.tag, key.value)
+            for key, _ in node.value
+            if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE
+        ]
+        if len(set(own)) < len(own):
+            twice = Counter(own).most_common(1)[0][0][1]
             raise yaml.constructor.ConstructorError(
-                None, None, f"the key {shown(twice[0])!r} stands twice", node.start_mark
+                None, None, f"the key {shown(twice, 60)!r} stands twice", node.start_mark
             )
+        # PyYAML copies all that is merged into one list, so the sum is checked before.
+        for key, value in node.value:
+            if key.tag == _MERGE:
+                self._count_merged(value)
         super().flatten_mapping(node)
-        self._merged += len(node.value)
-        if self._merged > _YAML_VALUES:
-            raise ValueError(f"aliases or merge keys unfold to more than {_YAML_VALUES} values")
+
+    def _count_merged(self, value: yaml.Node) -> None:
+        for source in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+            if isinstance(source, yaml.MappingNode):
+                self.flatten_mapping(source)
+                self._merged += len(source.value) + 1
+            if self._merged > _YAML_VALUES:
+                raise ValueError(f"aliases or merge keys unfold to more than {_YAML_VALUES} values")

@@ -100,7 +100,7 @@ REFUSALS: list[tuple[bytes, str]] = [
     (file_of(b'{"a":1} x'), "header: not valid JSON (Extra data"),
     (file_of(b'{"\\ud800":1}'), "header: not valid JSON ('utf-8' codec can't encode"),
     (file_of(b'{"a":NaN}'), "header: not valid JSON (NaN is no JSON number)"),
-    (file_of(b'{"a":' + b"9" * 5000 + b"}"), "header: not valid JSON (Exceeds the limit"),
+    (file_of(b'{"a":' + b"9" * 5000 + b"}"), "header: not valid JSON (a number of 5000 digits)"),
     (file_of(b'{"a":' * 100_000), "header: JSON nested too deeply"),
     (file_of(b'{"a":' + b"[" * 100_000), "header: JSON nested too deeply"),
     (file_of(b'{"w":{},"w":{}}'), "header: not valid JSON (the key 'w' stands twice)"),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from expo_ray.errors import JobError
+from expo_ray.text import shown
 from expo_ray.untrusted import compile_pattern
 
 Rounding = Literal["nearest", "stochastic", "reference"]
@@ -21,6 +23,7 @@ WeightDtype = Literal["auto", "bf16", "fp16", "fp32"]
 
 READ_ONLY = "the Hub is only read from here; write to a local folder or S3, from where `expo-ray push` sends a finished model"
 
+_LARGEST_SIZE = 2**63
 _UNITS = {"": 1, "B": 1} | {
     unit: base**power
     for power, letter in enumerate("KMGT", start=1)
@@ -30,13 +33,16 @@ _UNITS = {"": 1, "B": 1} | {
 
 def parse_bytes(text: object) -> int:
     """`5GB` -> 5,000,000,000; `512MiB` -> 536,870,912; a number is taken as bytes."""
+    given = shown(repr(text), 60)
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", str(text))
     if isinstance(text, bool) or match is None or match[2].upper() not in _UNITS:
-        raise ValueError(f"{text!r} is not a size; write it like 5GB or 512MiB")
-    size = int(float(match[1]) * _UNITS[match[2].upper()])
+        raise ValueError(f"{given} is not a size; write it like 5GB or 512MiB")
+    size = float(match[1]) * _UNITS[match[2].upper()]
+    if not size < _LARGEST_SIZE:
+        raise ValueError(f"{given} is more than any file can hold; write a size like 5GB")
     if size < 1:
-        raise ValueError(f"{text!r} is below one byte; write a size like 5GB")
-    return size
+        raise ValueError(f"{given} is below one byte; write a size like 5GB")
+    return int(size)
 
 
 def check_alpha(alpha: float) -> float:
@@ -71,7 +77,7 @@ def check_pattern(pattern: str) -> str:
 
 def check_alphas(alphas: tuple[float, ...]) -> tuple[float, ...]:
     """`alphas` themselves, if each is listed once."""
-    twice = sorted({alpha for alpha in alphas if alphas.count(alpha) > 1})
+    twice = sorted(alpha for alpha, count in Counter(alphas).items() if count > 1)
     if twice:
         raise ValueError(f"alpha {', '.join(map(format_alpha, twice))} is listed twice; list each alpha once")
     return alphas

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
@@ -75,7 +76,7 @@ class Job(Frozen):
             "rewards": [item.name for item in self.rewards],
         }
         for section, names in named.items():
-            twice = sorted({name for name in names if names.count(name) > 1})
+            twice = sorted(name for name, count in Counter(names).items() if count > 1)
             if twice:
                 raise ValueError(f"{section}: {', '.join(twice)} is used twice; give each its own `name`")
         return self

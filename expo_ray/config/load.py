@@ -12,7 +12,8 @@ from pydantic import BaseModel, ValidationError
 from expo_ray.config.job import Job
 from expo_ray.config.pairs import Pair
 from expo_ray.errors import JobError, Problems
-from expo_ray.untrusted import parse_yaml
+from expo_ray.text import shown
+from expo_ray.untrusted import YAML_BYTES, parse_yaml
 
 
 def load_job(path: str | Path) -> Job:
@@ -23,7 +24,8 @@ def load_job(path: str | Path) -> Job:
         Problems: with everything that is wrong in it.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with Path(path).open(encoding="utf-8") as file:
+            text = file.read(YAML_BYTES + 1)
     except (OSError, ValueError) as error:
         raise JobError(f"{path}: cannot be read ({error}); give the path of a YAML job file") from error
     data = parse_yaml(text, str(path))
@@ -70,7 +72,7 @@ def _explain(error: ValidationError) -> Iterator[str]:
         if problem["loc"] == ("pairs",) and problem["type"] == "too_short" and in_pairs:
             continue  # pydantic counts the valid pairs only
         place = "".join(
-            f"[{part}]" if isinstance(part, int) else f".{part}" for part in problem["loc"]
+            f"[{part}]" if isinstance(part, int) else f".{shown(part, 80)}" for part in problem["loc"]
         ).lstrip(".")
         if problem["type"] == "extra_forbidden":
             yield _explain_unknown(place, problem["loc"])
@@ -78,11 +80,10 @@ def _explain(error: ValidationError) -> Iterator[str]:
             yield f"{place} is missing; {_field_text(problem['loc'])}"
         else:
             text = problem["msg"].removeprefix("Value error, ")
-            found = (
-                problem["input"] if isinstance(problem["input"], str | int | float | bool | None) else None
-            )
-            shown = f" (found {found!r})" if found is not None and repr(found) not in text else ""
-            yield f"{place}: {text}{shown}" if place else text
+            given = problem["input"]
+            value = shown(repr(given)) if isinstance(given, str | int | float | bool) else ""
+            quoted = f" (found {value})" if value and value not in text else ""
+            yield f"{place}: {text}{quoted}" if place else text
 
 
 def _model_at(loc: tuple[int | str, ...]) -> type[BaseModel]:

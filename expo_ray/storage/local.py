@@ -11,7 +11,7 @@ from urllib.parse import unquote
 from expo_ray.errors import AlreadyExists, InputChanged, NotFound, StorageError
 from expo_ray.storage.local_writer import TEMP_PREFIX, LocalWriter, etag_of, info_of, named
 from expo_ray.storage.protocol import FileInfo
-from expo_ray.storage.uri import check_key
+from expo_ray.storage.uri import check_key, check_name
 
 
 class LocalStore:
@@ -33,7 +33,7 @@ class LocalStore:
         path = unquote(uri.removeprefix("file://")) if uri.startswith("file://") else uri
         if uri.startswith("file://") and not path.startswith("/"):
             raise StorageError(f"{uri}: a file URI names an absolute path, file:///folder")
-        self._root = Path(os.path.abspath(os.path.expanduser(path)))
+        self._root = Path(os.path.abspath(os.path.expanduser(check_name(path))))
         self.uri = str(self._root)
 
     def __reduce__(self) -> tuple[type[LocalStore], tuple[str]]:

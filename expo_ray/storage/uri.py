@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 from expo_ray.errors import StorageError
+from expo_ray.text import shown
 
 SCHEMES = ("file", "s3", "hf", "memory")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
@@ -15,8 +17,9 @@ def split_uri(uri: str) -> tuple[str, str]:
     """Scheme and the rest; a bare path has the scheme `file`.
 
     Raises:
-        StorageError: for a scheme that no store speaks, or credentials inside the URI.
+        StorageError: for a scheme that no store speaks, credentials inside the URI, or a character that no name can hold.
     """
+    check_name(uri)
     match = _SCHEME.fullmatch(uri)
     if match is None:
         if not uri:
@@ -34,6 +37,23 @@ def split_uri(uri: str) -> tuple[str, str]:
             "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or HF_TOKEN instead"
         )
     return scheme, rest
+
+
+def check_name(path: str) -> str:
+    """`path` itself.
+
+    Raises:
+        StorageError: if no system can have a file of that name.
+    """
+    try:
+        encoded = os.fsencode(path)
+    except ValueError:
+        encoded = b"\0"
+    if b"\0" in encoded:
+        raise StorageError(
+            f"{shown(path)}: holds a character that no name of a file can hold (NUL, or half of a surrogate pair); correct it"
+        )
+    return path
 
 
 def redact(uri: str) -> str:
