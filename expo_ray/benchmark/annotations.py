@@ -56,7 +56,9 @@ def read_annotations(uri: str, prompts: Sequence[str], *, allow_missing: bool = 
         raise Problems(problems)
     verdicts = _verdicts(model, names, placed)
     if verdicts.unparsed:
-        log.warning("%s: %d of %d annotations hold no verdict", shown(model), verdicts.unparsed, len(placed.rows))
+        log.warning(
+            "%s: %d of %d annotations hold no verdict", shown(model), verdicts.unparsed, len(placed.rows)
+        )
     return verdicts
 
 
@@ -76,7 +78,11 @@ def _place(rows: Sequence[tuple[str, Mapping[str, Any]]], place_of: Mapping[str,
         elif place_of[instruction] in placed.rows:
             earlier, other = placed.rows[place_of[instruction]]
             same = _sizes(row) == _sizes(other) and row.get("output_2") == other.get("output_2")
-            what = "the same instruction twice" if same else "two answer sets: the same instruction with another answer"
+            what = (
+                "the same instruction twice"
+                if same
+                else "two answer sets: the same instruction with another answer"
+            )
             placed.wrong[f"{what}; keep one row for each instruction"].append(f"{earlier} and {where}")
         else:
             placed.rows[place_of[instruction]] = where, row
@@ -86,9 +92,7 @@ def _place(rows: Sequence[tuple[str, Mapping[str, Any]]], place_of: Mapping[str,
 def _fault_of(row: Mapping[str, Any]) -> str:
     preference = row.get("preference", "missing")
     if preference is not None and not (is_number(preference) and (1 <= preference <= 2 or preference == 0)):
-        return (
-            f"preference {shown(preference, 40)}; it is a number from 1 (the baseline is better) to 2 (the model is), or null"
-        )
+        return f"preference {shown(preference, 40)}; it is a number from 1 (the baseline is better) to 2 (the model is), or null"
     if None in _sizes(row):
         return "neither texts in `output_1` and `output_2` nor their lengths in `len_1` and `len_2`"
     return ""

@@ -92,7 +92,9 @@ def _files_of(folder: str) -> tuple[str, str]:
     keys = {info.key for info in open_store(folder).list()}
     chosen = [next((name for name in names if name in keys), None) for names in (_GAMED, _PROMPTS)]
     problems = [
-        BenchmarkError(f"{folder}: holds no {' or '.join(names)}; put it there, or leave out --covariates to download it")
+        BenchmarkError(
+            f"{folder}: holds no {' or '.join(names)}; put it there, or leave out --covariates to download it"
+        )
         for names, name in zip((_GAMED, _PROMPTS), chosen, strict=True)
         if name is None
     ]
@@ -120,15 +122,25 @@ def _read_prompts(uri: str) -> tuple[str, ...]:
     problems = list(file.problems)
     nameless = [place for place, row in file.rows if not isinstance(row.get("instruction"), str)]
     if nameless:
-        problems.append(BenchmarkError(f"{uri}: {len(nameless)} row(s) without `instruction`; give the list of prompts"))
+        problems.append(
+            BenchmarkError(f"{uri}: {len(nameless)} row(s) without `instruction`; give the list of prompts")
+        )
     rows = [row for _, row in file.rows if isinstance(row.get("instruction"), str)]
     if all(type(row.get("index")) is int for row in rows):
         if sorted(row["index"] for row in rows) != list(range(len(rows))):
-            problems.append(BenchmarkError(f"{uri}: `index` does not count from 0 to {len(rows) - 1}; give the whole list"))
+            problems.append(
+                BenchmarkError(
+                    f"{uri}: `index` does not count from 0 to {len(rows) - 1}; give the whole list"
+                )
+            )
         rows.sort(key=lambda row: row["index"])
     prompts = tuple(row["instruction"] for row in rows)
     if len(set(prompts)) < len(prompts):
-        problems.append(BenchmarkError(f"{uri}: {len(prompts) - len(set(prompts))} instruction(s) come twice; give each once"))
+        problems.append(
+            BenchmarkError(
+                f"{uri}: {len(prompts) - len(set(prompts))} instruction(s) come twice; give each once"
+            )
+        )
     if problems:
         raise Problems(problems)
     return prompts
@@ -140,7 +152,9 @@ def _read_gamed(data: bytes, uri: str, num_prompts: int) -> tuple[GamedRows, Arr
         rows = list(csv.DictReader(io.StringIO(data.decode("utf-8"))))
         table = {name: np.array([float(row[name]) for row in rows]) for name in _NUMBERS}
     except (ValueError, TypeError, KeyError, csv.Error) as error:
-        raise BenchmarkError(f"{uri}: not alpaca-eval's table of {', '.join(_NUMBERS)} ({shown(error)}); {remedy}") from error
+        raise BenchmarkError(
+            f"{uri}: not alpaca-eval's table of {', '.join(_NUMBERS)} ({shown(error)}); {remedy}"
+        ) from error
     problems = list(_faults_of_gamed(table, num_prompts))
     if problems:
         raise Problems([BenchmarkError(f"{uri}: {problem}; {remedy}") for problem in problems])
@@ -159,7 +173,9 @@ def _faults_of_gamed(table: Mapping[str, Array], num_prompts: int) -> Iterable[s
         yield "a preference outside 0 to 1"
     if num_prompts and sorted(set(table["index"].tolist())) != list(range(num_prompts)):
         yield f"its index does not count through the {num_prompts} prompts"
-    if len(set(zip(table["index"].tolist(), table["instruction_difficulty"].tolist(), strict=True))) != len(set(table["index"].tolist())):
+    if len(set(zip(table["index"].tolist(), table["instruction_difficulty"].tolist(), strict=True))) != len(
+        set(table["index"].tolist())
+    ):
         yield "two difficulties for one prompt"
 
 
@@ -172,6 +188,7 @@ def _check_digest(uri: str, data: bytes) -> None:
             shown(uri), digest, _SHA256[name],
         )  # fmt: skip
     elif name not in _SHA256:
-        log.warning("%s: not the published df_gamed.csv; length-controlled win rates may differ by a few hundredths", shown(uri))
-
-
+        log.warning(
+            "%s: not the published df_gamed.csv; length-controlled win rates may differ by a few hundredths",
+            shown(uri),
+        )

@@ -86,7 +86,7 @@ def main() -> None:
 
     # The package downloads this one file, and is given the path of a copy instead.
     glm_winrate.hf_hub_download = lambda **_: request["gamed"]
-    print(json.dumps([_win_rate(glm_winrate, pd, arm) for arm in request["arms"]]))
+    json.dump([_win_rate(glm_winrate, pd, arm) for arm in request["arms"]], sys.stdout)
 
 
 def _win_rate(glm_winrate: Any, pd: Any, arm: dict[str, Any]) -> float:

@@ -45,7 +45,9 @@ def read_row_file(uri: str) -> RowFile:
     ]
     problems = faults[:_MOST_SHOWN]
     if len(faults) > _MOST_SHOWN:
-        problems.append(BenchmarkError(f"{uri}: {len(faults) - _MOST_SHOWN} more lines are not JSON; {_AGAIN}"))
+        problems.append(
+            BenchmarkError(f"{uri}: {len(faults) - _MOST_SHOWN} more lines are not JSON; {_AGAIN}")
+        )
     if others:
         problems.append(BenchmarkError(f"{uri}: not a JSON object in {places(others)}; {_AGAIN}"))
     if not rows and not problems:
