@@ -89,6 +89,12 @@ def test_read_gives_the_bytes(filled: Store) -> None:
         assert filled.read(key) == FILES[key]
 
 
+def test_read_is_bounded(filled: Store) -> None:
+    assert filled.read("config.json", most_bytes=len(FILES["config.json"])) == FILES["config.json"]
+    with pytest.raises(StorageError, match="more than the"):
+        filled.read("config.json", most_bytes=len(FILES["config.json"]) - 1)
+
+
 @pytest.mark.parametrize(
     ("start", "size"),
     [(0, 1), (0, 8), (12345, 2 * MIB), (3 * MIB + 16, 1), (0, 3 * MIB + 17), (7, 0), (3 * MIB + 17, 0)],
@@ -495,7 +501,8 @@ def test_temp_files_are_not_listed_and_links_are_followed(tmp_path: Path) -> Non
     (folder / "model").symlink_to("../blob")
     (folder / "gone").symlink_to("../nothing")
     store = open_store(str(folder))
-    assert [(info.key, info.size) for info in store.list()] == [("model", 5)]
+    assert [(info.key, info.size) for info in store.list()] == [("gone", 0), ("model", 5)]
+    assert all(info.fault for info in store.list())
 
 
 def test_a_file_rewritten_in_place_is_found_out(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from math import prod
 from typing import Any
@@ -19,7 +20,9 @@ MAX_HEADER_BYTES = 100_000_000
 _FIRST_READ = 128 * 1024
 _MAX_DIMENSIONS = 64
 _MAX_SIZE = 2**63 - 1
+_LARGEST_DOUBLE = sys.float_info.max
 _PACKED_DTYPES = ("F4", "F6_E2M3", "F6_E3M2")
+_WHITESPACE = b" \t\r\n"
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -27,7 +30,8 @@ def read_header(store: Store, info: FileInfo) -> dict[str, Tensor]:
     """The tensors of one safetensors file by name, in the order of their bytes; one ranged read, rarely two.
 
     The format: 8 bytes of length N, little-endian; N bytes of JSON; the data, without overlaps, holes or a tail
-    (https://github.com/huggingface/safetensors, "Format").
+    (https://github.com/huggingface/safetensors, "Format"). Like its library, this takes white space around the JSON, keys that it
+    does not know, and null for `__metadata__`; unlike it, no name twice and no shape that another reader could overflow on.
 
     Raises:
         CheckpointError: if anything in the header, or the size of the file, is not as the format has it.
@@ -93,12 +97,12 @@ def _header_length(head: bytearray, size: int, where: str) -> int:
 
 
 def _parse(text: bytes, info: FileInfo, where: str) -> dict[str, Tensor]:
-    if not text.startswith(b"{"):
+    if not text.lstrip(_WHITESPACE).startswith(b"{"):
         raise CheckpointError(
             f"{where}: the header begins with {text[:8]!r} instead of '{{'; download it again"
         )
     entries = parse_json_object(text, f"{where}: header", most_bytes=MAX_HEADER_BYTES, strict=True)
-    _check_metadata(entries.pop("__metadata__", {}), where)
+    _check_metadata(entries.pop("__metadata__", None), where)
     data_start = 8 + len(text)
     placed = [_placed(name, entry, data_start, info.key, where) for name, entry in entries.items()]
     placed.sort(key=lambda item: (item[0], item[1], item[2].name))
@@ -107,6 +111,8 @@ def _parse(text: bytes, info: FileInfo, where: str) -> dict[str, Tensor]:
 
 
 def _check_metadata(metadata: object, where: str) -> None:
+    if metadata is None:
+        return
     if not isinstance(metadata, dict):
         raise CheckpointError(
             f"{where}: `__metadata__` is {_short(metadata)}, not an object; save the file again"
@@ -121,10 +127,12 @@ def _check_metadata(metadata: object, where: str) -> None:
 def _placed(name: str, entry: object, data_start: int, file: str, where: str) -> tuple[int, int, Tensor]:
     """Begin and end in the data section, and the tensor."""
     here = f"{where}: tensor {_short(name)}"
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or not entry.keys() >= {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(
             f"{here} is described by {_short(entry)} instead of dtype, shape and data_offsets; save the file again"
         )
+    if not _fits_doubles(entry.values()):
+        raise CheckpointError(f"{here}: a number past the range of doubles; save the file again")
     dtype = _dtype(entry["dtype"], here)
     shape = _shape(entry["shape"], dtype, here)
     begin, end = _offsets(entry, here)
@@ -201,6 +209,18 @@ def _check_layout(placed: list[tuple[int, int, Tensor]], data_start: int, size: 
             f"{where}: the header promises {promised} bytes, the file has {size}: {size - promised} bytes past the last tensor; "
             "download it again"
         )
+
+
+def _fits_doubles(values: Iterable[object]) -> bool:
+    """Whether every number in parsed JSON is one that the library's parser takes."""
+    stack = list(values)
+    while stack:
+        value = stack.pop()
+        if isinstance(value, dict | list):
+            stack += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, int | float) and not -_LARGEST_DOUBLE <= value <= _LARGEST_DOUBLE:
+            return False
+    return True
 
 
 def _is_size(value: object) -> bool:

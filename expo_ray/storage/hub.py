@@ -14,7 +14,7 @@ from expo_ray.config.fields import READ_ONLY
 from expo_ray.errors import InputChanged, NotFound, StorageError, TransientStorageError
 from expo_ray.storage.hub_errors import translate
 from expo_ray.storage.local import fill
-from expo_ray.storage.protocol import FileInfo, Writer
+from expo_ray.storage.protocol import MOST_BYTES, FileInfo, Writer, check_size
 from expo_ray.storage.retry import copy_pieces, equal_pieces, read_agreed, retry_translated
 from expo_ray.storage.uri import check_key, redact
 
@@ -85,9 +85,10 @@ class HubStore:
         except KeyError:
             raise NotFound(f"{self.uri}/{key}: no such file in the repository") from None
 
-    def read(self, key: str) -> bytes:
+    def read(self, key: str, *, most_bytes: int = MOST_BYTES) -> bytes:
         info = self.stat(key)
         uri = f"{self.uri}/{key}"
+        check_size(uri, info.size, most_bytes)
         for again in (False, True):  # the first copy may have been damaged on its way, or in the cache
             data = Path(self._ask(partial(self._download, key, force=again), uri)).read_bytes()
             if _digest(data, info.etag) == info.etag:

@@ -9,7 +9,7 @@ from collections import defaultdict
 from typing_extensions import Buffer
 
 from expo_ray.errors import AlreadyExists, InputChanged, NotFound, StorageError
-from expo_ray.storage.protocol import FileInfo, Writer
+from expo_ray.storage.protocol import MOST_BYTES, FileInfo, Writer, check_size
 from expo_ray.storage.uri import check_key, split_bucket
 
 _OBJECTS: dict[str, dict[str, bytes]] = defaultdict(dict)
@@ -48,11 +48,13 @@ class MemoryStore:
     def stat(self, key: str) -> FileInfo:
         return _info(key, self.read(key))
 
-    def read(self, key: str) -> bytes:
+    def read(self, key: str, *, most_bytes: int = MOST_BYTES) -> bytes:
         try:
-            return self._objects[self._path(key)]
+            data = self._objects[self._path(key)]
         except KeyError:
             raise NotFound(f"{self.uri}/{key}: no such object") from None
+        check_size(f"{self.uri}/{key}", len(data), most_bytes)
+        return data
 
     def read_into(self, key: str, start: int, out: memoryview, *, etag: str) -> None:
         data = self.read(key)

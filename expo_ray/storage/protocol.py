@@ -8,6 +8,11 @@ from typing import Protocol, Self
 
 from typing_extensions import Buffer
 
+from expo_ray.errors import StorageError
+
+# What `Store.read` takes into memory unless its caller says otherwise.
+MOST_BYTES = 2**30
+
 
 @dataclass(frozen=True, slots=True)
 class FileInfo:
@@ -17,11 +22,26 @@ class FileInfo:
         key: path below the store's folder, parts joined by `/`.
         size: length in bytes.
         etag: names these bytes: S3's ETag, `mtime_ns-size` of a local file, the digest or blob id on the Hub.
+        fault: reason not to take it for a file of this folder: it is a FIFO, a dangling link, a link that leads elsewhere, or
+            has a name that no key can hold. Empty for everything else; only local folders have such entries.
     """
 
     key: str
     size: int
     etag: str
+    fault: str = ""
+
+
+def check_size(uri: str, size: int, most_bytes: int) -> None:
+    """Refuse an object that is too large to be read whole.
+
+    Raises:
+        StorageError: if `size` is more than `most_bytes`.
+    """
+    if size > most_bytes:
+        raise StorageError(
+            f"{uri}: {size} bytes, more than the {most_bytes} that such a file can have; put the right file in its place"
+        )
 
 
 class Writer(Protocol):
@@ -74,8 +94,12 @@ class Store(Protocol):
     def stat(self, key: str) -> FileInfo:
         """Size and ETag of one object."""
 
-    def read(self, key: str) -> bytes:
-        """The whole of a small object."""
+    def read(self, key: str, *, most_bytes: int = MOST_BYTES) -> bytes:
+        """The whole of a small object.
+
+        Raises:
+            StorageError: if it is larger than `most_bytes`; nothing of it is then kept.
+        """
 
     def read_into(self, key: str, start: int, out: memoryview, *, etag: str) -> None:
         """Fill `out` with the bytes from `start` on, of the version `etag` and no other.

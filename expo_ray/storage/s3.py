@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from expo_ray.errors import AlreadyExists, InputChanged, NotFound, StorageError, TransientStorageError
-from expo_ray.storage.protocol import FileInfo
+from expo_ray.storage.protocol import MOST_BYTES, FileInfo, check_size
 from expo_ray.storage.retry import copy_pieces, equal_pieces, read_agreed, retry_translated
 from expo_ray.storage.s3_connection import connect
 from expo_ray.storage.s3_errors import status_of, translate
@@ -74,14 +74,16 @@ class S3Store:
             lambda: self._info(obstore.head(self._connection.reads, path)), f"{self.uri}/{key}"
         )
 
-    def read(self, key: str) -> bytes:
+    def read(self, key: str, *, most_bytes: int = MOST_BYTES) -> bytes:
         import obstore
 
         path = self._path(key)
         uri = f"{self.uri}/{key}"
 
         def ask() -> bytes:
-            return bytes(obstore.get(self._connection.reads, path).bytes())
+            answer = obstore.get(self._connection.reads, path)
+            check_size(uri, answer.meta["size"], most_bytes)
+            return bytes(answer.bytes())
 
         return self._agreed(ask, lambda data: self._retry(ask, uri) == data, uri)
 
