@@ -31,6 +31,8 @@ from expo_ray.extrapolation.run import Outcome, run_job
 from expo_ray.extrapolation.verify import read_manifest, rederive, verify_files
 from expo_ray.flags import flags_of, with_alphas_joined, with_flags
 from expo_ray.storage import join_uri, open_store
+from expo_ray.terminal import guard_terminal
+from expo_ray.text import remember_url_secrets
 
 if TYPE_CHECKING:
     from expo_ray.extrapolation.fit import Fit
@@ -40,7 +42,9 @@ BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0, 1 for work that failed, 2 for bad input, 130 when interrupted."""
+    guard_terminal()
     words = sys.argv[1:] if arguments is None else arguments
+    remember_url_secrets(list(words))
     parsed = command_parser().parse_args(with_alphas_joined(words))
     return guarded(lambda: _COMMANDS[parsed.command](parsed), flags_of(parsed))
 
@@ -51,6 +55,7 @@ def guarded(command: Callable[[], int], flags: Collection[str] = ()) -> int:
     Args:
         flags: see `with_flags`.
     """
+    guard_terminal()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("expo_ray").setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as on Ctrl-C

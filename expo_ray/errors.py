@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from expo_ray.text import redact, visible
+from expo_ray.text import message
 
 T = TypeVar("T")
 
 
 class ExpoError(Exception):
-    """Base of every error whose remedy is in the user's hands. Its text holds no secret and no control character."""
+    """Base of every error whose remedy is in the user's hands. Its text is one line without secrets or control characters."""
+
+    _lines = False
 
     def __init__(self, *arguments: object) -> None:
-        super().__init__(*(visible(redact(each)) if isinstance(each, str) else each for each in arguments))
+        super().__init__(
+            *(message(each, lines=self._lines) if isinstance(each, str) else each for each in arguments)
+        )
 
 
 class JobError(ExpoError):
@@ -76,9 +80,14 @@ class TransientStorageError(StorageError):
 class Problems(ExpoError):
     """Several errors found in one look, so that a user mends them all at once."""
 
+    _lines = True
+
     def __init__(self, problems: Sequence[ExpoError]) -> None:
         self.problems = tuple(problems)
         super().__init__("\n".join(f"- {problem}" for problem in self.problems))
+
+    def __reduce__(self) -> tuple[type[Problems], tuple[Sequence[ExpoError]]]:
+        return Problems, (self.problems,)
 
 
 class Attempts:

@@ -281,7 +281,7 @@ def test_everything_wrong_is_told_at_once_before_anything_is_loaded(
     said = refused(capsys, "--responses", "bad.jsonl", "--reward-model", "headless", "--output", "d/")
     for told in (
         "3 problem(s)",
-        "bad.jsonl: 3 bad row(s), mend or remove them",
+        "bad.jsonl: 3 bad row(s), fix or remove them",
         "headless: has no score head",
     ):
         assert told in said

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 from expo_ray.errors import JobError
-from expo_ray.text import shown
+from expo_ray.text import redact, shown
 from expo_ray.untrusted import compile_pattern
 
 Rounding = Literal["nearest", "stochastic", "reference"]
@@ -122,7 +122,8 @@ def named_after(data: Any, field: str) -> Any:
     """`data` with a `name` made from the last part of the path in `field`, unless it has one."""
     if not isinstance(data, dict) or not isinstance(data.get(field), str) or data.get("name") is not None:
         return data
-    last = data[field].rstrip("/").rpartition("/")[2].partition("@")[0]
+    # The name makes paths: no signature or password may end up in it.
+    last = redact(data[field]).rstrip("/").rpartition("/")[2].partition("@")[0]
     return data | {"name": re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip(".-_") or field}
 
 

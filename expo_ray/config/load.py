@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from expo_ray.config.job import Job
 from expo_ray.config.pairs import Pair
 from expo_ray.errors import JobError, Problems
-from expo_ray.text import shown
+from expo_ray.text import remember_url_secrets, shown
 from expo_ray.untrusted import YAML_BYTES, parse_yaml
 
 
@@ -38,6 +38,7 @@ def load_job(path: str | Path) -> Job:
 
 def parse_job(data: Mapping[str, Any], source: str) -> Job:
     """Check a job given as plain data; `source` stands before each problem."""
+    remember_url_secrets(data)
     try:
         return Job.model_validate(dict(data))
     except ValidationError as error:
@@ -46,6 +47,7 @@ def parse_job(data: Mapping[str, Any], source: str) -> Job:
 
 def parse_pair(data: Mapping[str, Any], source: str) -> Pair:
     """Check one pair given as plain data; `source` stands before each problem."""
+    remember_url_secrets(data)
     try:
         return Pair.model_validate(dict(data))
     except ValidationError as error:

@@ -83,5 +83,5 @@ def read_rows(store: Store, key: str, parse: Callable[[Mapping[str, Any]], T]) -
 def bad_rows(wrong: Sequence[str]) -> str:
     """What to say of rows that cannot be read, each given as its place and what is wrong with it."""
     more = [f"and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
-    told = "\n    ".join([*wrong[:_SHOWN], *more])
-    return f"{len(wrong)} bad row(s), mend or remove them:\n    {told}"
+    rows = "; ".join([*wrong[:_SHOWN], *more])
+    return f"{len(wrong)} bad row(s), fix or remove them: {rows}"

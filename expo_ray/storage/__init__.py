@@ -10,7 +10,7 @@ from expo_ray.storage.conditional import check_conditional_writes
 from expo_ray.storage.local import LocalStore
 from expo_ray.storage.memory import MemoryStore
 from expo_ray.storage.protocol import FileInfo, Store, Writer
-from expo_ray.storage.uri import join_uri, redact, split_file, split_uri
+from expo_ray.storage.uri import join_uri, split_file, split_uri
 
 __all__ = [
     "FileInfo",
@@ -22,7 +22,6 @@ __all__ = [
     "open_output",
     "open_output_file",
     "open_store",
-    "redact",
     "split_file",
 ]
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
 from expo_ray.config.fields import READ_ONLY
@@ -16,7 +16,8 @@ from expo_ray.storage.hub_errors import translate
 from expo_ray.storage.local import fill
 from expo_ray.storage.protocol import MOST_BYTES, FileInfo, Writer, check_size
 from expo_ray.storage.retry import copy_pieces, equal_pieces, read_agreed, retry_translated
-from expo_ray.storage.uri import check_key, redact
+from expo_ray.storage.uri import check_key, check_listing
+from expo_ray.text import remember_secret, shown
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -59,7 +60,7 @@ class HubStore:
             parsed = parse_hf_uri(uri)
         except HfUriError as error:
             raise StorageError(
-                f"{redact(uri)}: not a model on the Hub; write hf://org/name or hf://org/name@revision"
+                f"{uri}: not a model on the Hub; write hf://org/name or hf://org/name@revision"
             ) from error
         if parsed.type != "model":
             raise StorageError(
@@ -68,6 +69,7 @@ class HubStore:
         self._repo = parsed.id
         self._folder = f"{parsed.path_in_repo.strip('/')}/" if parsed.path_in_repo.strip("/") else ""
         self._api: HfApi = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
+        remember_token()
         named = f"hf://{self._repo}" + (f"@{parsed.revision}" if parsed.revision else "")
         self.revision, self._files = self._ask(lambda: self._look(named, parsed.revision), named)
         self.uri = f"hf://{self._repo}@{self.revision}/{self._folder}".rstrip("/")
@@ -144,6 +146,7 @@ class HubStore:
         if not found.sha:
             raise StorageError(f"{named}: the Hub names no commit; is HF_ENDPOINT a Hub?")
         start = len(self._folder)
+        check_listing((file.rfilename for file in found.siblings or []), named)
         return found.sha, {
             file.rfilename[start:]: FileInfo(
                 file.rfilename[start:], file.size or 0, file.lfs.sha256 if file.lfs else file.blob_id or ""
@@ -195,12 +198,50 @@ class HubStore:
                 raise StorageError(
                     f"{self.uri}/{key}: answered {answer.status_code} to a request for a range; is HF_ENDPOINT a Hub?"
                 )
+            self._check_version(key, start, size, answer)
             if answer.url.host != urlsplit(home).hostname:
                 self._locations[key] = str(answer.url)
             yield from answer.iter_raw()
 
+    def _check_version(self, key: str, start: int, size: int, answer: Any) -> None:
+        """Find out a mirror that answers with another commit or another file.
+
+        Raises:
+            InputChanged: if what it tells of the bytes is not what was asked for.
+        """
+        whole = self._files[key].size
+        ranges = {f"bytes {start}-{start + size - 1}/{length}" for length in (whole, "*")}
+        answered = answer.headers.get("Content-Range", "")
+        if answered not in ranges:
+            raise InputChanged(
+                f"{self.uri}/{key}: bytes {start} to {start + size - 1} of {whole} were asked for, and the answer is "
+                f"{shown(answered)!r}; plan again, and see whether HF_ENDPOINT names a Hub"
+            )
+        first = (*answer.history, answer)[0]
+        commit = first.headers.get("X-Repo-Commit", self.revision)
+        if commit != self.revision:
+            raise InputChanged(
+                f"{self.uri}/{key}: the answer is of the commit {shown(commit)}; see whether HF_ENDPOINT names a Hub"
+            )
+
     def _ask(self, ask: Callable[[], T], uri: str) -> T:
         return retry_translated(ask, lambda error: translate(error, uri, self._api.endpoint))
+
+
+def remember_token() -> None:
+    """Keep the token of huggingface_hub, which may come from a file, out of all output.
+
+    Raises:
+        StorageError: if no request can carry it.
+    """
+    from huggingface_hub import get_token
+
+    token = get_token() or ""
+    remember_secret(token)
+    if not (token.isascii() and token.isprintable()):
+        raise StorageError(
+            "the token of the Hub has characters that no request can carry; set HF_TOKEN, or log in with `hf auth login` again"
+        )
 
 
 def _digest(data: bytes, like: str) -> str:

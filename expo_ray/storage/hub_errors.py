@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from expo_ray.errors import NotFound, StorageError, TransientStorageError
+from expo_ray.text import shown
 
 TRANSIENT_STATUS = {408, 429, 500, 502, 503, 504}
 
@@ -40,11 +41,11 @@ def translate(error: Exception, uri: str, endpoint: str) -> StorageError:
         if kind.__name__ in _MEANING:
             raised, text = _MEANING[kind.__name__]
             repo = uri.removeprefix("hf://").partition("@")[0]
-            cause = str(error) or type(error).__name__
+            cause = shown(error) or type(error).__name__
             return raised(f"{uri}: " + text.format(endpoint=endpoint, repo=repo, error=cause))
         if kind.__name__ == "HfHubHTTPError":
             return _answered(error.response.status_code, uri, endpoint)  # type: ignore[attr-defined]
-    return StorageError(f"{uri}: {error}")
+    return StorageError(f"{uri}: {shown(error)}")
 
 
 def _answered(status: int, uri: str, endpoint: str) -> StorageError:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from expo_ray.errors import InputChanged, NotFound, StorageError
-from expo_ray.storage.hub import HubStore
+from expo_ray.storage.hub import HubStore, remember_token
 from expo_ray.storage.hub_errors import translate
 from expo_ray.storage.retry import retry_translated
+from expo_ray.text import shown
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
@@ -33,7 +34,9 @@ def check_token() -> str:
         raise StorageError(f"no token for {api.endpoint}; {remedy}")
     found: dict[str, Any] = _ask(api.whoami, f"token for {api.endpoint}", api.endpoint, remedy)
     if found.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise StorageError(f"the token of {found.get('name')} for {api.endpoint} may only read; {remedy}")
+        raise StorageError(
+            f"the token of {shown(found.get('name'))} for {api.endpoint} may only read; {remedy}"
+        )
     return str(found.get("name"))
 
 
@@ -127,6 +130,7 @@ def _api() -> HfApi:
         from huggingface_hub import HfApi
     except ImportError as error:
         raise StorageError(f"{error.name} is not installed; pip install 'expo-ray[hub]'") from error
+    remember_token()
     return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, TypeVar
 
 from expo_ray.errors import AlreadyExists, InputChanged, NotFound, StorageError, TransientStorageError
@@ -61,9 +62,16 @@ class S3Store:
             pages = obstore.list(self._connection.reads, folder or None, chunk_size=1000)
             return [self._info(meta) for page in pages for meta in page]
 
-        found = self._retry(ask, uri)
+        infos = self._retry(ask, uri)
+        folders = {str(folder) for info in infos for folder in PurePosixPath(info.key).parents}
         return sorted(
-            (info for info in found if info.key and info.key.startswith(prefix)), key=lambda info: info.key
+            # An empty object `folder/` is how consoles make a folder.
+            (
+                info
+                for info in infos
+                if info.key and info.key.startswith(prefix) and (info.size or info.key not in folders)
+            ),
+            key=lambda info: info.key,
         )
 
     def stat(self, key: str) -> FileInfo:
@@ -164,6 +172,8 @@ class S3Store:
             if status_of(error) == RANGE_NOT_SATISFIABLE:
                 raise StorageError(f"{uri} ends before byte {start}") from error
             raise
+        if not _same(answer.meta["e_tag"], etag):  # not every store looks at If-Match
+            raise InputChanged(f"{uri} was replaced since it was planned; plan again")
         end = answer.range[1]
         if end < start + size:
             raise StorageError(f"{uri} ends at byte {end}, before byte {start + size}")
@@ -183,3 +193,8 @@ class S3Store:
 
     def _path(self, key: str) -> str:
         return self._folder + check_key(key, self.uri)
+
+
+def _same(answered: str | None, planned: str) -> bool:
+    """Whether two ETags name the same bytes; a proxy that compresses marks them as weak."""
+    return (answered or "").removeprefix("W/") == planned.removeprefix("W/")

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 from urllib.parse import urlsplit
+from urllib.request import getproxies_environment, proxy_bypass
 
 from expo_ray.errors import StorageError
+from expo_ray.text import remember_file_secrets, remember_secret, shown_end
 
 if TYPE_CHECKING:
     import boto3
     from botocore.awsrequest import AWSPreparedRequest
-    from obstore.store import ClientConfig
+    from botocore.credentials import Credentials
+    from obstore.store import ClientConfig, S3Credential
     from obstore.store import S3Store as Client
 
 CONNECT_TIMEOUT_S = 5.0
@@ -32,6 +35,10 @@ WRITE_TIMEOUT_S = 60.0
 PART_RETRIES = 5
 # Below the 10 minutes that botocore keeps in hand before credentials expire.
 CREDENTIAL_TTL = timedelta(minutes=5)
+
+# Nobody can listen there. obstore follows redirects, and the AWS session token goes along to whatever host they name; so every
+# host but the endpoint's is reached through this "proxy", that is, not at all.
+NOWHERE = "127.0.0.1:0"
 
 SET_CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or run where an instance or pod role grants access"
 
@@ -74,14 +81,62 @@ def connect(bucket: str) -> Connection:
     try:
         # Every AWS SDK but Python's reads AWS_REGION, and Kubernetes sets it.
         session = boto3.Session(region_name=os.environ.get("AWS_REGION") or None)
-        frozen = credentials.get_frozen_credentials() if (credentials := session.get_credentials()) else None
-        if frozen is None or not frozen.access_key:
+        credentials = session.get_credentials()
+        if credentials is None or not CredentialProvider(credentials)()["access_key_id"]:
             raise StorageError(f"s3://{bucket}: no AWS credentials found; {SET_CREDENTIALS}")
-        return _connection(session, bucket, _address(session, bucket))
+        return _connection(session, credentials, bucket, _address(session, bucket))
     except (BotoCoreError, ClientError, OSError, ValueError) as error:
+        _remember_files()
         raise StorageError(
-            f"s3://{bucket}: {error}; correct the AWS settings (environment, ~/.aws)"
+            f"s3://{bucket}: {shown_end(error, 500)}; correct the AWS settings (environment, ~/.aws)"
         ) from error
+
+
+class CredentialProvider:
+    """Credentials of botocore as obstore takes them; whatever they are, they are kept out of all output."""
+
+    def __init__(self, credentials: Credentials) -> None:
+        self._credentials = credentials
+
+    def __call__(self) -> S3Credential:
+        """Fetch credentials that are valid now.
+
+        Raises:
+            StorageError: if no request can carry them.
+        """
+        frozen = self._credentials.get_frozen_credentials()
+        return {
+            "access_key_id": _usable(frozen.access_key, "AWS_ACCESS_KEY_ID"),
+            "secret_access_key": _usable(frozen.secret_key, "AWS_SECRET_ACCESS_KEY"),
+            "token": _usable(frozen.token, "AWS_SESSION_TOKEN") or None,
+            "expires_at": datetime.now(UTC) + CREDENTIAL_TTL,
+        }
+
+
+def _usable(secret: str | None, variable: str) -> str:
+    """`secret` without the line break that mounted files end with."""
+    stripped = (secret or "").strip()
+    remember_secret(stripped)
+    if not (stripped.isascii() and stripped.isprintable()):
+        raise StorageError(
+            f"the AWS credentials, of which one is {variable} or stands for it in ~/.aws, hold a character that no request can "
+            f"carry; set {variable} again"
+        )
+    return stripped
+
+
+def _remember_files() -> None:
+    """Keep what stands in the files of AWS settings out of all output: botocore quotes a file that it cannot parse."""
+    for variable, default in (
+        ("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"),
+        ("AWS_CONFIG_FILE", "~/.aws/config"),
+    ):
+        path = os.path.expanduser(os.environ.get(variable) or default)
+        try:
+            if os.path.isfile(path):
+                remember_file_secrets(Path(path).read_text(errors="replace"))
+        except OSError:
+            continue
 
 
 @dataclass(frozen=True)
@@ -108,9 +163,14 @@ def _address(session: boto3.Session, bucket: str) -> Address:
         url = urlsplit(kept.url)
     path_style = url.path.endswith(f"/{bucket}/{key}")
     base = url.path.removesuffix(f"/{bucket}/{key}" if path_style else f"/{key}")
+    if url.query or url.fragment:
+        raise StorageError(
+            f"s3://{bucket}: the endpoint {url.scheme}://{url.hostname} is set with a query; leave it out of AWS_ENDPOINT_URL"
+        )
     region = client.meta.region_name
     return Address(
-        endpoint=f"{url.scheme}://{url.netloc}{base}",
+        # S3 knows no user and password of an endpoint; requests are signed.
+        endpoint=f"{url.scheme}://{url.netloc.rpartition('@')[2]}{base}",
         virtual_hosted=not path_style,
         region="us-east-1" if region == "aws-global" else region,
     )
@@ -127,11 +187,14 @@ def _keep(request: AWSPreparedRequest, **_: object) -> NoReturn:
     raise _Kept(request.url)
 
 
-def _connection(session: boto3.Session, bucket: str, address: Address) -> Connection:
+def _connection(
+    session: boto3.Session, credentials: Credentials, bucket: str, address: Address
+) -> Connection:
     guarded = address.endpoint.startswith("https://")
     options: ClientConfig = {
         "allow_http": not guarded,
         "connect_timeout": timedelta(seconds=CONNECT_TIMEOUT_S),
+        **_no_redirects(address.endpoint),
     }
     if ca_bundle := session._session.get_config_variable("ca_bundle"):
         options["root_certificate"] = Path(ca_bundle).read_text()
@@ -145,16 +208,25 @@ def _connection(session: boto3.Session, bucket: str, address: Address) -> Connec
         bucket=bucket,
         endpoint=address.endpoint,
         guarded=guarded,
-        reads=_client(session, bucket, address, reading, retries=0),
-        puts=_client(session, bucket, address, writing, retries=0),
-        parts=_client(session, bucket, address, writing, retries=PART_RETRIES),
+        reads=_client(credentials, bucket, address, reading, retries=0),
+        puts=_client(credentials, bucket, address, writing, retries=0),
+        parts=_client(credentials, bucket, address, writing, retries=PART_RETRIES),
     )
 
 
+def _no_redirects(endpoint: str) -> ClientConfig:
+    """Options that keep redirects from leading to another host; none where requests go through a real proxy."""
+    url = urlsplit(endpoint)
+    proxies = getproxies_environment()
+    host = url.hostname or ""
+    if (proxies.get(url.scheme) or proxies.get("all")) and not proxy_bypass(host):
+        return {}
+    return {"proxy_url": f"http://{NOWHERE}", "proxy_excludes": host}
+
+
 def _client(
-    session: boto3.Session, bucket: str, address: Address, options: ClientConfig, *, retries: int
+    credentials: Credentials, bucket: str, address: Address, options: ClientConfig, *, retries: int
 ) -> Client:
-    from obstore.auth.boto3 import Boto3CredentialProvider
     from obstore.store import S3Store as Client
 
     return Client(
@@ -177,5 +249,5 @@ def _client(
                 "base": 2,
             },
         },
-        credential_provider=Boto3CredentialProvider(session, ttl=CREDENTIAL_TTL),
+        credential_provider=CredentialProvider(credentials),
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 
 from expo_ray.errors import NotFound, StorageError, TransientStorageError
-from expo_ray.storage.s3_connection import SET_CREDENTIALS, Connection
+from expo_ray.storage.s3_connection import NOWHERE, SET_CREDENTIALS, Connection
+from expo_ray.text import shown
 
 # Answers after which the same request, or the same upload from its start, may succeed: overload, an upload that is gone, and damage
 # on the way (our requests to complete an upload are well-formed and name the right parts when they leave).
@@ -28,9 +29,11 @@ TRANSIENT_CODES = {
 _REGION_CODES = {"AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}
 _CREDENTIAL_CODES = {"ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch"}
 
+_REDIRECTS = {301, 302, 303, 307, 308}
+
 _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>(\w+)</Code>")
-_MESSAGE = re.compile(r"<Message>([^<]*)</Message>")
+_MESSAGE = re.compile(r"<Message>([^<]{0,10000})")
 _CAUSE = re.compile(
     r'(?:message|error): "([^"]+)"|kind: (Timeout|Interrupted|Connect)\b|source: (TimedOut|IncompleteMessage)'
 )
@@ -58,12 +61,12 @@ def translate(error: Exception, uri: str, connection: Connection) -> StorageErro
 def _answered(status: int, text: str, uri: str, connection: Connection) -> StorageError:
     code = match[1] if (match := _CODE.search(text)) else ""
     message = match[1] if (match := _MESSAGE.search(text)) else ""
-    said = " ".join(filter(None, [str(status), code, message]))
+    said = shown(" ".join(filter(None, [str(status), code, message])), 500)
     bucket = f"bucket {connection.bucket!r} at {connection.endpoint}"
     if status in TRANSIENT_STATUS or code in TRANSIENT_CODES:
         return TransientStorageError(f"{uri}: the store answered {said}")
-    if code in _REGION_CODES:
-        return StorageError(f"{uri}: {bucket} is in another region; set AWS_REGION to it ({said})")
+    if code in _REGION_CODES or status in _REDIRECTS:
+        return _elsewhere(uri, connection, bucket, said)
     if code == "NoSuchBucket":
         return NotFound(f"{uri}: there is no {bucket}; create it, or correct the URI or AWS_ENDPOINT_URL")
     if status == 404:
@@ -71,6 +74,15 @@ def _answered(status: int, text: str, uri: str, connection: Connection) -> Stora
     if status in {401, 403} or code in _CREDENTIAL_CODES:
         return _denied(uri, bucket, code, said)
     return StorageError(f"{uri}: the store answered {said}")
+
+
+def _elsewhere(uri: str, connection: Connection, bucket: str, said: str = "") -> StorageError:
+    if said and not any(said.startswith(str(status)) for status in _REDIRECTS):
+        return StorageError(f"{uri}: {bucket} is in another region; set AWS_REGION to it ({said})")
+    return StorageError(
+        f"{uri}: {connection.endpoint} redirects to another host, which would get the session token and is not asked; set "
+        "AWS_REGION to the region of the bucket, or AWS_ENDPOINT_URL to the store itself"
+    )
 
 
 def _denied(uri: str, bucket: str, code: str, said: str) -> StorageError:
@@ -88,6 +100,8 @@ def _unanswered(error: Exception, uri: str, connection: Connection) -> StorageEr
     text = str(error)
     if "redirect without LOCATION" in text:
         return StorageError(f"{uri}: bucket {connection.bucket!r} is in another region; set AWS_REGION to it")
+    if NOWHERE in text and "tcp connect error" in text:
+        return _elsewhere(uri, connection, connection.bucket)
     if "InvalidCertificate" in text:
         return StorageError(
             f"{uri}: the TLS certificate of {connection.endpoint} is not trusted; set AWS_CA_BUNDLE to the file of its authority"
@@ -96,6 +110,7 @@ def _unanswered(error: Exception, uri: str, connection: Connection) -> StorageEr
         causes = ["".join(groups) for groups in _CAUSE.findall(text)]
         cause = causes[-1] if causes else "the connection broke"
         return TransientStorageError(f"{uri}: no complete answer from {connection.endpoint} ({cause})")
+    said = shown(" ".join(text.partition("Debug source")[0].split()), 500)
     if type(error).__name__ == "UnauthenticatedError":
-        return StorageError(f"{uri}: {text.partition('Debug source')[0].strip()}; {SET_CREDENTIALS}")
-    return StorageError(f"{uri}: {text.partition('Debug source')[0].strip()}")
+        return StorageError(f"{uri}: {said}; {SET_CREDENTIALS}")
+    return StorageError(f"{uri}: {said}")

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
+from pathlib import PurePosixPath
+from unicodedata import category
 
 from expo_ray.errors import StorageError
 from expo_ray.text import shown
 
 SCHEMES = ("file", "s3", "hf", "memory")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
-_USER = re.compile(r"://[^/@]*@")
+# `s3://bucket/folder?X-Amz-Signature=...`; a `?` without a value behind it may be a part of a name.
+_QUERY = re.compile(r"[?#][^/]*=")
+_LONGEST_NAME, _LONGEST_PATH = 255, 2000
+_NOT_IN_NAMES = {"Cc", "Zl", "Zp"}
 
 
 def split_uri(uri: str) -> tuple[str, str]:
@@ -30,12 +36,9 @@ def split_uri(uri: str) -> tuple[str, str]:
     scheme, rest = match[1].lower(), match[2]
     if scheme not in SCHEMES:
         known = ", ".join(f"{name}://" for name in SCHEMES)
-        raise StorageError(f"{redact(uri)}: unknown scheme {scheme}://; use a local path or one of {known}")
-    if scheme != "file" and _USER.match(f"://{rest}"):
-        raise StorageError(
-            f"{redact(uri)}: credentials do not belong in a URI, it is written into logs and manifests; "
-            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or HF_TOKEN instead"
-        )
+        raise StorageError(f"{uri}: unknown scheme {scheme}://; use a local path or one of {known}")
+    if scheme != "file":
+        _check_no_secrets(uri, rest)
     return scheme, rest
 
 
@@ -56,9 +59,22 @@ def check_name(path: str) -> str:
     return path
 
 
-def redact(uri: str) -> str:
-    """The URI without what may be a secret: user and password before the host, everything after `?`."""
-    return _USER.sub("://***@", uri).partition("?")[0] if _SCHEME.fullmatch(uri) else uri
+def _check_no_secrets(uri: str, rest: str) -> None:
+    """Refuse credentials inside a URI.
+
+    Raises:
+        StorageError: for a user before the host, or a query behind the path.
+    """
+    if "@" in rest.partition("/")[0]:
+        raise StorageError(
+            f"{uri}: credentials do not belong in a URI, it is written into logs and manifests; "
+            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or HF_TOKEN instead"
+        )
+    if _QUERY.search(rest):
+        raise StorageError(
+            f"{uri}: a query does not belong in a URI, and a signed URL opens one file where a model has many; leave it out, and "
+            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or HF_TOKEN instead"
+        )
 
 
 def join_uri(root: str, *parts: str) -> str:
@@ -85,7 +101,7 @@ def split_file(uri: str) -> tuple[str, str]:
     """
     folder, slash, name = uri.rpartition("/")
     if not name or folder.endswith(":/"):
-        raise StorageError(f"{redact(uri)}: names no file; give its whole path")
+        raise StorageError(f"{uri}: names no file; give its whole path")
     return (folder or "/") if slash else ".", name
 
 
@@ -96,11 +112,46 @@ def split_bucket(rest: str) -> tuple[str, str]:
 
 
 def check_key(key: str, uri: str) -> str:
-    """`key` itself.
+    """Return `key` itself, if it names a file below a folder on any system.
 
     Raises:
-        StorageError: if it is not a plain relative path; keys also come from index files that anyone may have written.
+        StorageError: if it is not a plain relative path in visible characters; keys also come from listings and index files that
+            anyone may have written.
     """
-    if not key or "\\" in key or "\0" in key or any(part in {"", ".", ".."} for part in key.split("/")):
-        raise StorageError(f"{uri}: {key!r} is not the name of a file below this folder")
+    if (
+        not key
+        or "\\" in key
+        or any(part in {"", ".", ".."} for part in key.split("/"))
+        or (not key.isprintable() and any(category(character) in _NOT_IN_NAMES for character in key))
+    ):
+        raise StorageError(f"{uri}: {shown(key)!r} is not the name of a file below this folder")
     return key
+
+
+def check_listing(keys: Iterable[str], uri: str) -> None:
+    """Refuse a listing that cannot be laid out as files below one folder.
+
+    Raises:
+        StorageError: if a key is no plain relative path, has no encoding, or is a folder of another key.
+    """
+    names = set(keys)
+    for key in names:
+        check_key(key, uri)
+        if not _fits_file_systems(key):
+            raise StorageError(
+                f"{uri}: {shown(key)!r} cannot be the name of a file; it is too long, or no text"
+            )
+        folder = next((str(folder) for folder in PurePosixPath(key).parents if str(folder) in names), None)
+        if folder is not None:
+            raise StorageError(
+                f"{uri}: {shown(folder)!r} is listed as a file, and as the folder of {shown(key)!r}; remove one of them"
+            )
+
+
+def _fits_file_systems(key: str) -> bool:
+    try:
+        return (
+            all(len(part.encode()) <= _LONGEST_NAME for part in key.split("/")) and len(key) <= _LONGEST_PATH
+        )
+    except UnicodeEncodeError:
+        return False
