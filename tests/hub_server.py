@@ -61,6 +61,7 @@ class HubServer:
         uploads: what was sent of large files, by SHA-256; not in any repository yet.
         upload_faults: statuses to answer the next requests that write with, by what they ask for, such as `commit`.
         on_upload: called before each large file is taken.
+        forged: headers in the place of the true ones in every answer with contents.
     """
 
     repositories: dict[str, Repository] = field(default_factory=dict)
@@ -71,6 +72,7 @@ class HubServer:
     uploads: dict[str, bytes] = field(default_factory=dict)
     upload_faults: dict[str, list[int | str]] = field(default_factory=dict)
     on_upload: Callable[[], None] = lambda: None
+    forged: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
@@ -185,7 +187,8 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                 "X-Linked-Etag": f'"{hashlib.sha256(data).hexdigest()}"',
                 "X-Linked-Size": str(len(data)),
             }
-            self._answer(302, {**headers, **linked, "Location": location})
+            commit_only = {name: text for name, text in hub.forged.items() if name == "X-Repo-Commit"}
+            self._answer(302, {**headers, **linked, **commit_only, "Location": location})
 
         def _content(self, name: str, commit: str, ticket: str, path: str) -> None:
             hub.served[ticket] += 1
@@ -209,7 +212,7 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
                 data = bytes([data[0] ^ 1]) + data[1:]
             if fault in {"truncate", "stall"}:
                 data = data[: length // 2]
-            self._answer(status, headers, data, length)
+            self._answer(status, {**headers, **hub.forged}, data, length)
             if fault == "stall":
                 time.sleep(3)
             if fault in {"truncate", "stall"}:

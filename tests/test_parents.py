@@ -13,9 +13,9 @@ from expo_ray.cli import main
 from expo_ray.config import Pair
 from expo_ray.errors import InputChanged, NotFound, StorageError
 from expo_ray.extrapolation.plan import PairPlan, plan_pair
-from expo_ray.on_ray.parents import engine_folder, on_this_node, published_folder
+from expo_ray.on_ray.parents import _fetched, _new_file, engine_folder, on_this_node, published_folder
 from expo_ray.on_ray.weights import extrapolated, rows_of
-from expo_ray.storage import open_store
+from expo_ray.storage import FileInfo, open_store
 from expo_ray.storage.memory import MemoryStore
 from tests.pairs import files_of, read_weights, same_bits, write_pair
 
@@ -123,3 +123,52 @@ def test_the_weights_of_a_swap_are_the_bytes_of_the_published_shards(tmp_path: P
     rows = rows_of(plan, picked, alpha)
     assert same_bits(rows, {name: published[name][list(picked[name])] for name in rows})
     assert rows.keys() == picked.keys()
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "../victim.txt",
+        "../../../victim.txt",
+        "a/../../victim.txt",
+        "/tmp/victim.txt",
+        "a//victim.txt",
+        "./victim.txt",
+        "..\\victim.txt",
+        "C:\\victim.txt",
+        "a\nb",
+        "a\0b",
+        "x" * 300,
+        "\ud800",
+        "config.json/x",
+        ".complete.json",
+        "",
+    ],
+)
+@pytest.mark.parametrize("size", [0, 5])
+def test_a_listing_writes_nothing_outside_its_folder(
+    tmp_path: Path, key: str, size: int, cache: Path
+) -> None:
+    victim = tmp_path / "victim.txt"
+    victim.write_text("precious")
+
+    class Listed(MemoryStore):
+        def list(self, prefix: str = "") -> list[FileInfo]:
+            return [FileInfo("config.json", 2, "e"), FileInfo(key, size, "e")]
+
+        def read_into(self, key: str, start: int, out: memoryview, *, etag: str) -> None:
+            out[:] = b"x" * len(out)
+
+    store = Listed("memory://hostile/model")
+    with pytest.raises(StorageError):
+        _fetched(store, {info.key: info for info in store.list()})
+
+    assert victim.read_text() == "precious"
+    assert [path for path in cache.rglob("*") if path.is_file()] == []
+
+
+def test_two_keys_that_are_one_name_on_this_disk_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("a file system that takes both for one would show this")
+
+    with pytest.raises(StorageError, match="one name"):
+        _new_file(tmp_path / "README.md", MemoryStore("memory://any/model"), "readme.md")

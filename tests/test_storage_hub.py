@@ -247,3 +247,34 @@ def test_the_hub_is_read_only(server: HubServer) -> None:
     ):
         with pytest.raises(StorageError, match=r"the Hub is only read from here; .*`expo-ray push`"):
             write()
+
+
+# --- what a hostile Hub or mirror lists and answers
+
+
+@pytest.mark.parametrize("key", ["../x", "a/../../x", "/etc/x", "a\\x", "a\nb", "\ud800", "config.json/x"])
+def test_a_listing_with_a_name_that_leaves_its_folder_is_refused(server: HubServer, key: str) -> None:
+    server.repositories["org/model"].files[NEW][key] = b""
+    with pytest.raises(StorageError):
+        open_store("hf://org/model")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [{"Content-Range": "bytes 0-99/300001"}, {"Content-Range": "bytes 1-100/300000"}, {"X-Repo-Commit": OLD}],
+)
+def test_an_answer_of_another_version_is_found_out(server: HubServer, header: dict[str, str]) -> None:
+    store = open_store("hf://org/model")
+    server.forged = header
+    with pytest.raises(InputChanged):
+        _read(store, 0, 100)
+
+
+@pytest.mark.parametrize("token", ["hf_CANARY\u00e9abcdefgh", "hf_CANARY\x01abcdefgh"])
+def test_a_token_that_no_request_can_carry_is_refused_without_showing_it(
+    server: HubServer, token: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(StorageError, match="HF_TOKEN") as caught:
+        open_store("hf://org/model")
+    assert "CANARY" not in str(caught.value)

@@ -234,4 +234,5 @@ def _described(one: TensorStatistics) -> dict[str, float | int]:
 
 
 def _json(data: Mapping[str, Any]) -> bytes:
-    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+    # A path that is not UTF-8 holds halves of surrogate pairs, which no encoding has.
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "replace")

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 from expo_ray.checkpoint.tensors import Checkpoint
 from expo_ray.errors import NotFound, StorageError
@@ -21,6 +22,8 @@ from expo_ray.extrapolation.progress import size_text
 from expo_ray.extrapolation.verify import read_manifest
 from expo_ray.storage import FileInfo, Store, open_store
 from expo_ray.storage.local_writer import free_bytes
+from expo_ray.storage.uri import check_key, check_listing
+from expo_ray.text import shown
 
 CACHE_VARIABLE = "EXPO_RAY_CACHE"
 _COMPLETE = ".complete.json"
@@ -85,7 +88,10 @@ def _local(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _fetched(store: Store, files: Mapping[str, FileInfo]) -> Path:
-    """A copy of these very files; the name of its folder says which they are."""
+    """Download these very files, once; the name of their folder says which they are."""
+    check_listing(files, store.uri)
+    if _COMPLETE in files:
+        raise StorageError(f"{store.uri}: {_COMPLETE} is a name that copies on a node need; rename this file")
     identity = json.dumps([store.uri, *([info.key, info.size, info.etag] for info in files.values())])
     folder = cache_folder() / "models" / hashlib.sha256(identity.encode()).hexdigest()[:16]
     with _locked(folder):
@@ -133,17 +139,33 @@ def _promised(store: Store, files: Mapping[str, FileInfo]) -> dict[str, str]:
 
 
 def _copy(store: Store, info: FileInfo, folder: Path) -> str:
-    """Fetch one file; returns its sha256."""
-    path = folder / info.key
+    """Download one file into `folder` and nowhere else; returns its sha256."""
+    path = folder / check_key(info.key, store.uri)
     path.parent.mkdir(parents=True, exist_ok=True)
+    assert path.parent.resolve().is_relative_to(folder.resolve()), "check_key lets nothing else pass"
     digest, buffer = hashlib.sha256(), memoryview(bytearray(store.chunk_bytes))
-    with path.open("wb") as file:
+    with _new_file(path, store, info.key) as file:
         for start in range(0, info.size, store.chunk_bytes):
             view = buffer[: min(store.chunk_bytes, info.size - start)]
             store.read_into(info.key, start, view, etag=info.etag)
             digest.update(view)
             file.write(view)
     return digest.hexdigest()
+
+
+def _new_file(path: Path, store: Store, key: str) -> BinaryIO:
+    """Create a file; one that is there already has the same name but for case or the form of its letters.
+
+    Raises:
+        StorageError: if this node's file system takes two keys for one name.
+    """
+    try:
+        return path.open("xb")
+    except FileExistsError as error:
+        raise StorageError(
+            f"{store.uri}: {shown(key)!r} and another file have one name on this node's file system; set {CACHE_VARIABLE} to a "
+            "folder on one that tells them apart"
+        ) from error
 
 
 def _is_whole(folder: Path) -> bool:
