@@ -25,7 +25,7 @@ from typing import Any
 Reply = tuple[int, Mapping[str, str], Any]
 MODES = ("replay", "indifferent", "longer", "coin", "slow", "429", "400", "garbage", "gone")
 # A difference of so many characters doubles the odds of the longer output, in the mode `longer`.
-LIKING = 4000.0
+LIKING = 700.0
 _OUTPUTS = (
     re.compile(r'"output": """(.*?)"""\n    },\n    {\n.*?"output": """(.*)"""\n    }\n}', re.DOTALL),
     re.compile(r"<output_A>\n(.*)\n</output_A>\n\n<output_B>\n(.*)\n</output_B>", re.DOTALL),

@@ -1,0 +1,302 @@
+"""How far a judge can be trusted: measured against stored GPT-4 verdicts and against answers that no judge should like."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from expo_ray.benchmark.answer_files import AnswerSet, read_file, read_rows
+from expo_ray.benchmark.judge import Judge, mass_on_names
+from expo_ray.benchmark.judging import JudgeAnswer, JudgeRoom, Question
+from expo_ray.benchmark.judgments import Judgment, is_number
+from expo_ray.benchmark.pairwise import (
+    Comparison,
+    Sides,
+    comparisons_of,
+    judgments_in,
+    questions_of,
+    template_of,
+)
+from expo_ray.benchmark.sources import GPT4_VERDICTS, fetch
+from expo_ray.errors import BenchmarkError, NotFound
+from expo_ray.evaluation.statistics import Array
+from expo_ray.storage import Store
+from expo_ray.untrusted import parse_json_object
+
+CARD = "card.json"
+_SEED = 20_240_425
+_CANARIES = 40
+# An answer to anything and nothing, which a judge that reads cannot like.
+_CONSTANT = "Thank you for your question. I am happy to help you with it. Please let me know what you would like to do next."
+_LEAST_CONSISTENCY, _LEAST_MASS, _LEAST_AGREEMENT, _MOST_CANARY = 0.8, 0.9, 0.65, 0.2
+_POSITION = 0.4, 0.6
+_MOST_UNPARSED = 0.05
+
+
+@dataclass(frozen=True)
+class JudgeCard:
+    """One judge, measured. Shares are from 0 to 1.
+
+    Attributes:
+        judge: name of the model.
+        protocol: how it was asked.
+        prompts: with a verdict in both orders.
+        agreement: verdicts, averaged over both orders, on the side of GPT-4's; a draw counts half.
+        correlation: rank correlation (Spearman) of the preferences with GPT-4's.
+        consistency: prompts on which the same output wins in both orders.
+        first_place: mean preference for the output shown first; .5 is fair.
+        longer: mean preference for the longer output.
+        mass: mean probability of the two names as the first token; None with the protocol `verdict`.
+        unparsed: answers without a verdict.
+        constant_canary: mean preference for one meaningless answer to every prompt.
+        permuted_canary: mean preference for answers to other prompts.
+        cost: dollars for the card, if the price is known.
+        warnings: why tables of this judge should not be trusted; empty if nothing speaks against it.
+    """
+
+    judge: str
+    protocol: str
+    prompts: int
+    agreement: float
+    correlation: float
+    consistency: float
+    first_place: float
+    longer: float
+    mass: float | None
+    unparsed: float
+    constant_canary: float
+    permuted_canary: float
+    cost: float
+    warnings: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """Name it in one line below a table."""
+        mass = "" if self.mass is None else f", mass {self.mass:.3f}"
+        return (
+            f"judge {self.judge} ({self.protocol}), {self.prompts} prompts: agrees with GPT-4 in {self.agreement:.0%} "
+            f"(rank correlation {self.correlation:+.2f}), consistent over both orders {self.consistency:.0%}, first place "
+            f"{self.first_place:.0%}, longer {self.longer:.0%}{mass}, unparsed {self.unparsed:.0%}, canaries "
+            f"{self.constant_canary:.0%} and {self.permuted_canary:.0%}"
+        )
+
+
+@dataclass(frozen=True)
+class Examination:
+    """The comparisons that a card is made of.
+
+    Attributes:
+        sides: baseline and model of the stored verdicts.
+        verdicts: GPT-4's preference, 1 to 2, by instruction.
+        comparisons: of the stored outputs, in both orders.
+        constant: the baseline's outputs against one meaningless answer.
+        permuted: the baseline's outputs against its outputs to other prompts.
+    """
+
+    sides: Sides
+    verdicts: Mapping[str, float]
+    comparisons: Sequence[Comparison]
+    constant: Sequence[Comparison]
+    permuted: Sequence[Comparison]
+
+    @property
+    def questions(self) -> list[Question]:
+        """Everything to ask."""
+        return questions_of([*self.comparisons, *self.constant, *self.permuted])
+
+
+def examination_of(judge: Judge, reference: str | None, limit: int) -> Examination:
+    """Choose the comparisons for a card.
+
+    Args:
+        judge: to be examined.
+        reference: annotations.json of GPT-4 with both outputs; None for those of vicuna-7b in alpaca-eval's repository.
+        limit: prompts, drawn at random but always the same.
+
+    Raises:
+        BenchmarkError: if the reference holds fewer than 20 usable rows, or cannot be downloaded.
+        StorageError: if it cannot be read.
+    """
+    rows = (
+        read_rows(fetch(GPT4_VERDICTS), GPT4_VERDICTS.url)
+        if reference is None
+        else read_rows(read_file(reference), reference)
+    )
+    usable = [row for _, row in rows if _is_usable(row)]
+    if len(usable) < 20:
+        raise BenchmarkError(
+            f"{reference or GPT4_VERDICTS.url}: {len(usable)} of {len(rows)} row(s) have `instruction`, `output_1`, `output_2` and a "
+            "`preference` from 1 to 2; a judge card needs at least 20"
+        )
+    drawn = random.Random(_SEED).sample(usable, min(limit, len(usable)))
+    outputs = {row["instruction"]: row["output_1"] for row in drawn}
+    baseline = AnswerSet("baseline", outputs, reference or GPT4_VERDICTS.url)
+    model = AnswerSet("model", {row["instruction"]: row["output_2"] for row in drawn}, baseline.source)
+    instructions = list(outputs)
+    sides = Sides(baseline, model, instructions)
+    template = template_of(judge)
+    few = instructions[:_CANARIES]
+    moved = [outputs[instruction] for instruction in (*few[1:], few[0])]
+    canaries = {
+        "constant": dict.fromkeys(few, _CONSTANT),
+        "permuted": dict(zip(few, moved, strict=True)),
+    }
+    constant, permuted = (
+        comparisons_of(judge, template, Sides(baseline, AnswerSet(name, texts, name), few), "both")
+        for name, texts in canaries.items()
+    )
+    verdicts = {row["instruction"]: float(row["preference"]) for row in drawn}
+    return Examination(sides, verdicts, comparisons_of(judge, template, sides, "both"), constant, permuted)
+
+
+def card_of(judge: Judge, examination: Examination, answers: Mapping[str, JudgeAnswer]) -> JudgeCard:
+    """Measure a judge.
+
+    Args:
+        answers: to the questions of the examination.
+
+    Raises:
+        BenchmarkError: if fewer than 10 prompts have a verdict in both orders.
+    """
+    judgments = judgments_in(judge, examination.sides, examination.comparisons, answers)
+    read = [judgment for judgment in judgments if judgment.preference is not None]
+    both = _both_orders(read)
+    if len(both) < 10:
+        raise BenchmarkError(
+            f"{judge.model}: a verdict in both orders for {len(both)} of {len(examination.verdicts)} prompts; such a judge is of "
+            "no use: look at its answers below judges/, or use the other --protocol"
+        )
+    means = np.array([sum(pair) / 2 for pair in both.values()])
+    of_gpt4 = np.array([examination.verdicts[instruction] for instruction in both])
+    masses = [
+        mass_on_names(judgment.log_probabilities) for judgment in judgments if judgment.log_probabilities
+    ]
+    asked = [judgment for judgment in judgments if judgment.key]
+    figures: dict[str, Any] = {
+        "agreement": float(np.mean(_same_side(means, of_gpt4))),
+        "correlation": _rank_correlation(means, of_gpt4),
+        "consistency": float(
+            np.mean(
+                [(pair[0] - 1.5) * (pair[1] - 1.5) > 0 or pair[0] == pair[1] == 1.5 for pair in both.values()]
+            )
+        ),
+        "first_place": float(np.mean([_of_first(judgment) for judgment in read])),
+        "longer": _preference_for_longer(read),
+        "mass": float(np.mean(masses)) if masses else None,
+        "unparsed": sum(judgment.preference is None for judgment in asked) / max(1, len(asked)),
+        "constant_canary": _canary(judge, examination.constant, answers),
+        "permuted_canary": _canary(judge, examination.permuted, answers),
+    }
+    cost = sum(answers[question.id].cost for question in examination.questions if question.id in answers)
+    return JudgeCard(
+        judge.model, judge.protocol, len(both), **figures, cost=cost, warnings=tuple(_warnings(figures))
+    )
+
+
+def write_card(room: JudgeRoom, card: JudgeCard) -> None:
+    """Store a judge's card beside its answers."""
+    room.store.put(f"{room.prefix}/{CARD}", (json.dumps(asdict(card), indent=1) + "\n").encode())
+
+
+def read_card(store: Store, judge: Judge) -> JudgeCard | None:
+    """Read the stored card of a judge; None if none was made."""
+    key = f"judges/{judge.id}/{CARD}"
+    try:
+        data = parse_json_object(
+            store.read(key), f"{store.uri}/{key}", error=BenchmarkError, remedy="make the card again"
+        )
+    except NotFound:
+        return None
+    try:
+        return JudgeCard(**{**data, "warnings": tuple(data["warnings"])})
+    except (TypeError, KeyError) as error:
+        raise BenchmarkError(f"{store.uri}/{key}: not a judge card of this version; make it again") from error
+
+
+def _warnings(figures: Mapping[str, Any]) -> list[str]:
+    mass = figures["mass"]
+    checks = [
+        (figures["consistency"] < _LEAST_CONSISTENCY, f"the same output wins in both orders for {figures['consistency']:.0%} of prompts only (at least {_LEAST_CONSISTENCY:.0%})"),
+        (mass is not None and mass < _LEAST_MASS, f"it names one of the two outputs with a probability of {mass or 0:.2f} only (at least {_LEAST_MASS})"),
+        (figures["agreement"] < _LEAST_AGREEMENT, f"it agrees with GPT-4 in {figures['agreement']:.0%} only (at least {_LEAST_AGREEMENT:.0%}; chance is 50%)"),
+        (not _POSITION[0] <= figures["first_place"] <= _POSITION[1], f"the output shown first gets {figures['first_place']:.0%}"),
+        (figures["unparsed"] > _MOST_UNPARSED, f"{figures['unparsed']:.0%} of its answers hold no verdict"),
+        (figures["constant_canary"] > _MOST_CANARY, f"a meaningless answer gets {figures['constant_canary']:.0%} (at most {_MOST_CANARY:.0%})"),
+        (figures["permuted_canary"] > _MOST_CANARY, f"an answer to another prompt gets {figures['permuted_canary']:.0%} (at most {_MOST_CANARY:.0%})"),
+    ]  # fmt: skip
+    return [text for failed, text in checks if failed]
+
+
+def _is_usable(row: Any) -> bool:
+    if not isinstance(row, Mapping):
+        return False
+    texts = all(isinstance(row.get(name), str) for name in ("instruction", "output_1", "output_2"))
+    preference = row.get("preference")
+    return (
+        texts
+        and is_number(preference)
+        and 1 <= float(preference or 0) <= 2
+        and row["output_1"] != row["output_2"]
+    )
+
+
+def _both_orders(judgments: Sequence[Judgment]) -> dict[str, tuple[float, float]]:
+    by_order: dict[str, dict[bool, float]] = {}
+    for judgment in judgments:
+        if judgment.preference is not None:
+            by_order.setdefault(judgment.instruction, {})[judgment.switched] = judgment.preference
+    return {
+        instruction: (orders[False], orders[True])
+        for instruction, orders in by_order.items()
+        if len(orders) == 2
+    }
+
+
+def _of_first(judgment: Judgment) -> float:
+    preference = judgment.preference or 1.5
+    return preference - 1 if judgment.switched else 2 - preference
+
+
+def _preference_for_longer(judgments: Sequence[Judgment]) -> float:
+    shares = [
+        (judgment.preference or 1.5) - 1
+        if judgment.length_2 > judgment.length_1
+        else 2 - (judgment.preference or 1.5)
+        for judgment in judgments
+        if judgment.length_1 != judgment.length_2
+    ]
+    return float(np.mean(shares)) if shares else 0.5
+
+
+def _canary(judge: Judge, comparisons: Sequence[Comparison], answers: Mapping[str, JudgeAnswer]) -> float:
+    """Mean preference for the canary; an answer without a verdict does not speak against it."""
+    empty = AnswerSet("baseline", {}, ""), AnswerSet("canary", {}, "")
+    judged = judgments_in(judge, Sides(*empty, []), comparisons, answers)
+    read = [judgment.preference - 1 for judgment in judged if judgment.preference is not None]
+    return float(np.mean(read)) if read else 1.0
+
+
+def _same_side(preferences: Array, others: Array) -> Array:
+    product = (preferences - 1.5) * (others - 1.5)
+    return np.where(product > 0, 1.0, np.where(product < 0, 0.0, 0.5))
+
+
+def _rank_correlation(values: Array, others: Array) -> float:
+    ranks = [_ranks(each) for each in (values, others)]
+    spread = [float(each.std()) for each in ranks]
+    if min(spread) == 0:
+        return 0.0
+    return float(
+        np.mean((ranks[0] - ranks[0].mean()) * (ranks[1] - ranks[1].mean())) / (spread[0] * spread[1])
+    )
+
+
+def _ranks(values: Array) -> Array:
+    """Ranks from 0; equal values share their mean rank."""
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts) - 1
+    return np.asarray((last - (counts - 1) / 2)[place], np.float64)
