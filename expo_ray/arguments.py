@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from expo_ray import __version__
+from expo_ray.benchmark.options import add_benchmark
 from expo_ray.config import Job, Pair, PairOptions, PromptSource, RewardModel, Sampling, Serving
 from expo_ray.flags import count, help_of, multiplier, repo_id, size
 
@@ -34,6 +35,7 @@ def command_parser() -> argparse.ArgumentParser:
     _add_reward(commands)
     _add_report(commands)
     _add_push(commands)
+    add_benchmark(_add_command(commands, "benchmark", "score models on the paper's benchmarks"))
     _add_command(commands, "schema", "print the JSON schema of the job file")
     return parser
 

@@ -199,19 +199,19 @@ def _options_of(arguments: argparse.Namespace) -> dict[str, Any]:
     return given | ({"multipliers": dict(arguments.multiplier)} if arguments.multiplier else {})
 
 
-def _on_ray(module: str) -> Callable[[argparse.Namespace], int]:
-    """A command of `expo_ray.on_ray`, which takes seconds to import."""
+def _imported(module: str) -> Callable[[argparse.Namespace], int]:
+    """Make a command of a module that takes seconds to import, and is imported when it runs."""
 
     def command(arguments: argparse.Namespace) -> int:
-        return int(importlib.import_module(f"expo_ray.on_ray.{module}").command(arguments))
+        return int(importlib.import_module(f"expo_ray.{module}").command(arguments))
 
     return command
 
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "extrapolate": _extrapolate, "plan": _plan, "verify": _verify, "report": _report, "push": _push,
-    "schema": _schema,
-    "run": _on_ray("run_command"), "serve": _on_ray("serve_command"), "respond": _on_ray("respond_command"), "reward": _on_ray("reward_command"),
+    "schema": _schema, "benchmark": _imported("benchmark.command"),
+    "run": _imported("on_ray.run_command"), "serve": _imported("on_ray.serve_command"), "respond": _imported("on_ray.respond_command"), "reward": _imported("on_ray.reward_command"),
 }  # fmt: skip
 
 if __name__ == "__main__":

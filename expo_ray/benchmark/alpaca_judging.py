@@ -14,7 +14,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from expo_ray.benchmark.alpaca import ArmDifference, ArmScore, compare_arms, score_arm
 from expo_ray.benchmark.answer_files import AnswerSet, answer_set, read_answer_set, read_rows
@@ -43,6 +43,7 @@ from expo_ray.evaluation.progress import RowCount
 from expo_ray.storage import Store, join_uri, open_output, open_store
 
 log = logging.getLogger("expo_ray")
+T = TypeVar("T")
 
 # The judge whose verdicts AlpacaEval's own length control holds.
 _OFFICIAL_JUDGES = ("gpt-4-1106-preview", "weighted_alpaca_eval_gpt4_turbo")
@@ -349,5 +350,5 @@ def _file_name(name: str) -> str:
     ]
 
 
-def _first(made: Sequence[Any]) -> Any:
+def _first(made: Sequence[T]) -> T | None:
     return made[0] if made else None

@@ -36,50 +36,6 @@ from expo_ray.untrusted import parse_json_object
 log = logging.getLogger("expo_ray")
 
 FAILED = 1
-Parser = argparse.ArgumentParser
-
-
-def add_judge_options(parser: Parser, *, required: bool) -> None:
-    """Add the options that name a judge, and bound what it may do."""
-    add = parser.add_argument
-    add(
-        "--judge",
-        required=required,
-        metavar="URL",
-        help="Base URL of an OpenAI-compatible endpoint, ending in /v1.",
-    )
-    add("--judge-model", required=required, metavar="NAME", help="The judge's name there.")
-    add(
-        "--key-env",
-        metavar="VAR",
-        help="Variable that holds the endpoint's key. Default: OPENAI_API_KEY for api.openai.com, none for any other host.",
-    )
-    add(
-        "--protocol",
-        choices=("logprobs", "verdict"),
-        default="logprobs",
-        help="Read the log-probabilities of one token, as AlpacaEval 2.0 does, or let the judge reason and read its verdict. "
-        "Default: %(default)s.",
-    )
-    add(
-        "--extra",
-        metavar="JSON",
-        help='Further fields of each request, such as \'{"reasoning_effort": "none"}\'.',
-    )
-    add(
-        "--price",
-        nargs=2,
-        type=float,
-        metavar=("PROMPT", "ANSWER"),
-        help="Dollars for a million tokens, to tell and bound the cost.",
-    )
-    add("--max-cost", type=float, metavar="X", help="Stop before X dollars are passed; needs --price.")
-    add("--concurrency", type=int, default=16, metavar="N", help="Requests in flight. Default: %(default)s.")
-    add(
-        "--dry-run",
-        action="store_true",
-        help="Check every file, say what would be asked and what it costs, and stop.",
-    )
 
 
 def judge_of(arguments: argparse.Namespace) -> Judge:
@@ -171,11 +127,8 @@ def grade_mtbench(arguments: argparse.Namespace) -> int:
     )
     key = f"judgments/{judge.id}_single.jsonl"
     store.put(key, rows_text(judgment_rows(judge, grades, judged.answers, time.time())))
-    for problem in judged.problems:
-        sys.stderr.write(f"failed: {problem}\n")
     arguments.judgments = [join_uri(store.uri, key)]
-    arguments.duplicates = "refuse"
-    return FAILED if judged.problems else 0
+    return _failed(judged.problems)
 
 
 def examine_judge(arguments: argparse.Namespace) -> int:
