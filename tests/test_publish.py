@@ -193,8 +193,9 @@ def test_a_manifest_that_cannot_be_read_is_told(
     out = tmp_path / "out"
     assert expo(*pair, out, 0.5) == 0
     (out / "expo.json").write_text("{")
-    assert expo(*pair, out, 0.5) == 1
-    assert f"{out}/expo.json cannot be read" in capsys.readouterr().err
+    assert expo(*pair, out, 0.5) == 2
+    assert f"{out}/expo.json: not valid JSON" in capsys.readouterr().err
+
     assert expo(*pair, out, 0.5, more="--overwrite") == 0
     assert is_whole(out)
 

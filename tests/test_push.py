@@ -165,7 +165,7 @@ def test_what_went_missing_there_is_sent_again_and_nothing_else(server: HubServe
     ("files", "said"),
     [
         ({"model.safetensors": b"x", "README.md": b""}, r"files that expo-ray did not push \(model.safetensors"),
-        ({"expo.json": b'{"plan": 1}'}, r"expo.json is no manifest of this format"),
+        ({"expo.json": b'{"plan": 1}'}, r"expo.json is not a manifest of this format"),
         ({".gitignore": b"*"}, r"has a .gitignore"),
     ],
 )  # fmt: skip

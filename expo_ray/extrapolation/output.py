@@ -10,18 +10,22 @@ from typing import Any
 
 from expo_ray.config import format_alpha
 from expo_ray.errors import AlreadyExists, ExpoError, NotFound, OutputError, some
+from expo_ray.extrapolation.manifest import parse_manifest
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.progress import size_text
 from expo_ray.extrapolation.receipt import read_receipt
 from expo_ray.storage import FileInfo, Store, open_output, open_store
 from expo_ray.storage.conditional import PROBE_PREFIX
 from expo_ray.storage.local_writer import check_writable, free_bytes
+from expo_ray.untrusted import Foreign, parse_json, validated
 
 CLAIM = ".expo/claim.json"
 MANIFEST = "expo.json"
 CARD = "README.md"
 INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
+# It names every file of the model.
+_CLAIM_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,8 @@ def inspect_output(plan: PairPlan, alpha: float, *, overwrite: bool) -> OutputSt
         )
     done = (read_receipt(store, holder, shard.file, present) for shard in plan.shards)
     whole = _is_whole(plan, present)
+    if whole and MANIFEST in present:
+        read_published(store)
     return OutputState(
         published=MANIFEST in present and whole,
         done=frozenset(receipt.file for receipt in done if receipt),
@@ -130,7 +136,7 @@ def release(plan: PairPlan, alpha: float) -> None:
 
 def claimed_by(store: Store) -> str:
     """The id of the plan that holds the folder."""
-    return str(_read_claim(store)["plan"])
+    return _read_claim(store).plan
 
 
 def clear(store: Store) -> None:
@@ -163,20 +169,31 @@ def _files_of(plan: PairPlan) -> list[str]:
 
 def _claimed_files(store: Store, present: Iterable[str]) -> set[str]:
     """Those of `present` that the plan which holds the folder writes."""
-    named = _read_claim(store)["files"]
+    named = set(_read_claim(store).files)
     return {key for key in present if key in named or key.startswith(".expo/")}
 
 
-def _read_claim(store: Store) -> dict[str, Any]:
-    try:
-        data = json.loads(store.read(CLAIM))
-    except ValueError as error:
-        raise OutputError(
-            f"{store.uri}/{CLAIM} cannot be read ({error}); delete the folder and run again"
-        ) from error
-    if not isinstance(data, dict) or not isinstance(data.get("files"), list) or "plan" not in data:
-        raise OutputError(f"{store.uri}/{CLAIM} is no claim of this format; delete the folder and run again")
-    return data
+def read_published(store: Store) -> dict[str, Any]:
+    """The manifest of a model in an output folder.
+
+    Raises:
+        NotFound: if there is none.
+        OutputError: if it is damaged.
+    """
+    data = store.read(MANIFEST)
+    remedy = "replace the model with --overwrite"
+    return parse_manifest(data, f"{store.uri}/{MANIFEST}", error=OutputError, remedy=remedy)
+
+
+class _Claim(Foreign):
+    plan: str
+    files: list[str]
+
+
+def _read_claim(store: Store) -> _Claim:
+    source, remedy = f"{store.uri}/{CLAIM}", "delete the folder and run again"
+    data = parse_json(store.read(CLAIM), source, most_bytes=_CLAIM_BYTES, error=OutputError, remedy=remedy)
+    return validated(_Claim, data, f"{source} is no claim of this format", error=OutputError, remedy=remedy)
 
 
 def check_space(plans: Iterable[tuple[PairPlan, int]]) -> list[ExpoError]:

@@ -14,15 +14,16 @@ from expo_ray.checkpoint.tensors import Checkpoint
 from expo_ray.errors import AlreadyExists, ArithmeticFault, NotFound, OutputError, some
 from expo_ray.extrapolation.arithmetic import FORMULAS
 from expo_ray.extrapolation.findings import warnings_of
-from expo_ray.extrapolation.output import ADAPTER_CONFIG, CARD, INDEX, MANIFEST, check_claim
+from expo_ray.extrapolation.manifest import FORMAT
+from expo_ray.extrapolation.output import ADAPTER_CONFIG, CARD, INDEX, MANIFEST, check_claim, read_published
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.receipt import Receipt, read_receipt, read_receipt_of_twin
 from expo_ray.extrapolation.statistics import TensorStatistics
 from expo_ray.report.model_card import model_card
 from expo_ray.report.results import PairResult
 from expo_ray.storage import Store, open_store
+from expo_ray.untrusted import parse_json_object
 
-FORMAT = 1
 _TORCH_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -75,20 +76,15 @@ def publish(plan: PairPlan, alpha: float, result: PairResult | None = None) -> P
     files = {
         key: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for key, data in small.items()
     }
-    return published_from(
-        json.loads(_put_first(store, MANIFEST, _json(manifest | {"files": files}))), store.uri
-    )
+    _put_first(store, MANIFEST, _json(manifest | {"files": files}))
+    return published_from(read_published(store), store.uri)
 
 
 def _published(store: Store) -> Published | None:
     try:
-        return published_from(json.loads(store.read(MANIFEST)), store.uri)
+        return published_from(read_published(store), store.uri)
     except NotFound:
         return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise OutputError(
-            f"{store.uri}/{MANIFEST} cannot be read ({error!r}); replace the model with --overwrite"
-        ) from error
 
 
 def _put_first(store: Store, key: str, data: bytes) -> bytes:
@@ -160,7 +156,7 @@ def _with_dtype(config: bytes, plan: PairPlan) -> bytes:
     wanted = "bf16" if plan.options.rounding == "reference" else plan.options.dtype
     if wanted == "keep":
         return config
-    data = json.loads(config)
+    data = parse_json_object(config, "config.json of dpo")
     declared = {"torch_dtype": ""} | data if "dtype" not in data else data
     changed = _declaring(declared, _TORCH_DTYPES[wanted])
     return config if changed == data else _json(changed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import re
@@ -15,6 +14,7 @@ from typing import Any
 
 from expo_ray.config import format_alpha
 from expo_ray.errors import InputChanged, OutputError, StorageError, some
+from expo_ray.extrapolation.manifest import parse_manifest
 from expo_ray.extrapolation.output import CARD, MANIFEST
 from expo_ray.extrapolation.progress import size_text
 from expo_ray.extrapolation.verify import read_manifest
@@ -186,14 +186,12 @@ def _holds(info: FileInfo | None, size: int, sha256: str | None) -> bool:
 
 
 def _manifest_of(head: HubStore) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(head.read(MANIFEST))
-        _origin(found), _named(found), found["plan"], found["alpha"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise OutputError(
-            f"{head.uri}/{MANIFEST} is no manifest of this format ({error!r}); choose another repository"
-        ) from error
-    return found
+    return parse_manifest(
+        head.read(MANIFEST),
+        f"{head.uri}/{MANIFEST}",
+        error=OutputError,
+        remedy="choose another repository",
+    )
 
 
 def _origin(manifest: Mapping[str, Any]) -> tuple[str, ...]:

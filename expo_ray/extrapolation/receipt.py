@@ -6,10 +6,14 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from typing import Annotated
 
-from expo_ray.errors import InputChanged, NotFound
+from pydantic import Field
+
+from expo_ray.errors import CheckpointError, InputChanged, NotFound
 from expo_ray.extrapolation.statistics import TensorStatistics
 from expo_ray.storage import FileInfo, Store
+from expo_ray.untrusted import TOKENIZER_BYTES, Foreign, parse_json, validated
 
 # More runs of one plan than will ever meet in one folder.
 _TWINS = 8
@@ -30,6 +34,34 @@ class Receipt:
     sha256: str
     etag: str
     statistics: Mapping[str, TensorStatistics]
+
+
+_Count = Annotated[int, Field(ge=0, lt=2**63)]
+_Sum = Annotated[
+    float, Field(allow_inf_nan=True)
+]  # weights that overflow are refused later, with their names
+
+
+class _StoredSums(Foreign):
+    """`TensorStatistics` as it is stored."""
+
+    elements: _Count
+    changed: _Count
+    dpo_square: _Sum
+    delta_square: _Sum
+    moved_delta: _Sum
+    nan: _Count
+    inf: _Count
+    overflow: _Count
+
+
+class _StoredReceipt(Foreign):
+    plan_id: str
+    file: str
+    size: _Count
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    etag: str
+    statistics: dict[str, _StoredSums]
 
 
 def receipt_key(plan_id: str, file: str) -> str:
@@ -93,8 +125,9 @@ def sha256_of(store: Store, info: FileInfo) -> str:
 def _parse(store: Store, key: str) -> Receipt | None:
     """A receipt that is not there, or damaged, counts as none: its shard is written again."""
     try:
-        data = json.loads(store.read(key))
-        statistics = {name: TensorStatistics(**sums) for name, sums in data.pop("statistics").items()}
-        return Receipt(**data, statistics=statistics)
-    except (NotFound, ValueError, TypeError, KeyError, AttributeError):
+        data = parse_json(store.read(key), key, most_bytes=TOKENIZER_BYTES)
+        stored = validated(_StoredReceipt, data, key, error=CheckpointError, remedy="")
+    except (NotFound, CheckpointError):
         return None
+    statistics = {name: TensorStatistics(**sums.model_dump()) for name, sums in stored.statistics.items()}
+    return Receipt(stored.plan_id, stored.file, stored.size, stored.sha256, stored.etag, statistics)

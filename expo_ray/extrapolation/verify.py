@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from expo_ray.config import Pair
+from expo_ray.config import Pair, parse_pair
 from expo_ray.errors import CheckpointError, ExpoError, NotFound
+from expo_ray.extrapolation.manifest import parse_manifest
 from expo_ray.extrapolation.output import CLAIM, MANIFEST
 from expo_ray.extrapolation.plan import PairPlan, plan_pair
 from expo_ray.extrapolation.receipt import sha256_of
@@ -17,7 +17,6 @@ from expo_ray.extrapolation.stream import computed_pages
 from expo_ray.storage import FileInfo, Store
 
 _THREADS = 4
-_KEYS = {"plan", "pair", "alpha", "arithmetic", "shards", "files"}
 
 
 def read_manifest(store: Store) -> dict[str, Any] | None:
@@ -28,7 +27,7 @@ def read_manifest(store: Store) -> dict[str, Any] | None:
         CheckpointError: if the model is unfinished, or its manifest damaged.
     """
     try:
-        manifest = json.loads(store.read(MANIFEST))
+        data = store.read(MANIFEST)
     except NotFound:
         present = {info.key for info in store.list()}
         if not present:
@@ -40,15 +39,7 @@ def read_manifest(store: Store) -> dict[str, Any] | None:
                 f"{store.uri}: the model is unfinished; its job is still running, or was stopped and must be run again"
             ) from None
         return None
-    except ValueError as error:
-        raise CheckpointError(
-            f"{store.uri}/{MANIFEST} is not JSON ({error}); run its job again with --overwrite"
-        ) from error
-    if not isinstance(manifest, dict) or not manifest.keys() >= _KEYS:
-        raise CheckpointError(
-            f"{store.uri}/{MANIFEST} is not a manifest of this format; run its job again with --overwrite"
-        )
-    return manifest
+    return parse_manifest(data, f"{store.uri}/{MANIFEST}")
 
 
 def verify_files(store: Store, manifest: Mapping[str, Any]) -> list[ExpoError]:
@@ -93,8 +84,16 @@ def rederive(
         if key in Pair.model_fields and value is not None
     }
     alpha = manifest["alpha"]
-    pair = Pair(
-        sft=sft, dpo=dpo, name=manifest["pair"], alphas=(alpha,), allow_pickle=allow_pickle, **arithmetic
+    pair = parse_pair(
+        {
+            "sft": sft,
+            "dpo": dpo,
+            "name": manifest["pair"],
+            "alphas": [alpha],
+            "allow_pickle": allow_pickle,
+            **arithmetic,
+        },
+        MANIFEST,
     )
     plan = plan_pair(pair, {alpha: ""})
     wanted = {shard["file"]: shard["sha256"] for shard in manifest["shards"]}

@@ -16,6 +16,8 @@ from expo_ray.config import format_alpha
 from expo_ray.errors import NotFound, OutputError, some
 from expo_ray.report.results import FORMAT, Results
 from expo_ray.storage import Store
+from expo_ray.text import shown
+from expo_ray.untrusted import TOKENIZER_BYTES, parse_json_object
 
 RESULTS = "results.json"
 
@@ -57,23 +59,30 @@ def parse_results(data: bytes, where: str = RESULTS) -> Results:
     Raises:
         OutputError: if the text is damaged, has another format, or fields that are missing, unknown or of another type.
     """
-    try:
-        found = json.loads(data)
-        version = found["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise OutputError(
-            f"{where} is no result of a run ({error!r}); run the job again, it writes the file anew from what is stored"
-        ) from error
+    remedy = "run the job again, it writes the file anew from what is stored"
+    content = parse_json_object(
+        data,
+        f"{where} is no result of a run",
+        most_bytes=TOKENIZER_BYTES,
+        strict=True,
+        error=OutputError,
+        remedy=remedy,
+    )
+    version = content.get("format")
     if version != FORMAT:
-        writer = found.get("versions", {}).get("expo-ray", "another version")
+        versions = content.get("versions")
+        writer = versions.get("expo-ray") if isinstance(versions, dict) else None
         raise OutputError(
-            f"{where} has format {version}, written by expo-ray {writer}; expo-ray {__version__} reads format {FORMAT}. Install the version "
-            "that wrote it, or run the job again with this one"
+            f"{where} has format {shown(version, 40)}, written by expo-ray {shown(writer or 'of another version', 40)}; expo-ray "
+            f"{__version__} reads format {FORMAT}. Install the version that wrote it, or run the job again with this one"
         )
     try:
         return _adapter().validate_json(data, strict=True)
     except ValidationError as error:
-        problems = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
+        problems = [
+            f"{shown('.'.join(map(str, fault['loc'])))}: {shown(fault['msg'])}"
+            for fault in error.errors(include_url=False, include_input=False, include_context=False)
+        ]
         raise OutputError(
             f"{where} does not hold what expo-ray {__version__} writes ({some(problems)}); run the job again, it writes the file anew from "
             "what is stored"
