@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import os
 import random
 import statistics
 from collections import Counter
@@ -12,11 +13,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from examples.local_s3 import SeaweedFS
 from expo_ray.config import PromptSource
 from expo_ray.errors import ExpoError, Problems, PromptError, StorageError
+from expo_ray.evaluation import prompt_sources
 from expo_ray.evaluation.prompt_sources import load_prompt_set, load_prompts
 from expo_ray.evaluation.prompts import PromptSet, keep_prompts, kept_prompts, prompt_from_row, prompt_of
 from expo_ray.storage import open_store, split_file
@@ -106,7 +110,7 @@ def test_all_bad_rows_are_told_with_file_line_and_reason(tmp_path: Path) -> None
     told, missing = map(str, found.value.problems)
     assert told.startswith(f"{bad}: 10 bad row(s)")
     for line, reason in enumerate(
-        ["not JSON", "holds list", "has none of `prompt`", "is 5", "is empty", "surrogate", "role 'tool'", "'assistant'",
+        ["not valid JSON", "holds list", "has none of `prompt`", "is 5", "is empty", "surrogate", "role 'tool'", "'assistant'",
          "they differ", "is []"],
         start=2,
     ):  # fmt: skip
@@ -132,6 +136,134 @@ def test_what_is_no_prompt_file_is_refused(tmp_path: Path) -> None:
         load(tmp_path / "no.parquet")
     with pytest.raises(PromptError, match="`ultrafeedback` or `alpaca-eval`"):
         load("ultrafedback")
+
+
+@pytest.mark.parametrize(
+    ("row", "whole"),
+    [
+        ({"instruction": "Translate.", "input": "Hola", "output": "-"}, ["Translate.\n\nHola"]),
+        (
+            {"instruction": "Answer.", "context": "A text.", "response": "-", "category": "qa"},
+            ["Answer.\n\nA text."],
+        ),
+        ({"instruction": "Say hello.", "input": "", "output": "-"}, ["Say hello."]),
+        ({"system": "Be brief.", "prompt": "q"}, ["Be brief.", "q"]),
+        ({"instruction": "q2", "input": "x", "history": [["q1", "a1"]]}, ["q1", "a1", "q2\n\nx"]),
+        ({"prompt": "Read: a text. Why?", "context": "a text.", "question": "Why?"}, ["Read: a text. Why?"]),
+        (
+            {
+                "prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}],
+                "completion": [],
+            },
+            ["s", "q"],
+        ),
+        (
+            {
+                "chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "good"}],
+                "rejected": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "bad"}],
+            },
+            ["q"],
+        ),
+    ],
+)
+def test_rows_are_asked_whole(tmp_path: Path, row: dict[str, Any], whole: list[str]) -> None:
+    (prompt,) = load(jsonl(tmp_path / "p.jsonl", row)).prompts
+    assert [turn["content"] for turn in prompt.messages] == whole
+
+
+@pytest.mark.parametrize(
+    ("row", "column"),
+    [
+        ({"prompt": "Summarise.", "context": "A long text."}, "`context`"),
+        ({"prompt": "Which one?", "choices": ["a", "b"]}, "`choices`"),
+        ({"prompt": "Which one?", "option_a": "a", "option_b": "b"}, "`option_a`, `option_b`"),
+        ({"instruction": "Compare.", "Passage 1": "x"}, "`Passage 1`"),
+        ({"messages": [{"role": "user", "content": "Describe."}], "image": "cat.png"}, "`image`"),
+        ({"turns": ["Translate.", "Again."], "input": "Hola"}, "`input`"),
+        ({"instruction": "a", "input": "b", "context": "c"}, "`input` and `context`"),
+        (
+            {
+                "system": "s",
+                "messages": [{"role": "system", "content": "t"}, {"role": "user", "content": "q"}],
+            },
+            "`system`",
+        ),
+        ({"prompt": "a", "history": "b"}, "`history`"),
+        ({"chosen": "a", "rejected": "b"}, "`chosen`"),
+    ],
+)
+def test_rows_that_would_not_be_asked_whole_are_refused_by_column(
+    tmp_path: Path, row: dict[str, Any], column: str
+) -> None:
+    with pytest.raises(PromptError) as caught:
+        load(jsonl(tmp_path / "p.jsonl", row))
+    assert "line 1" in str(caught.value)
+    assert column in str(caught.value)
+
+
+def test_rows_that_ask_the_same_but_for_another_column_are_no_repeats(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"prompt": "Summarise.", "news": f"On day {day} it rained.", "id": str(day)} for day in range(2)]
+    with pytest.raises(PromptError, match=r"line 2: asks the same as line 1 but for `news`"):
+        load(jsonl(tmp_path / "p.jsonl", *rows))
+    with caplog.at_level(logging.WARNING, "expo_ray"):
+        assert len(load(jsonl(tmp_path / "p.jsonl", rows[0], {"prompt": "b", "id": "5"}))) == 2
+    assert "`news` is not asked" in caplog.text
+
+
+def test_files_are_read_by_what_their_names_say_in_any_case(tmp_path: Path) -> None:
+    jsonl(tmp_path / "P.JSONL", {"prompt": "a, b"})
+    jsonl(tmp_path / "p.ndjson", {"prompt": "a, b"})
+    (tmp_path / "p.csv").write_text('prompt,category\r\n"a, b",\r\n', newline="")
+    (tmp_path / "p.TSV").write_text("prompt\tid\na, b\t1\n")
+    (tmp_path / "p.json.gz").write_bytes(gzip.compress(b'[{"prompt": "a, b"}]'))
+    (tmp_path / "P.Txt").write_text("a, b\n")
+    for name in ("P.JSONL", "p.ndjson", "p.csv", "p.TSV", "p.json.gz", "P.Txt"):
+        assert asked(load(tmp_path / name)) == ["a, b"], name
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "reason"),
+    [
+        ("p.xlsx", b"PK", "no kind of file that is read"),
+        ("p", b"a", "no kind of file that is read"),
+        ("p.jsonl", b"PAR1....", "name it .parquet"),
+        ("p.jsonl", b"PK\x03\x04", "zip archive"),
+        ("p.json", b"\x28\xb5\x2f\xfd", "zstd"),
+        ("p.csv", b'prompt,id\n"a,1\n', "line 2"),
+        ("p.csv", b"prompt,id\na,1,2\n", "line 2: holds list"),
+        ("p.csv", b"prompt,prompt\na,b\n", "twice"),
+        ("p.jsonl", b"[" * 100_000, "nested too deeply"),
+        ("p.json", b"[" * 100_000, "nested too deeply"),
+        ("p.jsonl", b'{"prompt": "a", "category": "\\ud800"}', "surrogate"),
+        ("p.jsonl", b'{"prompt": "a", "question_id": "\\ud800"}', "surrogate"),
+        ("p.jsonl", b'{"prompt": "a", "question_id": [1]}', "`question_id`"),
+        ("p.jsonl", b'{"prompt": "a", "category": 5}', "`category`"),
+    ],
+)
+def test_files_that_are_something_else_are_refused_by_what_they_are(
+    tmp_path: Path, name: str, data: bytes, reason: str
+) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(PromptError, match=reason):
+        load(tmp_path / name)
+
+
+def test_no_set_is_read_beyond_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompt_sources, "_MOST_BYTES", 1000)
+    (tmp_path / "bomb.jsonl.gz").write_bytes(gzip.compress(b"\n" * 10**6, 9)[:990])
+    (tmp_path / "large.jsonl").write_bytes(b"\n" * 1001)
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["x" * 300] * 10}), tmp_path / "texts.parquet")
+    for name in ("bomb.jsonl.gz", "large.jsonl", "texts.parquet"):
+        with pytest.raises(PromptError, match=r"more than|is not whole"):
+            load(tmp_path / name)
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for name in ("pipe.jsonl", "/dev/zero"):
+        (tmp_path / "link.jsonl").unlink(missing_ok=True)
+        (tmp_path / "link.jsonl").symlink_to(tmp_path / name)
+        with pytest.raises(ExpoError):
+            load(tmp_path / "link.jsonl")
 
 
 def test_a_prompt_that_comes_twice_is_kept_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

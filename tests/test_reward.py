@@ -6,15 +6,17 @@ import json
 import math
 import statistics
 from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from expo_ray.errors import ExpoError, OutputError
 from expo_ray.evaluation.parts import Parts, rows_text
 from expo_ray.evaluation.progress import RowProgress
-from expo_ray.evaluation.records import Response, Reward
-from expo_ray.evaluation.reward import parse_reward, reward, summarise
+from expo_ray.evaluation.records import Response, Reward, scored_digest
+from expo_ray.evaluation.reward import Rewards, parse_reward, reward, summarise
 from expo_ray.evaluation.reward_file import RewardFile, read_responses
 from expo_ray.evaluation.reward_function import Failed
 from expo_ray.evaluation.reward_inputs import RewardInput, function_inputs
@@ -44,7 +46,7 @@ class Lengths:
             some = inputs[first : first + 2]
             self.asked += [one.prompt_id for one in some]
             yield [
-                Reward(one.prompt_id, one.sample, float(len(one.text)))
+                Reward(one.prompt_id, one.sample, float(len(one.text)), scored=one.digest)
                 if one.prompt_id != "p7"
                 else Failed("p7", one.sample, "no 7")
                 for one in some
@@ -70,6 +72,44 @@ def test_what_was_scored_before_a_stop_is_stored_and_not_scored_again(tmp_path: 
     assert third.asked == ["p7", "p12"]  # a failed one is tried again
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"text": "another answer"},
+        {"text": "a "},
+        {"messages": ({"role": "user", "content": "q2"},)},
+        {"messages": ({"role": "system", "content": "s"}, {"role": "user", "content": "q1"})},
+        {"messages": ({"role": "assistant", "content": "q1"},)},
+        {"messages": tuple({"role": "user", "content": text} for text in ("q0", "q1"))},
+        {"sample": 1},
+        {"prompt_id": "p2"},
+    ],
+)
+@pytest.mark.parametrize("kept_as", ["parts", "file"])
+def test_a_reward_is_of_the_very_response_that_was_scored(
+    tmp_path: Path, changed: dict[str, Any], kept_as: str
+) -> None:
+    first, second = row(1, text="a"), replace(row(1, text="a"), **changed)
+
+    def kept_in() -> Rewards:
+        if kept_as == "parts":
+            return Parts(open_store(str(tmp_path)), "rewards/rm-1", parse_reward)
+        return RewardFile(str(tmp_path / "r.jsonl"), [first.key, second.key], {"model": "a"})
+
+    quiet = RowProgress("reward", "responses", quiet=True)
+    reward([first], Lengths(), kept_in(), quiet)
+    again = Lengths()
+    reward([first], again, kept_in(), quiet)
+    assert again.asked == []
+    other = Lengths()
+    outcome = reward([second], other, kept_in(), quiet)
+    assert other.asked == [second.prompt_id]
+    assert outcome.rewards[second.key].reward == len(second.text)
+    at_last = Lengths()
+    reward([second], at_last, kept_in(), quiet)
+    assert at_last.asked == []
+
+
 def test_the_standard_error_takes_the_samples_of_a_prompt_as_one() -> None:
     rows = [row(number, sample) for number in range(5) for sample in range(2)]
     values = [0.5, 1.5, 3, 3, -2, 0, 4, 5, 1, 2]
@@ -88,7 +128,11 @@ def test_a_file_is_completed_in_the_order_of_the_responses(tmp_path: Path) -> No
     file = str(tmp_path / "rewards.jsonl")
     rows = [row(number) for number in (3, 1, 2)]
     order = [one.key for one in rows]
-    RewardFile(file, order, {"model": "a"}).write([Reward("p2", 0, 2.0), Reward("p3", 0, 3.0)])
+    kept = [
+        Reward(one.prompt_id, 0, float(len(one.text)), scored=scored_digest(one.messages, one.text))
+        for one in (rows[2], rows[0])
+    ]
+    RewardFile(file, order, {"model": "a"}).write(kept)
     scorer = Lengths()
     reward(
         rows, scorer, RewardFile(file, order, {"model": "a"}), RowProgress("reward", "responses", quiet=True)

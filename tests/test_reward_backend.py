@@ -1,4 +1,4 @@
-"""The reference back end against the head applied by hand, and functions."""
+"""The reference back end against the head applied by hand."""
 
 from __future__ import annotations
 
@@ -18,16 +18,14 @@ from transformers import (
 )
 
 from expo_ray.config import RewardModel
-from expo_ray.errors import ExpoError, RewardError
-from expo_ray.evaluation.records import Reward
-from expo_ray.evaluation.reward_function import Failed, function_scorer, load_function
-from expo_ray.evaluation.reward_inputs import function_inputs, model_inputs
+from expo_ray.errors import RewardError
+from expo_ray.evaluation.reward_inputs import model_inputs
 from expo_ray.evaluation.reward_model import Classifier, inspect_reward_model
 from expo_ray.on_ray import reward_models
 from expo_ray.on_ray.reward_actors import RewardPool
 from expo_ray.on_ray.reward_models import TransformersBackend, check_parity, load_backend
 from expo_ray.storage import open_store
-from tests.tiny_reward_models import MAX_TOKENS, english, last_token_scores, response, save_reward_model
+from tests.tiny_reward_models import MAX_TOKENS, english, last_token_scores, save_reward_model
 
 
 @pytest.fixture(scope="module")
@@ -144,48 +142,3 @@ def test_a_model_in_a_bucket_is_looked_at_through_its_small_files(
     rows = english(5)
     assert there.inputs(rows) == here.inputs(rows)
     assert len(there.inputs(rows)[3].ids) > 20
-
-
-def write_functions(folder: Path) -> None:
-    (folder / "scores_of_mine.py").write_text(
-        "def length(prompt, response):\n    return len(response) - len(prompt)\n"
-        "def turns(messages, response):\n    return len(messages)\n"
-        "def root(prompt, response):\n    return float('nan') if not response else 1 / (len(response) - 3)\n"
-        "def alone(prompt):\n    return 1.0\n"
-    )
-
-
-def test_functions_get_prompt_or_messages(tmp_path: Path) -> None:
-    write_functions(tmp_path)
-    turns = tuple({"role": role, "content": role} for role in ("user", "assistant", "user"))
-    row = response("a", "12345678", messages=turns)
-    for name, expected in (("length", 4.0), ("turns", 3.0)):
-        score = function_scorer(load_function(f"python:scores_of_mine:{name}", str(tmp_path)))
-        assert score(function_inputs([row])[0]) == Reward(row.prompt_id, 0, expected)
-
-
-def test_what_a_function_does_wrong_is_told_with_the_prompt(tmp_path: Path) -> None:
-    write_functions(tmp_path)
-    score = function_scorer(load_function("python:scores_of_mine:root", str(tmp_path)))
-    rows = [response("a", "1234"), response("b", "123"), response("c", "")]
-    good, raised, nan = map(score, function_inputs(rows))
-    assert good == Reward(rows[0].prompt_id, 0, 1.0)
-    assert isinstance(raised, Failed)
-    assert isinstance(nan, Failed)
-    assert (raised.prompt_id, "ZeroDivisionError" in raised.error) == (rows[1].prompt_id, True)
-    assert (nan.prompt_id, "returned nan" in nan.error) == (rows[2].prompt_id, True)
-
-
-@pytest.mark.parametrize(
-    ("name", "told"),
-    [
-        ("python:scores_of_mine:absent", "absent does not exist"),
-        ("python:scores_of_mine:alone", "takes prompt; let it take prompt and response"),
-        ("python:no_such_module_here:f", "no_such_module_here cannot be imported"),
-        ("python:scores_of_mine", "names no function"),
-    ],
-)
-def test_functions_that_cannot_be_called_are_refused(tmp_path: Path, name: str, told: str) -> None:
-    write_functions(tmp_path)
-    with pytest.raises(ExpoError, match=told):
-        load_function(name, str(tmp_path))

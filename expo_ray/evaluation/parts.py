@@ -40,11 +40,11 @@ class Parts(Generic[R]):
     def __init__(self, store: Store, prefix: str, parse: Callable[[Mapping[str, Any]], R]) -> None:
         self.store, self.prefix, self._parse = store, prefix, parse
 
-    def read(self) -> dict[Hashable, R]:
-        """All rows by key; of rows with the same key, the first in the order of the parts' names."""
+    def read(self, wanted: Callable[[R], bool] = lambda row: True) -> dict[Hashable, R]:
+        """The wanted rows by key; of rows with the same key, the first in the order of the parts' names."""
         rows: dict[Hashable, R] = {}
         for info in self.store.list(f"{self.prefix}/"):
-            for row in read_rows(self.store, info.key, self._parse):
+            for row in filter(wanted, read_rows(self.store, info.key, self._parse)):
                 rows.setdefault(row.key, row)
         return rows
 

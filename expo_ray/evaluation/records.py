@@ -88,6 +88,7 @@ class Reward:
         reward: raw score; no sigmoid.
         num_tokens: of prompt and response as the reward model saw them; 0 for a function.
         truncated: whether the model saw only the beginning.
+        scored: digest of the turns and the text that were scored, see `scored_digest`.
     """
 
     prompt_id: str
@@ -95,11 +96,17 @@ class Reward:
     reward: float
     num_tokens: int = 0
     truncated: bool = False
+    scored: str = ""
 
     @property
     def key(self) -> tuple[str, int]:
         """Names the response that it scores."""
         return self.prompt_id, self.sample
+
+
+def scored_digest(messages: Sequence[Message], text: str) -> str:
+    """Names what a reward is of: all turns before the response, and the response itself."""
+    return digest([[[turn["role"], turn["content"]] for turn in messages], text])
 
 
 def seed_of(sampling: Sampling, prompt_id: str, sample: int) -> int:

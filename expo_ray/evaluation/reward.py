@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from expo_ray.evaluation.progress import RowCount
-from expo_ray.evaluation.records import Response, Reward
+from expo_ray.evaluation.records import Response, Reward, scored_digest
 from expo_ray.evaluation.reward_function import Failed
 from expo_ray.evaluation.reward_inputs import RewardInput
 
@@ -38,7 +38,7 @@ class Scorer(Protocol):
 class Rewards(Protocol):
     """Where the rewards of one model's responses by one reward model are kept: `Parts`, or a file."""
 
-    def read(self) -> Mapping[Hashable, Reward]: ...
+    def read(self, wanted: Callable[[Reward], bool]) -> Mapping[Hashable, Reward]: ...
 
     def write(self, rows: Sequence[Reward]) -> None: ...
 
@@ -80,9 +80,11 @@ def plan_rewards(responses: Sequence[Response], scorer: Scorer, kept_in: Rewards
         Problems: with every response that cannot be scored.
         StorageError: if the stored rewards cannot be read.
     """
-    wanted = {one.key: one for one in responses}
-    stored: dict[Hashable, Reward] = {key: reward for key, reward in kept_in.read().items() if key in wanted}
-    missing = [one for key, one in wanted.items() if key not in stored]
+    wanted = {response.key: response for response in responses}
+    # A response may have been made anew under the same name since it was scored.
+    current = {key: scored_digest(response.messages, response.text) for key, response in wanted.items()}
+    stored = kept_in.read(lambda reward: reward.scored == current.get(reward.key))
+    missing = [response for key, response in wanted.items() if key not in stored]
     return Todo(stored, scorer.inputs(missing), kept_in)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from expo_ray.errors import NotFound, OutputError, RewardError, some
@@ -43,9 +43,9 @@ class RewardFile:
             )
         self._rows = {row.key: row for row in read_rows(self._store, self._key, parse_reward)}
 
-    def read(self) -> dict[Hashable, Reward]:
-        """The rewards that are there."""
-        return dict(self._rows)
+    def read(self, wanted: Callable[[Reward], bool] = lambda row: True) -> dict[Hashable, Reward]:
+        """The wanted rewards that are there."""
+        return {key: row for key, row in self._rows.items() if wanted(row)}
 
     def write(self, rows: Sequence[Reward]) -> None:
         """Add some rewards."""

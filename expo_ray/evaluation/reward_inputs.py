@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from expo_ray.errors import ExpoError, Problems, RewardError, some
-from expo_ray.evaluation.records import Message, Response
+from expo_ray.evaluation.records import Message, Response, scored_digest
 
 _PROBE = [{"role": "user", "content": "a"}]
 
@@ -42,6 +42,11 @@ class RewardInput:
     text: str
     ids: tuple[int, ...] = ()
     truncated: bool = False
+
+    @property
+    def digest(self) -> str:
+        """Names what is scored, whatever the response is called."""
+        return scored_digest(self.messages, self.text)
 
 
 def token_ids(tokenizer: Tokenizer, messages: Sequence[Message], text: str) -> list[int]:

@@ -19,6 +19,7 @@ from expo_ray.evaluation.reward_inputs import RewardInput
 from expo_ray.evaluation.reward_model import Classifier, inspect_reward_model
 from expo_ray.on_ray.parents import published_folder
 from expo_ray.on_ray.reward_models import load_backend
+from expo_ray.text import shown
 
 log = logging.getLogger("expo_ray")
 
@@ -26,6 +27,7 @@ log = logging.getLogger("expo_ray")
 _BATCHES_AHEAD = 2
 # Deaths that one batch outlives; a text that kills every actor must not be tried for ever.
 MAX_DEATHS = 5
+_DEATHS_TOGETHER = 2
 _STALL_WARNING_S = 120.0
 
 
@@ -93,6 +95,12 @@ class _Batch:
     inputs: Sequence[RewardInput]
     deaths: int = 0
 
+    def split(self) -> list[_Batch]:
+        """The batch itself; once actors have died over it twice, each response alone, so that the last error names the one."""
+        if self.deaths < _DEATHS_TOGETHER or len(self.inputs) == 1:
+            return [self]
+        return [_Batch([asked], self.deaths) for asked in self.inputs]
+
 
 class Crew:
     """The actors of one reward model, from the first start to the end.
@@ -143,7 +151,7 @@ class Crew:
                     except RayError as error:
                         self._survive(error, batch)
                         self._replace(slot, error)
-                        queue.appendleft(batch)
+                        queue.extendleft(reversed(batch.split()))
                 if not done:
                     log.warning(
                         "%s: nothing has come back for %d s; %d batch(es) are under way, %d of %d actors are ready",
@@ -186,8 +194,8 @@ class Crew:
             self._died_loading += 1
             if self._died_loading > MAX_DEATHS:
                 raise RewardError(
-                    f"{self._spec.name}: {self._died_loading} actors died while they loaded it ({type(error).__name__}); give them "
-                    "more memory, or set fewer `replicas`"
+                    f"{self._spec.name}: {self._died_loading} actors died while they loaded it ({_death(error)}); "
+                    f"{self._remedy(error)}"
                 ) from error
             self._replace(slot, error)
         else:
@@ -200,10 +208,17 @@ class Crew:
         """Count a death over a batch; too many are raised."""
         batch.deaths += 1
         if batch.deaths > MAX_DEATHS and not isinstance(error, RayTaskError):
+            first = batch.inputs[0]
             raise RewardError(
-                f"{self._spec.name}: {batch.deaths} actors died over the same {len(batch.inputs)} responses, prompt "
-                f"{batch.inputs[0].prompt_id} among them ({type(error).__name__}); give the actors more memory, or remove these responses"
+                f"{self._spec.name}: {batch.deaths} actors died over the response to prompt {first.prompt_id}, sample "
+                f"{first.sample} ({_death(error)}); {self._remedy(error)}"
             ) from error
+
+    def _remedy(self, error: RayError) -> str:
+        memory = "give the actors more memory, or set fewer `replicas`"
+        if isinstance(self._model, RewardFunction) and "memory" not in _death(error):
+            return f"look for what ends the process in {self._model.uri}: `os._exit`, a signal, a crash of compiled code; else {memory}"
+        return memory
 
     def _replace(self, slot: _Slot, error: RayError) -> None:
         """Put a new actor in the place of a dead one; an error of the model itself is raised."""
@@ -221,3 +236,12 @@ class Crew:
             log.warning("%s: an actor died (%s); another takes over", self._spec.name, type(error).__name__)
             ray.kill(slot.actor)
             self._slots[self._slots.index(slot)] = self._start(checks=slot.checks and not slot.ready)
+
+
+def _death(error: RayError) -> str:
+    """How Ray says that an actor died, in a few words."""
+    text = " ".join(str(error).split())
+    if "OOM" in text or ("memory" in text.lower() and "Worker exit type: NODE_OUT_OF_MEMORY" in text):
+        return "the node was out of memory"
+    detail = text.partition("Worker exit detail: ")[2].partition(". ")[0]
+    return shown(detail or type(error).__name__)
