@@ -106,7 +106,7 @@ def _sizes(row: Mapping[str, Any]) -> tuple[int | None, int | None]:
 def _size(text: object, size: object) -> int | None:
     if isinstance(text, str):
         return len(text)
-    return int(size) if isinstance(size, int | float) and is_number(size) and 0 <= size < 10**7 else None
+    return int(size) if is_number(size) and 0 <= size < 10**7 else None
 
 
 def _names_of(

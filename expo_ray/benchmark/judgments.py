@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,8 +102,13 @@ class Verdicts:
 
     def rows(self, chosen: NDArray[np.bool_] | NDArray[np.int64]) -> Verdicts:
         """Some of the rows."""
-        columns = (each[chosen] for each in (self.index, self.wins, self.lengths, self.opponent_lengths))
-        return Verdicts(self.model, self.opponent, self.judge, *columns)
+        return replace(
+            self,
+            index=self.index[chosen],
+            wins=self.wins[chosen],
+            lengths=self.lengths[chosen],
+            opponent_lengths=self.opponent_lengths[chosen],
+        )
 
     def at(self, index: NDArray[np.int64]) -> Verdicts:
         """The rows of the prompts with these places, all of which it has."""
@@ -145,7 +150,7 @@ def verdicts_of(judgments: Iterable[Judgment], prompts: Sequence[str]) -> Verdic
     )
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[int | float]:
     """Check for a finite number of JSON; `true` is none."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 

@@ -3,18 +3,218 @@
 from __future__ import annotations
 
 import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from expo_ray.benchmark.alpaca import ArmDifference, ArmScore, compare_arms, score_arm
+from expo_ray.benchmark.annotations import read_annotations
+from expo_ray.benchmark.covariates import (
+    OFFICIAL_BASELINE,
+    OFFICIAL_JUDGES,
+    Covariates,
+    is_official,
+    load_covariates,
+)
+from expo_ray.benchmark.intervals import Estimate
+from expo_ray.benchmark.judgments import Verdicts
+from expo_ray.benchmark.leaderboard import TASKS, ModelTasks, read_task_results
+from expo_ray.benchmark.mtbench import ModelRatings, compare_ratings, read_ratings, score_ratings
+from expo_ray.benchmark.official_glm import package_win_rates
+from expo_ray.benchmark.tables import (
+    arms_table,
+    differences_table,
+    estimate_json,
+    interval_json,
+    markdown,
+    ratings_difference_table,
+    ratings_table,
+    tasks_table,
+)
+from expo_ray.errors import Attempts, BenchmarkError
+from expo_ray.report.benchmark_page import Table
+from expo_ray.text import shown
+
+log = logging.getLogger("expo_ray")
 
 
 def score_alpaca(arguments: argparse.Namespace) -> int:
-    """Print the win rates of one or two files of annotations; returns the exit status."""
-    raise NotImplementedError
+    """Print the win rates of one or two files of annotations; returns the exit status.
+
+    Raises:
+        Problems: everything that is wrong with the files.
+    """
+    covariates = load_covariates(arguments.covariates)
+    arms = _read_arms(arguments.annotations, covariates, allow_missing=arguments.allow_missing)
+    scores = _score(arms, covariates)
+    difference = _difference(scores, covariates) if len(scores) == 2 else None
+    tables = [arms_table(scores, arms[0].judge)] + ([differences_table([difference])] if difference else [])
+    values = _arms_json(scores, difference) if difference else _arm_json(scores[0])
+    _print(values if arguments.json else tables)
+    return 0
 
 
 def score_mtbench(arguments: argparse.Namespace) -> int:
-    """Print MT-Bench's scores of files of judgments; returns the exit status."""
-    raise NotImplementedError
+    """Print MT-Bench's scores of files of ratings; returns the exit status.
+
+    Raises:
+        Problems: everything that is wrong with the files.
+    """
+    models = list(read_ratings(arguments.judgments, arguments.duplicates).values())
+    for model in models:
+        if not model.complete:
+            log.warning(
+                "%s: %d of the 160 ratings of MT-Bench, on %d of its 80 questions: not comparable with complete sets",
+                shown(model.model), model.num_ratings + model.unparsed, len(model.questions),
+            )  # fmt: skip
+    tables, values = [ratings_table(models)], _ratings_json(models)
+    if len(models) == 2:
+        reference, model = models
+        figure, questions = compare_ratings(model, reference)
+        tables.append(ratings_difference_table(model.model, reference.model, figure, questions))
+        values["difference"] = {
+            "model": model.model, "reference": reference.model, "average": estimate_json(figure), "questions": questions,
+        }  # fmt: skip
+    _print(values if arguments.json else tables)
+    return 0
 
 
 def score_leaderboard(arguments: argparse.Namespace) -> int:
-    """Print the six scores of the Open LLM Leaderboard and their average; returns the exit status."""
-    raise NotImplementedError
+    """Print the six scores of the Open LLM Leaderboard v1 and their average; returns the exit status.
+
+    Raises:
+        Problems: everything that is wrong with the files.
+    """
+    models = list(read_task_results(arguments.results).values())
+    for model in models:
+        for note in model.notes:
+            log.warning("%s: %s", shown(model.name), note)
+        if model.missing:
+            log.warning("%s: no average without %s", shown(model.name), ", ".join(model.missing))
+    _print(
+        {"models": {model.name: _tasks_json(model) for model in models}}
+        if arguments.json
+        else [tasks_table(models)]
+    )
+    return 0
+
+
+def _read_arms(files: Sequence[str], covariates: Covariates, *, allow_missing: bool) -> list[Verdicts]:
+    attempts = Attempts()
+    if len(files) > 2:
+        attempts.problems.append(
+            BenchmarkError(f"--annotations: {len(files)} files; give one, or two for their paired difference")
+        )
+    arms = [
+        arm
+        for file in files
+        for arm in attempts.attempt(
+            partial(read_annotations, file, covariates.prompts, allow_missing=allow_missing)
+        )
+    ]
+    attempts.end()
+    if len({arm.model for arm in arms}) < len(arms):
+        return [replace(arm, model=file) for file, arm in zip(files, arms, strict=True)]
+    return arms
+
+
+def _score(arms: Sequence[Verdicts], covariates: Covariates) -> list[ArmScore]:
+    """Score each model, with the package's own length-controlled win rate where that is right."""
+    official = [arm for arm in arms if is_official(arm.judge, arm.opponent)]
+    values = _package_values(official, covariates)
+    scores = []
+    for arm in arms:
+        if arm in official:
+            scores.append(score_arm(arm, covariates.official, package_value=values.get(arm.model)))
+            continue
+        log.warning(
+            "%s: no length-controlled win rate: the published regression holds verdicts of %s against %s, and is wrong for %s against "
+            "%s; judge the answers again with `benchmark alpaca --outputs`, which lets that judge judge the gamed baselines too",
+            shown(arm.model), OFFICIAL_JUDGES[0], OFFICIAL_BASELINE, shown(arm.judge or "another judge"), shown(arm.opponent),
+        )  # fmt: skip
+        scores.append(score_arm(arm, None))
+    return scores
+
+
+def _package_values(arms: Sequence[Verdicts], covariates: Covariates) -> dict[str, float]:
+    """The package's win rate of each model; none where all lengths differ equally, as it divides by their spread."""
+    # Our own fit then leaves the length out; the baseline against itself is 50.
+    varied = [arm for arm in arms if arm.index.size and np.ptp(arm.opponent_lengths - arm.lengths) > 0]
+    columns = [
+        {
+            "index": arm.index.tolist(),
+            "preference": [None if np.isnan(win) else win + 1 for win in arm.wins.tolist()],
+            "len_1": arm.opponent_lengths.astype(int).tolist(),
+            "len_2": arm.lengths.astype(int).tolist(),
+        }
+        for arm in varied
+    ]
+    rates = package_win_rates(columns, covariates.gamed_csv) if columns else []
+    return dict(zip([arm.model for arm in varied], rates, strict=True))
+
+
+def _difference(scores: Sequence[ArmScore], covariates: Covariates) -> ArmDifference:
+    reference, model = scores
+    return compare_arms(model, reference, covariates.official if model.controlled else None)
+
+
+def _arm_json(score: ArmScore) -> dict[str, Any]:
+    figures = {"win_rate": score.win_rate, "length_controlled_winrate": score.controlled}
+    return {
+        **{name: figure.interval.value if figure else None for name, figure in figures.items()},
+        "intervals": {
+            name: interval_json(figure.interval) if figure else None for name, figure in figures.items()
+        },
+        "n": len(score.verdicts.index),
+        "unparsed": score.unparsed,
+    }
+
+
+def _arms_json(scores: Sequence[ArmScore], difference: ArmDifference) -> dict[str, Any]:
+    figures: dict[str, Estimate | None] = {
+        "win_rate": difference.win_rate,
+        "length_controlled_winrate": difference.controlled,
+    }
+    return {
+        "models": {score.verdicts.model: _arm_json(score) for score in scores},
+        "difference": {
+            "model": difference.model,
+            "reference": difference.reference,
+            **{name: estimate_json(figure) if figure else None for name, figure in figures.items()},
+            "n": difference.prompts,
+        },
+    }
+
+
+def _ratings_json(models: Sequence[ModelRatings]) -> dict[str, Any]:
+    return {
+        "models": {
+            model.model: {
+                "average": model.mean(),
+                "turn_1": model.mean(0),
+                "turn_2": model.mean(1),
+                "n": model.num_ratings,
+                "unparsed": model.unparsed,
+                "intervals": {"average": interval_json(score_ratings(model).interval)},
+                "categories": model.categories(),
+            }
+            for model in models
+        }
+    }
+
+
+def _tasks_json(model: ModelTasks) -> dict[str, float | None]:
+    values = {task: model.scores.get(task) for task in TASKS} | {"average": model.average}
+    return values if model.gsm8k_flexible is None else values | {"gsm8k_flexible": model.gsm8k_flexible}
+
+
+def _print(output: dict[str, Any] | Sequence[Table]) -> None:
+    """JSON in ASCII, as names may hold anything; tables as Markdown."""
+    text = json.dumps(output, indent=2) if isinstance(output, dict) else markdown(output).rstrip()
+    sys.stdout.write(f"{text}\n")

@@ -68,7 +68,7 @@ def write_report(store: Store, results: Results | None = None) -> str:
 def page_of(results: Results) -> str:
     """The page; the same results give the same text."""
     try:
-        template = _environment().get_template("page.html")
+        template = template_environment().get_template("page.html")
         views = [
             _view(pair, number, results.confidence) for number, pair in enumerate(sorted_pairs(results), 1)
         ]
@@ -101,7 +101,8 @@ def _view(pair: PairResult, number: int, confidence: float) -> PairView:
     )
 
 
-def _environment() -> Environment:
+def template_environment() -> Environment:
+    """The templates of this package, which escape every text."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(

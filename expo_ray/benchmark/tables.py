@@ -1,0 +1,334 @@
+"""Tables of results as plain data: the same cells become Markdown, JSON and the page of `expo_ray.report`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from expo_ray.benchmark.alpaca import ArmDifference, ArmScore
+from expo_ray.benchmark.answer_checks import AnswerChecks
+from expo_ray.benchmark.head_to_head import HeadToHead
+from expo_ray.benchmark.intervals import Estimate, holm, outcome, pooled
+from expo_ray.benchmark.leaderboard import TASKS, ModelTasks
+from expo_ray.benchmark.length_control import Kind
+from expo_ray.benchmark.mtbench import ModelRatings, score_ratings
+from expo_ray.evaluation.statistics import Interval
+from expo_ray.report.benchmark_page import Forest, ForestRow, Table
+
+CONTROLS: Mapping[Kind, str] = {
+    "official": "official length control (GPT-4-1106's verdicts on the gamed baselines)",
+    "rejudge": "length control with this judge's own verdicts on the gamed baselines",
+    "none": "length control from this arm's verdicts alone",
+}
+# Official figures and those of another judge never share a column.
+_LC_COLUMNS: Mapping[Kind, str] = {
+    "official": "LC win rate (official)",
+    "rejudge": "LC win rate (rejudged)",
+    "none": "LC win rate (no gamed baselines)",
+}
+
+
+def arms_table(scores: Sequence[ArmScore], judge: str) -> Table:
+    """AlpacaEval win rates of models against one baseline."""
+    kinds = [kind for kind in _LC_COLUMNS if any(score.control == kind for score in scores)]
+    rows = [
+        (
+            score.verdicts.model,
+            rate(score.win_rate),
+            *(rate(score.controlled) if score.control == kind else "" for kind in kinds),
+            str(len(score.verdicts.index)),
+            str(score.unparsed),
+            f"{score.verdicts.lengths.mean():.0f}",
+        )
+        for score in scores
+    ]
+    notes = [CONTROLS[kind] for kind in kinds] or [
+        "not controlled for length: no control is right for this judge and baseline"
+    ]
+    baseline = scores[0].verdicts.opponent if scores else ""
+    return Table(
+        f"AlpacaEval 2.0 against {baseline or 'the baseline'}",
+        (
+            "model",
+            "win rate %",
+            *(f"{_LC_COLUMNS[kind]} %" for kind in kinds),
+            "prompts",
+            "unparsed",
+            "mean length",
+        ),
+        tuple(rows),
+        (
+            f"Judge: {judge or 'not named in the file'}.",
+            f"Brackets: 95 % intervals over prompts; {'; '.join(notes)}.",
+        ),
+    )
+
+
+def differences_table(differences: Sequence[ArmDifference]) -> Table:
+    """Paired differences of win rates, with what they could have shown."""
+    rows = [
+        (
+            f"{each.model} - {each.reference}",
+            label,
+            points(figure),
+            f"{figure.detectable:.1f}",
+            verdict_of(figure.interval),
+            str(each.prompts),
+        )
+        for each in differences
+        for label, figure in (("win rate", each.win_rate), ("LC win rate", each.controlled))
+        if figure is not None
+    ]
+    return Table(
+        "Paired differences",
+        ("models", "figure", "difference, points", "detectable", "at 5 %", "prompts"),
+        tuple(rows),
+        (
+            "Both models answered the same prompts, which are resampled together.",
+            "Detectable: the true difference that so many prompts show with 80 % power. "
+            "An inconclusive difference is no evidence of equality. Secondary figures, not adjusted for their number.",
+        ),
+    )
+
+
+def head_to_head_table(duels: Sequence[HeadToHead]) -> Table:
+    """The primary result: each model judged against its reference, Holm-adjusted over the pairs, and the mean over pairs."""
+    adjusted = holm([duel.p_value for duel in duels])
+    rows: list[tuple[str, ...]] = [
+        (
+            f"{duel.model} against {duel.opponent}",
+            rate(duel.win_rate),
+            rate(duel.controlled),
+            f"{duel.controlled.detectable:.1f}",
+            _p_text(p),
+            outcome(duel.controlled.interval.value - 50, p),
+            f"{duel.length_ratio:.2f}",
+            str(duel.prompts),
+            str(duel.unparsed),
+        )
+        for duel, p in zip(duels, adjusted, strict=True)
+    ]
+    if mean := pooled_head_to_head(duels):
+        raw = pooled([duel.win_rate for duel in duels])
+        verdict = verdict_of(_minus_half(mean.interval))
+        rows.append((
+            f"mean of {len(duels)} pairs", rate(raw), rate(mean), f"{mean.detectable:.1f}", "", verdict, "", str(duels[0].prompts), ""
+        ))  # fmt: skip
+    return Table(
+        "Head to head",
+        (
+            "pair",
+            "win rate %",
+            "LC win rate %",
+            "detectable",
+            "p (Holm)",
+            "at 5 %",
+            "length ratio",
+            "prompts",
+            "unparsed",
+        ),
+        tuple(rows),
+        (
+            f"Judge: {', '.join(dict.fromkeys(duel.judge for duel in duels)) or 'none'}. 50 is a draw.",
+            "LC win rate: at equal length, the intercept of a logistic regression on tanh(length difference). The primary figure; "
+            "its p-values are adjusted for the number of pairs. Detectable: the distance from 50 that so many prompts show with 80 % power.",
+        ),
+    )
+
+
+def pooled_head_to_head(duels: Sequence[HeadToHead]) -> Estimate | None:
+    """Mean length-controlled win rate over pairs that were judged on equally many prompts; None for one pair or unequal ones."""
+    if len(duels) < 2 or len({duel.prompts for duel in duels}) > 1:
+        return None
+    return pooled([duel.controlled for duel in duels])
+
+
+def head_to_head_forest(duels: Sequence[HeadToHead]) -> Forest:
+    """Length-controlled win rates above 50 by pair, and their mean."""
+    rows = [ForestRow(duel.model, _minus_half(duel.controlled.interval)) for duel in duels]
+    if mean := pooled_head_to_head(duels):
+        rows.append(ForestRow(f"mean of {len(duels)} pairs", _minus_half(mean.interval), pooled=True))
+    return Forest("Head to head at equal length", "points above 50", tuple(rows))
+
+
+def differences_forest(differences: Sequence[ArmDifference]) -> Forest:
+    """Paired differences by pair, length-controlled where that is right, and their mean over pairs on the same prompts."""
+    figures = [(each.model, each.controlled or each.win_rate) for each in differences]
+    rows = [ForestRow(name, figure.interval) for name, figure in figures]
+    if len(rows) > 1 and len({each.prompts for each in differences}) == 1:
+        mean = pooled([figure for _, figure in figures])
+        rows.append(ForestRow(f"mean of {len(rows)} pairs", mean.interval, pooled=True))
+    return Forest("Differences of win rates", "points", tuple(rows))
+
+
+def ratings_table(models: Sequence[ModelRatings]) -> Table:
+    """MT-Bench averages."""
+    rows = []
+    for model in models:
+        figure = score_ratings(model).interval
+        turns = (model.mean(0), model.mean(1))
+        rows.append((
+            model.model,
+            f"{figure.value:.2f} [{figure.low:.2f}, {figure.high:.2f}]",
+            *("" if turn is None else f"{turn:.2f}" for turn in turns),
+            *(f"{model.categories()[name]:.1f}" if name in model.categories() else "" for name in _categories(models)),
+            str(model.num_ratings),
+            str(model.unparsed),
+        ))  # fmt: skip
+    return Table(
+        "MT-Bench",
+        ("model", "average", "turn 1", "turn 2", *_categories(models), "ratings", "unparsed"),
+        tuple(rows),
+        (
+            f"Judge: {', '.join(dict.fromkeys(model.judge for model in models)) or 'none'}.",
+            "Brackets: 95 % intervals over questions. Ten questions of a category are too few for one.",
+        ),
+    )
+
+
+def ratings_difference_table(model: str, reference: str, figure: Estimate, questions: int) -> Table:
+    """Paired difference of two MT-Bench averages."""
+    interval = figure.interval
+    return Table(
+        "Paired difference",
+        ("models", "difference", "detectable", "at 5 %", "questions"),
+        ((
+            f"{model} - {reference}",
+            f"{interval.value:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]",
+            f"{figure.detectable:.2f}",
+            verdict_of(interval),
+            str(questions),
+        ),),
+        ("Detectable: the true difference that so many questions show with 80 % power.",),
+    )  # fmt: skip
+
+
+def tasks_table(models: Sequence[ModelTasks]) -> Table:
+    """The six tasks of the Open LLM Leaderboard v1."""
+    flexible = any(model.gsm8k_flexible is not None for model in models)
+    rows = [
+        (
+            model.name,
+            *(_two_decimals(model.scores.get(task)) for task in TASKS),
+            *([_two_decimals(model.gsm8k_flexible)] if flexible else []),
+            _two_decimals(model.average),
+        )
+        for model in models
+    ]
+    columns = ("model", *TASKS, *(["gsm8k, flexible"] if flexible else []), "average")
+    return Table("Open LLM Leaderboard v1, %", columns, tuple(rows), ())
+
+
+def checks_table(checks: Mapping[str, AnswerChecks]) -> Table:
+    """Signs of gaming or damage in each set of answers."""
+    rows = [
+        (
+            name,
+            *(
+                "" if share is None else f"{share:.1%}"
+                for share in (
+                    check.distinct, check.common_prefix, check.common_line, check.prompt_overlap, check.leaks, check.empty, check.cut_off,
+                    check.repetitive,
+                )
+            ),
+            f"{check.mean_length:.0f}",
+            "" if check.length_ratio is None else f"{check.length_ratio:.2f}",
+            "; ".join(check.flags) or "none",
+        )
+        for name, check in checks.items()
+    ]  # fmt: skip
+    return Table(
+        "Answers",
+        ("model", "distinct", "common beginning", "common line", "repeat the prompt", "leak tokens", "empty", "cut off", "loop", "mean length",
+         "length ratio", "flags"),
+        tuple(rows),
+        (),
+    )  # fmt: skip
+
+
+def markdown(tables: Sequence[Table]) -> str:
+    """The tables as one Markdown document."""
+    return "\n".join(line for table in tables for line in (*_markdown_lines(table), ""))
+
+
+def interval_json(interval: Interval) -> list[float]:
+    """Both ends, unrounded."""
+    return [interval.low, interval.high]
+
+
+def estimate_json(figure: Estimate) -> dict[str, Any]:
+    """A figure, its interval, its standard error and what it could have shown, unrounded."""
+    return {
+        "value": figure.interval.value,
+        "interval": interval_json(figure.interval),
+        "standard_error": figure.standard_error,
+        "detectable": figure.detectable,
+    }
+
+
+def head_to_head_json(duels: Sequence[HeadToHead]) -> dict[str, Any]:
+    """The head-to-head table, unrounded."""
+    adjusted = holm([duel.p_value for duel in duels])
+    mean = pooled_head_to_head(duels)
+    return {
+        "pairs": [
+            {
+                "model": duel.model,
+                "reference": duel.opponent,
+                "judge": duel.judge,
+                "win_rate": estimate_json(duel.win_rate),
+                "length_controlled_winrate": estimate_json(duel.controlled),
+                "p": duel.p_value,
+                "p_holm": p,
+                "outcome": outcome(duel.controlled.interval.value - 50, p),
+                "length_ratio": duel.length_ratio,
+                "n": duel.prompts,
+                "unparsed": duel.unparsed,
+            }
+            for duel, p in zip(duels, adjusted, strict=True)
+        ],
+        "pooled": estimate_json(mean) if mean else None,
+    }
+
+
+def rate(figure: Estimate | None) -> str:
+    """`9.97 [7.84, 12.57]`."""
+    if figure is None:
+        return ""
+    interval = figure.interval
+    return f"{interval.value:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+
+
+def points(figure: Estimate) -> str:
+    """`+1.23 [-0.40, +2.91]`."""
+    interval = figure.interval
+    return f"{interval.value:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]"
+
+
+def verdict_of(interval: Interval) -> str:
+    """What an unadjusted interval of a difference allows to claim."""
+    return "better" if interval.low > 0 else "worse" if interval.high < 0 else "inconclusive"
+
+
+def _minus_half(interval: Interval) -> Interval:
+    return Interval(interval.value - 50, interval.low - 50, interval.high - 50)
+
+
+def _p_text(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _two_decimals(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _categories(models: Sequence[ModelRatings]) -> list[str]:
+    return list(dict.fromkeys(name for model in models for name in model.categories()))
+
+
+def _markdown_lines(table: Table) -> list[str]:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+    rule = "|---|" + "---:|" * (len(table.columns) - 1)
+    return [f"## {table.title}", "", line(table.columns), rule, *map(line, table.rows), "", *table.notes]
