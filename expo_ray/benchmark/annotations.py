@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from expo_ray.text import shown
 
 log = logging.getLogger("expo_ray")
 
+_SUFFIX = re.compile(r"(?:\.jsonl?)?(?:\.gz)?$")
 # A judge fails to answer now and then. Beyond this share, the prompts without a verdict could move the win rate by a point.
 _MOST_UNPARSED = 0.02
 
@@ -49,7 +51,7 @@ def read_annotations(uri: str, prompts: Sequence[str], *, allow_missing: bool = 
     problems += [BenchmarkError(f"{uri}: {places(where)}: {what}") for what, where in placed.wrong.items()]
     names, more = _names_of(file.rows, uri)
     problems += more
-    model = names.get("generator_2") or uri.rstrip("/").rpartition("/")[2].partition(".")[0]
+    model = names.get("generator_2") or _SUFFIX.sub("", uri.rpartition("/")[2])
     if not (allow_missing or problems):
         problems += _incomplete(model, placed, prompts)
     if problems:

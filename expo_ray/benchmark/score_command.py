@@ -143,9 +143,10 @@ def _score(arms: Sequence[Verdicts], covariates: Covariates) -> list[ArmScore]:
 
 
 def _package_values(arms: Sequence[Verdicts], covariates: Covariates) -> dict[str, float]:
-    """The package's win rate of each model; none where all lengths differ equally, as it divides by their spread."""
-    # Our own fit then leaves the length out; the baseline against itself is 50.
+    """The package's win rate of each model, which it does not have where all lengths differ equally: it divides by their spread."""
     varied = [arm for arm in arms if arm.index.size and np.ptp(arm.opponent_lengths - arm.lengths) > 0]
+    # The baseline against itself is 50 by definition; for others, our own fit leaves the length out.
+    equal = [arm for arm in arms if arm not in varied and (arm.parsed.wins == 0.5).all()]
     columns = [
         {
             "index": arm.index.tolist(),
@@ -156,7 +157,7 @@ def _package_values(arms: Sequence[Verdicts], covariates: Covariates) -> dict[st
         for arm in varied
     ]
     rates = package_win_rates(columns, covariates.gamed_csv) if columns else []
-    return dict(zip([arm.model for arm in varied], rates, strict=True))
+    return dict(zip([arm.model for arm in varied], rates, strict=True)) | {arm.model: 50.0 for arm in equal}
 
 
 def _difference(scores: Sequence[ArmScore], covariates: Covariates) -> ArmDifference:
