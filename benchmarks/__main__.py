@@ -18,11 +18,12 @@ QUESTIONS = {
     "alpha_search": "how good is the alpha that the search finds, and at what price?",
     "decisions": "which alpha does the pipeline choose on real models, and what stops it?",
     "swap": "what does another alpha cost by a swap, against starting an engine on the published folder?",
+    "swap_architectures": "do swapped weights of many architectures answer as transformers does?",
     "serving": "what does the endpoint cost, against vLLM alone on the same prompts?",
     "rounding": "how far from the exact model is the written one?",
 }
 # Studies of numbers, not of this machine: many minutes, so they run only when named.
-ONLY_WHEN_NAMED = {"alpha_search", "decisions", "rounding"}
+ONLY_WHEN_NAMED = {"alpha_search", "decisions", "rounding", "swap_architectures"}
 
 
 def main(words: list[str]) -> int:

@@ -22,7 +22,7 @@ from ray.serve.llm.openai_api_models import ChatCompletionRequest
 from expo_ray.config import Serving
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.step import Step
-from expo_ray.on_ray import engine_adapter
+from expo_ray.on_ray import engine_weights
 from expo_ray.on_ray.cluster import cluster
 from expo_ray.on_ray.engine_settings import engine_config
 from expo_ray.on_ray.pair_server import ModelServer, PairServer
@@ -44,7 +44,7 @@ class ForgetfulWorker(PairWorker):
     def expo_forget(self, steps: Sequence[str]) -> None:
         self.forgotten = steps
         if "repack" in steps:
-            engine_adapter.repack_heads = lambda model: None
+            engine_weights.repack_heads = lambda model: None
 
     def expo_compare(self, step: Step) -> None:
         if "compare" not in self.forgotten:

@@ -14,6 +14,7 @@ from expo_ray.on_ray import engine_adapter
 pytestmark = pytest.mark.vllm
 
 _LAYERS = "vllm.model_executor.layers"
+_RELOAD = "vllm.model_executor.model_loader.reload"
 
 
 def test_the_installed_versions_are_the_ones_all_this_was_tested_with() -> None:
@@ -32,8 +33,14 @@ def test_another_version_is_refused_with_what_to_install(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("module", "names"),
     [
-        (f"{_LAYERS}.vocab_parallel_embedding", "ParallelLMHead VocabParallelEmbedding.shard_indices"),
-        (f"{_LAYERS}.linear", "LinearBase ColumnParallelLinear MergedColumnParallelLinear QKVParallelLinear"),
+        (f"{_LAYERS}.vocab_parallel_embedding", "ParallelLMHead VocabParallelEmbedding"),
+        (f"{_LAYERS}.linear", "LinearBase"),
+        (f"{_LAYERS}.fused_moe.unquantized_fused_moe_method", "UnquantizedFusedMoEMethod._setup_kernel"),
+        (f"{_LAYERS}.fused_moe.experts.cpu_moe", "CPUUnquantizedExperts.process_weights_after_loading"),
+        (f"{_RELOAD}.layerwise", "_place_kernel_tensors _get_original_loader get_layerwise_info"),
+        (f"{_RELOAD}.types", "LayerReloadingInfo.can_load LayerReloadingInfo.reset"),
+        (f"{_RELOAD}.meta", "restore_layer_on_meta"),
+        (f"{_RELOAD}.utils", "get_layer_params_buffers get_layer_tensors"),
         ("vllm.v1.worker.gpu_worker", "Worker.reload_weights Worker.get_model"),
         ("vllm.v1.engine.async_llm", "AsyncLLM.pause_generation AsyncLLM.resume_generation AsyncLLM.shutdown"),
         ("ray.serve.llm.deployment", "LLMServer.chat LLMServer.pause LLMServer.resume LLMServer.collective_rpc"),

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Collection, Coroutine
 from typing import Any
 
 import pytest
 
+from expo_ray.errors import ArithmeticFault
 from expo_ray.extrapolation.step import Step
 from expo_ray.on_ray import lease as lease_module
-from expo_ray.on_ray.lease import Lease
+from expo_ray.on_ray.lease import MOST_WAITING, Busy, Lease
 
 STEP_S = 0.002
 
@@ -18,13 +19,13 @@ STEP_S = 0.002
 class Engine:
     """Stands for an engine: knows what it holds, and would notice a swap while it is in use."""
 
-    def __init__(self, held: float | None = 0.0) -> None:
+    def __init__(self, held: float | None = 0.0, expected: Collection[Step] = ()) -> None:
         self.held = held
         self.swaps: list[float] = []
         self.served: list[float] = []
         self.users = 0
         self.fail_on: float | None = None
-        self.lease = Lease(self._swap, None if held is None else Step(held))
+        self.lease = Lease(self._swap, None if held is None else Step(held), expected)
 
     async def _swap(self, step: Step) -> None:
         alpha = step.alpha
@@ -34,6 +35,8 @@ class Engine:
         assert self.users == 0
         if alpha == self.fail_on:
             raise RuntimeError("the weights are wrong")
+        if alpha > 1e38:
+            raise ArithmeticFault(f"overflow at {alpha}")
         self.held = alpha
         self.swaps.append(alpha)
 
@@ -95,10 +98,10 @@ def test_another_alpha_waits_until_the_engine_has_drained_and_all_that_want_it_s
 def test_many_alphas_at_once_are_all_served_and_each_swap_serves_all_that_waited() -> None:
     async def scenario() -> None:
         engine = Engine()
-        alphas = [index / 8 for index in range(25)]
+        alphas = [index / 8 for index in range(16)]
         await asyncio.gather(*(engine.request(alpha) for _ in range(8) for alpha in alphas))
-        assert len(engine.served) == 200
-        assert len(engine.swaps) == 24  # all but alpha 0, which was there
+        assert len(engine.served) == 128
+        assert len(engine.swaps) == 15  # all but alpha 0, which was there
 
     run(scenario())
 
@@ -181,5 +184,61 @@ def test_after_a_failed_swap_nobody_is_let_in_again() -> None:
         assert engine.served == []
         assert engine.lease.held is None
         assert engine.lease.failure is not None
+
+    run(scenario())
+
+
+def test_an_alpha_that_overflows_costs_its_own_requests_and_no_engine() -> None:
+    async def scenario() -> None:
+        engine = Engine()
+        for alpha in (3e40, 1e308, 3e40):
+            with pytest.raises(ArithmeticFault):
+                await engine.request(alpha)
+            assert engine.lease.failure is None
+        # what it held was lost with the first attempt
+        await engine.request(0.0)
+        assert engine.swaps == [0.0]
+        # the larger one was refused without an attempt, and so was the second request
+        assert engine.held == 0.0
+
+    run(scenario())
+
+
+def test_requests_that_wait_beside_an_alpha_that_overflows_are_served() -> None:
+    async def scenario() -> None:
+        engine = Engine()
+        bad = [asyncio.create_task(engine.request(3e40)) for _ in range(3)]
+        good = [asyncio.create_task(engine.request(alpha)) for alpha in (0.5, 1.0)]
+        await asyncio.gather(*good)
+        faults = await asyncio.gather(*bad, return_exceptions=True)
+        assert all(isinstance(fault, ArithmeticFault) for fault in faults)
+        assert engine.users == 0
+
+    run(scenario())
+
+
+def test_a_burst_of_alphas_costs_its_tail_and_not_who_comes_after_it() -> None:
+    async def scenario() -> None:
+        engine = Engine(expected=[Step(0.25)])
+        burst = [asyncio.create_task(engine.request(1 + index / 1000)) for index in range(500)]
+        await asyncio.sleep(0)
+        await engine.request(0.25)
+        before = len(engine.swaps)
+        await engine.request(7.5)
+        assert before <= MOST_WAITING + 2
+        results = await asyncio.gather(*burst, return_exceptions=True)
+        refused = [result for result in results if isinstance(result, Busy)]
+        assert len(refused) + MOST_WAITING + 1 >= 500
+        assert engine.lease.failure is None
+
+    run(scenario())
+
+
+def test_an_expected_alpha_is_never_turned_away() -> None:
+    async def scenario() -> None:
+        expected = [Step(float(alpha)) for alpha in range(1, 60)]
+        engine = Engine(expected=expected)
+        await asyncio.gather(*(engine.request(step.alpha) for step in expected))
+        assert len(engine.served) == len(expected)
 
     run(scenario())

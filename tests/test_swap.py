@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -65,3 +66,14 @@ def swaps(sft: Path, dpo: Path, folder: Path) -> dict[str, Any]:
         assert process.wait(300) == 0, process.stderr[-3000:]
     found: dict[str, Any] = json.loads((folder / "answers").read_text())
     return found
+
+
+def test_experts_are_packed_again_after_a_swap_and_an_engine_where_they_are_not_is_found_out() -> None:
+    command = [sys.executable, "-m", "benchmarks.swap_architectures", "--here", "mixtral"]
+    process = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr[-3000:]
+    result = json.loads(process.stdout.splitlines()[-1])
+    assert result["compared"] == result["of"]
+    assert result["share"] == 1
+    assert max(result["dpo"], result["0.5"], result["2"], result["0"]) < 1e-4
+    assert "experts" in result["not packed again"]

@@ -44,7 +44,8 @@ class Step:
                     f"{group} is {factor:g}; write what alpha is multiplied by there, at least 0"
                 )
             check_alpha(alpha * factor)
-        kept = tuple((group, factors[group]) for group in GROUPS if factors.get(group, 1) != 1)
+        # + 0.0 makes -0.0 the same text, and the same weights, as 0.
+        kept = tuple((group, factors[group] + 0.0) for group in GROUPS if factors.get(group, 1) != 1)
         return cls(check_alpha(alpha), kept)
 
     def __str__(self) -> str:

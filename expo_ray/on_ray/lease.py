@@ -4,30 +4,46 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 
+from expo_ray.errors import ArithmeticFault, ExpoError
 from expo_ray.extrapolation.step import Step
 
 # Newcomers for the step in the engine are let in until another step has waited this many times as long as a swap takes.
 PATIENCE_IN_SWAPS = 4.0
 SHORTEST_PATIENCE_S = 0.5
+# Steps that wait at once, beside those that are expected: so many swaps at most stand before a request that is let in.
+MOST_WAITING = 16
+# Steps whose weights cannot be computed are remembered, by groups.
+_MOST_REFUSED = 1024
+
+
+class Busy(ExpoError):
+    """Too many different steps are asked for at once."""
 
 
 class Lease:
     """Requests for the step in the engine share it; another step waits until they have drained.
 
     Then there is one swap, and all that wait for the new step are let in together. Steps take turns by who has waited longest, so
-    with n of them each comes up after at most n - 1 others. After a failed swap nobody is let in again: what the engine holds
-    is unknown. All methods belong to one event loop.
+    with n of them each comes up after at most n - 1 others. When `MOST_WAITING` steps wait, another takes the place of the one
+    that came last: a burst of alphas costs its own tail, not those who come after it.
+
+    A step whose weights cannot be computed costs its own requests; the engine is swapped anew for the next. After any other
+    failed swap nobody is let in again: what the engine holds is unknown. All methods belong to one event loop.
 
     Args:
-        swap: puts the weights of an step into the engine, which is idle while it runs.
+        swap: puts the weights of a step into the engine, which is idle while it runs.
         held: the step whose weights the engine holds already, if any.
+        expected: steps that may always wait.
     """
 
-    def __init__(self, swap: Callable[[Step], Awaitable[None]], held: Step | None) -> None:
-        self._swap, self._held = swap, held
+    def __init__(
+        self, swap: Callable[[Step], Awaitable[None]], held: Step | None, expected: Collection[Step] = ()
+    ) -> None:
+        self._swap, self._held, self._expected = swap, held, frozenset(expected)
+        self._too_far: dict[object, tuple[float, ArithmeticFault]] = {}
         self._active = 0
         self._waiting: dict[Step, list[asyncio.Future[None]]] = {}  # the step that has waited longest first
         self._since: dict[Step, float] = {}
@@ -50,6 +66,8 @@ class Lease:
         """Use the engine with the weights of `step`.
 
         Raises:
+            ArithmeticFault: if the weights of `step` cannot be computed.
+            Busy: if too many other steps wait.
             Exception: the one that a swap failed with, now or earlier.
         """
         await self._enter(step)
@@ -62,9 +80,11 @@ class Lease:
     async def _enter(self, step: Step) -> None:
         if self._failure:
             raise self._failure
+        self._check_refused(step)
         if step == self.held and not self._closed():
             self._active += 1
             return
+        self._make_room(step)
         turn = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(step, []).append(turn)
         self._since.setdefault(step, time.monotonic())
@@ -74,6 +94,29 @@ class Lease:
         except asyncio.CancelledError:
             self._leave(step, turn)
             raise
+
+    def _check_refused(self, step: Step) -> None:
+        """An element that overflows at one alpha does so at every larger one: |dpo + alpha delta| is convex in alpha."""
+        alpha, fault = self._too_far.get(step.factors, (step.alpha, None))
+        if fault is not None and step.alpha >= alpha:
+            raise ArithmeticFault(str(fault))
+
+    def _make_room(self, step: Step) -> None:
+        if step in self._waiting or step in self._expected:
+            return
+        others = [waiting for waiting in self._waiting if waiting not in self._expected]
+        if len(others) >= MOST_WAITING:
+            error = Busy(
+                f"more than {MOST_WAITING} different alphas are asked for at once, each of which has to be loaded; ask again "
+                f"later, or list the alpha under `alphas` of the pair"
+            )
+            self._turn_away(others[-1], error)
+
+    def _turn_away(self, step: Step, error: Exception) -> None:
+        self._since.pop(step, None)
+        for turn in self._waiting.pop(step, []):
+            if not turn.done():
+                turn.set_exception(error)
 
     def _leave(self, step: Step, turn: asyncio.Future[None]) -> None:
         """Forget a request that was given up, whether or not its turn had come."""
@@ -104,16 +147,22 @@ class Lease:
             )
 
     async def _change(self, step: Step) -> None:
-        started = time.monotonic()
+        started, fault = time.monotonic(), None
         try:
             await self._swap(step)
+        except ArithmeticFault as error:
+            fault = error
         except BaseException as error:
             self._fail(error if isinstance(error, Exception) else RuntimeError("the swap was cut short"))
             return
         finally:
             self._swapping = None
-        self._held, self._swap_s = step, time.monotonic() - started
-        self._admit(step)
+        if fault is None:
+            self._held, self._swap_s = step, time.monotonic() - started
+            self._admit(step)
+        else:
+            self._held = None  # some tensors may be the new ones
+            self._refuse(step, fault)
         self._advance()  # all who wanted it may have gone
 
     def _admit(self, step: Step) -> None:
@@ -123,10 +172,12 @@ class Lease:
                 self._active += 1
         self._since.pop(step, None)
 
+    def _refuse(self, step: Step, fault: ArithmeticFault) -> None:
+        if step.alpha > 0 and len(self._too_far) < _MOST_REFUSED:
+            self._too_far[step.factors] = step.alpha, fault
+        self._turn_away(step, fault)
+
     def _fail(self, error: Exception) -> None:
         self._failure = error
-        for turn in [turn for turns in self._waiting.values() for turn in turns]:
-            if not turn.done():
-                turn.set_exception(error)
-        self._waiting.clear()
-        self._since.clear()
+        for step in list(self._waiting):
+            self._turn_away(step, error)

@@ -16,11 +16,12 @@ from ray.serve.llm.deployment import LLMServer
 from ray.util.placement_group import get_current_placement_group, placement_group_table
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from expo_ray.errors import ArithmeticFault
 from expo_ray.evaluation.records import digest
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.step import DPO, Step, stepped
 from expo_ray.on_ray.engine_adapter import ErrorInfo, ErrorResponse, engine_version, plain_logs, stop_engine
-from expo_ray.on_ray.lease import Lease
+from expo_ray.on_ray.lease import Busy, Lease
 from expo_ray.on_ray.names import ServedName, parse_name
 from expo_ray.on_ray.parents import engine_folder
 
@@ -100,7 +101,8 @@ class PairServer(ModelServer):
 
     async def __init__(self, llm_config: LLMConfig, *, plan: PairPlan) -> None:  # type: ignore[misc]
         self._plan, holds_dpo = plan, starts_at_dpo(plan)
-        self._lease = Lease(self._swap, DPO if holds_dpo else None)
+        expected = {DPO, *map(Step, plan.outputs)}
+        self._lease = Lease(self._swap, DPO if holds_dpo else None, expected)
         await super().__init__(llm_config, fetch=lambda: engine_folder(plan))
         await self.collective_rpc("expo_open", args=(pickle.dumps(plan), holds_dpo))
 
@@ -113,22 +115,29 @@ class PairServer(ModelServer):
             async with self._lease.on(parse_name(request.model).step or DPO):
                 async for part in super()._answer(method, request, raw_request_info):
                     yield part
+        except ArithmeticFault as error:
+            yield _error(400, str(error), "bad_alpha")
+        except Busy as error:
+            yield _error(429, str(error), "too_many_alphas")
         except Exception as error:
             if error is not self._lease.failure:
                 raise
-            yield ErrorResponse(
-                error=ErrorInfo(message=self._unusable(), type="service_unavailable", code=503)
-            )
+            yield _error(503, self._unusable(), "service_unavailable")
 
     async def _swap(self, step: Step) -> None:
         """Change the weights of the engine, which no request uses now.
 
         Requests that were given up may still be in it; the pause throws them out, and clears what is cached of prompts, which
         belongs to the old weights.
+
+        Raises:
+            ArithmeticFault: if the weights cannot be computed; the engine can take others.
         """
         await self.pause(mode="abort", clear_cache=True)
-        await self.collective_rpc("expo_swap", timeout=SWAP_TIMEOUT_S, args=(str(step),))
+        faults = await self.collective_rpc("expo_swap", timeout=SWAP_TIMEOUT_S, args=(str(step),))
         await self.resume()
+        if any(faults):
+            raise ArithmeticFault(next(filter(None, faults)))
 
     async def check_health(self) -> None:
         if self._lease.failure:
@@ -176,6 +185,10 @@ def special_ids_of(folder: Path) -> list[int]:
         return [int(token["id"]) for token in tokenizer["added_tokens"] if token["special"]]
     except (OSError, ValueError, KeyError, TypeError):
         return []
+
+
+def _error(status: int, message: str, kind: str) -> ErrorResponse:
+    return ErrorResponse(error=ErrorInfo(message=message, type=kind, code=status))
 
 
 def _renamed(part: Any, engine_name: str, served: str) -> Any:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from expo_ray.errors import some
-from expo_ray.extrapolation.step import Step, parse_step, stepped
+from expo_ray.errors import ArithmeticFault, some
+from expo_ray.extrapolation.step import DPO, SFT, Step, parse_step, stepped
 from expo_ray.on_ray.weights import extrapolated
 
 if TYPE_CHECKING:
@@ -42,11 +42,12 @@ class PairWorker:
             holds_dpo: whether the engine holds the weights of alpha 0, loaded from dpo's folder.
 
         Raises:
-            RuntimeError: if no weight of the engine can be compared with the plan.
+            RuntimeError: if too little of what the engine holds can be compared with the plan.
             StorageError: if a parent cannot be fetched.
         """
         from expo_ray.on_ray.comparison import Comparison
         from expo_ray.on_ray.engine_adapter import plain_logs
+        from expo_ray.on_ray.engine_weights import pack_experts_again
         from expo_ray.on_ray.parents import on_this_node
 
         plain_logs()
@@ -54,26 +55,33 @@ class PairWorker:
         dtype = self.model_config.dtype
         assert isinstance(dtype, torch.dtype)
         self.expo_comparison = Comparison(self.expo_plan, self.get_model(), dtype)
-        if holds_dpo:
-            self.expo_comparison.leave_out_rearranged()
-        if not self.expo_comparison.tensors:
-            raise RuntimeError(
-                "none of the engine's weights can be compared with the plan's; publish the models and serve those"
-            )
+        pack_experts_again()
+        if holds_dpo or self.expo_plan.dpo.adapter:  # an engine for an adapter starts with sft's folder
+            self.expo_comparison.leave_out_rearranged(DPO if holds_dpo else SFT)
+        self.expo_comparison.check_coverage()
 
-    def expo_swap(self, text: str) -> None:
+    def expo_swap(self, text: str) -> str:
         """Load the weights of a step, given as its text, and compare what the engine then holds with the plan's arithmetic.
 
+        Returns:
+            Why the weights of this step cannot be computed; the engine then holds a mixture, and the next swap makes it whole.
+            Empty if they are loaded. No error, as those that cross processes lose their class.
+
         Raises:
-            ExpoError: if the weights cannot be computed; what the engine holds then is unknown.
-            RuntimeError: if it holds others than computed.
+            RuntimeError: if the engine holds others than computed.
+            StorageError: if the parents cannot be read; what the engine holds then is unknown.
         """
-        from expo_ray.on_ray.engine_adapter import repack_heads
+        from expo_ray.on_ray.engine_weights import give_reload_up, repack_heads
 
         step = parse_step(text)
-        self.reload_weights(weights_iterator=extrapolated(stepped(self.expo_plan, step), step.alpha))
+        try:
+            self.reload_weights(weights_iterator=extrapolated(stepped(self.expo_plan, step), step.alpha))
+        except ArithmeticFault as fault:
+            give_reload_up(self.get_model())
+            return str(fault)
         repack_heads(self.get_model())
         self.expo_compare(step)
+        return ""
 
     def expo_compare(self, step: Step) -> None:
         """See that sampled weights are those of `step`.
