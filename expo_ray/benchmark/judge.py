@@ -18,7 +18,6 @@ FIRST, SECOND = "m", "M"
 _OPENAI = "api.openai.com"
 # Judges that reason write some hundred tokens, some of them thousands.
 _VERDICT_TOKENS = 4096
-_EXPECTED_VERDICT_TOKENS = 500
 _THOUGHTS = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
 _VERDICT = re.compile(r"\[\[\s*(A>>B|A>B|A=B|B=A|B>A|B>>A|A|B|C)\s*\]\]")
 # Share of the second output in a win: a verdict of one `>` is a win by less than one of two.
@@ -91,11 +90,6 @@ class Judge:
         """`asked` with the judge's own fields."""
         fields = {"n": 1, "stream": False, **asked, **self.extra}
         return {name: value for name, value in fields.items() if value is not None}
-
-    @property
-    def expected_tokens(self) -> int:
-        """Tokens of a usual answer, for estimates of the cost."""
-        return 1 if self.protocol == "logprobs" else _EXPECTED_VERDICT_TOKENS
 
 
 def default_key_variable(url: str) -> str:

@@ -23,6 +23,8 @@ PART_S = 5.0
 # A judge behind a rate limit answers late, not never: half an hour of attempts before it is given up.
 _ATTEMPTS = 12
 _TIMEOUT_S = 600.0
+# Of a verdict with its reasons, for estimates; a judge that thinks first may need ten times as many.
+_USUAL_TOKENS = 500
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,9 @@ def estimate(judge: Judge, questions: Sequence[Question], answers: Mapping[str, 
     """What the questions without an answer will take."""
     missing = [question for question in questions if question.id not in answers]
     num_prompt_tokens = sum(_characters(question) for question in missing) // 4
-    num_tokens = len(missing) * judge.expected_tokens
+    num_tokens = sum(
+        min(_USUAL_TOKENS, question.options.get("max_tokens", _USUAL_TOKENS)) for question in missing
+    )
     cost = judge.price.of(num_prompt_tokens, num_tokens) if judge.price else None
     return Estimate(len(missing), num_prompt_tokens, num_tokens, cost)
 

@@ -75,7 +75,10 @@ class JudgeServer:
     def _judged(self, body: Mapping[str, Any]) -> Reply:
         if self.mode == "garbage":
             return _answer(body, "I like both.", {"I": -0.1, "Both": -2.0})
-        first, second = outputs_in(body["messages"])
+        outputs = outputs_in(body["messages"])
+        if outputs is None:
+            return _answer(body, f"It answers the question.\nRating: [[{rating_of(body['messages'])}]]", {})
+        first, second = outputs
         m, capital_m = self._log_probabilities(first, second)
         if body.get("logprobs"):
             return _answer(body, "m" if m >= capital_m else "M", {"m": m, "M": capital_m})
@@ -94,12 +97,17 @@ class JudgeServer:
         return math.log(0.5), math.log(0.5)
 
 
-def outputs_in(messages: Sequence[Mapping[str, str]]) -> tuple[str, str]:
-    """The two outputs in the order shown."""
+def outputs_in(messages: Sequence[Mapping[str, str]]) -> tuple[str, str] | None:
+    """The two outputs in the order shown; None where one answer is to be graded."""
     for pattern in _OUTPUTS:
         if match := pattern.search(messages[-1]["content"]):
             return match[1], match[2]
-    raise ValueError("no two outputs in the last message")
+    return None
+
+
+def rating_of(messages: Sequence[Mapping[str, str]]) -> int:
+    """What every mode rates one answer with: 1 to 10, by the text alone."""
+    return hashlib.sha256(messages[-1]["content"].encode()).digest()[0] % 10 + 1
 
 
 def _answer(body: Mapping[str, Any], text: str, first_token: Mapping[str, float]) -> Reply:
