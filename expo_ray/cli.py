@@ -1,218 +1,173 @@
-"""The command line `expo-ray`: parse, call, print."""
+"""The command line `expo-ray` as a process: signals, streams, and what becomes of errors. The commands are in `expo_ray.commands`.
+
+Little is imported here, so that signals are handled before the seconds that the rest takes to import.
+"""
 
 from __future__ import annotations
 
-import argparse
-import importlib
-import json
+import errno
+import io
 import logging
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TypeVar
 
-from expo_ray.arguments import command_parser
-from expo_ray.config import (
-    Job,
-    Pair,
-    format_alpha,
-    job_schema,
-    load_job,
-    parse_bytes,
-    parse_pair,
-)
-from expo_ray.errors import ExpoError, Problems
-from expo_ray.extrapolation.describe import describe
-from expo_ray.extrapolation.in_threads import InThreads
-from expo_ray.extrapolation.job import JobPlan, outputs_of, plan_job
-from expo_ray.extrapolation.progress import Progress, size_text
-from expo_ray.extrapolation.run import Outcome, run_job
-from expo_ray.extrapolation.verify import read_manifest, rederive, verify_files
-from expo_ray.flags import flags_of, with_alphas_joined, with_flags
-from expo_ray.storage import join_uri, open_store
+from typing_extensions import Buffer
+
+from expo_ray.errors import ExpoError, JobError, Problems
+from expo_ray.extras import missing_extra
 from expo_ray.terminal import guard_terminal
-from expo_ray.text import remember_url_secrets
-
-if TYPE_CHECKING:
-    from expo_ray.extrapolation.fit import Fit
+from expo_ray.text import visible
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+_BROKEN_PIPE = 141  # as a shell reports a process that SIGPIPE ended
+# A second signal within this time is part of the same wish, and would disturb the cleaning up.
+_IMPATIENCE_S = 5.0
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+T = TypeVar("T")
+# Errors of the machine, which a traceback does not explain.
+_OF_THE_MACHINE = {
+    errno.ENOSPC: "free space",
+    errno.EDQUOT: "free space, the quota is used up",
+    errno.EROFS: "this file system can only be read",
+    errno.EACCES: "give this user the right to it",
+    errno.EPERM: "give this user the right to it",
+    errno.EMFILE: "raise `ulimit -n`",
+    errno.ENFILE: "too many files are open on this machine",
+    errno.ENOMEM: "free memory",
+    errno.EAGAIN: "raise `ulimit -u`, or end other processes",
+    errno.EIO: "the disk or the network file system failed; the system's log says more",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit status is 0, 1 for work that failed, 2 for bad input, 130 when interrupted."""
-    guard_terminal()
-    words = sys.argv[1:] if arguments is None else arguments
-    remember_url_secrets(list(words))
-    parsed = command_parser().parse_args(with_alphas_joined(words))
-    return guarded(lambda: _COMMANDS[parsed.command](parsed), flags_of(parsed))
+    flags: list[str] = []
+
+    def command() -> int:
+        from expo_ray.commands import run_words
+
+        return run_words(sys.argv[1:] if arguments is None else arguments, flags)
+
+    return guarded(command, flags)
 
 
 def guarded(command: Callable[[], int], flags: Collection[str] = ()) -> int:
-    """Run `command`, turning errors that a user can mend into text and an exit status.
+    """Run `command`, turning errors that a user can fix into text and an exit status.
 
     Args:
-        flags: see `with_flags`.
+        flags: see `with_flags`; looked at only once there is an error.
+
+    Raises:
+        SystemExit: of argparse, which has printed help or what is wrong.
     """
-    guard_terminal()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("expo_ray").setLevel(logging.INFO)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as on Ctrl-C
+    _handle_signals()
     try:
-        return command()
-    except Problems as error:
-        print(
-            f"{len(error.problems)} problem(s), nothing was written:\n{with_flags(str(error), flags)}",
-            file=sys.stderr,
-        )
-        return BAD_INPUT
-    except ExpoError as error:
-        print(f"error: {with_flags(str(error), flags)}", file=sys.stderr)
-        return BAD_INPUT
+        _prepare_streams()
+        guard_terminal()
+        logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+        logging.getLogger("expo_ray").setLevel(logging.INFO)
+        try:
+            return _flushed(command())
+        except SystemExit as end:
+            raise SystemExit(_flushed(end.code)) from None
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on where it stopped", file=sys.stderr)
         return INTERRUPTED
+    except (ExpoError, ModuleNotFoundError, OSError) as error:
+        text, status = _described(error)
+        if not text and status != _BROKEN_PIPE:
+            raise
+    if text:
+        from expo_ray.flags import with_flags
+
+        print(with_flags(text, flags), file=sys.stderr)
+    return status
 
 
-def report(outcome: Outcome, flags: Collection[str] = ()) -> int:
-    """Print what came of a job; the exit status of the process."""
-    for model in sorted(outcome.published, key=lambda model: (model.pair, model.alpha)):
-        effective = "" if model.effective_alpha is None else f" (effective {model.effective_alpha:.3f})"
-        print(f"{model.uri}: alpha {format_alpha(model.alpha)}{effective}, {size_text(model.size)}")
-        for warning in model.warnings:
-            print(f"  warning: {with_flags(warning, flags)}")
-    for name, error in outcome.failures.items():
-        print(f"failed: {name}: {with_flags(str(error), flags)}", file=sys.stderr)
-    return FAILED if outcome.failures else 0
+def _described(error: Exception) -> tuple[str, int]:
+    """What to print about an error, and the exit status; an empty text for what a traceback explains better."""
+    if isinstance(error, Problems):
+        return f"{len(error.problems)} problem(s), nothing was written:\n{error}", BAD_INPUT
+    if isinstance(error, ExpoError):
+        return f"error: {error}", BAD_INPUT
+    if isinstance(error, ModuleNotFoundError):
+        remedy = missing_extra(error)
+        return remedy and f"error: {remedy}", BAD_INPUT
+    if isinstance(error, _UnwritableOutput):
+        if error.errno == errno.EPIPE:
+            return "", _BROKEN_PIPE
+        return f"error: the standard output cannot be written: {error.strerror}; send it elsewhere", FAILED
+    remedy = _OF_THE_MACHINE.get(getattr(error, "errno", None) or 0, "")
+    place = f"{getattr(error, 'filename', None) or ''}: ".removeprefix(": ")
+    return remedy and visible(f"error: {place}{getattr(error, 'strerror', '')}; {remedy}"), FAILED
 
 
-def _extrapolate(arguments: argparse.Namespace) -> int:
-    flags = flags_of(arguments)
-    pair = parse_pair(_options_of(arguments), "command line")
-    outputs = {
-        alpha: arguments.output
-        if len(pair.alphas) == 1
-        else join_uri(arguments.output, f"alpha={format_alpha(alpha)}")
-        for alpha in pair.alphas
-    }
-    job = plan_job([pair], [outputs], overwrite=arguments.overwrite)
-    if arguments.dry_run:
-        print(with_flags(describe(job, workers=1, bandwidth=parse_bytes("1GB")), flags))
-        return 0
-    for note in (note for plan in job.pairs for note in plan.notes):
-        print(f"note: {with_flags(note, flags)}", file=sys.stderr)
-    with Progress() as progress, InThreads(progress, device=arguments.device) as executor:
-        outcome = run_job(job, executor, progress)
-    return report(outcome, flags)
+def _handle_signals() -> None:
+    """Clean up on SIGTERM, and on the SIGHUP of a lost terminal, as on Ctrl-C. What `nohup` ignores stays ignored."""
+    interrupted_at = float("-inf")
+
+    def interrupt(*_: object) -> None:
+        nonlocal interrupted_at
+        if time.monotonic() - interrupted_at > _IMPATIENCE_S:
+            interrupted_at = time.monotonic()
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        for number in _SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, interrupt)
 
 
-def _plan(arguments: argparse.Namespace) -> int:
-    job = load_job(arguments.job)
-    print(describe(plan_of(job), workers=arguments.workers, bandwidth=arguments.bandwidth))
-    return 0
+def _prepare_streams() -> None:
+    """Make sure that any text can be printed, and that no file of ours gets the number of a closed stream.
+
+    Raises:
+        JobError: if the standard output is closed.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    if sys.stdout is None:
+        raise JobError("the standard output is closed; send it to a file, or to /dev/null")
+    if sys.stdout is sys.__stdout__ and type(sys.stdout) is io.TextIOWrapper:
+        encoding, by_line = sys.stdout.encoding, sys.stdout.line_buffering
+        sys.stdout.flush()
+        output = io.BufferedWriter(_StandardOutput(sys.stdout.fileno(), "wb", closefd=False))
+        sys.stdout = io.TextIOWrapper(output, encoding, "backslashreplace", line_buffering=by_line)
 
 
-def plan_of(job: Job, *, overwrite: bool = False) -> JobPlan:
-    """The plan of a job file."""
-    return plan_job(job.pairs, [outputs_of(job, pair) for pair in job.pairs], overwrite=overwrite)
+class _UnwritableOutput(OSError):
+    """The standard output is full, or nobody reads it any more."""
 
 
-def _verify(arguments: argparse.Namespace) -> int:
-    from expo_ray.extrapolation.fit import fit_alphas  # numpy comes with it
+class _StandardOutput(io.FileIO):
+    """The standard output, whose errors can be told from those of other files; after the first it takes all and forgets it."""
 
-    if (arguments.sft is None) != (arguments.dpo is None):
-        raise ExpoError("one parent is given; give both --sft and --dpo, or neither")
-    store = open_store(arguments.folder)
-    manifest = read_manifest(store)
-    if manifest is None and arguments.sft is None:
-        raise ExpoError(
-            f"{store.uri} has no expo.json; give --sft and --dpo to see which alpha fits its weights"
-        )
-    problems = verify_files(store, manifest) if manifest else []
-    if manifest and not problems:
-        print(
-            f"{store.uri}: {len(manifest['shards'])} shard(s) and {len(manifest['files'])} file(s) are as published"
-        )
-    if arguments.sft:
-        parents = arguments.sft, arguments.dpo
-        if not (manifest and manifest["arithmetic"].get("adapter")):
-            _print_fits(*fit_alphas(arguments.folder, *parents, allow_pickle=arguments.allow_pickle))
-        if manifest:
-            wrong = rederive(manifest, *parents, allow_pickle=arguments.allow_pickle)
-            problems += wrong
-            if not wrong:
-                print("computed again from both parents: the same bytes")
-    for problem in problems:
-        print(f"failed: {problem}", file=sys.stderr)
-    return FAILED if problems else 0
+    _failed = False
+
+    def write(self, data: Buffer, /) -> int:
+        if not self._failed:
+            try:
+                return super().write(data)
+            except OSError as error:
+                self._failed = True
+                raise _UnwritableOutput(*error.args) from error
+        return memoryview(data).nbytes
 
 
-def _print_fits(fits: Sequence[Fit], skipped: Sequence[str]) -> None:
-    width = max(len(fit.name) for fit in fits)
-    print(f"{'tensor':{width}}  {'alpha':>8}  {'delta/weight':>12}  {'residual':>9}")
-    for fit in fits:
-        print(f"{fit.name:{width}}  {fit.alpha:8.4f}  {fit.relative_delta:12.2e}  {fit.residual:9.2e}")
-    for text in skipped:
-        print(f"not compared: {text}")
-    moved = [fit for fit in fits if fit.delta_square]
-    if moved:
-        best = sum(fit.alpha * fit.delta_square for fit in moved) / sum(fit.delta_square for fit in moved)
-        least, most = (choose(fit.alpha for fit in moved) for choose in (min, max))
-        print(
-            f"alpha {best:.4f} fits best over the {len(moved)} tensors with a delta, {least:.4f} to {most:.4f} one by one"
-        )
-    else:
-        print("sft and dpo do not differ in these tensors, so that any alpha fits")
+def _flushed(status: T) -> T:
+    sys.stdout.flush()
+    return status
 
-
-def _report(arguments: argparse.Namespace) -> int:
-    from expo_ray.report.page import write_report
-
-    print(write_report(open_store(arguments.run)))
-    return 0
-
-
-def _push(arguments: argparse.Namespace) -> int:
-    from expo_ray.extrapolation.push import plan_push, push
-    from expo_ray.storage.hub_push import check_token
-
-    check_token()
-    plan = plan_push(arguments.folder, arguments.repo_id)
-    print(plan.described(private=arguments.private), flush=True)
-    if plan.files and not arguments.dry_run:
-        print(f"pushed to {push(plan, private=arguments.private)}")
-    return 0
-
-
-def _schema(arguments: argparse.Namespace) -> int:
-    print(json.dumps(job_schema(), indent=2))
-    return 0
-
-
-def _options_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    given = {
-        key: value for key, value in vars(arguments).items() if key in Pair.model_fields and value is not None
-    }
-    if "://" not in arguments.dpo:  # `.` and `..` have a name as well
-        given["name"] = Pair(sft="-", dpo=os.path.abspath(os.path.expanduser(arguments.dpo))).name
-    return given | ({"multipliers": dict(arguments.multiplier)} if arguments.multiplier else {})
-
-
-def _imported(module: str) -> Callable[[argparse.Namespace], int]:
-    """Make a command of a module that takes seconds to import, and is imported when it runs."""
-
-    def command(arguments: argparse.Namespace) -> int:
-        return int(importlib.import_module(f"expo_ray.{module}").command(arguments))
-
-    return command
-
-
-_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
-    "extrapolate": _extrapolate, "plan": _plan, "verify": _verify, "report": _report, "push": _push,
-    "schema": _schema, "benchmark": _imported("benchmark.command"),
-    "run": _imported("on_ray.run_command"), "serve": _imported("on_ray.serve_command"), "respond": _imported("on_ray.respond_command"), "reward": _imported("on_ray.reward_command"),
-}  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -6,7 +6,8 @@ import argparse
 import os
 import sys
 
-from expo_ray.cli import guarded, plan_of, report
+from expo_ray.cli import guarded
+from expo_ray.commands import plan_of, report
 from expo_ray.config import load_job, parse_bytes
 from expo_ray.extrapolation.describe import describe
 from expo_ray.extrapolation.progress import Progress

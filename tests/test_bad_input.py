@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from expo_ray import cli
+from expo_ray import commands
 from expo_ray.cli import main
 from expo_ray.extrapolation import stream
 from expo_ray.extrapolation.progress import Progress
@@ -660,7 +660,7 @@ def test_an_input_replaced_while_the_job_runs_stops_it(
             replace()
             return run_job(*words)
 
-        monkeypatch.setattr(cli, "run_job", late)
+        monkeypatch.setattr(commands, "run_job", late)
     out = tmp_path / "out"
     said = failing(capsys, sft, dpo, out, 0.5)
     assert f"{file} was replaced since it was planned; plan again" in said

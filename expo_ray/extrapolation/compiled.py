@@ -87,9 +87,11 @@ def _identity() -> str:
 
 
 def _cache_folders() -> Iterator[Path]:
-    """Beside the source, as Python keeps its own, or the user's."""
+    """Beside the source, as Python keeps its own, or the user's. Where neither can be written, nothing is kept."""
     yield Path(__file__).parent / "__pycache__"
-    yield Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "expo-ray"
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if os.path.isabs(caches):  # else there is no home folder
+        yield Path(caches) / "expo-ray"
 
 
 def _write(path: Path, data: bytes) -> None:

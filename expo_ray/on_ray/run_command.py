@@ -12,6 +12,7 @@ from expo_ray.on_ray.prepared import Prepared, prepare
 from expo_ray.report.page import PAGE
 from expo_ray.report.results import PairResult, Results
 from expo_ray.storage import join_uri
+from expo_ray.storage.uri import expand_home
 
 FAILED = 1
 
@@ -50,7 +51,7 @@ def tell(results: Results, job: Job) -> int:
         print(_line(pair))
     for name, text in results.failures.items():
         print(f"failed: {name}: {text}", file=sys.stderr)
-    place = job.output if "://" in job.output else os.path.abspath(os.path.expanduser(job.output))
+    place = job.output if "://" in job.output else os.path.abspath(expand_home(job.output))
     print(f"report: {join_uri(place, PAGE)}")
     return FAILED if results.failures else 0
 

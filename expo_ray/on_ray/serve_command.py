@@ -9,10 +9,12 @@ import signal
 
 from expo_ray.config import Job, format_alpha, load_job
 from expo_ray.evaluation.served import served_plans
+from expo_ray.extras import require
 
 
 def command(arguments: argparse.Namespace) -> int:
     """Run `expo-ray serve`; the exit status is 0 once it has answered and is told to stop."""
+    require("ray")
     job = load_job(arguments.job)
     settings = (
         job.serving if arguments.port is None else job.serving.model_copy(update={"port": arguments.port})

@@ -13,7 +13,7 @@ from urllib.parse import unquote
 from expo_ray.errors import AlreadyExists, InputChanged, NotFound, StorageError
 from expo_ray.storage.local_writer import TEMP_PREFIX, LocalWriter, etag_of, info_of, named
 from expo_ray.storage.protocol import MOST_BYTES, FileInfo, check_size
-from expo_ray.storage.uri import check_key, check_name
+from expo_ray.storage.uri import check_key, check_name, check_utf8, expand_home
 from expo_ray.text import shown
 
 
@@ -36,7 +36,7 @@ class LocalStore:
         path = unquote(uri.removeprefix("file://")) if uri.startswith("file://") else uri
         if uri.startswith("file://") and not path.startswith("/"):
             raise StorageError(f"{uri}: a file URI names an absolute path, file:///folder")
-        self._root = Path(os.path.abspath(os.path.expanduser(check_name(path))))
+        self._root = Path(check_utf8(os.path.abspath(expand_home(check_name(path)))))
         self.uri = str(self._root)
 
     def __reduce__(self) -> tuple[type[LocalStore], tuple[str]]:

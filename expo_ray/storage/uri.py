@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 from unicodedata import category
@@ -17,6 +18,8 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _QUERY = re.compile(r"[?#][^/]*=")
 _LONGEST_NAME, _LONGEST_PATH = 255, 2000
 _NOT_IN_NAMES = {"Cc", "Zl", "Zp"}
+# `s3:/b` and `s3//b` would be local folders of that name.
+_SLIP = re.compile(r"(s3|hf|file|memory)(?::|;|//)", re.IGNORECASE)
 
 
 def split_uri(uri: str) -> tuple[str, str]:
@@ -31,6 +34,12 @@ def split_uri(uri: str) -> tuple[str, str]:
         if not uri:
             raise StorageError(
                 "an empty path names no folder; give a local path or a URI such as s3://bucket/folder"
+            )
+        if slip := _SLIP.match(uri):
+            scheme, rest = slip[1].lower(), uri[slip.end() :].lstrip(":;/")
+            raise StorageError(
+                f"{shown(uri)}: is neither a URI nor a likely path; write {scheme}://{'/' * (scheme == 'file')}{shown(rest)}, or "
+                f"./{shown(uri)} for a local folder of that name"
             )
         return "file", uri
     scheme, rest = match[1].lower(), match[2]
@@ -75,6 +84,40 @@ def _check_no_secrets(uri: str, rest: str) -> None:
             f"{uri}: a query does not belong in a URI, and a signed URL opens one file where a model has many; leave it out, and "
             "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or HF_TOKEN instead"
         )
+
+
+def check_utf8(name: str) -> str:
+    """`name` itself.
+
+    Raises:
+        StorageError: if it holds bytes that are not UTF-8, which manifests, reports and other machines could not name.
+    """
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        encoding = sys.getfilesystemencoding()
+        remedy = (
+            "a name that is not UTF-8; rename it, or make a link to it with another name (ln -s)"
+            if encoding == "utf-8"
+            else f"this locale's names are {encoding}; set PYTHONUTF8=1"
+        )
+        raise StorageError(f"{shown(name)}: {remedy}") from None
+    return name
+
+
+def expand_home(path: str) -> str:
+    """`path` with `~` replaced by the home folder.
+
+    Raises:
+        StorageError: if this user has none.
+    """
+    expanded = os.path.expanduser(path)
+    if expanded == path and (path == "~" or path.startswith("~/")):
+        raise StorageError(
+            f"{shown(path)}: this user has no home folder (HOME is not set, and /etc/passwd does not know the user); set HOME, or "
+            "write the whole path"
+        )
+    return expanded
 
 
 def join_uri(root: str, *parts: str) -> str:
