@@ -49,7 +49,7 @@ def save_adapter(base: PreTrainedModel, path: Path, **settings: Any) -> None:
 
 
 def layers_of(path: Path, *, merging: bool = False) -> list[LoraLayer]:
-    return lora_layers(*parents(path), merging=merging)
+    return list(lora_layers(*parents(path), merging=merging).layers)
 
 
 def parents(path: Path) -> tuple[Checkpoint, Checkpoint]:

@@ -7,15 +7,16 @@ scale times (1 + alpha). Everything that is not linear in the scale, or changes 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, sqrt
 from typing import Any
 
+from expo_ray.checkpoint.renaming import renamed
 from expo_ray.checkpoint.tensors import WEIGHT_DTYPES, Checkpoint, Tensor
-from expo_ray.checkpoint.tied import tied_alias
-from expo_ray.checkpoint.weight_files import some
-from expo_ray.errors import CheckpointError, JobError
+from expo_ray.checkpoint.tied import VocabularyWeights
+from expo_ray.errors import CheckpointError, JobError, some
+from expo_ray.text import shown
 from expo_ray.untrusted import compile_pattern
 
 _MERGE_FIRST = "merge the adapter first (`merge_and_unload`, save) and pass the merged folder"
@@ -56,40 +57,101 @@ class LoraLayer:
     transposed: bool
 
 
-def lora_layers(adapter: Checkpoint, base: Checkpoint, *, merging: bool = False) -> list[LoraLayer]:
-    """The layers of a plain LoRA adapter, in the order they are stored, each matched with its weight in `base`.
+@dataclass(frozen=True, slots=True)
+class FittedAdapter:
+    """An adapter and the weights that it adapts.
+
+    Attributes:
+        layers: in the order they are stored; when scaling, only those whose weight the base has.
+        notes: what a user should know and nothing is wrong with.
+    """
+
+    layers: tuple[LoraLayer, ...]
+    notes: tuple[str, ...] = ()
+
+
+def lora_layers(adapter: Checkpoint, base: Checkpoint, *, merging: bool = False) -> FittedAdapter:
+    """Match every layer of a plain LoRA adapter with its weight in `base`.
+
+    PEFT names modules as `transformers` has them in memory, a checkpoint as they are stored; the two differ in the parents that
+    `renaming` knows. A layer that only has to be scaled needs no weight of the base.
 
     Args:
         adapter: a checkpoint whose `adapter` is set.
         base: the model it was trained on.
-        merging: also refuse what can be rescaled and not merged: an embedding that is tied to the output head, where the
-            adapter changes one of the two uses and a merged weight both.
+        merging: also refuse what can be rescaled and not merged: a layer without a weight, and an embedding that is tied to
+            the output head, where the adapter changes one of the two uses and a merged weight both.
 
     Raises:
         CheckpointError: if it is no plain LoRA, or does not fit `base`.
     """
     _refuse_variants(adapter.adapter, adapter.uri)
     pairs = _pairs(adapter)
-    tied = tied_alias(base.tensors, base.config)
-    names = {module: f"{module}.weight" for module in pairs}
-    absent = [name for name in names.values() if tied.get(name, name) not in base.tensors]
-    if absent:
+    names = _base_names(pairs, base)
+    notes = _name_notes(names)
+    absent = [f"{module}.weight" for module, name in names.items() if name is None]
+    if absent and merging:
         raise CheckpointError(
-            f"{adapter.uri}: adapts {len(absent)} weight(s) that {base.uri} does not have: {some(absent)}; pass as sft the "
-            f"model it was trained on, or {_MERGE_FIRST}"
+            f"{adapter.uri}: adapts {len(absent)} weight(s) that {base.uri} does not have: {_shown(absent)}; pass as sft the "
+            f"model it was trained on, saved by the version of transformers that trained it, or {_MERGE_FIRST}"
         )
-    shared = [name for name in names.values() if name in tied or name in tied.values()]
-    if merging and shared:
+    if absent:
+        notes.append(
+            f"sft has no weight of the name of {len(absent)} layer(s) of the adapter, such as {_shown(absent[:1])}; scaling needs "
+            "none, but serve the result on the model it was trained on"
+        )
+    vocabulary = VocabularyWeights(base)
+    if merging:
+        _refuse_tied(names, vocabulary, adapter, base)
+    layers = []
+    for module, factors in pairs.items():
+        name = names[module]
+        stored = vocabulary.tensor(name) if name else None
+        if name and stored:
+            layers.append(_layer(adapter, module, name, factors, stored))
+        else:
+            _rank_and_scale(adapter.adapter, module, adapter.uri)  # raises where the scale is no number
+    _refuse_ambiguous(layers, adapter)
+    return FittedAdapter(tuple(layers), tuple(notes))
+
+
+def _base_names(modules: Collection[str], base: Checkpoint) -> dict[str, str | None]:
+    """The name in `base` of the weight of each adapted module; None where it has none."""
+    vocabulary = VocabularyWeights(base)
+    names = {module: f"{module}.weight" for module in modules}
+    unknown = [name for name in names.values() if vocabulary.tensor(name) is None]
+    others = renamed(unknown, [name for name in base.tensors if name not in names.values()])
+    return {
+        module: others.get(name) if name in unknown and name not in base.tensors else name
+        for module, name in names.items()
+    }
+
+
+def _name_notes(names: Mapping[str, str | None]) -> list[str]:
+    moved = [
+        (f"{module}.weight", name) for module, name in names.items() if name not in (None, f"{module}.weight")
+    ]
+    if not moved:
+        return []
+    mine, theirs = moved[0]
+    return [
+        f"adapter and sft name {len(moved)} layer(s) differently, such as {shown(mine)} and {shown(theirs)}; they are paired"
+    ]
+
+
+def _refuse_tied(
+    names: Mapping[str, str | None], vocabulary: VocabularyWeights, adapter: Checkpoint, base: Checkpoint
+) -> None:
+    shared = [
+        name
+        for name in names.values()
+        if name and (vocabulary.owner(name) != name or vocabulary.has_tied_head(name))
+    ]
+    if shared:
         raise CheckpointError(
-            f"{adapter.uri}: adapts {some(shared)}, and {base.uri} ties embedding and output head, so that merging would "
+            f"{adapter.uri}: adapts {_shown(shared)}, and {base.uri} ties embedding and output head, so that merging would "
             "change both; such an adapter can be scaled (`adapter: scale`), and neither merged nor served"
         )
-    layers = [
-        _layer(adapter, module, a, b, base.tensors[tied.get(names[module], names[module])].shape)
-        for module, (a, b) in pairs.items()
-    ]
-    _refuse_ambiguous(layers, adapter)
-    return layers
 
 
 def scaled_adapter_config(config: Mapping[str, Any], alpha: float) -> dict[str, Any]:
@@ -146,7 +208,7 @@ def _pairs(adapter: Checkpoint) -> dict[str, tuple[Tensor, Tensor]]:
     for module, found in sides.items():
         if set(found) not in ({"A", "B"}, {"embedding_A", "embedding_B"}):
             raise CheckpointError(
-                f"{adapter.uri}: {module} has {', '.join(f'lora_{side}' for side in sorted(found))} instead of A and B; "
+                f"{adapter.uri}: {shown(module)} has {', '.join(f'lora_{side}' for side in sorted(found))} instead of A and B; "
                 "save the adapter again"
             )
         a, b = (found[side] for side in sorted(found))
@@ -159,12 +221,15 @@ def _pairs(adapter: Checkpoint) -> dict[str, tuple[Tensor, Tensor]]:
 def _refuse_others(names: Collection[str], where: str) -> None:
     if names:
         raise CheckpointError(
-            f"{where}: holds {len(names)} tensor(s) that are no LoRA matrices: {some(names)}; {_MERGE_FIRST}"
+            f"{where}: holds {len(names)} tensor(s) that are no LoRA matrices: {_shown(list(names))}; {_MERGE_FIRST}"
         )
 
 
-def _layer(adapter: Checkpoint, module: str, a: Tensor, b: Tensor, base_shape: tuple[int, ...]) -> LoraLayer:
-    here = f"{adapter.uri}: {module}"
+def _layer(
+    adapter: Checkpoint, module: str, base_name: str, factors: tuple[Tensor, Tensor], base: Tensor
+) -> LoraLayer:
+    (a, b), base_shape = factors, base.shape
+    here = f"{adapter.uri}: {shown(module)}"
     shapes = f"A {list(a.shape)}, B {list(b.shape)}, base {list(base_shape)}"
     if len(a.shape) != 2 or len(b.shape) != 2 or len(base_shape) != 2:
         raise CheckpointError(f"{here}: not a linear layer or an embedding ({shapes}); {_MERGE_FIRST}")
@@ -185,7 +250,7 @@ def _layer(adapter: Checkpoint, module: str, a: Tensor, b: Tensor, base_shape: t
             f"{here}: {shapes} do not fit; pass as sft the model the adapter was trained on"
         )
     is_flipped = bool(adapter.adapter.get("fan_in_fan_out")) if delta == flipped else base_shape == flipped
-    return LoraLayer(f"{module}.weight", a, b, scale, is_embedding or is_flipped)
+    return LoraLayer(base_name, a, b, scale, is_embedding or is_flipped)
 
 
 def _is_embedding(a: Tensor) -> bool:
@@ -201,8 +266,8 @@ def _refuse_ambiguous(layers: Iterable[LoraLayer], adapter: Checkpoint) -> None:
     others = [layer.base_name for layer in linear if layer.transposed != declared]
     if square and others:
         raise CheckpointError(
-            f"{adapter.uri}: fan_in_fan_out is {declared}, which {some(others)} contradict, so the orientation of "
-            f"{some(square)} is unknown; {_MERGE_FIRST}"
+            f"{adapter.uri}: fan_in_fan_out is {declared}, which {_shown(others)} contradict, so the orientation of "
+            f"{_shown(square)} is unknown; {_MERGE_FIRST}"
         )
 
 
@@ -212,7 +277,7 @@ def _rank_and_scale(config: Mapping[str, Any], module: str, where: str) -> tuple
         _by_pattern(config, "alpha_pattern", module, config.get("lora_alpha"), where), "lora_alpha", where
     )
     if rank < 1 or rank != int(rank):
-        raise CheckpointError(f"{where}: {module} has rank {rank}; save the adapter again")
+        raise CheckpointError(f"{where}: {shown(module)} has rank {_short(rank)}; save the adapter again")
     return int(rank), alpha / (sqrt(rank) if config.get("use_rslora") else rank)
 
 
@@ -242,5 +307,8 @@ def _number(value: object, key: str, where: str) -> float:
 
 
 def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 100 else f"{text[:100]}..."
+    return shown(value, 100)
+
+
+def _shown(names: Sequence[str]) -> str:
+    return some([shown(name) for name in names])

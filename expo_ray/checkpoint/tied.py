@@ -1,56 +1,256 @@
-"""Tied embeddings: when the output head is the input embedding under another name."""
+"""The vocabulary weights of a checkpoint: its embedding, its output head, and which of them are one weight under two names."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
+from expo_ray.checkpoint.tensors import WEIGHT_DTYPES, Checkpoint, Tensor
 from expo_ray.checkpoint.text_config import text_configs
 
-# Input embedding -> output heads that go with it, as the architectures of `transformers` name the two.
-_HEADS: Mapping[str, tuple[str, ...]] = {
-    "embed_tokens": ("lm_head",),
-    "wte": ("lm_head",),
-    "word_embeddings": ("lm_head", "output_layer"),
-    "tok_embeddings": ("output", "lm_head"),
-    "embed_in": ("embed_out", "lm_head"),
-}
+# Last parts of the names of input embeddings, as the architectures of `transformers` have them.
+_EMBEDDINGS = (
+    "embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "word_embedding", "tokens_embed",
+    "input_embedding", "embedding_projection",
+)  # fmt: skip
+# These name many other things as well, so that the number of rows has to agree.
+_AMBIGUOUS_EMBEDDINGS = ("embeddings", "shared", "w")
+# Output heads, the part of the name behind what head and embedding share.
+_HEADS = (
+    "lm_head", "output_layer", "output", "embed_out", "proj_out", "output_projection", "cls.predictions.decoder",
+    "predictions.decoder", "lm_head.decoder", "lm_head.out_proj", "decoder", "vocab_projector", "pred_layer.proj", "lm_loss",
+    "unembedding_projection", "generator_lm_head", "text_decoder_postnet.lm_head",
+)  # fmt: skip
+# An encoder and a decoder that share an embedding have it under their own names too, whatever becomes of the head.
+_COPIES = ("encoder", "decoder", "text_encoder", "text_decoder", "text_model")
+_VOCAB_SIZES = ("vocab_size", "padded_vocab_size", "n_vocab", "n_words", "src_vocab_size", "tgt_vocab_size")
+_WITH_LANGUAGE_MODEL = ("vlm_config", "decoder", "encoder", "text_encoder", "generator")
 
 
-def embedding_name(names: Iterable[str]) -> str | None:
-    """The name of the text embedding: of those that look like one, the outermost; None without any."""
-    found = [name for name in names if name.endswith(".weight") and name.split(".")[-2] in _HEADS]
-    return min(found, key=lambda name: (name.count("."), name), default=None)
+class VocabularyWeights:
+    """Which stored tensor of one checkpoint holds a vocabulary weight, by any name that the weight can go by.
 
-
-def tied_alias(names: Collection[str], config: Mapping[str, Any]) -> dict[str, str]:
-    """Output heads that stand for the input embedding of one checkpoint.
-
-    A head that is stored counts as tied only if the configuration says so and nowhere denies it: two tensors then hold one
-    weight. Where no head is stored the embedding has to serve, so every name it could have is an alias, unless the
-    configuration denies it; an absent `tie_word_embeddings` denies nothing, as its default differs between architectures.
-
-    Args:
-        names: of the tensors in the checkpoint.
-        config: `config.json`, parsed.
-
-    Returns:
-        Name of the head -> name of the embedding; the head need not be among `names`.
+    Attributes:
+        embedding: name of the input embedding; where only the head is stored, of that; None without either.
     """
-    embedding = embedding_name(names)
-    if embedding is None:
-        return {}
-    said = [
-        bool(part["tie_word_embeddings"]) for part in text_configs(config) if "tie_word_embeddings" in part
-    ]
-    heads = _possible_heads(embedding)
-    stored = [head for head in heads if head in names]
-    if stored:
-        return dict.fromkeys(stored, embedding) if said and all(said) else {}
-    return dict.fromkeys(heads, embedding) if not said or any(said) else {}
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._tensors = checkpoint.tensors
+        self._config = checkpoint.config
+        self._rows = _declared_rows(checkpoint.config)
+        self._input = self._named_embedding()
+        self.embedding = self._input or self._lonely_head()
+
+    @cached_property
+    def rows(self) -> int:
+        """The number of rows of the vocabulary, as stored or else as declared; 0 if neither is known."""
+        if self.embedding:
+            return self._tensors[self.embedding].shape[0]
+        return max(self._rows, default=0)
+
+    def owner(self, name: str) -> str:
+        """The name of the stored tensor that holds the weight called `name`; `name` itself if no other does.
+
+        A head that is stored counts as tied only if the configuration says so and nowhere denies it: two tensors then hold
+        one weight. Where no head is stored the embedding has to serve, unless the configuration denies it; an absent
+        `tie_word_embeddings` denies nothing, as its default differs between architectures.
+        """
+        if name.endswith(".bias"):
+            return self._owner_of_bias(name)
+        if self.embedding is None or name == self.embedding or not name.endswith(".weight"):
+            return name
+        module = name.removesuffix(".weight")
+        if self.is_head(name) and self._is_tied:
+            return self._same_shape(name, self._decoder_half or self.embedding)
+        if self._is_copy(module):
+            return self._same_shape(name, self.embedding)
+        if self._input is None and self._is_embedding_of_head(module) and not self._denied:
+            return self.embedding
+        return name
+
+    def tensor(self, name: str) -> Tensor | None:
+        """The stored tensor called `name`, or the one that holds it."""
+        return self._tensors.get(name) or self._tensors.get(self.owner(name))
+
+    def is_head(self, name: str) -> bool:
+        """Whether `name` is one that the output head of this checkpoint can have."""
+        return name in self._head_names
+
+    def is_vocabulary(self, name: str) -> bool:
+        """Whether `name` can only be that of an embedding, of a head or of a head's bias of this checkpoint."""
+        if name.endswith(".bias"):
+            module = name.removesuffix("bias")
+            return self.is_head(f"{module}weight") or self.is_head(f"{module}decoder.weight")
+        return (
+            name == self.embedding
+            or self.is_head(name)
+            or self._is_copy(name.removesuffix(".weight"))
+            or (self._input is None and self._is_embedding_of_head(name.removesuffix(".weight")))
+        )
+
+    def has_tied_head(self, name: str) -> bool:
+        """Whether the output head of this checkpoint is the tensor `name`."""
+        heads = self._stored_heads or sorted(self._head_names)
+        return any(self.owner(head) == name for head in heads)
+
+    @cached_property
+    def _said(self) -> list[bool]:
+        return [
+            bool(part["tie_word_embeddings"])
+            for part in text_configs(self._config)
+            if "tie_word_embeddings" in part
+        ]
+
+    @property
+    def _denied(self) -> bool:
+        return bool(self._said) and not any(self._said)
+
+    def _same_shape(self, name: str, owner: str) -> str:
+        """`owner`, unless `name` is stored and cannot be the same weight."""
+        stored = self._tensors.get(name)
+        return owner if stored is None or stored.shape == self._tensors[owner].shape else name
+
+    @cached_property
+    def _is_tied(self) -> bool:
+        if self._stored_heads:
+            return bool(self._said) and all(self._said)
+        return not self._denied
+
+    @cached_property
+    def _stored_heads(self) -> list[str]:
+        return [name for name in _heads(self._input) if name in self._tensors] if self._input else []
+
+    @cached_property
+    def _head_names(self) -> frozenset[str]:
+        return frozenset(_heads(self.embedding or "")) - {self.embedding}
+
+    def _is_copy(self, module: str) -> bool:
+        """Whether the module is the embedding of an encoder or decoder that shares one, or the shared one."""
+        if self._input is None:
+            return False
+        *path, own = module.split(".")
+        *own_path, embedding = self._input.split(".")[:-1]
+        bare = [part for part in path if part not in _COPIES]
+        own_bare = [part for part in own_path if part not in _COPIES]
+        if bare != own_bare or own not in (*_EMBEDDINGS, "shared"):
+            return False
+        if embedding == "shared" or len(own_path) == len(own_bare):
+            return len(path) > len(bare)
+        # Only a copy is stored: under the shared name, or for the other half, as long as each half has none of its own.
+        halves = [name for name in self._tensors if _is_half(name, own_bare)]
+        return (own == "shared" or len(path) > len(bare)) and len(halves) == 1
+
+    @cached_property
+    def _decoder_half(self) -> str | None:
+        """The embedding of a decoder whose encoder has another one; the head goes with it."""
+        if self._input is None or "encoder" not in self._input.split("."):
+            return None
+        half = ".".join("decoder" if part == "encoder" else part for part in self._input.split("."))
+        return half if half in self._tensors else None
+
+    def _is_embedding_of_head(self, module: str) -> bool:
+        head = self.embedding or ""
+        prefix = next(
+            (
+                prefix
+                for prefix in _prefixes(head)
+                if head.removeprefix(prefix).removesuffix(".weight") in _HEADS
+            ),
+            "",
+        )
+        return module.startswith(prefix) and module.rpartition(".")[2] in (
+            *_EMBEDDINGS,
+            *_AMBIGUOUS_EMBEDDINGS,
+        )
+
+    def _named_embedding(self) -> str | None:
+        """The name of the text embedding, None without any.
+
+        Of the tensors that are called as one, those count first that have as many rows as the configuration's vocabulary; of
+        these the language model's, an encoder's before a decoder's, the outermost.
+        """
+        named = []
+        for name, tensor in self._tensors.items():
+            own = f".{name}".removesuffix(".weight").rpartition(".")[2] if name.endswith(".weight") else ""
+            fits = tensor.shape[0] in self._rows if _is_matrix(tensor) else False
+            if _is_matrix(tensor) and (own in _EMBEDDINGS or (fits and own in _AMBIGUOUS_EMBEDDINGS)):
+                named.append((not fits, *_remoteness(name), name))
+        if not named:
+            return None
+        name = min(named)[-1]
+        head = self._lonely_head() if min(named)[0] else None
+        return None if head and head not in _heads(name) else name
+
+    def _lonely_head(self) -> str | None:
+        """The head of a checkpoint that stores it and not the embedding."""
+        named = [
+            name
+            for name, tensor in self._tensors.items()
+            if _is_matrix(tensor)
+            and tensor.shape[0] in self._rows
+            and any(f".{name}".endswith(f".{head}.weight") for head in _HEADS)
+        ]
+        return named[0] if len(named) == 1 else None
+
+    def _owner_of_bias(self, name: str) -> str:
+        """BERT and its like keep the bias of the head twice, as `X.bias` and `X.decoder.bias`."""
+        outer = name.removesuffix(".decoder.bias") + ".bias" if name.endswith(".decoder.bias") else ""
+        if outer and outer.endswith(("predictions.bias", "lm_head.bias", "_head.bias")):
+            return outer if outer in self._tensors else name
+        inner = name.removesuffix(".bias") + ".decoder.bias"
+        return inner if name not in self._tensors and inner in self._tensors else name
 
 
-def _possible_heads(embedding: str) -> list[str]:
-    *outer, own = embedding.split(".")[:-1]
-    prefixes = ["".join(f"{part}." for part in outer[:depth]) for depth in range(len(outer) + 1)]
-    return [f"{prefix}{head}.weight" for prefix in prefixes for head in _HEADS[own]]
+def _remoteness(name: str) -> tuple[bool, bool, int]:
+    parts = name.split(".")
+    return "language_model" not in parts, "decoder" in parts, len(parts)
+
+
+def _is_half(name: str, bare: list[str]) -> bool:
+    """Whether `name` is the embedding of an encoder or of a decoder."""
+    *path, own = name.split(".")[:-1] or [""]
+    return (
+        own in _EMBEDDINGS
+        and name.endswith(".weight")
+        and len(path) > len(bare)
+        and [part for part in path if part not in _COPIES] == bare
+    )
+
+
+def _is_matrix(tensor: Tensor) -> bool:
+    return len(tensor.shape) == 2 and tensor.dtype in WEIGHT_DTYPES
+
+
+def _prefixes(name: str) -> list[str]:
+    """The beginnings of a dotted name, from none to all but the module's own part."""
+    outer = name.split(".")[:-2]
+    return ["".join(f"{part}." for part in outer[:depth]) for depth in range(len(outer) + 1)]
+
+
+def _heads(embedding: str) -> Iterator[str]:
+    """Every name that the head of an embedding can have."""
+    for prefix in _prefixes(embedding):
+        for head in _HEADS:
+            yield f"{prefix}{head}.weight"
+
+
+def _declared_rows(config: Mapping[str, Any]) -> set[int]:
+    """Vocabulary sizes that a configuration declares for its language models."""
+    rows = set(_sizes(text_configs(config)))
+    return rows or set(
+        _sizes(
+            part
+            for key in _WITH_LANGUAGE_MODEL
+            if isinstance(nested := config.get(key), Mapping)
+            for part in text_configs(nested)
+        )
+    )
+
+
+def _sizes(configs: Iterable[Mapping[str, Any]]) -> Iterator[int]:
+    for config in configs:
+        for key in _VOCAB_SIZES:
+            size = config.get(key)
+            if type(size) is int and size > 0:
+                yield size

@@ -13,6 +13,7 @@ from expo_ray.errors import CheckpointError
 from expo_ray.storage.protocol import Store
 
 _MAX_ROW = 2**31
+_READ = ("tokenizer.json", "vocab.json", "vocab.txt")
 _REMEDY = "save a fast tokenizer beside it (`AutoTokenizer.from_pretrained(...).save_pretrained(...)` writes tokenizer.json)"
 
 
@@ -49,6 +50,28 @@ def vocabulary(store: Store, checkpoint: Checkpoint) -> dict[str, int]:
     else:
         raise _no_vocabulary(store, checkpoint)
     return found | _added(store, checkpoint)
+
+
+def has_tokenizer(checkpoint: Checkpoint) -> bool:
+    """Whether `vocabulary` can read a file of this checkpoint."""
+    return any(key in checkpoint.files for key in _READ)
+
+
+def same_tokenizer(store: Store, checkpoint: Checkpoint, other_store: Store, other: Checkpoint) -> bool:
+    """Whether both checkpoints have the same `tokenizer.json`, byte for byte."""
+    mine, theirs = checkpoint.files.get("tokenizer.json"), other.files.get("tokenizer.json")
+    if mine is None or theirs is None or mine.size != theirs.size:
+        return False
+    return mine.etag == theirs.etag or read_small(store, mine) == read_small(other_store, theirs)
+
+
+def other_rows(
+    dpo_vocab: Mapping[str, int], sft_vocab: Mapping[str, int], rows: int
+) -> list[tuple[int, str, str]]:
+    """Rows below `rows` that the two name differently, with the names in dpo and sft; the empty name is that of none."""
+    mine, theirs = ({row: token for token, row in vocab.items()} for vocab in (dpo_vocab, sft_vocab))
+    named = {row for row in (*mine, *theirs) if row < rows and mine.get(row) != theirs.get(row)}
+    return [(row, mine.get(row, ""), theirs.get(row, "")) for row in sorted(named)]
 
 
 def row_map(

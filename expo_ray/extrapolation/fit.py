@@ -9,9 +9,10 @@ from math import sqrt
 
 import numpy as np
 
+from expo_ray.checkpoint.constants import is_constant
 from expo_ray.checkpoint.folder import read_checkpoint
 from expo_ray.checkpoint.tensors import DTYPE_BYTES, WEIGHT_DTYPES, Checkpoint, Tensor
-from expo_ray.checkpoint.tied import tied_alias
+from expo_ray.checkpoint.tied import VocabularyWeights
 from expo_ray.errors import CheckpointError, some
 from expo_ray.extrapolation.low_rank import Float64, widen
 from expo_ray.storage import open_store
@@ -49,7 +50,11 @@ def fit_alphas(model: str, sft: str, dpo: str, *, allow_pickle: bool = False) ->
         Problems: if several things are wrong with a folder.
     """
     sides = [_Side(read_checkpoint(open_store(uri), allow_pickle=allow_pickle)) for uri in (model, sft, dpo)]
-    names = [name for name, tensor in sides[0].checkpoint.tensors.items() if tensor.dtype in WEIGHT_DTYPES]
+    names = [
+        name
+        for name, tensor in sides[0].checkpoint.tensors.items()
+        if tensor.dtype in WEIGHT_DTYPES and not is_constant(tensor)
+    ]
     same: dict[str, list[Tensor]] = {}
     skipped: list[str] = []
     for name in names:
@@ -76,12 +81,11 @@ class _Side:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self._store = open_store(checkpoint.uri)
-        self._tied = tied_alias(checkpoint.tensors, checkpoint.config)
+        self._vocabulary = VocabularyWeights(checkpoint)
 
     def find(self, name: str) -> Tensor | None:
         """The weight of that name, or the embedding that serves as it."""
-        tensors = self.checkpoint.tensors
-        return tensors.get(name) or tensors.get(self._tied.get(name, ""))
+        return self._vocabulary.tensor(name)
 
     def read(self, tensor: Tensor, first: int, count: int) -> Float64:
         width = DTYPE_BYTES[tensor.dtype]

@@ -8,19 +8,21 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 
 from expo_ray.checkpoint.adapter import LoraLayer
+from expo_ray.checkpoint.constants import is_constant
+from expo_ray.checkpoint.renaming import renamed
 from expo_ray.checkpoint.tensors import WEIGHT_DTYPES, Checkpoint, Tensor
-from expo_ray.checkpoint.tied import embedding_name, tied_alias
+from expo_ray.checkpoint.tied import VocabularyWeights
 from expo_ray.checkpoint.vocabulary import RowRun
 from expo_ray.config import PairOptions
 from expo_ray.errors import ExpoError, PairError, each, some
+from expo_ray.extrapolation.mismatch import Unmatched, explain
+from expo_ray.text import shown
 from expo_ray.untrusted import compile_pattern
 
 OUTPUT_DTYPES: Mapping[str, str] = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
-# Constants that older libraries stored beside the weights and newer ones compute: absent on one side is no mismatch.
-_KNOWN_BUFFERS = re.compile(
-    r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|position_ids|attn\.(masked_)?bias|attention\.(masked_)?bias)$"
-)
+# Copies of these heads have had the random bits of their embedding from the beginning.
+_FIRST_HEADS = re.compile(r"(^|\.)(lm_head|output_layer|output|embed_out)\.weight$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +53,20 @@ class TensorPlan:
 
 @dataclass
 class Match:
-    """The outcome of matching: tensors in dpo's order, what is wrong, and what is worth telling."""
+    """The outcome of matching: tensors in dpo's order, what is wrong, and what is worth telling.
+
+    Attributes:
+        kept: tensors that both parents have and that are no weights, each dpo's and sft's; dpo's are kept.
+        other_rows: whether rows of equally large vocabularies are matched by token, and not one to one.
+        copies: names of tied copies stored beside their original, other than an output head's.
+    """
 
     tensors: list[TensorPlan] = field(default_factory=list)
     problems: list[ExpoError] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    other_rows: bool = False
+    copies: list[str] = field(default_factory=list)
 
 
 def output_dtype(stored: str, options: PairOptions) -> str:
@@ -84,11 +95,18 @@ def match_tensors(
         sft: parent before alignment.
         dpo: parent after alignment; decides which tensors the output has.
         options: of the pair.
-        map_rows: `(dpo_rows, sft_rows) -> runs`, asked only where the vocabularies differ and `vocab` allows it.
+        map_rows: `(dpo_rows, sft_rows) -> runs`, empty if rows match one to one; asked only where `vocab` allows it.
     """
     matcher = _Matcher(sft, dpo, options, map_rows)
     tensors = [matcher.plan(tensor) for tensor in dpo.tensors.values()]
-    return Match(tensors, matcher.problems(), matcher.notes())
+    return Match(
+        tensors,
+        matcher.problems(),
+        matcher.notes(),
+        matcher.kept,
+        matcher.other_rows,
+        matcher.copies(tensors),
+    )
 
 
 class _Matcher:
@@ -101,20 +119,26 @@ class _Matcher:
         options: PairOptions,
         map_rows: Callable[[int, int], Sequence[RowRun]],
     ) -> None:
-        self.sft, self.dpo, self.options = sft, dpo, options
-        self.dpo_tied, self.sft_tied = (tied_alias(one.tensors, one.config) for one in (dpo, sft))
-        self.rows = _embedding_rows(dpo), _embedding_rows(sft)
+        self.names = renamed(sft.tensors, dpo.tensors)
+        self.sft = replace(
+            sft, tensors={self.names.get(name, name): tensor for name, tensor in sft.tensors.items()}
+        )
+        self.dpo, self.options = dpo, options
+        self.dpo_vocabulary, self.sft_vocabulary = VocabularyWeights(dpo), VocabularyWeights(self.sft)
+        self.rows = self.dpo_vocabulary.rows, self.sft_vocabulary.rows
         self.map_rows = cache(lambda *rows: tuple(map_rows(*rows)))
         self.missing: list[str] = []
         self.resized: list[str] = []
         self.misfits: list[str] = []
-        self.buffers: list[str] = []
+        self.constants: list[str] = []
+        self.kept: list[tuple[Tensor, Tensor]] = []
+        self.other_rows = False
         self.unmapped: ExpoError | None = None
 
     def plan(self, tensor: Tensor) -> TensorPlan:
-        """What becomes of one tensor of dpo; a problem is noted and dpo's tensor stands in."""
+        """Plan one tensor of dpo; a problem is noted and dpo's tensor stands in."""
         name = tensor.name
-        weight = self.dpo_tied.get(name, name)
+        weight = self.dpo_vocabulary.owner(name)
         alone = TensorPlan(
             name=name,
             dtype=output_dtype(tensor.dtype, self.options),
@@ -124,27 +148,52 @@ class _Matcher:
             multiplier=multiplier_of(weight, self.options),
             random_name=weight,
         )
-        if tensor.dtype not in WEIGHT_DTYPES or alone.multiplier == 0:
-            return alone
-        partner = self.sft.tensors.get(name) or self.sft.tensors.get(self.sft_tied.get(name, ""))
-        if partner is None and _KNOWN_BUFFERS.search(name):
-            self.buffers.append(name)
+        partner = self.sft_vocabulary.tensor(name)
+        if tensor.dtype not in WEIGHT_DTYPES or is_constant(tensor):
+            self._keep(tensor, partner)
+        elif alone.multiplier == 0:
+            pass
         elif partner is None:
             self.missing.append(name)
         elif partner.dtype not in WEIGHT_DTYPES:
-            self.misfits.append(f"{name}: dpo is {tensor.dtype}, sft is {partner.dtype}")
-        elif partner.shape == tensor.shape:
+            self.misfits.append(f"{shown(name)}: dpo is {tensor.dtype}, sft is {partner.dtype}")
+        elif partner.shape == tensor.shape and not self._by_token(name):
             return replace(alone, sft=partner)
-        elif not _is_vocabulary(tensor, partner, self.rows):
-            self.misfits.append(f"{name}: dpo has shape {list(tensor.shape)}, sft has {list(partner.shape)}")
+        elif not self._is_vocabulary(tensor, partner):
+            self.misfits.append(
+                f"{shown(name)}: dpo has shape {list(tensor.shape)}, sft has {list(partner.shape)}"
+            )
         elif self.options.vocab == "refuse":
             self.resized.append(name)
-        elif self.unmapped is None:
-            try:
-                return replace(alone, sft=partner, runs=self.map_rows(*self.rows))
-            except ExpoError as error:
-                self.unmapped = error
+        else:
+            return self._with_rows(alone, partner)
         return alone
+
+    def _keep(self, tensor: Tensor, partner: Tensor | None) -> None:
+        if partner is not None:
+            self.kept.append((tensor, partner))
+        elif tensor.dtype in WEIGHT_DTYPES:
+            self.constants.append(tensor.name)
+
+    def _by_token(self, name: str) -> bool:
+        return self.options.vocab == "by-token" and self.dpo_vocabulary.is_vocabulary(name)
+
+    def _is_vocabulary(self, dpo: Tensor, sft: Tensor) -> bool:
+        if not dpo.shape or dpo.shape[1:] != sft.shape[1:]:
+            return False
+        return (dpo.shape[0], sft.shape[0]) == self.rows or self.dpo_vocabulary.is_vocabulary(dpo.name)
+
+    def _with_rows(self, alone: TensorPlan, partner: Tensor) -> TensorPlan:
+        """The plan of a vocabulary tensor, matched row by row."""
+        if self.unmapped is not None:
+            return alone
+        try:
+            runs = self.map_rows(alone.shape[0], partner.shape[0])
+        except ExpoError as error:
+            self.unmapped = error
+            return alone
+        self.other_rows |= bool(runs) and alone.shape == partner.shape
+        return replace(alone, sft=partner, runs=runs)
 
     def notes(self) -> list[str]:
         """What is worth telling and not wrong."""
@@ -154,66 +203,62 @@ class _Matcher:
             for pattern in self.options.multipliers
             if not any(compile_pattern(pattern).search(name) for name in names)
         ]
-        notes = [f"no tensor has a name with the pattern `{pattern}` of `multipliers`" for pattern in idle]
-        if self.buffers:
+        notes = [
+            f"no tensor has a name with the pattern `{shown(pattern)}` of `multipliers`" for pattern in idle
+        ]
+        if self.constants:
             notes.append(
-                f"{len(self.buffers)} buffer(s) are in dpo only and kept as they are: {some(self.buffers)}"
+                f"{len(self.constants)} buffer(s) are in dpo only and kept as they are: {_names(self.constants)}"
+            )
+        if self.names:
+            old, new = next(iter(self.names.items()))
+            notes.append(
+                f"sft and dpo call {len(self.names)} tensor(s) differently, such as {shown(old)} and {shown(new)}; they are paired, "
+                "and the output has dpo's names"
             )
         return notes
 
     def problems(self) -> list[ExpoError]:
-        """Everything wrong, one error for each kind."""
-        found: list[ExpoError] = []
-        if self.missing:
-            found.append(
-                PairError(
-                    f"sft lacks {len(self.missing)} tensor(s) of dpo: {some(self.missing)}; give two whole checkpoints of one "
-                    "architecture, or keep dpo's with `multipliers: {<pattern>: 0}`"
-                )
-            )
-        if extra := self._extra():
-            found.append(
-                PairError(
-                    f"sft has {len(extra)} tensor(s) that dpo lacks: {some(extra)}; give two whole checkpoints of one "
-                    "architecture, or leave them out with `multipliers: {<pattern>: 0}`"
-                )
-            )
+        """Everything wrong, one error for each cause."""
+        left = Unmatched(self.missing, self._extra(), self.names, len(self.dpo.tensors))
+        problems: list[ExpoError] = [*explain(left, self.sft_vocabulary, self.dpo_vocabulary)]
         if self.resized:
-            found.append(
+            problems.append(
                 PairError(
-                    f"vocabularies differ, dpo has {self.rows[0]} rows and sft {self.rows[1]} ({some(self.resized)}); set "
+                    f"vocabularies differ, dpo has {self.rows[0]} rows and sft {self.rows[1]} ({_names(self.resized)}); set "
                     "`vocab: by-token` to match rows through both tokenizers, or `vocab: keep-dpo` to leave the extra rows "
                     "as in dpo"
                 )
             )
         if self.unmapped:
-            found += each(self.unmapped)
+            problems += each(self.unmapped)
         if self.misfits:
-            found.append(
+            problems.append(
                 PairError(
-                    f"{len(self.misfits)} tensor(s) do not fit: {some(self.misfits)}; sft and dpo must be of one "
-                    "architecture and size"
+                    f"{len(self.misfits)} tensor(s) do not fit: {some(self.misfits)}; name as sft the model that dpo was "
+                    "trained from"
                 )
             )
-        return found
+        return problems
+
+    def copies(self, tensors: Sequence[TensorPlan]) -> list[str]:
+        """Tied copies stored beside their original, but for an output head's."""
+        return [
+            plan.name
+            for plan in tensors
+            if plan.random_name != plan.name and plan.sft is not None and not _FIRST_HEADS.search(plan.name)
+        ]
 
     def _extra(self) -> list[str]:
         return [
             name
             for name, tensor in self.sft.tensors.items()
-            if name not in self.dpo.tensors
-            and name not in self.dpo_tied
+            if self.dpo_vocabulary.tensor(name) is None
             and tensor.dtype in WEIGHT_DTYPES
-            and not _KNOWN_BUFFERS.search(name)
+            and not is_constant(tensor)
             and multiplier_of(name, self.options) != 0
         ]
 
 
-def _embedding_rows(checkpoint: Checkpoint) -> int:
-    name = embedding_name(checkpoint.tensors)
-    return checkpoint.tensors[name].shape[0] if name else 0
-
-
-def _is_vocabulary(dpo: Tensor, sft: Tensor, rows: tuple[int, int]) -> bool:
-    same_row = len(dpo.shape) > 0 and dpo.shape[1:] == sft.shape[1:]
-    return same_row and (dpo.shape[0], sft.shape[:1]) == (rows[0], (rows[1],))
+def _names(names: Sequence[str]) -> str:
+    return some([shown(name) for name in names])

@@ -7,22 +7,35 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import isfinite
 
 from expo_ray.checkpoint.adapter import lora_layers
 from expo_ray.checkpoint.folder import read_checkpoint
-from expo_ray.checkpoint.quantisation import quantisation_of
-from expo_ray.checkpoint.tensors import Checkpoint
-from expo_ray.checkpoint.vocabulary import RowRun, row_map, vocabulary
+from expo_ray.checkpoint.quantisation import refuse_unusable
+from expo_ray.checkpoint.tensors import Checkpoint, Tensor
+from expo_ray.checkpoint.tied import VocabularyWeights
+from expo_ray.checkpoint.vocabulary import (
+    RowRun,
+    has_tokenizer,
+    other_rows,
+    row_map,
+    same_tokenizer,
+    vocabulary,
+)
 from expo_ray.config import Pair, PairOptions, format_alpha
 from expo_ray.errors import CheckpointError, ExpoError, PairError, Problems, each
+from expo_ray.extrapolation.kept import are_weights, differing, notes_on
 from expo_ray.extrapolation.layout import ShardPlan, lay_out
 from expo_ray.extrapolation.match import Match, TensorPlan, match_tensors, multiplier_of, output_dtype
 from expo_ray.storage import open_store
+from expo_ray.text import shown
 
 # Part of every plan id: raised when the same plan would give other bytes than before.
 ARITHMETIC_VERSION = 1
+# What `save_pretrained` of an adapter may leave beside it, and what a merged model has from the model it was merged into.
+_OF_THE_BASE = ("config.json", "generation_config.json")
 
 
 @dataclass(frozen=True)
@@ -32,6 +45,7 @@ class PairPlan:
     Attributes:
         outputs: folder of the model of each alpha; where it is written is not part of what it is.
         notes: what a user should know and nothing is wrong with.
+        revised: in which ways the bytes are others than those that the same inputs gave before this was written down.
     """
 
     name: str
@@ -41,6 +55,7 @@ class PairPlan:
     shards: tuple[ShardPlan, ...]
     outputs: Mapping[float, str]
     notes: tuple[str, ...] = ()
+    revised: tuple[str, ...] = ()
 
     @property
     def base(self) -> Checkpoint:
@@ -54,9 +69,13 @@ class PairPlan:
 
     @property
     def side_files(self) -> Mapping[str, Checkpoint]:
-        """The files copied beside the weights, by key, and the parent that each is taken from."""
+        """The files copied beside the weights, by key, and the parent that each is taken from.
+
+        A merged model is sft's architecture with the adapter's tokenizer.
+        """
         sources = dict.fromkeys(self.base.side_files, self.base)
-        return sources | dict.fromkeys(self.dpo.side_files, self.dpo)
+        own = [key for key in self.dpo.side_files if self.base is self.dpo or key not in _OF_THE_BASE]
+        return sources | dict.fromkeys(own, self.dpo)
 
     @property
     def bytes_written(self) -> int:
@@ -82,7 +101,7 @@ class PairPlan:
             | {"multipliers": list(self.options.multipliers.items())},  # their order counts
             "sft": _fingerprint(self.sft),
             "dpo": _fingerprint(self.dpo),
-        }
+        } | ({"revised": self.revised} if self.revised else {})
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -114,7 +133,45 @@ def plan_pair(pair: Pair, outputs: Mapping[float, str]) -> PairPlan:
         shards = lay_out(match.tensors, sys.maxsize, "adapter_model")
     else:
         shards = lay_out(match.tensors, pair.shard_size)
-    return PairPlan(pair.name, sft, dpo, pair, shards, outputs, tuple(match.notes))
+    others = differing(sft, dpo, match.kept)
+    notes = [*match.notes, *notes_on(others), *_vocabulary_notes(sft, dpo, pair)]
+    return PairPlan(
+        pair.name, sft, dpo, pair, shards, outputs, tuple(notes), _revised(match, others, dpo, pair)
+    )
+
+
+def _revised(match: Match, others: Sequence[Tensor], dpo: Checkpoint, pair: Pair) -> tuple[str, ...]:
+    """How the bytes differ from those of the same inputs under the first rules, so that a plan id names one model for ever."""
+    merged = dpo.adapter and pair.adapter == "merge"
+    reasons = {
+        "constants": are_weights(others),
+        "rows": match.other_rows,
+        "copies": bool(match.copies),
+        "configuration": merged and any(key in dpo.side_files for key in _OF_THE_BASE),
+    }
+    return tuple(reason for reason, applies in reasons.items() if applies)
+
+
+def _vocabulary_notes(sft: Checkpoint, dpo: Checkpoint, pair: Pair) -> list[str]:
+    """Tell that rows matched by position stand for other tokens, as far as both tokenizers can be read."""
+    if dpo.adapter or pair.vocab == "by-token" or not (has_tokenizer(sft) and has_tokenizer(dpo)):
+        return []
+    stores = open_store(dpo.uri), open_store(sft.uri)
+    try:
+        if same_tokenizer(stores[0], dpo, stores[1], sft):
+            return []
+        vocabularies = vocabulary(stores[0], dpo), vocabulary(stores[1], sft)
+    except CheckpointError:
+        return []
+    rows = min(VocabularyWeights(checkpoint).rows for checkpoint in (dpo, sft))
+    differ = [entry for entry in other_rows(*vocabularies, rows) if entry[1] and entry[2]]
+    if not differ:
+        return []
+    row, mine, theirs = differ[0]
+    return [
+        f"the tokenizers name {len(differ)} row(s) of the vocabulary differently (row {row} is {shown(mine)!r} in dpo and "
+        f"{shown(theirs)!r} in sft), and rows are matched by position; `vocab: by-token` matches them by token"
+    ]
 
 
 def _read_parent(side: str, uri: str, allow_pickle: bool, problems: list[ExpoError]) -> Checkpoint | None:
@@ -123,14 +180,7 @@ def _read_parent(side: str, uri: str, allow_pickle: bool, problems: list[ExpoErr
     except ExpoError as error:
         problems += (_named(side, problem) for problem in each(error))
         return None
-    scheme = quantisation_of(checkpoint)
-    if scheme:
-        problems.append(
-            CheckpointError(
-                f"{side}: {uri} is quantised ({scheme}); extrapolate the checkpoint it was made from, in bf16, fp16 or fp32, "
-                "and quantise the result"
-            )
-        )
+    problems += (_named(side, problem) for problem in refuse_unusable(checkpoint))
     return checkpoint
 
 
@@ -156,9 +206,10 @@ def _match(sft: Checkpoint, dpo: Checkpoint, pair: Pair) -> Match:
     if not dpo.adapter:
         return match_tensors(sft, dpo, pair, lambda *rows: _map_rows(sft, dpo, pair, *rows))
     try:
-        layers = {layer.base_name: layer for layer in lora_layers(dpo, sft, merging=pair.adapter == "merge")}
+        fitted = lora_layers(dpo, sft, merging=pair.adapter == "merge")
     except ExpoError as error:
         return Match(problems=[error])
+    layers = {layer.base_name: layer for layer in fitted.layers}
     source = sft if pair.adapter == "merge" else dpo
     plans = [
         TensorPlan(
@@ -173,18 +224,44 @@ def _match(sft: Checkpoint, dpo: Checkpoint, pair: Pair) -> Match:
         )
         for name, tensor in source.tensors.items()
     ]
-    problems: list[ExpoError] = []
+    problems: list[ExpoError] = _grown_vocabulary(sft, dpo) if pair.adapter == "merge" else []
     if pair.adapter == "scale" and (pair.multipliers or pair.dtype != "keep"):
         problems.append(
             PairError("dpo is an adapter and only its scale is changed, so `multipliers` and `dtype` cannot be kept; "
                       "set `adapter: merge` to write a whole model")
         )  # fmt: skip
-    return Match(plans, problems)
+    return Match(plans, problems, list(fitted.notes))
+
+
+def _grown_vocabulary(sft: Checkpoint, dpo: Checkpoint) -> list[ExpoError]:
+    """An adapter whose tokenizer, or configuration, knows rows that sft does not have."""
+    rows, declared = VocabularyWeights(sft).rows, VocabularyWeights(dpo).rows
+    where = "config.json"
+    if has_tokenizer(dpo):
+        with suppress(CheckpointError):
+            tokens = vocabulary(open_store(dpo.uri), dpo)
+            declared, where = max(declared, 1 + max(tokens.values(), default=-1)), "tokenizer or config.json"
+    if not rows or declared <= rows:
+        return []
+    return [
+        PairError(
+            f"the adapter was trained with {declared} rows in the vocabulary (its {where}) and sft has {rows}; resize sft as "
+            f"training did (`model.resize_token_embeddings({declared})`, save) and pass that, or keep the adapter apart "
+            "(`adapter: scale`)"
+        )
+    ]
 
 
 def _map_rows(sft: Checkpoint, dpo: Checkpoint, pair: Pair, dpo_rows: int, sft_rows: int) -> Sequence[RowRun]:
     if pair.vocab == "by-token":
         dpo_vocab, sft_vocab = _vocabularies(dpo, sft)
+        if dpo_rows == sft_rows and not other_rows(dpo_vocab, sft_vocab, dpo_rows):
+            return []
+        if dpo_vocab.keys().isdisjoint(sft_vocab):
+            raise PairError(
+                "the tokenizers of sft and dpo have no token in common, so no row can be matched by token; pass the tokenizer that "
+                "each model was trained with, or set `vocab: keep-dpo` to match rows by position"
+            )
         return row_map(dpo_vocab, sft_vocab, dpo_rows, sft_rows)
     shared = min(dpo_rows, sft_rows)
     runs = [RowRun(0, 0, shared)]

@@ -1,0 +1,61 @@
+"""Tell that two names are one tensor's: libraries and trainers put the same modules under different parents."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable
+
+# Put around a model by what trains it, and taken off again by a proper save.
+WRAPPERS = (
+    "_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_model", "pretrained_model",
+    "_forward_module",
+)  # fmt: skip
+# Parents that `transformers` has moved in and out of the names of one model (4.52 did so for all that see).
+_MOVED = frozenset({"model", "language_model", "text_model", "backbone", "transformer", "vision_model"})
+
+
+def canonical(name: str) -> str:
+    """`name` without the parents that differ between two saves of one model."""
+    return ".".join(part for part in name.split(".") if part not in _MOVED and part not in WRAPPERS)
+
+
+def renamed(names: Iterable[str], wanted: Collection[str]) -> dict[str, str]:
+    """Map those of `names` that are not in `wanted` to the name there that stands for the same tensor.
+
+    Two names are one tensor's if they are equal but for moved parents, or for one leading part that all names of one side
+    have (`bert.`, which the base class of a model leaves out), and if no other name would do.
+    """
+    here, there = set(names), set(wanted)
+    left, free = here - there, there - here
+    pairs = _by_canonical_name(left, free)
+    left, free = left - pairs.keys(), free - set(pairs.values())
+    for longer, shorter in ((left, free), (free, left)):
+        root = _root(longer, shorter)
+        if root:
+            rooted = {name.removeprefix(root): name for name in longer}
+            both = {rooted[name]: name for name in shorter if name in rooted}
+            return pairs | (both if longer is left else {name: long for long, name in both.items()})
+    return pairs
+
+
+def wrapper_of(name: str, other: str) -> str:
+    """The wrappers that `name` has and `other` lacks, as a prefix; empty without any."""
+    parts = [part for part in name.split(".") if part in WRAPPERS and part not in other.split(".")]
+    if parts == ["base_model"]:  # PEFT keeps the model as `base_model.model`
+        return "base_model.model."
+    return "".join(f"{part}." for part in parts)
+
+
+def _by_canonical_name(left: Collection[str], free: Collection[str]) -> dict[str, str]:
+    """Pairs of names of which no other name of either side has the same canonical form."""
+    forms = {name: canonical(name) for name in (*left, *free)}
+    here, there = Counter(forms[name] for name in left), Counter(forms[name] for name in free)
+    goals = {forms[name]: name for name in free if there[forms[name]] == 1}
+    return {name: goals[forms[name]] for name in left if here[forms[name]] == 1 and forms[name] in goals}
+
+
+def _root(longer: Collection[str], shorter: Collection[str]) -> str:
+    """The first part of most names of `longer` that, taken off, makes them names of `shorter`; empty if there is none."""
+    roots = Counter(name.partition(".")[0] + "." for name in longer if name.partition(".")[2] in shorter)
+    root, count = roots.most_common(1)[0] if roots else ("", 0)
+    return root if 2 * count > len(shorter) else ""
