@@ -298,13 +298,19 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj."
          "not a linear layer or an embedding (A [4, 16, 1, 1]"),
         (lambda t: t | {Q0 + "lora_A.weight": torch.ones(4, 16, dtype=torch.int8)},
          "A is I8, B is F64; save the adapter in bf16, fp16 or fp32"),
-        (lambda t: {k.replace("layers.0", "layers.9"): v for k, v in t.items()},
-         "adapts 1 weight(s) that memory://checkpoints/"),
     ],
 )  # fmt: skip
 def test_tensors_that_do_not_fit(change: Any, message: str, copy: Path) -> None:
     rewrite(copy, change)
     assert message in refusal(copy)
+
+
+def test_a_layer_that_sft_lacks_is_refused_when_merging_and_noted_when_scaling(copy: Path) -> None:
+    rewrite(copy, lambda t: {k.replace("layers.0", "layers.9"): v for k, v in t.items()})
+    assert "adapts 1 weight(s) that memory://checkpoints/" in refusal(copy, merging=True)
+    fitted = lora_layers(*parents(copy))
+    assert fitted.layers == ()
+    assert "model.layers.9.self_attn.q_proj.weight" in fitted.notes[0]
 
 
 @pytest.mark.parametrize(

@@ -13,19 +13,21 @@ from expo_ray.errors import CheckpointError, some
 from expo_ray.text import shown
 
 _CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
-# The last part of a tensor's name -> the only schemes that write it.
+# The last part of a tensor's name -> the only scheme that writes it.
 _ENDINGS: Mapping[str, str] = {
     "SCB": "bitsandbytes (8 bit)",
     "absmax": "bitsandbytes (4 bit)",
     "nested_absmax": "bitsandbytes (4 bit)",
     "weight_packed": "compressed-tensors",
     "weight_scale_inv": "fp8 (block scales)",
+}
+# The same where no plain weight stands beside it: a model may use such a name as well.
+_LIKELY_ENDINGS: Mapping[str, str] = {
     "W_q": "hqq",
     "q_weight": "exl2",
     "q_scale_max": "exl2",
     "trellis": "exl3",
     "codebooks": "aqlm",
-    "centroids": "vptq",
     "_weight_qdata": "torchao",
     "qdata": "torchao",
     "B_24": "marlin",
@@ -34,8 +36,6 @@ _ENDINGS: Mapping[str, str] = {
     "Qidxs": "quip#",
     "tcb": "higgs",
 }
-# The same for names whose last part is `weight`.
-_PAIRED_ENDINGS: Mapping[str, str] = {"centroids.weight": "vptq", "res_centroids.weight": "vptq"}
 # Floating-point factors that codes are multiplied by, beside the codes in one module.
 _FACTORS = re.compile(
     r"(^|_)(scales?|zeros?|zero_points?|absmax|amax|codebooks?|lut|centroids|biases|min|max|scb|suh|svh|s|z)(_\w+)?$",
@@ -139,11 +139,12 @@ def _by_name(tensors: Mapping[str, Tensor]) -> str | None:
     if any(".quant_state." in name for name in tensors):
         return "bitsandbytes (4 bit)"
     for name, tensor in tensors.items():
-        parts = name.split(".")
-        scheme = _ENDINGS.get(parts[-1]) or _PAIRED_ENDINGS.get(".".join(parts[-2:]))
-        # A module may be called as a scheme calls its tensors; a scheme's tensors never stand beside a plain weight.
-        if scheme and (tensor.dtype not in WEIGHT_DTYPES or not _has_plain_weight(name, tensors)):
-            return scheme
+        ending = name.rpartition(".")[2]
+        if ending in _ENDINGS:
+            return _ENDINGS[ending]
+        likely = _LIKELY_ENDINGS.get(ending) or ("vptq" if name.endswith(".centroids.weight") else None)
+        if likely and (tensor.dtype not in WEIGHT_DTYPES or not _has_plain_weight(name, tensors)):
+            return likely
         if name.endswith("_blocks") and name.removesuffix("_blocks") + "_scales" in tensors:
             return "mxfp4"
     return None
