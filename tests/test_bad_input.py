@@ -84,7 +84,7 @@ def nothing(tensors: Tensors) -> None:
         (without(NORM), nothing, f"sft lacks 1 tensor(s) of dpo: {NORM}; give two whole checkpoints of one architecture"),
         (nothing, without(NORM), f"sft has 1 tensor(s) that dpo lacks: {NORM}; give two whole checkpoints of one"),
         (nothing, with_one("value_head.weight", 1, 64), "sft lacks 1 tensor(s) of dpo: value_head.weight"),
-        (nothing, with_one(NORM, 32), f"1 tensor(s) do not fit: {NORM}: dpo has shape [32], sft has [64]; sft and dpo must be"),
+        (nothing, with_one(NORM, 32), f"1 tensor(s) do not fit: {NORM}: dpo has shape [32], sft has [64]; name as sft the model"),
         (with_one(NORM, 8, 8), nothing, f"{NORM}: dpo has shape [64], sft has [8, 8]"),
         (nothing, rows(264), f"vocabularies differ, dpo has 264 rows and sft 256 (lm_head.weight, {EMBEDDING}); set `--vocab by-token`"),
         (rows(264), nothing, "dpo has 256 rows and sft 264"),

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GemmaConfig, GPT2Config, LlamaConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from expo_ray.checkpoint.folder import read_checkpoint
 from expo_ray.checkpoint.side_files import side_files
-from expo_ray.checkpoint.tied import embedding_name, tied_alias
 from expo_ray.errors import CheckpointError, Problems
 from tests.stored_files import CountingStore, stored, stored_folder, weights
 
@@ -282,87 +280,3 @@ def test_side_files_travel_and_the_rest_stays() -> None:
         "checkpoint-500/config.json", "runs/events.out.tfevents.1", "image.png", "additional_chat_templates/deep/x.jinja",
     ]  # fmt: skip
     assert side_files([*stay, *travel]) == tuple(sorted(travel))
-
-
-def tiny(config: PreTrainedConfig, path: Path) -> tuple[set[str], dict[str, Any]]:
-    AutoModelForCausalLM.from_config(config).save_pretrained(path)
-    found = read_checkpoint(stored_folder(path))
-    return set(found.tensors), json.loads((path / "config.json").read_text())
-
-
-LLAMA: dict[str, Any] = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "vocab_size": 32,
-}
-
-
-@pytest.mark.parametrize(
-    ("config", "embedding"),
-    [
-        (LlamaConfig(**LLAMA, tie_word_embeddings=True), "model.embed_tokens.weight"),
-        (GemmaConfig(**LLAMA, num_key_value_heads=1, head_dim=8), "model.embed_tokens.weight"),
-        (GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32), "transformer.wte.weight"),
-    ],
-)
-def test_a_head_that_transformers_left_out_stands_for_the_embedding(
-    config: PreTrainedConfig, embedding: str, tmp_path: Path
-) -> None:
-    names, stored_config = tiny(config, tmp_path)
-    assert "lm_head.weight" not in names
-    assert embedding_name(names) == embedding
-    assert tied_alias(names, stored_config)["lm_head.weight"] == embedding
-    # Older libraries leave out a setting that equals their default.
-    stored_config.pop("tie_word_embeddings", None)
-    assert tied_alias(names, stored_config)["lm_head.weight"] == embedding
-
-
-def test_an_untied_head_stands_for_itself(tmp_path: Path) -> None:
-    names, config = tiny(LlamaConfig(**LLAMA, tie_word_embeddings=False), tmp_path)
-    assert "lm_head.weight" in names
-    assert tied_alias(names, config) == {}
-    config.pop("tie_word_embeddings", None)
-    assert tied_alias(names, config) == {}
-
-
-@pytest.mark.parametrize(
-    ("names", "config", "expected"),
-    [
-        (["model.embed_tokens.weight", "lm_head.weight"], {"tie_word_embeddings": True},
-         {"lm_head.weight": "model.embed_tokens.weight"}),
-        (["model.embed_tokens.weight"], {"tie_word_embeddings": False}, {}),
-        (["language_model.model.embed_tokens.weight", "language_model.lm_head.weight"],
-         {"text_config": {"tie_word_embeddings": True}},
-         {"language_model.lm_head.weight": "language_model.model.embed_tokens.weight"}),
-        (["language_model.model.embed_tokens.weight", "language_model.lm_head.weight"],
-         {"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": True}}, {}),
-        (["gpt_neox.embed_in.weight", "embed_out.weight"], {"tie_word_embeddings": True},
-         {"embed_out.weight": "gpt_neox.embed_in.weight"}),
-        (["model.tok_embeddings.weight", "output.weight"], {"tie_word_embeddings": True},
-         {"output.weight": "model.tok_embeddings.weight"}),
-        (["transformer.word_embeddings.weight", "lm_head.weight"], {"tie_word_embeddings": True},
-         {"lm_head.weight": "transformer.word_embeddings.weight"}),
-        (["vision.patch.weight"], {"tie_word_embeddings": True}, {}),
-    ],
-)  # fmt: skip
-def test_tied_alias(names: list[str], config: dict[str, Any], expected: dict[str, str]) -> None:
-    assert tied_alias(names, config) == expected
-
-
-def test_an_absent_head_of_a_nested_model_has_every_name_it_could_have() -> None:
-    alias = tied_alias(
-        ["model.language_model.embed_tokens.weight"], {"text_config": {"tie_word_embeddings": True}}
-    )
-    assert {"lm_head.weight", "model.lm_head.weight", "model.language_model.lm_head.weight"} == set(alias)
-
-
-def test_the_outermost_embedding_is_the_text_embedding() -> None:
-    names = [
-        "model.layers.61.embed_tokens.weight",
-        "model.embed_tokens.weight",
-        "model.embed_tokens_per_layer.weight",
-    ]
-    assert embedding_name(names) == "model.embed_tokens.weight"
-    assert embedding_name(["weight", "wte.bias"]) is None

@@ -138,16 +138,18 @@ def _by_name(tensors: Mapping[str, Tensor]) -> str | None:
         return "quanto"
     if any(".quant_state." in name for name in tensors):
         return "bitsandbytes (4 bit)"
-    for name, tensor in tensors.items():
-        ending = name.rpartition(".")[2]
-        if ending in _ENDINGS:
-            return _ENDINGS[ending]
-        likely = _LIKELY_ENDINGS.get(ending) or ("vptq" if name.endswith(".centroids.weight") else None)
-        if likely and (tensor.dtype not in WEIGHT_DTYPES or not _has_plain_weight(name, tensors)):
-            return likely
-        if name.endswith("_blocks") and name.removesuffix("_blocks") + "_scales" in tensors:
-            return "mxfp4"
-    return None
+    return next(filter(None, (_by_ending(tensor, tensors) for tensor in tensors.values())), None)
+
+
+def _by_ending(tensor: Tensor, tensors: Mapping[str, Tensor]) -> str | None:
+    name = tensor.name
+    ending = name.rpartition(".")[2]
+    if name.endswith("_blocks") and name.removesuffix("_blocks") + "_scales" in tensors:
+        return "mxfp4"
+    likely = _LIKELY_ENDINGS.get(ending) or ("vptq" if name.endswith(".centroids.weight") else None)
+    if likely and (tensor.dtype not in WEIGHT_DTYPES or not _has_plain_weight(name, tensors)):
+        return likely
+    return _ENDINGS.get(ending)
 
 
 def _has_plain_weight(name: str, tensors: Mapping[str, Tensor]) -> bool:
