@@ -70,13 +70,13 @@ def test_two_files_of_answers_make_a_table(tmp_path: Path, capsys: pytest.Captur
         assert main(words) == 0
         assert len(server.received) == 24
     assert summary["win_rate"] > summary["against"]["win_rate"] > 50
-    assert summary["difference"]["win_rate"] == pytest.approx(
+    assert summary["difference"]["win_rate"]["value"] == pytest.approx(
         summary["win_rate"] - summary["against"]["win_rate"]
     )
-    assert summary["head_to_head"]["win_rate"] > 50
+    assert summary["head_to_head"]["pairs"][0]["win_rate"]["value"] > 50
     assert (summary["n"], summary["unparsed"], summary["length_controlled_winrate"]) == (6, 0, None)
     text = capsys.readouterr().out
-    assert "no judge card" in text
+    assert "No judge card" in text
     rows = json.loads((tmp_path / "out/annotations/expo-against-baseline.json").read_text())
     assert summary["win_rate"] == pytest.approx(sum(100 * (row["preference"] - 1) for row in rows) / 6)
 
@@ -148,6 +148,7 @@ def test_a_key_reaches_its_judge_and_nothing_that_is_written(
         server.key = "sk-judge-canary-1"
         words = judge(server, "--outputs", expo, "--baseline", baseline, "--output", tmp_path / "out", "--length-control", "none")  # fmt: skip
         assert main(words) == 1
+        assert "--key-env" in capsys.readouterr().err
         assert all("Authorization" not in headers for headers, _ in server.received)
         assert main([*words, "--key-env", "MY_JUDGE"]) == 0
     everything = "".join(path.read_text() for path in (tmp_path / "out").rglob("*") if path.is_file())

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from expo_ray.benchmark.alpaca import ArmDifference, ArmScore, compare_arms, score_arm
+from expo_ray.benchmark.answer_checks import Answer, AnswerChecks, check_answers
 from expo_ray.benchmark.answer_files import AnswerSet, answer_set, read_answer_set, read_rows
 from expo_ray.benchmark.covariates import Covariates, load_covariates
 from expo_ray.benchmark.head_to_head import HeadToHead, head_to_head
@@ -125,6 +126,7 @@ class AlpacaResult:
         difference: of the two arms' win rates.
         direct: head to head, the primary figure; None without another model.
         length_control: how win rates against the baseline are controlled.
+        checks: signs of gaming or damage in each set of answers, by model.
         card: of the judge; None if none was made.
         cost: dollars spent on all stored judgments that the figures rest on.
     """
@@ -134,9 +136,9 @@ class AlpacaResult:
     difference: ArmDifference | None
     direct: HeadToHead | None
     length_control: Kind
+    checks: Mapping[str, AnswerChecks]
     card: JudgeCard | None
     cost: float
-    asked: int
 
 
 def prepare(request: Request) -> Prepared:
@@ -305,10 +307,24 @@ def scores(prepared: Prepared, judged: Judged) -> AlpacaResult:
         compare_arms(arms[0], arms[1], control) if len(arms) > 1 else None,
         direct,
         control.kind if control else "none",
+        _checks(prepared),
         read_card(prepared.store, request.judge),
         sum(judged.answers[key].cost for key in used),
-        judged.asked,
     )
+
+
+def _checks(prepared: Prepared) -> dict[str, AnswerChecks]:
+    """Check each model's answers beside the baseline's, or the other model's where there is no baseline."""
+    checks = {}
+    for match in [*prepared.arms, *filter(None, [prepared.direct])]:
+        if match.sides.model.name not in checks:
+            sets = match.sides.model, match.sides.baseline
+            model, reference = (
+                [Answer(instruction, each.outputs[instruction]) for instruction in match.sides.instructions]
+                for each in sets
+            )
+            checks[match.sides.model.name] = check_answers(model, reference)
+    return checks
 
 
 def write_annotations(prepared: Prepared, judged: Judged) -> list[str]:

@@ -7,11 +7,10 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
-from expo_ray.benchmark.alpaca import ArmDifference, ArmScore
 from expo_ray.benchmark.alpaca_judging import (
     AlpacaResult,
     Prepared,
@@ -23,13 +22,24 @@ from expo_ray.benchmark.alpaca_judging import (
     write_annotations,
 )
 from expo_ray.benchmark.grading import grades_of, judgment_rows, read_chat_answers, read_mt_bench, rows_text
-from expo_ray.benchmark.head_to_head import HeadToHead
-from expo_ray.benchmark.intervals import Estimate
 from expo_ray.benchmark.judge import Judge, Price, default_key_variable
 from expo_ray.benchmark.judge_card import card_of, examination_of, write_card
 from expo_ray.benchmark.judging import Judged, JudgeRoom, ask, check_cost, estimate
+from expo_ray.benchmark.tables import (
+    arm_json,
+    arms_table,
+    checks_table,
+    difference_json,
+    differences_forest,
+    differences_table,
+    head_to_head_forest,
+    head_to_head_json,
+    head_to_head_table,
+    markdown,
+)
 from expo_ray.errors import BenchmarkError, ExpoError, JobError
 from expo_ray.evaluation.progress import RowProgress
+from expo_ray.report.benchmark_page import Table, benchmark_page
 from expo_ray.storage import join_uri, open_output
 from expo_ray.untrusted import parse_json_object
 
@@ -173,112 +183,73 @@ def _finish_alpaca(prepared: Prepared, judged: Judged, *, as_json: bool) -> int:
     if judged.problems and not prepared.request.allow_missing:
         return _failed(judged.problems)
     result = scores(prepared, judged)
-    summary = result_json(prepared, result)
+    summary, tables = result_json(prepared, result), result_tables(prepared, result)
     prepared.store.put("results.json", (json.dumps(summary, indent=1) + "\n").encode())
+    _write_page(prepared, result, tables)
     if as_json:
         _print(json.dumps(summary, indent=1))
     else:
-        _print("\n".join(result_lines(prepared, result)))
+        _print(markdown(tables))
         _print("\n".join(f"annotations: {path}" for path in paths))
+        _print(f"results: {prepared.store.uri}/results.html, results.md and results.json")
     return _failed(judged.problems)
 
 
 def result_json(prepared: Prepared, result: AlpacaResult) -> dict[str, Any]:
     """All figures, unrounded, in percent; intervals are two-sided, 95 %."""
+    judge = prepared.request.judge
     summary: dict[str, Any] = {
-        "judge": prepared.request.judge.model,
-        "protocol": prepared.request.judge.protocol,
+        "judge": judge.model,
+        "protocol": judge.protocol,
+        "length_control": result.length_control,
+        "cost": result.cost,
+        "notes": list(prepared.notes),
     }
-    summary |= {"length_control": result.length_control, "cost": result.cost, "notes": list(prepared.notes)}
-    if result.score:
-        summary |= _arm(result.score)
-    if result.reference:
-        summary["against"] = _arm(result.reference)
-    if result.difference:
-        summary["difference"] = _difference(result.difference)
     if result.direct:
-        summary["head_to_head"] = _direct(result.direct)
+        summary["head_to_head"] = head_to_head_json([result.direct])
+    if result.score:
+        summary |= arm_json(result.score)
+    if result.reference:
+        summary["against"] = arm_json(result.reference)
+    if result.difference:
+        summary["difference"] = difference_json(result.difference)
+    summary["answers"] = {name: asdict(checks) for name, checks in result.checks.items()}
     summary["judge_card"] = asdict(result.card) if result.card else None
     return summary
 
 
-def result_lines(prepared: Prepared, result: AlpacaResult) -> list[str]:
-    """The figures for a terminal, the primary one first."""
-    judge = prepared.request.judge
-    lines = []
+def result_tables(prepared: Prepared, result: AlpacaResult) -> list[Table]:
+    """The figures for people, the primary one first; the judge is named below each table."""
+    scores = [score for score in (result.score, result.reference) if score]
+    tables = []
     if result.direct:
-        direct = result.direct
-        lines += [
-            f"{direct.model} against {direct.opponent}, {direct.prompts} prompts in both orders:",
-            f"  win rate at equal length {_shown(direct.controlled)} (as judged {_shown(direct.win_rate)}); 50 means equally good",
-            f"  this run could see a difference of {direct.controlled.detectable:.1f} points (80 % power)",
-        ]
-    for score in filter(None, [result.score, result.reference]):
-        at_length = (
-            f", at equal length ({score.control}) {_shown(score.controlled)}" if score.controlled else ""
-        )
-        lines.append(
-            f"{score.verdicts.model} against {score.verdicts.opponent}: win rate {_shown(score.win_rate)}{at_length}"
-        )
-        if score.unparsed:
-            lines.append(f"  {score.unparsed} prompt(s) without a verdict are left out")
+        tables.append(head_to_head_table([result.direct]))
+    if scores:
+        tables.append(arms_table(scores, prepared.request.judge.model))
+    if result.difference:
+        tables.append(differences_table([result.difference]))
+    tables.append(checks_table(result.checks))
     card = result.card
-    lines.append(
-        str(card) if card else f"judge {judge.model}: no judge card; `expo-ray benchmark judge` makes one"
+    said = (
+        [str(card), *(f"Warning: {warning}." for warning in card.warnings)]
+        if card
+        else [f"No judge card of {prepared.request.judge.model}: `expo-ray benchmark judge` makes one."]
     )
-    return lines + [f"warning: {warning}" for warning in (card.warnings if card else ())]
+    return [
+        replace(table, notes=(*table.notes, *said)) if table is not tables[-1] else table for table in tables
+    ]
 
 
-def _arm(score: ArmScore) -> dict[str, Any]:
-    figures = {"win_rate": score.win_rate, "length_controlled_winrate": score.controlled}
-    return {
-        "model": score.verdicts.model,
-        **_values(figures),
-        "n": len(score.verdicts.index),
-        "unparsed": score.unparsed,
-    }
-
-
-def _difference(difference: ArmDifference) -> dict[str, Any]:
-    figures = {"win_rate": difference.win_rate, "length_controlled_winrate": difference.controlled}
-    return {**_values(figures), "n": difference.prompts, "detectable": _detectable(figures)}
-
-
-def _direct(direct: HeadToHead) -> dict[str, Any]:
-    figures: dict[str, Estimate | None] = {
-        "win_rate": direct.win_rate,
-        "length_controlled_winrate": direct.controlled,
-    }
-    return {
-        "model": direct.model,
-        "opponent": direct.opponent,
-        **_values(figures),
-        "n": direct.prompts,
-        "unparsed": direct.unparsed,
-        "p_value": direct.p_value,
-        "length_ratio": direct.length_ratio,
-        "detectable": _detectable(figures),
-    }
-
-
-def _values(figures: Mapping[str, Estimate | None]) -> dict[str, Any]:
-    values: dict[str, Any] = {
-        name: figure.interval.value if figure else None for name, figure in figures.items()
-    }
-    ends = {name: [figure.interval.low, figure.interval.high] for name, figure in figures.items() if figure}
-    return values | {"intervals": ends}
-
-
-def _detectable(figures: Mapping[str, Estimate | None]) -> dict[str, float]:
-    return {name: figure.detectable for name, figure in figures.items() if figure}
-
-
-def _shown(figure: Estimate | None) -> str:
-    return (
-        "-"
-        if figure is None
-        else f"{figure.interval.value:.2f} [{figure.interval.low:.2f}, {figure.interval.high:.2f}]"
-    )
+def _write_page(prepared: Prepared, result: AlpacaResult, tables: Sequence[Table]) -> None:
+    forests = [head_to_head_forest([result.direct])] if result.direct else []
+    forests += [differences_forest([result.difference])] if result.difference else []
+    prepared.store.put("results.md", markdown(tables).encode("utf-8", "replace"))
+    try:
+        page = benchmark_page("AlpacaEval", tables, forests)
+    except JobError as error:
+        log.warning("no page of results: %s", error)
+    else:
+        prepared.store.put("results.html", page.encode("utf-8", "replace"))
 
 
 def _failed(problems: Sequence[ExpoError]) -> int:

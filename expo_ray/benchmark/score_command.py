@@ -22,13 +22,14 @@ from expo_ray.benchmark.covariates import (
     is_official,
     load_covariates,
 )
-from expo_ray.benchmark.intervals import Estimate
 from expo_ray.benchmark.judgments import Verdicts
 from expo_ray.benchmark.leaderboard import TASKS, ModelTasks, read_task_results
 from expo_ray.benchmark.mtbench import ModelRatings, compare_ratings, read_ratings, score_ratings
 from expo_ray.benchmark.official_glm import package_win_rates
 from expo_ray.benchmark.tables import (
+    arm_json,
     arms_table,
+    difference_json,
     differences_table,
     estimate_json,
     interval_json,
@@ -55,7 +56,7 @@ def score_alpaca(arguments: argparse.Namespace) -> int:
     scores = _score(arms, covariates)
     difference = _difference(scores, covariates) if len(scores) == 2 else None
     tables = [arms_table(scores, arms[0].judge)] + ([differences_table([difference])] if difference else [])
-    values = _arms_json(scores, difference) if difference else _arm_json(scores[0])
+    values = _arms_json(scores, difference) if difference else arm_json(scores[0])
     _print(values if arguments.json else tables)
     return 0
 
@@ -165,31 +166,10 @@ def _difference(scores: Sequence[ArmScore], covariates: Covariates) -> ArmDiffer
     return compare_arms(model, reference, covariates.official if model.controlled else None)
 
 
-def _arm_json(score: ArmScore) -> dict[str, Any]:
-    figures = {"win_rate": score.win_rate, "length_controlled_winrate": score.controlled}
-    return {
-        **{name: figure.interval.value if figure else None for name, figure in figures.items()},
-        "intervals": {
-            name: interval_json(figure.interval) if figure else None for name, figure in figures.items()
-        },
-        "n": len(score.verdicts.index),
-        "unparsed": score.unparsed,
-    }
-
-
 def _arms_json(scores: Sequence[ArmScore], difference: ArmDifference) -> dict[str, Any]:
-    figures: dict[str, Estimate | None] = {
-        "win_rate": difference.win_rate,
-        "length_controlled_winrate": difference.controlled,
-    }
     return {
-        "models": {score.verdicts.model: _arm_json(score) for score in scores},
-        "difference": {
-            "model": difference.model,
-            "reference": difference.reference,
-            **{name: estimate_json(figure) if figure else None for name, figure in figures.items()},
-            "n": difference.prompts,
-        },
+        "models": {score.verdicts.model: arm_json(score) for score in scores},
+        "difference": difference_json(difference),
     }
 
 

@@ -266,6 +266,30 @@ def estimate_json(figure: Estimate) -> dict[str, Any]:
     }
 
 
+def arm_json(score: ArmScore) -> dict[str, Any]:
+    """A model's win rates against the baseline, unrounded, in percent."""
+    figures = {"win_rate": score.win_rate, "length_controlled_winrate": score.controlled}
+    return {
+        **{name: figure.interval.value if figure else None for name, figure in figures.items()},
+        "intervals": {
+            name: interval_json(figure.interval) if figure else None for name, figure in figures.items()
+        },
+        "n": len(score.verdicts.index),
+        "unparsed": score.unparsed,
+    }
+
+
+def difference_json(difference: ArmDifference) -> dict[str, Any]:
+    """A paired difference of win rates, unrounded, in points."""
+    figures = {"win_rate": difference.win_rate, "length_controlled_winrate": difference.controlled}
+    return {
+        "model": difference.model,
+        "reference": difference.reference,
+        **{name: estimate_json(figure) if figure else None for name, figure in figures.items()},
+        "n": difference.prompts,
+    }
+
+
 def head_to_head_json(duels: Sequence[HeadToHead]) -> dict[str, Any]:
     """The head-to-head table, unrounded."""
     adjusted = holm([duel.p_value for duel in duels])

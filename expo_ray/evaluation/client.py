@@ -110,6 +110,7 @@ class Client:
         # A little above what the engine works on, so that it finds the next request waiting when one is done.
         self.concurrency = concurrency or slots + max(2, slots // 4)
         self._attempts, self._delay_s, self._timeout_s = attempts, delay_s, timeout_s
+        self._key_variable = key_variable
         self._http = connect(url, timeout_s, key_variable)
         self.url = str(self._http.base_url)
         self._given_up, self._last_logged = 0, float("-inf")
@@ -176,7 +177,9 @@ class Client:
             if "max_completion_tokens" in reason and self._limit_name == "max_tokens":
                 self._limit_name = "max_completion_tokens"  # as OpenAI's reasoning models ask for it
                 return await self._attempt(body)
-            raise refusal(response) or Refused(reason, too_long=any(sign in reason for sign in _TOO_LONG))
+            raise refusal(response, self._key_variable) or Refused(
+                reason, too_long=any(sign in reason for sign in _TOO_LONG)
+            )
         try:
             answer = _answer(response.json())
         except (ValueError, LookupError, TypeError, AttributeError):

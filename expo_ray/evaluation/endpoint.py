@@ -99,11 +99,16 @@ async def names_at(http: httpx.AsyncClient) -> list[str]:
     return [str(card.get("id")) for card in await _cards(http)]
 
 
-def refusal(response: httpx.Response) -> EndpointError | None:
+def refusal(response: httpx.Response, key_variable: str = KEY_VARIABLE) -> EndpointError | None:
     """The error of an answer that says that nothing can be had with this key, URL or name; None for any other answer."""
     told = f"{response.request.url}: status {response.status_code}, {reason_of(response)}"
     if response.status_code in {401, 403}:
-        return EndpointError(f"{told}; set OPENAI_API_KEY to a key that the endpoint takes")
+        remedy = (
+            f"set {key_variable} to a key that the endpoint takes"
+            if key_variable
+            else "name the variable that holds its key with --key-env"
+        )
+        return EndpointError(f"{told}; {remedy}")
     if response.status_code in {404, 405}:
         return EndpointError(
             f"{told}; give the URL of an OpenAI-compatible endpoint, such as http://127.0.0.1:8000, and the name of a "
