@@ -319,7 +319,7 @@ def test_a_layer_that_sft_lacks_is_refused_when_merging_and_noted_when_scaling(c
         ({"r": 0, "rank_pattern": {}}, "model.layers.0.self_attn.q_proj has rank 0; save the adapter again"),
         ({"r": "4"}, "r is 4, not a number"),
         ({"lora_alpha": None}, "lora_alpha is None, not a number; save the adapter again"),
-        ({"alpha_pattern": {"q_proj": float("inf")}}, "lora_alpha is inf, not a number"),
+        ({"alpha_pattern": {"q_proj": float("inf")}}, "Infinity is no JSON number"),
         ({"alpha_pattern": [3]}, "alpha_pattern is [3], not an object; save the adapter again"),
         ({"rank_pattern": {"(": 3}}, "rank_pattern: '(' is not a regular expression"),
     ],

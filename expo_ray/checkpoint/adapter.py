@@ -36,6 +36,10 @@ _NAME = re.compile(
     r"base_model\.model\.(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(?P<end>\.weight)?"
 )
 _PREFIX = "base_model.model."
+_PLAIN = re.compile(r"[A-Za-z0-9_.-]+")
+# Comparing one takes half a microsecond.
+_MOST_COMPARISONS = 20_000_000
+_MOST_EXPRESSIONS = 400
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +91,7 @@ def lora_layers(adapter: Checkpoint, base: Checkpoint, *, merging: bool = False)
     """
     _refuse_variants(adapter.adapter, adapter.uri)
     pairs = _pairs(adapter)
+    _refuse_many_patterns(adapter.adapter, len(pairs), adapter.uri)
     names = _base_names(pairs, base)
     notes = _name_notes(names)
     absent = [f"{module}.weight" for module, name in names.items() if name is None]
@@ -171,6 +176,10 @@ def scaled_adapter_config(config: Mapping[str, Any], alpha: float) -> dict[str, 
 
 def _scaled(value: float, alpha: float) -> float:
     scaled = value * (1 + alpha)
+    if not isfinite(scaled):
+        raise CheckpointError(
+            f"adapter_config.json: lora_alpha {value} times {1 + alpha} is no number; choose a smaller alpha"
+        )
     return int(scaled) if scaled.is_integer() else scaled
 
 
@@ -188,6 +197,17 @@ def _refuse_variants(config: Mapping[str, Any], where: str) -> None:
         found.append(f"init_lora_weights is {_short(start)}, which changes the base weights")
     if found:
         raise CheckpointError(f"{where}: not plain LoRA ({'; '.join(found)}); {_MERGE_FIRST}")
+
+
+def _refuse_many_patterns(config: Mapping[str, Any], modules: int, where: str) -> None:
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = [pattern for pattern, _ in _pattern(config, key, where)]
+        operators = sum(not _PLAIN.fullmatch(pattern) for pattern in patterns)
+        if operators > _MOST_EXPRESSIONS or len(patterns) * modules > _MOST_COMPARISONS:
+            raise CheckpointError(
+                f"{where}: {key} has {len(patterns)} entries, {operators} of them regular expressions, for {modules} modules, "
+                "which would take hours to compare; save the adapter again"
+            )
 
 
 def _pairs(adapter: Checkpoint) -> dict[str, tuple[Tensor, Tensor]]:
@@ -284,6 +304,10 @@ def _rank_and_scale(config: Mapping[str, Any], module: str, where: str) -> tuple
 def _by_pattern(config: Mapping[str, Any], key: str, module: str, default: object, where: str) -> object:
     """As PEFT has it: the first key that is, as a regular expression, the whole or a dotted end of the module's name."""
     for pattern, value in _pattern(config, key, where):
+        if _PLAIN.fullmatch(pattern):
+            if _ends_with(module, pattern):
+                return value
+            continue
         try:
             compile_pattern(pattern)  # by itself, so that the message names what stands in the file
             if compile_pattern(rf"(.*\.)?({pattern})").fullmatch(module):
@@ -293,11 +317,19 @@ def _by_pattern(config: Mapping[str, Any], key: str, module: str, default: objec
     return default
 
 
+def _ends_with(module: str, plain: str) -> bool:
+    """Match a pattern without any operator but dots: adapters have one for each module, too many to compile."""
+    tail, rest = module[-len(plain) :], module[: -len(plain)]
+    if (rest and not rest.endswith(".")) or not tail.endswith(plain.rpartition(".")[2]):
+        return False
+    return len(tail) == len(plain) and all(a in (b, ".") for a, b in zip(plain, tail, strict=True))
+
+
 def _pattern(config: Mapping[str, Any], key: str, where: str) -> Iterable[tuple[str, object]]:
-    found = config.get(key) or {}
-    if not isinstance(found, Mapping):
-        raise CheckpointError(f"{where}: {key} is {_short(found)}, not an object; save the adapter again")
-    return found.items()
+    patterns = config.get(key) or {}
+    if not isinstance(patterns, Mapping):
+        raise CheckpointError(f"{where}: {key} is {_short(patterns)}, not an object; save the adapter again")
+    return patterns.items()
 
 
 def _number(value: object, key: str, where: str) -> float:

@@ -73,7 +73,7 @@ def _config(
             )
         return {}
     try:
-        return read_json(store, listing[key])
+        return read_json(store, listing[key], strict=key == "adapter_config.json")
     except CheckpointError as error:
         problems.append(error)
         return {}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from expo_ray.errors import CheckpointError
 from expo_ray.storage.protocol import FileInfo, Store
-from expo_ray.untrusted import CONFIG_BYTES, TOKENIZER_BYTES, parse_json_object
+from expo_ray.untrusted import CONFIG_BYTES, TOKENIZER_BYTES, Foreign, parse_json_object, validated
 
 # These hold a vocabulary, or a name for each tensor; everything else is a configuration.
 _LARGE = ("tokenizer", "vocab", "merges", "added_tokens", "tekken")
@@ -28,6 +29,28 @@ def read_small(store: Store, info: FileInfo, *, most_bytes: int = TOKENIZER_BYTE
     if data:
         store.read_into(info.key, 0, memoryview(data), etag=info.etag)
     return bytes(data)
+
+
+class AddedToken(Foreign):
+    """One entry of `added_tokens` in tokenizer.json, the file of the tokenizers library."""
+
+    id: int
+    content: str
+    special: bool
+
+
+class _AddedTokens(Foreign):
+    added_tokens: list[AddedToken]
+
+
+def added_tokens(tokenizer: Mapping[str, Any]) -> list[AddedToken]:
+    """The added tokens that a tokenizer.json lists; none where it lists no such thing."""
+    try:
+        return validated(
+            _AddedTokens, tokenizer, "tokenizer.json", error=CheckpointError, remedy=""
+        ).added_tokens
+    except CheckpointError:
+        return []
 
 
 def read_json(store: Store, info: FileInfo, *, strict: bool = False) -> dict[str, Any]:

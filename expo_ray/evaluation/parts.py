@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Generic, Protocol, TypeVar
+from functools import cache
+from typing import Any, Generic, Protocol, TypeVar, get_type_hints
+
+from pydantic import create_model
 
 from expo_ray.errors import StorageError
 from expo_ray.evaluation.records import digest
 from expo_ray.storage import Store
+from expo_ray.text import shown
+from expo_ray.untrusted import TOKENIZER_BYTES, Foreign, parse_json_object, validated
 
 # A file that is something else altogether has a problem in every line.
 _SHOWN = 20
+_REMEDY = "correct or remove it"
 
 
 class Row(Protocol):
@@ -72,12 +78,32 @@ def read_rows(store: Store, key: str, parse: Callable[[Mapping[str, Any]], T]) -
     for number, line in enumerate(store.read(key).split(b"\n"), start=1):
         if line.strip():
             try:
-                rows.append(parse(json.loads(line.decode("utf-8"))))
-            except (ValueError, TypeError, KeyError) as error:
-                wrong.append(f"line {number}: not a row that can be read ({error})")
+                rows.append(_parse_row(line, parse))
+            except StorageError as error:
+                wrong.append(f"line {number}: {error}")
     if wrong:
         raise StorageError(f"{store.uri}/{key}: {bad_rows(wrong)}")
     return rows
+
+
+def _parse_row(line: bytes, parse: Callable[[Mapping[str, Any]], T]) -> T:
+    data = parse_json_object(
+        line, "not a row", most_bytes=TOKENIZER_BYTES, error=StorageError, remedy=_REMEDY
+    )
+    try:
+        row = parse(data)
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
+        raise StorageError(f"not a row that can be read ({shown(error)}); {_REMEDY}") from error
+    kind: Any = type(row)
+    model = _model_of(kind)  # dataclasses take values of any type
+    validated(model, vars(row), "not a row that can be read", error=StorageError, remedy=_REMEDY)
+    return row
+
+
+@cache
+def _model_of(row: Any) -> type[Foreign]:
+    fields: dict[str, Any] = {name: (hint, ...) for name, hint in get_type_hints(row).items()}
+    return create_model(row.__name__, __base__=Foreign, **fields)
 
 
 def bad_rows(wrong: Sequence[str]) -> str:

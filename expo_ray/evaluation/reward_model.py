@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from expo_ray.checkpoint.folder import read_checkpoint
 from expo_ray.checkpoint.quantisation import quantisation_of
@@ -15,6 +18,8 @@ from expo_ray.errors import Problems, RewardError, some
 from expo_ray.evaluation.records import digest
 from expo_ray.evaluation.reward_function import RewardFunction, is_function, load_function
 from expo_ray.storage import open_store
+from expo_ray.text import shown
+from expo_ray.untrusted import Foreign, validated
 
 # Last layer of the heads that `transformers` puts on sequence classifiers; its rows are the labels.
 _HEADS = (
@@ -66,6 +71,7 @@ def inspect_reward_model(spec: RewardModel) -> Classifier | RewardFunction:
         return load_function(spec.model)
     store = open_store(spec.model)
     checkpoint = read_checkpoint(store)
+    _check_types(checkpoint)
     problems = [RewardError(f"{store.uri}: {text}") for text in _problems(checkpoint)]
     if problems:
         raise Problems(problems)
@@ -86,6 +92,38 @@ def inspect_reward_model(spec: RewardModel) -> Classifier | RewardFunction:
     )
 
 
+_Count = Annotated[int, Field(ge=1, lt=2**40)]
+
+
+class _Part(Foreign):
+    """The values of a configuration, or of one nested in it, that sizes are computed from."""
+
+    hidden_size: _Count | None = None
+    n_embd: _Count | None = None
+    num_attention_heads: _Count | None = None
+    n_head: _Count | None = None
+    num_key_value_heads: _Count | None = None
+    num_hidden_layers: _Count | None = None
+    n_layer: _Count | None = None
+    head_dim: _Count | None = None
+    model_type: str | None = None
+
+
+class _Config(_Part):
+    architectures: list[str] | None = None
+    auto_map: dict[str, Any] | str | None = None
+    id2label: dict[str, Any] | None = None
+    num_labels: Annotated[int, Field(ge=0)] | None = None
+
+
+def _check_types(checkpoint: Checkpoint) -> None:
+    outer, *nested = text_configs(checkpoint.config)
+    source, remedy = f"{checkpoint.uri}/config.json", "put the model's own config.json in its place"
+    validated(_Config, outer, source, error=RewardError, remedy=remedy)
+    for part in nested:
+        validated(_Part, part, source, error=RewardError, remedy=remedy)
+
+
 def _problems(checkpoint: Checkpoint) -> list[str]:
     """What forbids to score with it, each with its remedy."""
     if checkpoint.adapter:
@@ -96,7 +134,7 @@ def _problems(checkpoint: Checkpoint) -> list[str]:
         problems.append(f"quantised with {scheme}; give the model in bf16, fp16 or fp32")
     if config.get("auto_map"):
         problems.append(
-            f"needs code of its own ({some(sorted(map(str, config['auto_map'])))}), which is not run here; "
+            f"needs code of its own ({shown(', '.join(sorted(_classes(config['auto_map']))))}), which is not run here; "
             f"convert it to an architecture of transformers, or score with a `python:` function"
         )
     architectures = config.get("architectures") or []
@@ -113,7 +151,7 @@ def _problems(checkpoint: Checkpoint) -> list[str]:
             f"has no score head: none of {some(list(_HEADS))} is among its tensors{found}; it would be filled with random numbers. "
             "Give the folder of the trained reward model, with its head"
         )
-    labels = {f"the {heads[0]} of its weights": names[heads[0]].shape[0]} if heads else {}
+    labels = {f"the {heads[0]} of its weights": math.prod(names[heads[0]].shape[:1])} if heads else {}
     labels["config.json"] = _num_labels(config)
     if set(labels.values()) != {1}:
         told = " and ".join(f"{count} by {where}" for where, count in labels.items())
@@ -127,6 +165,10 @@ def _problems(checkpoint: Checkpoint) -> list[str]:
     return problems
 
 
+def _classes(auto_map: Mapping[str, Any] | str) -> list[str]:
+    return [auto_map] if isinstance(auto_map, str) else list(auto_map)
+
+
 def _num_labels(config: Mapping[str, Any]) -> int:
     """As `transformers` counts them: two unless told."""
     labels = config.get("id2label")
@@ -136,7 +178,7 @@ def _num_labels(config: Mapping[str, Any]) -> int:
 def _max_tokens(config: Mapping[str, Any]) -> int | None:
     for part in reversed(list(text_configs(config))):
         for key in _LIMITS:
-            if isinstance(limit := part.get(key), int) and limit > 0:
+            if type(limit := part.get(key)) is int and limit > 0:
                 return limit - 2 if part.get("model_type") in _SHIFTED else limit
     return None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from expo_ray.evaluation.records import Response
 from expo_ray.evaluation.respond import response_from_row
 from expo_ray.evaluation.served import served_names
 from expo_ray.storage import Store
+from expo_ray.untrusted import parse_json_object
 
 _ABOUT = "about.json"
 
@@ -64,9 +64,8 @@ def _drawn(sampling: Sampling) -> object:
 
 
 def _sampling(store: Store, key: str) -> object:
-    try:
-        return json.loads(store.read(key))["sampling"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise StorageError(
-            f"{store.uri}/{key}: does not tell how responses were drawn ({error}); remove the folder, its responses are then asked anew"
-        ) from error
+    remedy = "remove the folder, its responses are then asked anew"
+    about = parse_json_object(store.read(key), f"{store.uri}/{key}", error=StorageError, remedy=remedy)
+    if "sampling" not in about:
+        raise StorageError(f"{store.uri}/{key}: does not say how responses were drawn; {remedy}")
+    return about["sampling"]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from expo_ray.checkpoint.json_file import added_tokens, read_json
 from expo_ray.config import Sampling
-from expo_ray.errors import NotFound, Problems, RewardError
+from expo_ray.errors import CheckpointError, NotFound, Problems, RewardError
 from expo_ray.evaluation.evaluated import Evaluated, LogProbabilities, evaluated
 from expo_ray.evaluation.likelihoods import likelihood_from_row, likelihoods
 from expo_ray.evaluation.pair_search import first
@@ -151,7 +151,7 @@ def special_tokens(plan: PairPlan) -> list[str]:
     """The strings of the tokens that the pair's tokenizer calls special; none where its files do not tell."""
     try:
         parent = plan.side_files["tokenizer.json"]
-        tokenizer = json.loads(open_store(parent.uri).read("tokenizer.json"))
-        return [str(token["content"]) for token in tokenizer["added_tokens"] if token["special"]]
-    except (NotFound, ValueError, KeyError, TypeError):
+        tokenizer = read_json(open_store(parent.uri), parent.files["tokenizer.json"])
+    except (NotFound, CheckpointError, KeyError):
         return []
+    return [token.content for token in added_tokens(tokenizer) if token.special]

@@ -16,7 +16,8 @@ from ray.serve.llm.deployment import LLMServer
 from ray.util.placement_group import get_current_placement_group, placement_group_table
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from expo_ray.errors import ArithmeticFault
+from expo_ray.checkpoint.json_file import added_tokens
+from expo_ray.errors import ArithmeticFault, CheckpointError
 from expo_ray.evaluation.records import digest
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.step import DPO, Step, stepped
@@ -24,6 +25,7 @@ from expo_ray.on_ray.engine_adapter import ErrorInfo, ErrorResponse, engine_vers
 from expo_ray.on_ray.lease import Busy, Lease
 from expo_ray.on_ray.names import ServedName, parse_name
 from expo_ray.on_ray.parents import engine_folder
+from expo_ray.untrusted import TOKENIZER_BYTES, parse_json_object
 
 log = logging.getLogger("expo_ray")
 plain_logs()  # the imports above have changed them
@@ -170,21 +172,20 @@ def template_of(folder: Path) -> str:
     """Digest of a model's chat template; empty if it has none."""
     if (folder / "chat_template.jinja").is_file():
         return digest((folder / "chat_template.jinja").read_text(encoding="utf-8"))
-    try:
-        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return ""
-    template = config.get("chat_template") if isinstance(config, dict) else None
+    template = _json_of(folder / "tokenizer_config.json").get("chat_template")
     return digest(template) if template else ""
 
 
 def special_ids_of(folder: Path) -> list[int]:
     """Ids of the tokens that a model's tokenizer calls special; none where its files do not tell."""
+    return [token.id for token in added_tokens(_json_of(folder / "tokenizer.json")) if token.special]
+
+
+def _json_of(path: Path) -> dict[str, Any]:
     try:
-        tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        return [int(token["id"]) for token in tokenizer["added_tokens"] if token["special"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+        return parse_json_object(path.read_bytes(), str(path), most_bytes=TOKENIZER_BYTES)
+    except (OSError, CheckpointError):
+        return {}
 
 
 def _error(status: int, message: str, kind: str) -> ErrorResponse:

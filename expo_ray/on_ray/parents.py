@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from expo_ray.checkpoint.tensors import Checkpoint
-from expo_ray.errors import NotFound, StorageError
+from expo_ray.errors import CheckpointError, NotFound, StorageError
 from expo_ray.extrapolation.output import MANIFEST
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.progress import size_text
@@ -24,6 +24,7 @@ from expo_ray.storage import FileInfo, Store, open_store
 from expo_ray.storage.local_writer import free_bytes
 from expo_ray.storage.uri import check_key, check_listing
 from expo_ray.text import shown
+from expo_ray.untrusted import TOKENIZER_BYTES, parse_json_object
 
 CACHE_VARIABLE = "EXPO_RAY_CACHE"
 _COMPLETE = ".complete.json"
@@ -171,9 +172,9 @@ def _new_file(path: Path, store: Store, key: str) -> BinaryIO:
 def _is_whole(folder: Path) -> bool:
     """Whether all was fetched, and nothing has been touched since; a touched file is hashed again."""
     try:
-        state = json.loads((folder / _COMPLETE).read_text())
+        state = parse_json_object((folder / _COMPLETE).read_bytes(), _COMPLETE, most_bytes=TOKENIZER_BYTES)
         return all(_is_same(folder / key, *known) for key, known in state.items())
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, CheckpointError):
         return False
 
 
