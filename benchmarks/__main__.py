@@ -20,10 +20,11 @@ QUESTIONS = {
     "swap": "what does another alpha cost by a swap, against starting an engine on the published folder?",
     "swap_architectures": "do swapped weights of many architectures answer as transformers does?",
     "serving": "what does the endpoint cost, against vLLM alone on the same prompts?",
+    "judgments": "do intervals of judged win rates cover the truth, and what does a judge who likes length change?",
     "rounding": "how far from the exact model is the written one?",
 }
 # Studies of numbers, not of this machine: many minutes, so they run only when named.
-ONLY_WHEN_NAMED = {"alpha_search", "decisions", "rounding", "swap_architectures"}
+ONLY_WHEN_NAMED = {"alpha_search", "decisions", "judgments", "rounding", "swap_architectures"}
 
 
 def main(words: list[str]) -> int:
