@@ -10,7 +10,6 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from expo_ray.checkpoint.folder import read_checkpoint
-from expo_ray.checkpoint.side_files import side_files
 from expo_ray.errors import CheckpointError, Problems
 from tests.stored_files import CountingStore, stored, stored_folder, weights
 
@@ -88,6 +87,27 @@ def test_files_outside_the_index_are_left_alone() -> None:
     assert "consolidated.safetensors" not in found.files
 
 
+@pytest.mark.parametrize(
+    ("files", "tensors"),
+    [
+        (["model.safetensors", "model.fp16.safetensors", "model.fp16-00001-of-00001.safetensors"], "model.safetensors"),
+        (["model-00001-of-00001.safetensors", "model.fp16-00001-of-00001.safetensors"], "model-00001-of-00001.safetensors"),
+        (["model.fp16.safetensors"], "model.fp16.safetensors"),
+        (["diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.safetensors"], "diffusion_pytorch_model.safetensors"),
+    ],
+)  # fmt: skip
+def test_variants_beside_the_weights_are_left_alone(files: list[str], tensors: str) -> None:
+    found = read_checkpoint(stored({**CONFIG, **dict.fromkeys(files, weights("w"))}))
+    assert found.tensors["w"].file == tensors
+    assert set(found.files) == {"config.json", tensors}
+
+
+def test_an_index_of_a_variant_is_another_models() -> None:
+    variant = "model.safetensors.index.fp16.json"
+    found = read_checkpoint(stored(sharded(**{variant: index(z="model.fp16-00001-of-00001.safetensors")})))
+    assert variant not in found.files
+
+
 def test_a_revision_is_passed_on() -> None:
     class Pinned(CountingStore):
         revision = "abc123"
@@ -139,8 +159,7 @@ REFUSALS: list[tuple[Files, str]] = [
     ({"model.safetensors": weights("w"), "config.json": b"{"}, "/config.json: not valid JSON (Expecting property name"),
     ({"model.safetensors": weights("w"), "config.json": b"[1]"}, "/config.json: a JSON list instead of an object"),
     ({**CONFIG, "notes.md": b""}, "no weights; there are config.json, notes.md; pass the folder that holds the *.safetensors"),
-    ({**CONFIG, "m.Q4_K_M.gguf": b""}, "no safetensors, only other formats (GGUF: m.Q4_K_M.gguf); pass the original checkpoint"),
-    ({**CONFIG, "tf_model.h5": b"", "consolidated.00.pth": b""}, "(PyTorch pickle: consolidated.00.pth; TensorFlow: tf_model.h5)"),
+    ({**CONFIG, "tf_model.h5": b"", "a.pth": b""}, "only other formats (PyTorch pickle: a.pth; TensorFlow: tf_model.h5); pass"),
     ({**CONFIG, "b/model.safetensors": b"", "a/m.safetensors": b""}, "no weights at its top level; there are some in a, b: pass"),
     ({**CONFIG, "checkpoint-9/model.safetensors": b"", "x/y.pt": b""}, "/checkpoint-9"),
     ({"a/config.json": b""}, "no weights; there are only subfolders; pass the folder that holds the *.safetensors"),
@@ -158,7 +177,7 @@ REFUSALS: list[tuple[Files, str]] = [
     ({"adapter_config.json": b"{", "adapter_model.safetensors": weights("w")}, "/adapter_config.json: not valid JSON"),
     (
         {**CONFIG, "adapter_config.json": b"{}", "adapter_model.safetensors": weights("w"), "model.safetensors": weights("w")},
-        "holds both a model (model.safetensors) and adapter_config.json; move the adapter to its own folder, or remove it if",
+        "holds both a model (model.safetensors) and adapter_config.json, and programs differ in which they load; move the adapter",
     ),
     (
         sharded(**{"model.safetensors": weights("a")}),
@@ -260,23 +279,3 @@ def test_two_files_swapped_by_the_index_are_both_told() -> None:
         "does not name 2 tensor(s) where they are: a (model-00001-of-00002.safetensors), c (model-00002"
         in text
     )
-
-
-def test_side_files_travel_and_the_rest_stays() -> None:
-    travel = [
-        "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-        "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
-        "sentencepiece.bpe.model", "qwen.tiktoken", "tekken.json", "chat_template.jinja", "chat_template.json",
-        "additional_chat_templates/tool_use.jinja", "preprocessor_config.json", "processor_config.json",
-        "video_preprocessor_config.json", "modeling_custom.py", "configuration_custom.py", "LICENSE", "LICENSE.txt",
-        "LICENSE.md", "NOTICE", "Notice", "USE_POLICY.md", "Gemma_LICENSE",
-    ]  # fmt: skip
-    stay = [
-        "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin",
-        "pytorch_model.bin.index.json", "consolidated.00.pth", "model.gguf", "tf_model.h5", "flax_model.msgpack",
-        "model.onnx", "README.md", "expo.json", ".expo/claim.json", ".gitattributes", ".git/config", "training_args.bin",
-        "trainer_state.json", "all_results.json", "eval_results.json", "scheduler.pt", "optimizer.pt", "optimizer.bin",
-        "rng_state_0.pth", "adapter_config.json", "adapter_model.safetensors", "original/params.json",
-        "checkpoint-500/config.json", "runs/events.out.tfevents.1", "image.png", "additional_chat_templates/deep/x.jinja",
-    ]  # fmt: skip
-    assert side_files([*stay, *travel]) == tuple(sorted(travel))

@@ -7,11 +7,18 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from expo_ray.checkpoint.header import read_header
-from expo_ray.checkpoint.json_file import read_json
-from expo_ray.checkpoint.side_files import side_files
+from expo_ray.checkpoint.json_file import read_json, refuse_fault
+from expo_ray.checkpoint.side_files import find_side_files
 from expo_ray.checkpoint.tensors import Checkpoint, Tensor
-from expo_ray.checkpoint.weight_files import WeightFiles, find_adapter_weights, find_weights, some
-from expo_ray.errors import CheckpointError, Problems
+from expo_ray.checkpoint.weight_files import (
+    DIFFUSERS_STEM,
+    WeightFiles,
+    find_adapter_weights,
+    find_weights,
+    some,
+)
+from expo_ray.errors import CheckpointError, ExpoError, Problems, StorageError
+from expo_ray.storage.missing import missing_folder
 from expo_ray.storage.protocol import FileInfo, Store
 
 _HEADERS_AT_ONCE = 16
@@ -30,39 +37,48 @@ def read_checkpoint(store: Store, *, allow_pickle: bool = False) -> Checkpoint:
     """
     listing = {info.key: info for info in store.list()}
     if not listing:
-        raise CheckpointError(
-            f"{store.uri}: no such folder, or nothing in it; check the path, and your access to it"
-        )
-    problems: list[CheckpointError] = []
-    is_adapter = "adapter_config.json" in listing
-    config = _config(store, listing, "config.json", problems, required=not is_adapter)
+        raise CheckpointError(missing_folder(store.uri))
+    problems: list[ExpoError] = []
+    config = _config(store, listing, "config.json", problems, required="adapter_config.json" not in listing)
+    carried = _carried_adapter(listing, config)
+    is_adapter = "adapter_config.json" in listing and not carried
     adapter = _config(store, listing, "adapter_config.json", problems) if is_adapter else {}
     weights = _find(store, listing, is_adapter, allow_pickle, problems)
     tensors = _tensors(store, listing, weights, problems)
+    own = {*weights.keys, *filter(None, [weights.index])} | ({"adapter_config.json"} if is_adapter else set())
+    side, wrong = find_side_files(store, listing, own, config=config, carried=carried)
+    problems += wrong
     if len(problems) == 1:
         raise problems[0]
     if problems:
         raise Problems(problems)
-    copied = side_files(listing)
-    keys = {*weights.keys, *copied, *filter(None, [weights.index])} | (
-        {"adapter_config.json"} if is_adapter else set()
-    )
     return Checkpoint(
         uri=store.uri,
         revision=getattr(store, "revision", ""),
         config=config,
         tensors=tensors,
-        files={key: listing[key] for key in sorted(keys)},
-        side_files=copied,
+        files={key: listing[key] for key in sorted({*own, *side.copied})},
+        side_files=side.copied,
         adapter=adapter,
+        side_weights=side.weights,
+        left_behind=side.left,
     )
+
+
+def _carried_adapter(listing: Mapping[str, FileInfo], config: Mapping[str, Any]) -> list[str]:
+    """Files of an adapter that belongs to the whole model beside it, as Granite Speech has one for its audio."""
+    implied = str(config.get("model_type", "")).startswith("granite_speech")
+    if config.get("has_lora_adapter", implied) is not True:
+        return []
+    files = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+    return [key for key in files if key in listing]
 
 
 def _config(
     store: Store,
     listing: Mapping[str, FileInfo],
     key: str,
-    problems: list[CheckpointError],
+    problems: list[ExpoError],
     *,
     required: bool = False,
 ) -> dict[str, Any]:
@@ -74,7 +90,7 @@ def _config(
         return {}
     try:
         return read_json(store, listing[key], strict=key == "adapter_config.json")
-    except CheckpointError as error:
+    except (CheckpointError, StorageError) as error:
         problems.append(error)
         return {}
 
@@ -84,28 +100,30 @@ def _find(
     listing: Mapping[str, FileInfo],
     is_adapter: bool,
     allow_pickle: bool,
-    problems: list[CheckpointError],
+    problems: list[ExpoError],
 ) -> WeightFiles:
     find = find_adapter_weights if is_adapter else find_weights
     whole = [
         key
         for key in listing
-        if key.startswith(("model", "pytorch_model")) and key.endswith((".safetensors", ".bin"))
+        if key.startswith(("model", "pytorch_model", DIFFUSERS_STEM))
+        and key.endswith((".safetensors", ".bin"))
     ]
     try:
         if is_adapter and whole:
             raise CheckpointError(
-                f"{store.uri}: holds both a model ({some(sorted(whole))}) and adapter_config.json; move the adapter to its "
-                "own folder, or remove it if it is merged"
+                f"{store.uri}: holds both a model ({some(sorted(whole))}) and adapter_config.json, and programs differ in which "
+                "they load; move the adapter to its own folder. One that belongs to the model is carried over if config.json says "
+                "`has_lora_adapter: true`"
             )
         return find(store, listing, allow_pickle=allow_pickle)
-    except CheckpointError as error:
+    except (CheckpointError, StorageError) as error:
         problems.append(error)
         return WeightFiles()
 
 
 def _tensors(
-    store: Store, listing: Mapping[str, FileInfo], weights: WeightFiles, problems: list[CheckpointError]
+    store: Store, listing: Mapping[str, FileInfo], weights: WeightFiles, problems: list[ExpoError]
 ) -> dict[str, Tensor]:
     headers = _read_headers(store, [listing[key] for key in weights.keys], weights.pickled, problems)
     tensors: dict[str, Tensor] = {}
@@ -137,23 +155,24 @@ def _tensors(
 
 
 def _read_headers(
-    store: Store, infos: Sequence[FileInfo], pickled: bool, problems: list[CheckpointError]
+    store: Store, infos: Sequence[FileInfo], pickled: bool, problems: list[ExpoError]
 ) -> dict[str, dict[str, Tensor]]:
     """Tensors by file, of the files whose headers are sound."""
     read: Callable[[Store, FileInfo], dict[str, Tensor]] = read_header
     if pickled:
         from expo_ray.checkpoint.torch_zip import read_torch_zip as read  # imports torch
 
-    def attempt(info: FileInfo) -> dict[str, Tensor] | CheckpointError:
+    def attempt(info: FileInfo) -> dict[str, Tensor] | ExpoError:
         try:
+            refuse_fault(store, info)
             return read(store, info)
-        except CheckpointError as error:
+        except (CheckpointError, StorageError) as error:
             return error
 
     headers: dict[str, dict[str, Tensor]] = {}
     with ThreadPoolExecutor(_HEADERS_AT_ONCE) as pool:
         for info, found in zip(infos, pool.map(attempt, infos), strict=True):
-            if isinstance(found, CheckpointError):
+            if isinstance(found, ExpoError):
                 problems.append(found)
             else:
                 headers[info.key] = found

@@ -7,19 +7,36 @@ from typing import Any
 
 from expo_ray.errors import CheckpointError
 from expo_ray.storage.protocol import FileInfo, Store
+from expo_ray.text import shown
 from expo_ray.untrusted import CONFIG_BYTES, TOKENIZER_BYTES, Foreign, parse_json_object, validated
 
 # These hold a vocabulary, or a name for each tensor; everything else is a configuration.
 _LARGE = ("tokenizer", "vocab", "merges", "added_tokens", "tekken")
 
 
+def refuse_fault(store: Store, info: FileInfo) -> None:
+    """Refuse an entry of a local folder that is no file of it.
+
+    Raises:
+        CheckpointError: if it is a FIFO, a link that leads elsewhere or nowhere, or has a name that no key can hold.
+    """
+    if info.fault:
+        remedy = (
+            "rename it, or remove it"
+            if "name" in info.fault
+            else "put the file itself in its place, or remove it"
+        )
+        raise CheckpointError(f"{store.uri}/{shown(info.key)}: {info.fault}; {remedy}")
+
+
 def read_small(store: Store, info: FileInfo, *, most_bytes: int = TOKENIZER_BYTES) -> bytes:
     """Read the whole of a file of at most `most_bytes`, of the version `info.etag` and no other.
 
     Raises:
-        CheckpointError: if it is larger.
+        CheckpointError: if it is larger, or no file of this folder.
         InputChanged: if it is no longer that version.
     """
+    refuse_fault(store, info)
     if info.size > most_bytes:
         raise CheckpointError(
             f"{store.uri}/{info.key}: {info.size} bytes, more than the {most_bytes} such a file can have; "

@@ -57,6 +57,8 @@ class Checkpoint:
         files: every weight file and side file, by key; pins what later reads must find.
         side_files: keys to copy byte for byte beside new weights.
         adapter: `adapter_config.json`, parsed, if the folder is a PEFT adapter, else empty.
+        side_weights: those of `side_files` that hold weights, which are copied and not extrapolated.
+        left_behind: keys of files that are neither weights nor side files, nor of a training run.
     """
 
     uri: str
@@ -66,6 +68,8 @@ class Checkpoint:
     files: Mapping[str, FileInfo]
     side_files: tuple[str, ...] = ()
     adapter: Mapping[str, Any] = field(default_factory=dict)
+    side_weights: tuple[str, ...] = ()
+    left_behind: tuple[str, ...] = ()
 
     @property
     def weight_bytes(self) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from expo_ray.checkpoint.json_file import read_json
+from expo_ray.checkpoint.unconverted import unconverted_checkpoint
 from expo_ray.errors import CheckpointError
 from expo_ray.storage.protocol import FileInfo, Store
 
@@ -17,6 +18,9 @@ _OTHER_FORMATS = {
     ".nemo": "NeMo",
 }  # fmt: skip
 _SHOWN = 5
+STEM = "model"
+# What the library `diffusers` names the weights of its models, and looks for.
+DIFFUSERS_STEM = "diffusion_pytorch_model"
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,10 @@ def find_weights(store: Store, listing: Mapping[str, FileInfo], *, allow_pickle:
         CheckpointError: if there are none, some are missing, or it is not clear which are meant.
     """
     top = [key for key in sorted(listing) if "/" not in key and not key.startswith("adapter_model.")]
-    if any(key.endswith((".safetensors", ".safetensors.index.json")) for key in top):
-        return _choose(store, listing, [key for key in top if ".safetensors" in key], "model.safetensors")
+    safe = [key for key in top if key.endswith((".safetensors", ".safetensors.index.json"))]
+    if safe:
+        of_diffusers = not any(key.startswith("model.") for key in safe) and any(map(_is_of_diffusers, safe))
+        return _choose(store, listing, safe, f"{DIFFUSERS_STEM if of_diffusers else STEM}.safetensors")
     pickles = [
         key for key in top if key.startswith("pytorch_model") and key.endswith((".bin", ".bin.index.json"))
     ]
@@ -58,6 +64,15 @@ def find_weights(store: Store, listing: Mapping[str, FileInfo], *, allow_pickle:
     if pickles:
         return _choose(store, listing, pickles, "pytorch_model.bin")
     raise _no_weights(store, listing)
+
+
+def stem_of(keys: Iterable[str]) -> str:
+    """How to name the weight files of a model whose parent has these: as the library that loads it does, without a variant."""
+    return DIFFUSERS_STEM if any(map(_is_of_diffusers, keys)) else STEM
+
+
+def _is_of_diffusers(key: str) -> bool:
+    return key.startswith(DIFFUSERS_STEM)
 
 
 def find_adapter_weights(store: Store, listing: Mapping[str, FileInfo], *, allow_pickle: bool) -> WeightFiles:
@@ -88,6 +103,11 @@ def _choose(store: Store, listing: Mapping[str, FileInfo], keys: Sequence[str], 
     pickled = suffix == ".bin"
     index = _index_key(store, [key for key in keys if key.endswith(".index.json")], f"{single}.index.json")
     shards = [match for match in map(_SHARD.fullmatch, files) if match]
+    stem = single.removesuffix(suffix)
+    if single in files or any(shard["stem"] == stem for shard in shards):
+        shards = [
+            shard for shard in shards if not shard["stem"].startswith(f"{stem}.")
+        ]  # variants: model.fp16
     if index:
         mapped = _read_index(store, listing[index], suffix)
         named = sorted(set(mapped.values()))
@@ -160,6 +180,9 @@ def _missing_shards(store: Store, shards: Sequence[re.Match[str]], suffix: str) 
 
 
 def _no_weights(store: Store, listing: Mapping[str, FileInfo]) -> CheckpointError:
+    unconverted = unconverted_checkpoint(store.uri, listing)
+    if unconverted:
+        return CheckpointError(f"{store.uri}: no weights as `save_pretrained` writes them, but {unconverted}")
     nested = sorted(
         {key.rpartition("/")[0] for key in listing if "/" in key and key.endswith(".safetensors")}
     )

@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 from unicodedata import category
 
 from expo_ray.errors import StorageError
+from expo_ray.storage.missing import hub_uri
 from expo_ray.text import shown
 
 SCHEMES = ("file", "s3", "hf", "memory")
@@ -44,6 +45,8 @@ def split_uri(uri: str) -> tuple[str, str]:
         return "file", uri
     scheme, rest = match[1].lower(), match[2]
     if scheme not in SCHEMES:
+        if meant := hub_uri(uri):
+            raise StorageError(f"{redact(uri)}: a page of the Hugging Face Hub; write {shown(meant)}")
         known = ", ".join(f"{name}://" for name in SCHEMES)
         raise StorageError(f"{uri}: unknown scheme {scheme}://; use a local path or one of {known}")
     if scheme != "file":
