@@ -46,7 +46,7 @@ def split_uri(uri: str) -> tuple[str, str]:
     scheme, rest = match[1].lower(), match[2]
     if scheme not in SCHEMES:
         if meant := hub_uri(uri):
-            raise StorageError(f"{redact(uri)}: a page of the Hugging Face Hub; write {shown(meant)}")
+            raise StorageError(f"{shown(uri)}: a page of the Hugging Face Hub; write {shown(meant)}")
         known = ", ".join(f"{name}://" for name in SCHEMES)
         raise StorageError(f"{uri}: unknown scheme {scheme}://; use a local path or one of {known}")
     if scheme != "file":
