@@ -626,7 +626,7 @@ def test_copies_of_one_model_are_found_out(tmp_path: Path, capsys: Print) -> Non
         said = failing(capsys, folders[0], copy, out, 0.5)
         assert "dpo equals sft in all" in said
         assert "name the model from before and the model from after alignment" in said
-        assert not (out / "expo.json").exists()
+        assert [path for path in out.rglob("*") if path.is_file()] == []
 
 
 def test_different_models_of_one_size_and_time_are_no_copies(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ _UNDERSTOOD = frozenset({
 _INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 _NAME = re.compile(
-    r"base_model\.model\.(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(?P<end>\.weight)?"
+    r"base_model\.model\.(?P<module>\w[\w-]*(?:\.\w[\w-]*)*)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(?P<end>\.weight)?"
 )
 _PREFIX = "base_model.model."
 _PLAIN = re.compile(r"[A-Za-z0-9_.-]+")

@@ -90,9 +90,9 @@ class VocabularyWeights:
         )
 
     def has_tied_head(self, name: str) -> bool:
-        """Whether the output head of this checkpoint is the tensor `name`."""
+        """Whether the output head of this checkpoint is the tensor `name` under another name."""
         heads = self._stored_heads or sorted(self._head_names)
-        return any(self.owner(head) == name for head in heads)
+        return any(head != name and self.owner(head) == name for head in heads)
 
     @cached_property
     def _said(self) -> list[bool]:

@@ -21,8 +21,9 @@ from expo_ray.untrusted import compile_pattern
 
 OUTPUT_DTYPES: Mapping[str, str] = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
-# Copies of these heads have had the random bits of their embedding from the beginning.
+# Heads of these embeddings have had the random bits of their embedding from the beginning.
 _FIRST_HEADS = re.compile(r"(^|\.)(lm_head|output_layer|output|embed_out)\.weight$")
+_FIRST_EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in)\.weight$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,11 +243,13 @@ class _Matcher:
         return problems
 
     def copies(self, tensors: Sequence[TensorPlan]) -> list[str]:
-        """Tied copies stored beside their original, but for an output head's."""
+        """Tied copies stored beside their original, but for the heads that have always been known as such."""
         return [
             plan.name
             for plan in tensors
-            if plan.random_name != plan.name and plan.sft is not None and not _FIRST_HEADS.search(plan.name)
+            if plan.random_name != plan.name
+            and plan.sft is not None
+            and not (_FIRST_HEADS.search(plan.name) and _FIRST_EMBEDDINGS.search(plan.random_name))
         ]
 
     def _extra(self) -> list[str]:

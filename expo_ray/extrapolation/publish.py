@@ -15,7 +15,15 @@ from expo_ray.errors import AlreadyExists, ArithmeticFault, NotFound, OutputErro
 from expo_ray.extrapolation.arithmetic import FORMULAS
 from expo_ray.extrapolation.findings import warnings_of
 from expo_ray.extrapolation.manifest import FORMAT
-from expo_ray.extrapolation.output import ADAPTER_CONFIG, CARD, INDEX, MANIFEST, check_claim, read_published
+from expo_ray.extrapolation.output import (
+    ADAPTER_CONFIG,
+    CARD,
+    INDEX,
+    MANIFEST,
+    check_claim,
+    clear,
+    read_published,
+)
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.receipt import Receipt, read_receipt, read_receipt_of_twin
 from expo_ray.extrapolation.statistics import TensorStatistics
@@ -53,7 +61,7 @@ def publish(plan: PairPlan, alpha: float, result: PairResult | None = None) -> P
 
     Raises:
         OutputError: if a shard is missing, or another plan has taken the folder.
-        ArithmeticFault: if sft and dpo turn out to be the same weights.
+        ArithmeticFault: if sft and dpo turn out to be the same weights; what was stored is deleted.
     """
     store = open_store(plan.outputs[alpha])
     check_claim(plan, alpha)
@@ -64,6 +72,7 @@ def publish(plan: PairPlan, alpha: float, result: PairResult | None = None) -> P
     statistics = {name: one for receipt in receipts for name, one in receipt.statistics.items()}
     total = sum(statistics.values(), TensorStatistics())
     if total.elements and not total.changed:
+        clear(store)  # nothing of it is a model, and the folder is free for the right pair
         raise ArithmeticFault(
             f"{plan.name}: dpo equals sft in all {total.elements:,} weights ({plan.dpo.uri}, {plan.sft.uri}), so there is "
             "nothing to extrapolate; name the model from before and the model from after alignment"
