@@ -176,7 +176,7 @@ def test_two_files_give_a_paired_difference(
 
 @pytest.mark.parametrize("columns", [{"annotator": "other judge"}, {"generator_1": "text_davinci_003"}])
 def test_another_judge_or_baseline_gets_no_official_length_control(
-    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], columns: dict[str, str]
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], columns: dict[str, Any]
 ) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", make_annotations(**columns))
     score = alpaca(capsys, "--annotations", file, "--covariates", small)

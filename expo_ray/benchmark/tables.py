@@ -14,6 +14,7 @@ from expo_ray.benchmark.length_control import Kind
 from expo_ray.benchmark.mtbench import ModelRatings, score_ratings
 from expo_ray.evaluation.statistics import Interval
 from expo_ray.report.benchmark_page import Forest, ForestRow, Table
+from expo_ray.text import shown
 
 CONTROLS: Mapping[Kind, str] = {
     "official": "official length control (GPT-4-1106's verdicts on the gamed baselines)",
@@ -352,7 +353,7 @@ def _categories(models: Sequence[ModelRatings]) -> list[str]:
 
 def _markdown_lines(table: Table) -> list[str]:
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+        return "| " + " | ".join(shown(cell, 600).replace("|", "\\|") for cell in cells) + " |"
 
     rule = "|---|" + "---:|" * (len(table.columns) - 1)
     return [f"## {table.title}", "", line(table.columns), rule, *map(line, table.rows), "", *table.notes]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from expo_ray.errors import JobError
 from expo_ray.evaluation.statistics import Interval
 from expo_ray.report.svg import BLUE, GREY, ORANGE, Drawing, figure_style, inline_svg
+from expo_ray.text import shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,7 +78,7 @@ def _drawn(forest: Forest, name: str) -> Drawing:
         _draw_rows(figure, forest)
         caption = f"Difference in {forest.unit} with its 95 % interval. Right of 0, the first model is better; an interval across 0 is inconclusive."
         described = "; ".join(
-            f"{row.label}: {row.interval.value:+.2f} [{row.interval.low:+.2f}, {row.interval.high:+.2f}]"
+            f"{shown(row.label)}: {row.interval.value:+.2f} [{row.interval.low:+.2f}, {row.interval.high:+.2f}]"
             for row in forest.rows
         )
         return Drawing(
@@ -99,7 +100,7 @@ def _draw_rows(figure: Figure, forest: Forest) -> None:
             capsize=4,
         )
     axes.axvline(0, color=GREY, linewidth=1)
-    axes.set_yticks(range(len(forest.rows)), [row.label for row in forest.rows])
+    axes.set_yticks(range(len(forest.rows)), [shown(row.label, 60) for row in forest.rows])
     axes.set_ylim(len(forest.rows) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel(forest.unit)
