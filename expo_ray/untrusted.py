@@ -238,6 +238,11 @@ def compile_pattern(text: str) -> Pattern:
         raise JobError(f"{shown(text)!r} is not a regular expression ({shown(fault)}); correct it") from fault
 
 
+def without_halves(value: Any) -> Any:
+    """Make `?` of each half of a surrogate pair in a parsed value; no file can hold one."""
+    return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+
+
 def kind_of(value: object) -> str:
     """The JSON type of a parsed value, as a word."""
     names = {dict: "object", list: "list", str: "string", bool: "boolean", type(None): "null"}

@@ -10,9 +10,10 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import httpx
+from pydantic import Field
 
 from expo_ray.errors import EndpointError
 from expo_ray.evaluation.endpoint import (
@@ -22,11 +23,15 @@ from expo_ray.evaluation.endpoint import (
     card_of,
     connect,
     names_at,
+    parse_answer,
     reason_of,
     refusal,
+    send,
     wait_asked_for,
 )
 from expo_ray.evaluation.records import Message
+from expo_ray.text import shown
+from expo_ray.untrusted import Foreign, validated
 
 log = logging.getLogger("expo_ray")
 
@@ -161,7 +166,9 @@ class Client:
         """The answer; or None, the reason, and the seconds that the endpoint asks to wait."""
         await asyncio.sleep(max(0.0, self._paused_until - time.monotonic()))
         try:
-            response = await self._http.post(
+            response = await send(
+                self._http,
+                "POST",
                 "/v1/chat/completions",
                 content=_json(self._renamed(body)),
                 headers={"Content-Type": "application/json"},
@@ -181,9 +188,9 @@ class Client:
                 reason, too_long=any(sign in reason for sign in _TOO_LONG)
             )
         try:
-            answer = _answer(response.json())
-        except (ValueError, LookupError, TypeError, AttributeError):
-            return None, f"not the answer to a chat: {response.text[:200]!r}", 0.0
+            answer = _answer(response)
+        except EndpointError:
+            return None, f"not the answer to a chat: {shown(repr(response.text[:200]))}", 0.0
         if answer.finish_reason in {"abort", "error"}:
             return None, f"the engine broke off ({answer.finish_reason})", 0.0
         return answer, "", 0.0
@@ -214,21 +221,64 @@ def _json(body: Mapping[str, Any]) -> bytes:
         return json.dumps(body, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
-def _answer(data: Mapping[str, Any]) -> Answer:
-    choice = data["choices"][0]
-    usage = data.get("usage") or {}
-    text = choice["message"].get("content") or ""
+_Tokens = Annotated[int, Field(ge=0, lt=2**40)]
+# The logarithm of 0 is minus infinity.
+_LogProbability = Annotated[float, Field(allow_inf_nan=True)]
+
+
+class _Message(Foreign):
+    content: str | None = None
+
+
+class _Usage(Foreign):
+    completion_tokens: _Tokens | None = None
+    prompt_tokens: _Tokens | None = None
+
+
+class _Logprob(Foreign):
+    logprob: _LogProbability
+
+
+class _TopLogprob(_Logprob):
+    token: str
+
+
+class _TokenLogprob(Foreign):
+    top_logprobs: list[_TopLogprob] | None = None
+
+
+class _Logprobs(Foreign):
+    content: list[_TokenLogprob] | None = None
+
+
+class _Choice(Foreign):
+    message: _Message
+    finish_reason: str | None = None
+    token_ids: list[int] | None = None
+    logprobs: _Logprobs | None = None
+
+
+class _Completion(Foreign):
+    choices: Annotated[list[_Choice], Field(min_length=1)]
+    usage: _Usage | None = None
+    prompt_logprobs: list[dict[str, _Logprob] | None] | None = None
+
+
+def _answer(response: httpx.Response) -> Answer:
+    completion = validated(_Completion, parse_answer(response), "it", error=EndpointError, remedy="")
+    choice, usage = completion.choices[0], completion.usage or _Usage()
+    tokens = choice.logprobs.content if choice.logprobs else None
     return Answer(
-        text.encode("utf-8", "replace").decode(),  # half a surrogate pair cannot be stored
-        int(usage.get("completion_tokens") or 0),
-        int(usage.get("prompt_tokens") or 0),
-        str(choice.get("finish_reason") or ""),
+        choice.message.content or "",
+        usage.completion_tokens or 0,
+        usage.prompt_tokens or 0,
+        choice.finish_reason or "",
         # The first entry of each is the token that stands there; the first token of all has none.
-        [next(iter(one.values()))["logprob"] for one in data.get("prompt_logprobs") or () if one],
-        choice.get("token_ids") or (),
+        [next(iter(entries.values())).logprob for entries in completion.prompt_logprobs or () if entries],
+        choice.token_ids or (),
         [
-            {str(entry["token"]): float(entry["logprob"]) for entry in token["top_logprobs"]}
-            for token in (choice.get("logprobs") or {}).get("content") or ()
-            if token.get("top_logprobs")
+            {entry.token: entry.logprob for entry in token.top_logprobs}
+            for token in tokens or ()
+            if token.top_logprobs
         ],
     )

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import quote, urlsplit
 
 import httpx
+from pydantic import Field
 
 from expo_ray.errors import EndpointError
+from expo_ray.text import shown
+from expo_ray.untrusted import Foreign, kind_of, parse_json, validated, without_halves
 
 CONNECT_TIMEOUT_S = 10.0
 KEY_VARIABLE = "OPENAI_API_KEY"
 _LONGEST_WAIT_S = 600.0
 _PAUSE_S = 1.0
+# With the log-probabilities of a prompt of 128k tokens an answer has some 20 MB.
+MOST_BYTES = 64 * 2**20
+_REMEDY = "see to the endpoint"
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,22 @@ class Card:
     special_ids: frozenset[int] = frozenset()
 
 
+class _ForeignCard(Foreign):
+    root: str | None = None
+    owned_by: Any = None
+    max_model_len: Annotated[int, Field(ge=0, lt=2**40)] | None = None
+    metadata: Any = None
+
+
+class _Metadata(Foreign):
+    engine: str | None = None
+    template: str | None = None
+    weights: str | None = None
+    dtype: str | None = None
+    max_model_len: Annotated[int, Field(ge=0, lt=2**40)] | None = None
+    special_ids: list[int] | None = None
+
+
 def connect(url: str, timeout_s: float, key_variable: str = KEY_VARIABLE) -> httpx.AsyncClient:
     """Open a client of the endpoint at `url`, with or without its `/v1`.
 
@@ -55,7 +79,7 @@ def connect(url: str, timeout_s: float, key_variable: str = KEY_VARIABLE) -> htt
     key = os.environ.get(key_variable) if key_variable else None
     return httpx.AsyncClient(
         base_url=root,
-        headers={"Authorization": f"Bearer {key}"} if key else {},
+        headers={"Accept-Encoding": "gzip, identity"} | {"Authorization": f"Bearer {key}"} if key else {},
         timeout=httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S, pool=None),
         limits=httpx.Limits(max_connections=None),
         # A proxy for the outside world does not know this machine's ports.
@@ -69,24 +93,28 @@ async def card_of(http: httpx.AsyncClient, name: str) -> Card:
     Raises:
         EndpointError: if it cannot be reached, or does not serve the model.
     """
-    found: Mapping[str, Any] | None = await _page(http, f"/v1/models/{quote(name, safe='@')}")
-    if found is None or found.get("id") != name:  # not every endpoint has this page
+    page: Mapping[str, Any] | None = await _page(http, f"/v1/models/{quote(name, safe='@')}")
+    if page is None or page.get("id") != name:  # not every endpoint has this page
         cards = {str(card.get("id")): card for card in await _cards(http)}
         if name not in cards:
-            served = ", ".join(cards) or "no models at all"
-            raise EndpointError(f"{http.base_url}: does not serve {name}; it serves {served}")
-        found = cards[name]
-    told = found.get("metadata") or {}
-    engine = str(told.get("engine") or "")
+            served = shown(", ".join(cards) or "no models at all")
+            raise EndpointError(f"{http.base_url}: does not serve {shown(name)}; it serves {served}")
+        page = cards[name]
+    where = f"{http.base_url}: its card of {shown(name)}"
+    card = validated(_ForeignCard, page, where, error=EndpointError, remedy=_REMEDY)
+    own = _Metadata()
+    if isinstance(card.metadata, Mapping):  # others may mean something else by the word
+        own = validated(_Metadata, card.metadata, where, error=EndpointError, remedy=_REMEDY)
+    engine = own.engine or ""
     return Card(
         name,
         engine,
-        str(told.get("template") or ""),
-        str(told.get("weights") or found.get("root") or ""),
-        str(told.get("dtype") or ""),
-        int(told.get("max_model_len") or found.get("max_model_len") or 0),
-        vllm=engine.startswith("vllm") or found.get("owned_by") == "vllm",
-        special_ids=frozenset(map(int, told.get("special_ids") or ())),
+        own.template or "",
+        own.weights or card.root or "",
+        own.dtype or "",
+        own.max_model_len or card.max_model_len or 0,
+        vllm=engine.startswith("vllm") or card.owned_by == "vllm",
+        special_ids=frozenset(own.special_ids or ()),
     )
 
 
@@ -132,13 +160,12 @@ def wait_asked_for(response: httpx.Response) -> float:
 
 def reason_of(response: httpx.Response) -> str:
     """What an endpoint says of a failure, in one line."""
-    try:
-        data = response.json()
+    text: object = None
+    with contextlib.suppress(EndpointError):
+        data = parse_answer(response)
         error = data.get("error", data)
         text = error.get("message") if isinstance(error, Mapping) else error
-    except (ValueError, AttributeError):
-        text = None
-    return " ".join(str(text or response.text or response.reason_phrase).split())[:400]
+    return shown(" ".join(str(text or response.text or response.reason_phrase)[:2000].split()), 400)
 
 
 def broken_by(error: Exception) -> str:
@@ -165,7 +192,7 @@ async def _page(http: httpx.AsyncClient, path: str) -> dict[str, Any] | None:
     """
     for last in (False, True):
         try:
-            response = await http.get(path)
+            response = await send(http, "GET", path)
         except (httpx.TransportError, httpx.InvalidURL) as error:
             raise EndpointError(
                 f"{http.base_url}: cannot be reached ({broken_by(error)}); start the endpoint, or correct its URL"
@@ -180,7 +207,64 @@ async def _page(http: httpx.AsyncClient, path: str) -> dict[str, Any] | None:
             f"{response.request.url}: status {response.status_code}, {reason_of(response)}; see to the endpoint"
         )
     try:
-        found = response.json() if response.status_code == httpx.codes.OK else None
-    except ValueError:
+        return parse_answer(response) if response.status_code == httpx.codes.OK else None
+    except EndpointError:
         return None
-    return found if isinstance(found, dict) else None
+
+
+def parse_answer(response: httpx.Response) -> dict[str, Any]:
+    """Parse the JSON object in an answer that `send` received.
+
+    Raises:
+        EndpointError: if it is none.
+    """
+    source = str(response.request.url)
+    value = parse_json(
+        response.content, source, most_bytes=MOST_BYTES, surrogates=True, error=EndpointError, remedy=_REMEDY
+    )
+    if not isinstance(value, dict):
+        raise EndpointError(f"{source}: a JSON {kind_of(value)} instead of an object; {_REMEDY}")
+    answer: dict[str, Any] = without_halves(value) if b"\\ud" in response.content.lower() else value
+    return answer
+
+
+async def send(http: httpx.AsyncClient, method: str, path: str, **content: Any) -> httpx.Response:
+    """Send a request and receive the whole answer, up to `MOST_BYTES` unpacked and within the client's timeout.
+
+    Returns:
+        Status and body; of its headers `Retry-After` alone, so that none decides how the body is read.
+
+    Raises:
+        httpx.TransportError: if there is no such answer.
+    """
+    request = http.build_request(method, path, **content)
+    try:
+        async with asyncio.timeout(http.timeout.read):
+            answer = await http.send(request, stream=True)
+            try:
+                body = await _body(answer)
+            finally:
+                await answer.aclose()
+    except TimeoutError as error:
+        raise httpx.ReadTimeout("the answer did not end", request=request) from error
+    kept = {name: answer.headers[name] for name in ("Retry-After",) if name in answer.headers}
+    return httpx.Response(answer.status_code, headers=kept, content=body, request=request)
+
+
+async def _body(answer: httpx.Response) -> bytes:
+    coding = answer.headers.get("Content-Encoding", "identity").strip().lower()
+    # httpx would unpack a megabyte to a gigabyte before anyone can count.
+    if coding not in {"identity", "gzip", "x-gzip"}:
+        raise httpx.RemoteProtocolError(
+            f"the answer is packed as {shown(coding, 40)}, which was not asked for"
+        )
+    unpack = None if coding == "identity" else zlib.decompressobj(zlib.MAX_WBITS | 16)
+    body = bytearray()
+    async for piece in answer.aiter_raw():
+        try:
+            body += piece if unpack is None else unpack.decompress(piece, MOST_BYTES + 1 - len(body))
+        except zlib.error as error:
+            raise httpx.RemoteProtocolError(f"the answer cannot be unpacked ({error})") from error
+        if len(body) > MOST_BYTES:
+            raise httpx.RemoteProtocolError(f"the answer has more than the {MOST_BYTES} bytes that are read")
+    return bytes(body)
