@@ -114,7 +114,9 @@ def measure(dpo: Path, written: Mapping[str, Path], chats: Sequence[Batch]) -> D
     import torch
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(dpo, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        dpo, dtype=torch.float32, trust_remote_code=False
+    ).eval()
     sums: dict[tuple[float, str], float] = defaultdict(float)
     with torch.inference_mode():
         for number, batch in enumerate(chats, 1):

@@ -144,6 +144,7 @@ def _add_reward(commands: Any) -> None:
     add("--responses", metavar="FILE", help="Without a job: the file that `expo-ray respond` wrote.")
     add("--reward-model", metavar="URI", help=help_of(RewardModel, "model"))
     add("--backend", choices=("auto", "vllm", "transformers"), help=help_of(RewardModel, "backend"))
+    add("--allow-pickle", action="store_true", default=None, help=help_of(RewardModel, "allow_pickle"))
     add("--truncate", action="store_true", default=None, help=help_of(RewardModel, "truncate"))
     add("--output", metavar="FILE", help="JSONL file to write; one that is there is completed.")
 

@@ -16,7 +16,7 @@ import yaml
 from expo_ray.cli import main
 from expo_ray.config import Sampling
 from expo_ray.evaluation.parts import Parts, rows_text
-from expo_ray.evaluation.records import Response, Reward, digest
+from expo_ray.evaluation.records import Response, Reward, digest, scored_digest
 from expo_ray.evaluation.respond import response_from_row
 from expo_ray.evaluation.reward import parse_reward
 from expo_ray.evaluation.reward_file import RewardFile
@@ -213,8 +213,10 @@ def test_a_full_disk_is_told_once_and_what_is_stored_is_kept(box: RayBox) -> Non
         output = folder / "r.jsonl"
         identity = load_function(name, str(box.folder)).identity
         about = {"model": name, "identity": identity, "backend": "auto", "dtype": "", "truncate": False}
-        kept = [Reward(row.prompt_id, 0, -1.0) for row in rows[:20]]  # no length
-        RewardFile(str(output), [], about).write(kept)
+        kept = [
+            Reward(row.prompt_id, 0, -1.0, scored=scored_digest(row.messages, row.text)) for row in rows[:20]
+        ]  # no length
+        RewardFile(str(output), [], about | {"id": identity}).write(kept)
         before = output.read_bytes()
         words = ["--responses", "responses.jsonl", "--reward-model", name, "--output", output]
         run = reward(box, *words)

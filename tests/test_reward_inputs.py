@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 pytest.importorskip("transformers")
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from expo_ray.config import RewardModel
 from expo_ray.errors import ExpoError, Problems
-from expo_ray.evaluation.reward_inputs import check_tokenizer, model_inputs, token_ids
+from expo_ray.evaluation.reward_inputs import check_tokenizer, model_inputs, parse_response, token_ids
 from expo_ray.evaluation.reward_model import Classifier, inspect_reward_model
 from tests.tiny_models import causal_model, tiny_llama
 from tests.tiny_reward_models import (
@@ -154,3 +155,89 @@ def test_code_of_its_own_is_refused(tmp_path: Path) -> None:
 
 def test_a_missing_model_is_named(tmp_path: Path) -> None:
     assert str(tmp_path / "absent") in problem(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_labels", "x"),
+        ("num_labels", [1]),
+        ("num_labels", float("inf")),
+        ("num_labels", True),
+        ("id2label", 5),
+        ("architectures", 5),
+        ("architectures", "LlamaForSequenceClassification"),
+        ("architectures", [5]),
+        ("hidden_size", "8"),
+        ("hidden_size", -8),
+        ("num_hidden_layers", [1]),
+        ("num_key_value_heads", "x"),
+        ("num_attention_heads", 0),
+        ("head_dim", 1e300),
+    ],
+)
+def test_a_configuration_of_other_types_is_refused_by_its_field(
+    tmp_path: Path, field: str, value: object
+) -> None:
+    save_reward_model(tmp_path)
+    change(tmp_path, **{field: value})
+    assert field in problem(tmp_path)
+    save_reward_model(tmp_path)
+    if field not in {"num_labels", "id2label"}:  # as in a model whose language model is a part
+        change(tmp_path, text_config={field: value})
+        assert field in problem(tmp_path)
+
+
+def test_a_head_without_rows_is_refused(tmp_path: Path) -> None:
+    save_reward_model(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["score.weight"] = weights["score.weight"][0, 0]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert "0 by the score.weight" in problem(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "file", ["tokenizer_config.json", "processor_config.json", "preprocessor_config.json"]
+)
+@pytest.mark.parametrize("auto_map", [{"AutoTokenizer": ["evil.Evil", None]}, "evil.Evil", 5])
+def test_code_that_a_file_beside_the_model_names_is_refused(
+    tmp_path: Path, file: str, auto_map: object
+) -> None:
+    save_reward_model(tmp_path)
+    path = tmp_path / file
+    data = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(data | {"auto_map": auto_map}))
+    text = problem(tmp_path)
+    assert file in text
+    assert "code of its own" in text
+
+
+def test_a_pickled_model_needs_permission_which_rewards_take(tmp_path: Path) -> None:
+    save_reward_model(tmp_path)
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    assert "`allow_pickle: true`" in problem(tmp_path)
+    allowed = inspect_reward_model(RewardModel(model=str(tmp_path), allow_pickle=True))
+    assert isinstance(allowed, Classifier)
+    assert allowed.stored == "fp32"
+
+
+def test_a_row_that_is_no_response_is_refused() -> None:
+    good = {"prompt_id": "a", "sample": 0, "messages": [{"role": "user", "content": "q"}], "text": "t"}
+    assert parse_response(good).text == "t"
+    for wrong in (
+        [1],
+        "text",
+        None,
+        good | {"messages": []},
+        good | {"messages": [{"role": "user", "content": 5}]},
+        good | {"messages": [{"role": ["user"], "content": "q"}]},
+        good | {"sample": True},
+        good | {"sample": -1},
+        good | {"num_tokens": "many"},
+        good | {"model": [1]},
+        good | {"origin": {}},
+        good | {"finish_reason": 5},
+    ):
+        with pytest.raises(ValueError, match=r"`|object"):
+            parse_response(cast(Any, wrong))

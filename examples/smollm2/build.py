@@ -252,7 +252,9 @@ def _write(folder: Path, base: Base, recipe: Recipe) -> None:
         ids = {name: shape[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         (folder / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
     _keep_old_name_of_rope_theta(folder / "config.json", shape["rope_theta"])
-    tokenizer: Any = AutoTokenizer.from_pretrained(base.gguf.parent, gguf_file=base.gguf.name)
+    tokenizer: Any = AutoTokenizer.from_pretrained(
+        base.gguf.parent, gguf_file=base.gguf.name, trust_remote_code=False
+    )
     if recipe.system is not None:
         tokenizer.chat_template = tokenizer.chat_template.replace(BASE_SYSTEM, recipe.system)
     tokenizer.save_pretrained(folder)

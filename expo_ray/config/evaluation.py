@@ -128,6 +128,9 @@ class RewardModel(Frozen):
     num_gpus: Annotated[float, Field(ge=0)] | None = None
     """GPUs of each actor; one where the cluster has GPUs and the model is no function, unless given."""
 
+    allow_pickle: bool = False
+    """Read a model that comes as `pytorch_model*.bin` only; no code in it is run."""
+
     truncate: bool = False
     """Score the beginning of texts that are too long for the model, instead of refusing them; they are counted."""
 

@@ -172,16 +172,24 @@ def parse_response(data: Mapping[str, Any]) -> Response:
     Raises:
         ValueError: naming the field that is missing or of another type.
     """
+    if not isinstance(data, Mapping):
+        raise ValueError("is no object with `prompt_id`, `messages` and `text`")
     messages = data.get("messages")
     turns = isinstance(messages, list) and all(
-        isinstance(one, dict) and isinstance(one.get("role"), str) and isinstance(one.get("content"), str)
-        for one in messages
+        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+        for turn in messages
     )
     if not messages or not turns:
         raise ValueError("`messages` is no list of turns with `role` and `content`")
-    for name, kind in (("prompt_id", str), ("text", str), ("sample", int)):
-        if not isinstance(data.get(name), kind):
-            raise ValueError(f"`{name}` is missing or no {kind.__name__}")
+    for name in ("prompt_id", "text", "sample"):
+        if name not in data:
+            raise ValueError(f"`{name}` is missing")
+    for name, info in Response.__dataclass_fields__.items():
+        kind = int if info.type == "int" else str
+        if name != "messages" and name in data and type(data[name]) is not kind:
+            raise ValueError(f"`{name}` is no {kind.__name__}")
+    if data["sample"] < 0:
+        raise ValueError("`sample` is below 0")
     known: dict[str, Any] = {name: data[name] for name in Response.__dataclass_fields__ if name in data}
     unknown: dict[str, Any] = {
         "model": "",

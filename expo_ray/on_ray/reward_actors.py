@@ -25,6 +25,7 @@ from expo_ray.on_ray.reward_crew import Crew
 from expo_ray.on_ray.reward_models import PARITY_TEXTS
 from expo_ray.on_ray.reward_placement import check_room, choose_dtype, gpu_share
 from expo_ray.storage import open_store
+from expo_ray.text import shown
 
 log = logging.getLogger("expo_ray")
 
@@ -127,10 +128,12 @@ def _load_tokenizer(model: Classifier) -> Tokenizer:
                 (folder / key).parent.mkdir(parents=True, exist_ok=True)
                 (folder / key).write_bytes(store.read(key))
         try:
-            tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
         except Exception as error:
             raise RewardError(
-                f"{model.uri}: its tokenizer cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]}); save it with the "
+                f"{model.uri}: its tokenizer cannot be loaded ({type(error).__name__}: {shown(error)}); save it with the "
                 "model"
             ) from error
     return tokenizer

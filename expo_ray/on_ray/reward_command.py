@@ -25,7 +25,7 @@ from expo_ray.on_ray.reward_actors import RewardPool
 from expo_ray.storage import Store, open_output_file, open_store
 
 FAILED = 1
-_WITHOUT_JOB = ("responses", "reward_model", "backend", "truncate", "output")
+_WITHOUT_JOB = ("responses", "reward_model", "backend", "allow_pickle", "truncate", "output")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,10 @@ def command(arguments: argparse.Namespace) -> int:
     if not (arguments.responses and arguments.reward_model and arguments.output):
         raise JobError("give a job file, or --responses, --reward-model and --output")
     spec = RewardModel(
-        model=arguments.reward_model, backend=arguments.backend or "auto", truncate=bool(arguments.truncate)
+        model=arguments.reward_model,
+        backend=arguments.backend or "auto",
+        allow_pickle=bool(arguments.allow_pickle),
+        truncate=bool(arguments.truncate),
     )
     return reward_file(arguments.responses, spec, arguments.output)
 
@@ -98,7 +101,7 @@ def reward_file(responses: str, spec: RewardModel, output: str) -> int:
         todo = plan_rewards(listed, pool, kept_in)
         with RowProgress("reward", "responses") as progress:
             work = Work(pool, listed[0].model or responses, listed, todo)
-            return run([work], progress, flags={"backend", "truncate"})
+            return run([work], progress, flags={"backend", "allow_pickle", "truncate"})
 
 
 def _plan(pool: RewardPool, group: StoredResponses, store: Store) -> Work:
@@ -117,6 +120,7 @@ def _about(pool: RewardPool) -> Mapping[str, Any]:
         "backend": pool.spec.backend,
         "dtype": pool.dtype,
         "truncate": pool.spec.truncate,
+        "id": pool.id,
     }
 
 

@@ -38,11 +38,12 @@ class RewardActor:
         self._model, self._dtype, self._gpu_share = model, dtype, gpu_share
         self._score: Any = None
 
-    def load(self, probe: Sequence[Sequence[int]]) -> str:
+    def load(self, probe: Sequence[Sequence[int]], compares: bool = False) -> str:
         """Get ready to score; returns what computes.
 
         Args:
-            probe: texts on which the two back ends of a model must agree; none for no such check.
+            probe: texts on which a model must agree with its definition.
+            compares: whether to load both back ends of a model for that.
 
         Raises:
             ExpoError: if it cannot be loaded, or they do not agree.
@@ -58,7 +59,9 @@ class RewardActor:
                 f"{model.uri}: its files are no longer those that were looked at when the job began; run it again"
             )
         folder = published_folder(model.uri)
-        backend = load_backend(model, folder, self._dtype, gpu_share=self._gpu_share, probe=probe)
+        backend = load_backend(
+            model, folder, self._dtype, gpu_share=self._gpu_share, probe=probe, compares=compares
+        )
         self._score = lambda inputs: [
             checked(one, score, model.uri)
             for one, score in zip(inputs, backend.score([one.ids for one in inputs]), strict=True)
@@ -174,7 +177,7 @@ class Crew:
             "scheduling_strategy": "SPREAD",
         }
         actor: Any = ray.remote(**options)(RewardActor).remote(self._model, self._dtype, self._gpu_share)
-        return _Slot(actor, actor.load.remote(self._probe if checks else []), checks)
+        return _Slot(actor, actor.load.remote(self._probe, checks), checks)
 
     def _submit(
         self, queue: deque[_Batch], under_way: dict[ray.ObjectRef[Any], tuple[_Slot, _Batch]]
