@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from expo_ray.checkpoint.folder import read_checkpoint
 from expo_ray.checkpoint.json_file import read_json
@@ -20,7 +20,7 @@ from expo_ray.evaluation.records import digest
 from expo_ray.evaluation.reward_function import RewardFunction, is_function, load_function
 from expo_ray.storage import Store, open_store
 from expo_ray.text import shown
-from expo_ray.untrusted import validated
+from expo_ray.untrusted import Foreign, validated
 
 # How tokens are made and scores computed here; another number scores everything anew.
 _SCORING = 2
@@ -44,14 +44,14 @@ _WITH_CODE = (
     "tokenizer_config.json", "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
     "feature_extractor_config.json", "image_processor_config.json",
 )  # fmt: skip
-_Size = Annotated[int, Field(strict=True, gt=0, le=2**40)]
+_Size = Annotated[int, Field(gt=0, le=2**40)]
 
 
-class _Config(BaseModel):
+class _Config(Foreign):
     """What is read of a configuration, or of the one of a language model nested in it."""
 
     architectures: list[str] | None = None
-    num_labels: Annotated[int, Field(strict=True, ge=0, le=2**31)] | None = None
+    num_labels: Annotated[int, Field(ge=0, le=2**31)] | None = None
     id2label: dict[str, Any] | None = None
     hidden_size: _Size | None = None
     n_embd: _Size | None = None
