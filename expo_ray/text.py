@@ -32,10 +32,10 @@ _SECRET_WORDS = {
 _NO_SECRET_LAST = {"DIR", "ENABLED", "ENDPOINT", "FILE", "FORMAT", "MODE", "NAME", "PATH", "SOCK", "TTL", "TYPE", "URI", "URL", "VARIABLE"}  # fmt: skip
 _PASSWORD_INSIDE = re.compile(r"PASSWORD|PASSWD|APIKEY|SECRET", re.IGNORECASE)
 
-_URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>[^\s\"'<>`]*)")
+_URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]{0,31})://(?P<rest>[^\s\"'<>`]*)")
 _CLOSING = ".,;:)]}"
-_USER = re.compile(r"(?<![\w:@.*-])(?<![^/]/)[\w.+%-]*:[^\s/@:'\"]{3,}@(?=[\w\[])")
-_NAME = r"(?:[\w-]*(?:signature|credential|security[_-]token|secret|access[_-]?key(?:[_-]?id)?|secret[_-]key|api[_-]?key|access[_-]token|auth[_-]token|password|passwd)|sig|token)"
+_USER = re.compile(r"(?<![\w:@.*-])(?<![^/]/)[\w.+%-]{0,256}:[^\s/@:'\"]{3,}@(?=[\w\[])")
+_NAME = r"(?:[\w-]{0,64}(?:signature|credential|security[_-]token|secret|access[_-]?key(?:[_-]?id)?|secret[_-]key|api[_-]?key|access[_-]token|auth[_-]token|password|passwd)|sig|token)"
 _HEADER = re.compile(r"\b((?i:bearer|basic|aws4-hmac-sha256))(\s+)(?=[^\s]*[^a-z\s])[^\s'\",;\\]{8,}")
 _PARAMETER = re.compile(rf"(?i)\b({_NAME})=(?!\*\*\*)[^\s&'\",;)]+")
 _FIELD = re.compile(rf"(?i)\b({_NAME}['\"]?\s*[=:]\s*['\"]?)(?=\S*[0-9])[A-Za-z0-9+/=_.~-]{{16,}}")
