@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import json
 import re
 import shutil
@@ -73,6 +74,39 @@ def containers(ray_job: Manifest) -> Iterator[Manifest]:
 # The locks
 
 
+@pytest.mark.parametrize("name", ["cpu.txt", "gpu.txt", "node.txt", "torch-cpu.txt"])
+def test_every_pin_of_a_lock_has_digests(name: str) -> None:
+    text = (ROOT / "requirements" / name).read_text()
+    pins = re.split(r"^(?=[A-Za-z0-9_.-]+==)", text, flags=re.MULTILINE)[1:]
+    assert pins
+    assert not [pin.splitlines()[0] for pin in pins if not re.search(r"--hash=sha256:[0-9a-f]{64}\b", pin)]
+
+
+OTHERS = re.compile(r"GPL|MPL|Mozilla|EULA|End User|Proprietary|NVIDIA", re.IGNORECASE)
+
+
+def test_licences_are_listed_as_the_installed_packages_declare_them() -> None:
+    rows = dict(
+        re.findall(r"^\| ([a-z0-9*-]+) \| (.*?) \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    )
+    for name in locked("cpu.txt"):
+        try:
+            metadata = importlib.metadata.metadata(name).json
+        except importlib.metadata.PackageNotFoundError:
+            continue  # of another version of the lock
+        classifiers = [one for one in metadata.get("classifier", []) if one.startswith("License")]
+        first_line = str(metadata.get("license", "")).partition("\n")[0]
+        declared = f"{metadata.get('license_expression', '')} {first_line} {' '.join(classifiers)}"
+        if OTHERS.search(declared):
+            family = re.search(r"LGPL|GPL|MPL|EULA|NVIDIA", rows.get(name, ""))
+            assert family, f"{name} ({declared}) is not listed in CONTRIBUTING.md"
+            word = {"EULA": "End User"}.get(family[0], family[0])
+            assert word in declared
+        else:
+            assert name not in rows, f"{name} is listed, and declares {declared}"
+    assert [name for name in locked("gpu.txt") if name.startswith("nvidia-")]
+
+
 def test_both_locks_and_the_extras_pin_one_ray() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     pinned = re.findall(r"ray\[\w+\]==([\d.]+)", " ".join(extras["ray"] + extras["gpu"]))
@@ -81,7 +115,7 @@ def test_both_locks_and_the_extras_pin_one_ray() -> None:
 
 
 def test_the_cpu_lock_holds_the_cpu_build_of_torch_and_nothing_of_cuda() -> None:
-    cpu = locked("cpu.txt")
+    cpu = locked("cpu.txt") | locked("torch-cpu.txt")
     assert cpu["torch"].endswith("+cpu")
     forbidden = {"torchvision", "torchaudio", "torchcodec", "triton"}
     assert not [name for name in cpu if name in forbidden or name.startswith(("nvidia-", "cuda-"))]
@@ -90,7 +124,7 @@ def test_the_cpu_lock_holds_the_cpu_build_of_torch_and_nothing_of_cuda() -> None
 def test_the_gpu_lock_serves_with_the_same_transformers_as_the_cpu_lock() -> None:
     gpu = locked("gpu.txt")
     assert gpu["transformers"] == locked("cpu.txt")["transformers"]
-    assert gpu["torch"].partition("+")[0] == locked("cpu.txt")["torch"].partition("+")[0]
+    assert gpu["torch"].partition("+")[0] == locked("torch-cpu.txt")["torch"].partition("+")[0]
     assert gpu["vllm"]
 
 
@@ -295,10 +329,13 @@ def test_what_ray_up_installs_is_what_the_base_and_ray_extras_ask_for() -> None:
     extras = project["optional-dependencies"]
     asked = project["dependencies"] + extras["s3"] + extras["hub"] + ["ray[default]"]
     names = {re.split(r"[<>=]", one)[0] for one in asked} - {"torch"}
+    node = locked("node.txt")
+    assert {name.lower().replace("_", "-").partition("[")[0] for name in names} <= node.keys()
+    assert node.items() <= locked("cpu.txt").items()
     commands = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())["setup_commands"]
-    assert {word.strip('"') for word in commands[1].split()} >= names
-    assert "torch==" in commands[0]
-    assert "--no-deps" in commands[0]
+    for command, file in zip(commands, ("torch-cpu.txt", "node.txt"), strict=True):
+        assert "--no-deps --require-hashes" in command
+        assert command.endswith(f"--requirement /home/ray/requirements/{file}")
 
 
 def test_hadolint_has_nothing_to_say() -> None:
