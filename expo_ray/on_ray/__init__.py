@@ -6,6 +6,9 @@ driver that pings nodes which do not expect it is cut off by them after half a m
 
 import os
 
+from expo_ray.home import prepare_home
+
+prepare_home()
 os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # job logs are files
 # Its warnings are about settings that are chosen here, and that a user cannot mend.
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

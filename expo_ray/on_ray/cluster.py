@@ -9,18 +9,23 @@ import secrets
 import signal
 import socket
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import grpc
 import ray
+import ray._private.utils
 from ray._private import ray_constants
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._private.utils import get_num_cpus, read_ray_address
 
 import expo_ray
 from expo_ray.errors import JobError
+from expo_ray.storage.local_writer import free_bytes
+from expo_ray.text import shown
 
 log = logging.getLogger("expo_ray")
 
@@ -29,6 +34,13 @@ SHARD_IO = "shard_io"
 
 # Ray itself would ask an address where nobody answers for a quarter of an hour.
 CONNECT_TIMEOUT_S = 5.0
+# A busy cluster may take its time to answer.
+_ANSWER_TIMEOUT_S = 20.0
+# Of a service that every Ray has; to others it is unknown.
+_ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
+# What Ray's sockets and logs need at least, and the longest folder below which its sockets' names are short enough.
+_TEMPORARY_BYTES = 64 << 20
+_TEMPORARY_LENGTH = 30
 # Only plans pass through it; weights never do.
 OBJECT_STORE_BYTES = 256 << 20
 
@@ -40,18 +52,38 @@ def cluster() -> Iterator[None]:
     Raises:
         JobError: if RAY_ADDRESS names a cluster that cannot be reached.
     """
-    on_sigterm = signal.getsignal(signal.SIGTERM)
     with contextlib.ExitStack() as stack:
         if address := _address():
             stack.callback(ray.shutdown)
-            ray.init(logging_level=logging.WARNING, runtime_env=_code())
+            _connect(address)
             log.info("connected to the Ray cluster at %s", address)
         else:
             _start(stack)
-        signal.signal(
-            signal.SIGTERM, on_sigterm
-        )  # ray.init put its own there, which ends without cleaning up
         yield
+
+
+def _connect(address: str) -> None:
+    try:
+        with _signals_left_alone():
+            ray.init(address=address, logging_level=logging.WARNING, runtime_env=_code())
+    except (RuntimeError, ConnectionError, ValueError) as error:
+        raise JobError(
+            f"the Ray at {address} cannot be joined ({_first_line(error)}); correct RAY_ADDRESS, or unset it to work on this machine"
+        ) from error
+
+
+@contextlib.contextmanager
+def _signals_left_alone() -> Iterator[None]:
+    """Keep `ray.init` from putting its own handler of SIGTERM in the place of ours, which cleans up."""
+    theirs = ray._private.utils.set_sigterm_handler
+    ray._private.utils.set_sigterm_handler = lambda handler: None
+    ours = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        ray._private.utils.set_sigterm_handler = theirs
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, ours)
 
 
 def _address() -> str | None:
@@ -69,9 +101,14 @@ def _address() -> str | None:
             raise JobError(
                 f"RAY_ADDRESS is {named}, and nobody answers there; correct it, or unset it to work on this machine"
             )
+        if not _is_ray(named):
+            raise JobError(
+                f"RAY_ADDRESS is {named}, and what answers there is not the head of a Ray cluster; give the address that `ray start "
+                "--head` prints (its port is usually 6379), or unset it to work on this machine"
+            )
         return named
     found: str | None = read_ray_address()
-    if found and not _answers(found):
+    if found and not (_answers(found) and _is_ray(found)):
         log.info("the Ray cluster at %s, begun here with `ray start`, is gone; starting a local one", found)
         return None
     return found
@@ -91,10 +128,44 @@ def _answers(address: str) -> bool:
     return True
 
 
+def _is_ray(address: str) -> bool:
+    """Ask as Ray itself would, which waits for minutes. One that wants a token or TLS is found to be one as well."""
+    if os.environ.get("RAY_USE_TLS", "0").lower() in {"1", "true"}:
+        return True
+    # A proxy for the internet is no way to a cluster.
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        ask = channel.unary_unary(_ALIVE)
+        try:
+            ask(b"", timeout=_ANSWER_TIMEOUT_S)
+        except grpc.RpcError as error:
+            code = error.code()
+            return code in {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED}
+    return True
+
+
+def _temporary_folder() -> str:
+    """A folder with room for Ray's session; its sockets' names must stay short, whatever TMPDIR is.
+
+    Raises:
+        JobError: if there is none.
+    """
+    candidates = ("/tmp", "/var/tmp", os.environ.get("TMPDIR") or "/tmp", os.path.expanduser("~"))
+    for folder in candidates:
+        if len(folder) <= _TEMPORARY_LENGTH and os.access(folder, os.W_OK | os.X_OK):
+            free = free_bytes(folder)
+            if free is None or free >= _TEMPORARY_BYTES:
+                return folder
+    raise JobError(
+        f"Ray needs a folder with {_TEMPORARY_BYTES >> 20} MiB for its session, and none of {', '.join(dict.fromkeys(candidates))} is "
+        f"writable and has them; free space, or set TMPDIR to one whose path has at most {_TEMPORARY_LENGTH} characters"
+    )
+
+
 def _start(stack: contextlib.ExitStack) -> None:
     """Start a Ray that nobody else can reach: on loopback alone, and with a token that only this user can read."""
-    # Ray's socket paths must stay short, whatever TMPDIR is.
-    temporary = tempfile.TemporaryDirectory(prefix="expo-ray-", dir="/tmp", ignore_cleanup_errors=True)
+    temporary = tempfile.TemporaryDirectory(
+        prefix="expo-ray-", dir=_temporary_folder(), ignore_cleanup_errors=True
+    )
     folder = stack.enter_context(temporary)
     if "RAY_AUTH_TOKEN_PATH" not in os.environ:  # else Ray leaves one in ~/.ray
         os.environ["RAY_AUTH_TOKEN_PATH"] = f"{folder}/token"
@@ -107,7 +178,7 @@ def _start(stack: contextlib.ExitStack) -> None:
     ray_constants.ENABLE_RAY_CLUSTER = False
     cpus = max(1, int(get_num_cpus(override_docker_cpu_warning=True)))
     stack.callback(ray.shutdown)
-    ray.init(
+    _init_twice(
         address="local",
         num_cpus=cpus,
         resources={SHARD_IO: cpus},
@@ -118,3 +189,31 @@ def _start(stack: contextlib.ExitStack) -> None:
         _temp_dir=folder,
     )
     log.info("started a local Ray of %d CPUs", cpus)
+
+
+def _init_twice(**options: Any) -> None:
+    """Start Ray; once more if it fails, as it does where other work keeps it from starting within its time.
+
+    Raises:
+        JobError: if it fails again.
+    """
+    try:
+        with _signals_left_alone():
+            ray.init(**options)
+        return
+    except Exception as error:
+        log.warning("Ray did not start (%s); trying once more", _first_line(error))
+        ray.shutdown()
+    try:
+        with _signals_left_alone():
+            ray.init(**options)
+    except Exception as error:
+        raise JobError(
+            f"Ray did not start on this machine, twice ({_first_line(error)}); end other work and try again, or set RAY_ADDRESS to a "
+            "cluster"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return shown(lines[0] if lines else type(error).__name__)

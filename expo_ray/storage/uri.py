@@ -115,7 +115,8 @@ def expand_home(path: str) -> str:
         StorageError: if this user has none.
     """
     expanded = os.path.expanduser(path)
-    if expanded == path and (path == "~" or path.startswith("~/")):
+    of_home = path == "~" or path.startswith("~/")
+    if of_home and (expanded == path or os.environ.get("EXPO_RAY_MADE_UP_HOME")):  # see `prepare_home`
         raise StorageError(
             f"{shown(path)}: this user has no home folder (HOME is not set, and /etc/passwd does not know the user); set HOME, or "
             "write the whole path"
