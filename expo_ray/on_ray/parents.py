@@ -22,7 +22,7 @@ from expo_ray.extrapolation.progress import size_text
 from expo_ray.extrapolation.verify import read_manifest
 from expo_ray.storage import FileInfo, Store, open_store
 from expo_ray.storage.local_writer import free_bytes
-from expo_ray.storage.uri import check_key, check_listing
+from expo_ray.storage.uri import check_key, check_listing, expand_home
 from expo_ray.text import shown
 from expo_ray.untrusted import TOKENIZER_BYTES, parse_json_object
 
@@ -32,8 +32,10 @@ _FILES_AT_ONCE = 4
 
 
 def cache_folder() -> Path:
-    """Where copies are kept: `$EXPO_RAY_CACHE`, else `~/.cache/expo-ray`."""
-    return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/expo-ray").expanduser()
+    """Where copies are kept: `$EXPO_RAY_CACHE`, else `expo-ray` below `$XDG_CACHE_HOME` or `~/.cache`."""
+    if chosen := os.environ.get(CACHE_VARIABLE):
+        return Path(os.path.abspath(expand_home(chosen)))
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "expo-ray"
 
 
 def on_this_node(plan: PairPlan) -> PairPlan:
@@ -106,8 +108,14 @@ def _fetched(store: Store, files: Mapping[str, FileInfo]) -> Path:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """One process of this node at a time; the kernel lets go of a dead one's lock."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(f"{folder.name}.lock").open("w") as file:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        file = folder.with_name(f"{folder.name}.lock").open("w")
+    except OSError as error:
+        raise StorageError(
+            f"{folder.parent}: {error.strerror}; set {CACHE_VARIABLE} to a folder that can be written"
+        ) from error
+    with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
