@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import ray._private.utils
 from expo_ray.errors import JobError
 from expo_ray.on_ray import cluster as module
 from expo_ray.on_ray.cluster import cluster
+from tests.ray_cluster import free_port, wait_until
 
 
 @pytest.fixture
@@ -129,3 +131,20 @@ def test_no_folder_for_the_session_is_said(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(module, "free_bytes", lambda folder: 0)
     with pytest.raises(JobError, match="set TMPDIR"), cluster():
         pass
+
+
+@pytest.mark.parametrize("token", ["", "a" * 64], ids=["open", "token"])
+def test_the_head_of_a_cluster_is_recognised(tmp_path: Path, token: str) -> None:
+    server = Path(ray.__file__).parent / "core" / "src" / "ray" / "gcs" / "gcs_server"
+    port = free_port()
+    words = [server, f"--gcs_server_port={port}", "--config_list=e30=", f"--log_dir={tmp_path}"]
+    words += ["--node-ip-address=127.0.0.1", "--session-name=test"]
+    mode = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {"RAY_AUTH_MODE": "disabled"}
+    with subprocess.Popen(
+        words, env={**os.environ, **mode}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as process:
+        try:
+            wait_until(lambda: module._answers(f"127.0.0.1:{port}"), "the head listens")
+            assert module._is_ray(f"127.0.0.1:{port}")
+        finally:
+            process.kill()
