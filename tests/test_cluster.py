@@ -137,7 +137,7 @@ def test_no_folder_for_the_session_is_said(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_head_of_a_cluster_is_recognised(tmp_path: Path, token: str) -> None:
     server = Path(ray.__file__).parent / "core" / "src" / "ray" / "gcs" / "gcs_server"
     port = free_port()
-    words = [server, f"--gcs_server_port={port}", "--config_list=e30=", f"--log_dir={tmp_path}"]
+    words = [str(server), f"--gcs_server_port={port}", "--config_list=e30=", f"--log_dir={tmp_path}"]
     words += ["--node-ip-address=127.0.0.1", "--session-name=test"]
     mode = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {"RAY_AUTH_MODE": "disabled"}
     with subprocess.Popen(
