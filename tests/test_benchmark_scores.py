@@ -77,7 +77,7 @@ def test_published_alpaca_eval_scores_are_computed_again_whatever_the_order_of_r
     refused = {}
     for model, file in real_annotations(folder, covariates, tmp_path).items():
         try:
-            arms[model] = read_annotations(str(file), covariates.prompts)
+            arms[model] = read_annotations(str(file), covariates.prompts).verdicts
         except Problems as error:
             refused[model] = str(error)
     assert refused.keys() == INCOMPLETE.keys()
@@ -98,11 +98,11 @@ def test_incomplete_sets_are_scored_by_instruction_when_asked_for(tmp_path: Path
     covariates = load_covariates(str(folder))
     files = real_annotations(folder, covariates, tmp_path)
     for model, number in INCOMPLETE.items():
-        arm = read_annotations(str(files[model]), covariates.prompts, allow_missing=True)
+        arm = read_annotations(str(files[model]), covariates.prompts, allow_missing=True).verdicts
         assert len(arm.index) == number
         assert np.all(np.diff(arm.index) > 0)
     # The published figure, 11.465, joined the difficulties by the row's place from the missing row on.
-    arm = read_annotations(str(files["minotaur-13b"]), covariates.prompts, allow_missing=True)
+    arm = read_annotations(str(files["minotaur-13b"]), covariates.prompts, allow_missing=True).verdicts
     assert win_rate(covariates, arm) == pytest.approx(9.03, abs=0.05)
 
 
@@ -267,7 +267,7 @@ def test_a_few_rows_without_a_verdict_are_counted(tmp_path: Path, caplog: pytest
     rows = make_annotations(60)
     rows[7]["preference"] = None
     file = write_jsonl(tmp_path / "a.jsonl", rows)
-    arm = read_annotations(str(file), [f"Question {at}?" for at in range(60)])
+    arm = read_annotations(str(file), [f"Question {at}?" for at in range(60)]).verdicts
     score = score_arm(arm, None)
     assert (len(score.verdicts.index), score.unparsed) == (59, 1)
     kept = [row["preference"] - 1 for row in rows if row["preference"] is not None]
@@ -282,7 +282,7 @@ def test_texts_with_line_separators_and_half_surrogates_are_counted_in_character
     del rows[0]["len_1"], rows[0]["len_2"]
     rows[0] |= {"output_1": "a\u2028b\u0085c", "output_2": "\ud800 \U0001f600"}
     file = write_jsonl(tmp_path / "a.jsonl", rows)
-    arm = read_annotations(str(file), load_covariates(str(small)).prompts)
+    arm = read_annotations(str(file), load_covariates(str(small)).prompts).verdicts
     assert (arm.opponent_lengths[0], arm.lengths[0]) == (5, 3)
 
 

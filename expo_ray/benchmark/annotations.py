@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from expo_ray.benchmark.answer_checks import Answer
 from expo_ray.benchmark.judgments import Verdicts, is_number
 from expo_ray.benchmark.row_files import places, read_row_file
 from expo_ray.errors import BenchmarkError, Problems
@@ -24,6 +25,21 @@ _SUFFIX = re.compile(r"(?:\.jsonl?)?(?:\.gz)?$")
 _MOST_UNPARSED = 0.02
 
 
+@dataclass(frozen=True)
+class Annotations:
+    """One file.
+
+    Attributes:
+        verdicts: a row for each annotation.
+        answers: the model's, as far as the file holds texts.
+        baseline: the baseline's, the same.
+    """
+
+    verdicts: Verdicts
+    answers: tuple[Answer, ...]
+    baseline: tuple[Answer, ...]
+
+
 @dataclass
 class _Placed:
     """The usable rows of a file by their place in the list of prompts, and what is wrong with the others."""
@@ -32,7 +48,7 @@ class _Placed:
     wrong: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
 
-def read_annotations(uri: str, prompts: Sequence[str], *, allow_missing: bool = False) -> Verdicts:
+def read_annotations(uri: str, prompts: Sequence[str], *, allow_missing: bool = False) -> Annotations:
     """Read annotations and place them by instruction.
 
     Args:
@@ -61,7 +77,7 @@ def read_annotations(uri: str, prompts: Sequence[str], *, allow_missing: bool = 
         log.warning(
             "%s: %d of %d annotations hold no verdict", shown(model), verdicts.unparsed, len(placed.rows)
         )
-    return verdicts
+    return Annotations(verdicts, _answers(placed, "output_2"), _answers(placed, "output_1"))
 
 
 def _place(rows: Sequence[tuple[str, Mapping[str, Any]]], place_of: Mapping[str, int]) -> _Placed:
@@ -163,6 +179,11 @@ def _verdicts(model: str, names: Mapping[str, str], placed: _Placed) -> Verdicts
         lengths=sizes[:, 1],
         opponent_lengths=sizes[:, 0],
     )
+
+
+def _answers(placed: _Placed, key: str) -> tuple[Answer, ...]:
+    rows = (row for _, row in placed.rows.values())
+    return tuple(Answer(row["instruction"], row[key]) for row in rows if isinstance(row.get(key), str))
 
 
 def _win(preference: float | None) -> float:

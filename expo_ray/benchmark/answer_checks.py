@@ -151,18 +151,18 @@ def _flags(shares: dict[str, float], cut_off: float | None, ratio: float | None)
     if shares["distinct"] < 0.95:
         yield f"only {shares['distinct']:.1%} of the answers are distinct"
     if shares["common_prefix"] > 0.1:
-        yield f"{shares['common_prefix']:.1%} begin with the same {_PREFIX} characters"
+        yield f"{shares['common_prefix']:.1%} of the answers begin with the same {_PREFIX} characters"
     if shares["common_line"] > 0.1:
-        yield f"{shares['common_line']:.1%} hold the same line of {_PREFIX} or more characters"
+        yield f"{shares['common_line']:.1%} of the answers hold the same line of {_PREFIX} or more characters"
     if shares["prompt_overlap"] > 0.1:
-        yield f"{shares['prompt_overlap']:.1%} repeat most of their prompt"
+        yield f"{shares['prompt_overlap']:.1%} of the answers repeat most of their prompt"
     if shares["leaks"] > 0.01:
-        yield f"{shares['leaks']:.1%} hold special tokens or turn markers"
+        yield f"{shares['leaks']:.1%} of the answers hold special tokens or turn markers"
     if shares["empty"] > 0.005:
-        yield f"{shares['empty']:.1%} are empty"
+        yield f"{shares['empty']:.1%} of the answers are empty"
     if shares["repetitive"] > 0.05:
-        yield f"{shares['repetitive']:.1%} go in circles"
+        yield f"{shares['repetitive']:.1%} of the answers go in circles"
     if cut_off is not None and cut_off > 0.05:
-        yield f"{cut_off:.1%} are cut off at the token limit"
-    if ratio is not None and not 0.67 <= ratio <= 1.5:
-        yield f"{ratio:.2f} times as long as the reference's"
+        yield f"{cut_off:.1%} of the answers are cut off at the token limit"
+    if ratio is not None and not 0.5 <= ratio <= 1.5:
+        yield f"the answers are {ratio:.2f} times as long as the reference's"

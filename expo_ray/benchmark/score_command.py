@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from expo_ray.benchmark.alpaca import ArmDifference, ArmScore, compare_arms, score_arm
-from expo_ray.benchmark.annotations import read_annotations
+from expo_ray.benchmark.annotations import Annotations, read_annotations
+from expo_ray.benchmark.answer_checks import AnswerChecks, check_answers
 from expo_ray.benchmark.covariates import (
     OFFICIAL_BASELINE,
     OFFICIAL_JUDGES,
@@ -29,6 +30,7 @@ from expo_ray.benchmark.official_glm import package_win_rates
 from expo_ray.benchmark.tables import (
     arm_json,
     arms_table,
+    checks_table,
     difference_json,
     differences_table,
     estimate_json,
@@ -52,10 +54,13 @@ def score_alpaca(arguments: argparse.Namespace) -> int:
         Problems: everything that is wrong with the files.
     """
     covariates = load_covariates(arguments.covariates)
-    arms = _read_arms(arguments.annotations, covariates, allow_missing=arguments.allow_missing)
+    files = _read_files(arguments.annotations, covariates, allow_missing=arguments.allow_missing)
+    arms = [file.verdicts for file in files]
+    checks = _checks(files)
     scores = _score(arms, covariates)
     difference = _difference(scores, covariates) if len(scores) == 2 else None
     tables = [arms_table(scores, arms[0].judge)] + ([differences_table([difference])] if difference else [])
+    tables += [checks_table(checks)] if checks else []
     values = _arms_json(scores, difference) if difference else arm_json(scores[0])
     _print(values if arguments.json else tables)
     return 0
@@ -106,23 +111,39 @@ def score_leaderboard(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _read_arms(files: Sequence[str], covariates: Covariates, *, allow_missing: bool) -> list[Verdicts]:
+def _read_files(files: Sequence[str], covariates: Covariates, *, allow_missing: bool) -> list[Annotations]:
     attempts = Attempts()
     if len(files) > 2:
         attempts.problems.append(
             BenchmarkError(f"--annotations: {len(files)} files; give one, or two for their paired difference")
         )
-    arms = [
-        arm
+    read = [
+        annotations
         for file in files
-        for arm in attempts.attempt(
+        for annotations in attempts.attempt(
             partial(read_annotations, file, covariates.prompts, allow_missing=allow_missing)
         )
     ]
     attempts.end()
-    if len({arm.model for arm in arms}) < len(arms):
-        return [replace(arm, model=file) for file, arm in zip(files, arms, strict=True)]
-    return arms
+    if len({each.verdicts.model for each in read}) < len(read):
+        return [
+            replace(each, verdicts=replace(each.verdicts, model=file))
+            for file, each in zip(files, read, strict=True)
+        ]
+    return read
+
+
+def _checks(files: Sequence[Annotations]) -> dict[str, AnswerChecks]:
+    """Check the answers of each file that holds texts, the second against the first, and warn of what calls for a look."""
+    checks = {
+        file.verdicts.model: check_answers(file.answers, () if file is files[0] else files[0].answers)
+        for file in files
+        if file.answers
+    }
+    for model, check in checks.items():
+        for flag in check.flags:
+            log.warning("%s: %s", shown(model), flag)
+    return checks
 
 
 def _score(arms: Sequence[Verdicts], covariates: Covariates) -> list[ArmScore]:
