@@ -157,6 +157,8 @@ def test_a_malicious_pickle_is_refused_without_running(tmp_path: Path) -> None:
     message = refusal(data)
     assert "refused by PyTorch's restricted unpickler, which runs no code (UnpicklingError" in message
     assert "convert it to safetensors if you trust where it comes from" in message
+    assert "posix.system" in message
+    assert "Weights only load failed" not in message
     assert not marker.exists()
     # The file is malicious indeed: the unrestricted unpickler runs it.
     torch.load(io.BytesIO(data), weights_only=False)
@@ -216,6 +218,31 @@ def test_archives_of_other_writers_are_refused_or_right() -> None:
     assert "saved on a big-endian machine; convert it to safetensors" in refusal(big)
     # Without alignment the offsets that PyTorch computes are wrong, and must not be believed.
     assert "are not where PyTorch would have written them" in refusal(rewritten(data))
+
+
+def test_a_small_record_that_unpacks_to_gigabytes_is_never_unpacked() -> None:
+    data = saved({"w": torch.zeros(2)})
+    bomb = rewritten(
+        data,
+        lambda name, content: b"\0" * 2**24 if name.endswith("byteorder") else content,
+        zipfile.ZIP_DEFLATED,
+    )
+    place = bomb.rindex(b"archive/byteorder") - 22  # unpacked size in the directory
+    lying = bomb[:place] + struct.pack("<I", 6) + bomb[place + 4 :]
+    assert "is compressed" in refusal(lying)
+
+
+def test_a_directory_is_bounded() -> None:
+    out = io.BytesIO(saved({"w": torch.zeros(2)}))
+    with zipfile.ZipFile(out, "a") as archive:
+        for number in range(300):
+            archive.writestr(f"archive/{number:05}{'x' * 60_000}", b"")
+    assert "asks to read" in refusal(out.getvalue())
+
+
+@pytest.mark.parametrize("name", ["__metadata__", "a\ud800"])
+def test_names_that_no_safetensors_file_can_hold_are_refused(name: str) -> None:
+    assert "which no safetensors file can hold; rename it" in refusal(saved({name: torch.zeros(2)}))
 
 
 def test_a_record_that_stands_twice_is_refused() -> None:

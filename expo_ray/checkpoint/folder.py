@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from expo_ray.checkpoint.constants import is_constant
 from expo_ray.checkpoint.header import read_header
 from expo_ray.checkpoint.json_file import read_json, refuse_fault
 from expo_ray.checkpoint.side_files import find_side_files
@@ -179,6 +180,11 @@ def _read_headers(
     return headers
 
 
+def _is_constant(name: str) -> bool:
+    """Whether a tensor that an index names and no file holds is one that every loader computes."""
+    return is_constant(Tensor(name, "F32", (), "", 0))
+
+
 def _against_index(
     store: Store, weights: WeightFiles, headers: Mapping[str, Mapping[str, Tensor]]
 ) -> list[CheckpointError]:
@@ -187,7 +193,11 @@ def _against_index(
         return []
     where = f"{store.uri}/{weights.index}"
     problems = []
-    absent = [f"{name} ({file})" for name, file in weights.mapped.items() if name not in headers[file]]
+    absent = [
+        f"{name} ({file})"
+        for name, file in weights.mapped.items()
+        if name not in headers[file] and not _is_constant(name)
+    ]
     if absent:
         problems.append(
             CheckpointError(

@@ -1,7 +1,8 @@
 """PyTorch's zip files (`torch.save`) without their data: where each tensor's bytes lie.
 
 The pickle is read by `torch.load(weights_only=True)` on fake tensors, which know the offset of their storage in the file
-(https://docs.pytorch.org/docs/stable/notes/serialization.html). Weights then stream from the file as from safetensors.
+(https://docs.pytorch.org/docs/stable/notes/serialization.html). Weights then stream from the file as from safetensors; the
+checksums that the zip format keeps of whole records are not compared.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from expo_ray.checkpoint.tensors import DTYPE_BYTES, Tensor
 from expo_ray.errors import CheckpointError, ExpoError
 from expo_ray.storage.protocol import FileInfo, Store
+from expo_ray.text import shown
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
 _BLOCK_BYTES = 64 * 1024
 _CACHED_BLOCKS = 64
 _MAX_PICKLE_BYTES = 100_000_000
+# Python's objects of a directory take ten times its size; 100,000 tensors need some 10 MB.
+_MAX_DIRECTORY_BYTES = 16_000_000
+# How the lines of PyTorch's message begin that advise how to load the file all the same.
+_ADVICE = ("Weights only load failed", "(1)", "(2)", "Check the documentation", "Please file an issue")
 _DTYPES = {
     "bool": "BOOL", "uint8": "U8", "int8": "I8", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
     "uint16": "U16", "int16": "I16", "float16": "F16", "bfloat16": "BF16", "uint32": "U32", "int32": "I32",
@@ -41,6 +47,7 @@ class RangedFile(io.RawIOBase):
         self._store, self._info = store, info
         self._position = 0
         self._blocks: OrderedDict[int, bytes] = OrderedDict()
+        self.most_bytes = _MAX_DIRECTORY_BYTES  # of a single read
 
     def readable(self) -> bool:
         return True
@@ -74,10 +81,10 @@ class RangedFile(io.RawIOBase):
         left = max(0, self._info.size - self._position)
         wanted = left if size is None or size < 0 else min(size, left)
         # A hostile directory may ask for gigabytes in one piece.
-        if wanted > _MAX_PICKLE_BYTES:
+        if wanted > self.most_bytes:
             raise CheckpointError(
                 f"{self._store.uri}/{self._info.key}: its directory asks to read {wanted} bytes of header, more than "
-                f"{_MAX_PICKLE_BYTES}; {_CONVERT}"
+                f"{self.most_bytes}; {_CONVERT}"
             )
         data = bytearray(wanted)
         self.readinto(data)
@@ -116,6 +123,7 @@ def read_torch_zip(store: Store, info: FileInfo) -> dict[str, Tensor]:
         )
         raise CheckpointError(f"{where}: not a zip file as PyTorch writes it, perhaps {kind}")
     directory = _read_directory(file, where)
+    file.most_bytes = _MAX_PICKLE_BYTES
     state = _load(file, where)
     tensors = [_tensor(name, value, directory, info.key, where) for name, value in _items(state, where)]
     tensors.sort(key=lambda tensor: (tensor.start, tensor.name))
@@ -147,7 +155,8 @@ def _read_directory(file: RangedFile, where: str) -> _Directory:
     try:
         with zipfile.ZipFile(file) as archive:
             directory = _Directory(archive)
-            # Other lengths are refused by PyTorch; a small record may still unpack to gigabytes.
+            _refuse_compressed(directory, where)  # before anything is read: few bytes may unpack to gigabytes
+            # Other lengths are refused by PyTorch.
             orders = [
                 archive.read(record)
                 for record in directory.records
@@ -159,14 +168,17 @@ def _read_directory(file: RangedFile, where: str) -> _Directory:
         raise CheckpointError(
             f"{where}: damaged or truncated zip file ({error}); download it again"
         ) from error
-    names = {record.filename for record in directory.records}
-    packed = [record.filename for record in directory.records if record.compress_type != zipfile.ZIP_STORED]
-    if packed or len(names) < len(directory.records):
-        fault = f"{packed[0]} is compressed" if packed else "a record stands in it twice"
-        raise CheckpointError(f"{where}: not a zip file as PyTorch writes it ({fault}); {_CONVERT}")
     if any(order != b"little" for order in orders):
         raise CheckpointError(f"{where}: saved on a big-endian machine; {_CONVERT}")
     return directory
+
+
+def _refuse_compressed(directory: _Directory, where: str) -> None:
+    names = {record.filename for record in directory.records}
+    packed = [record.filename for record in directory.records if record.compress_type != zipfile.ZIP_STORED]
+    if packed or len(names) < len(directory.records):
+        fault = f"{shown(packed[0])} is compressed" if packed else "a record stands in it twice"
+        raise CheckpointError(f"{where}: not a zip file as PyTorch writes it ({fault}); {_CONVERT}")
 
 
 def _load(file: RangedFile, where: str) -> Any:
@@ -185,11 +197,18 @@ def _load(file: RangedFile, where: str) -> Any:
     except ExpoError:
         raise
     except Exception as error:  # the unpickler meets hostile input: anything can come out of it
-        reason = str(error).strip().partition("\n")[0][:200]
         raise CheckpointError(
-            f"{where}: refused by PyTorch's restricted unpickler, which runs no code ({type(error).__name__}: {reason}); "
+            f"{where}: refused by PyTorch's restricted unpickler, which runs no code ({type(error).__name__}: {_reason(error)}); "
             "convert it to safetensors if you trust where it comes from"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What PyTorch refuses, without its advice to load the file all the same."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    reasons = [line for line in lines if line and not line.startswith(_ADVICE)]
+    reason = next((line for line in reasons if "Unpickler error" in line), reasons[0] if reasons else "")
+    return shown(reason.partition(". Please use")[0])
 
 
 def _items(state: Any, where: str) -> list[tuple[str, torch.Tensor]]:
@@ -200,17 +219,29 @@ def _items(state: Any, where: str) -> list[tuple[str, torch.Tensor]]:
             f"{where}: holds a {type(state).__name__}, not a state dict; save `model.state_dict()` alone"
         )
     for name, value in state.items():
+        if isinstance(name, str) and (name == "__metadata__" or not _is_utf8(name)):
+            raise CheckpointError(
+                f"{where}: a tensor is named {shown(name)!r}, which no safetensors file can hold; rename it"
+            )
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise CheckpointError(
-                f"{where}: {name!r} is a {type(value).__name__}, not a tensor; save `model.state_dict()` alone"
+                f"{where}: {shown(repr(name))} is a {type(value).__name__}, not a tensor; save `model.state_dict()` alone"
             )
     return list(state.items())
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    return True
 
 
 def _tensor(name: str, value: torch.Tensor, directory: _Directory, file: str, where: str) -> Tensor:
     import torch
 
-    here = f"{where}: tensor {name}"
+    here = f"{where}: tensor {shown(name)}"
     dtype = _DTYPES.get(str(value.dtype).removeprefix("torch."))
     if value.layout != torch.strided or dtype is None:
         raise CheckpointError(

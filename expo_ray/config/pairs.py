@@ -54,7 +54,8 @@ class PairOptions(Frozen):
     """Largest file of a written model, such as 5GB."""
 
     allow_pickle: bool = False
-    """Read `pytorch_model*.bin` where a parent has no safetensors (restricted unpickling, no code is run)."""
+    """Read `pytorch_model*.bin` where a parent has no safetensors (restricted unpickling, no code is run; checksums in
+    the file are not compared)."""
 
 
 class Pair(PairOptions):

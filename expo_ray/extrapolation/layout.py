@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from expo_ray.checkpoint.header import write_header
 from expo_ray.checkpoint.tensors import DTYPE_BYTES
+from expo_ray.checkpoint.weight_files import STEM
 from expo_ray.extrapolation.match import TensorPlan
 
 
@@ -28,7 +30,7 @@ class ShardPlan:
         return _header(self.tensors)
 
 
-def lay_out(tensors: Sequence[TensorPlan], shard_bytes: int, stem: str = "model") -> tuple[ShardPlan, ...]:
+def lay_out(tensors: Sequence[TensorPlan], shard_bytes: int, stem: str = STEM) -> tuple[ShardPlan, ...]:
     """Pack tensors in their order into files of at most `shard_bytes` of data, named as `transformers` does."""
     groups: list[list[TensorPlan]] = [[]]
     filled = 0
@@ -43,6 +45,11 @@ def lay_out(tensors: Sequence[TensorPlan], shard_bytes: int, stem: str = "model"
     if len(groups) == 1:
         names = [f"{stem}.safetensors"]
     return tuple(map(_shard, names, groups))
+
+
+def index_of(shards: Sequence[ShardPlan]) -> str:
+    """Name of the index of several shards, as the library that loads them looks for it."""
+    return re.sub(r"-\d+-of-\d+(?=\.)", "", shards[0].file) + ".index.json"
 
 
 def _shard(file: str, tensors: Sequence[TensorPlan]) -> ShardPlan:

@@ -10,6 +10,7 @@ from typing import Any
 
 from expo_ray.config import format_alpha
 from expo_ray.errors import AlreadyExists, ExpoError, NotFound, OutputError, some
+from expo_ray.extrapolation.layout import index_of
 from expo_ray.extrapolation.manifest import parse_manifest
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.progress import size_text
@@ -22,7 +23,6 @@ from expo_ray.untrusted import Foreign, parse_json, validated
 CLAIM = ".expo/claim.json"
 MANIFEST = "expo.json"
 CARD = "README.md"
-INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
 # It names every file of the model.
 _CLAIM_BYTES = 16 * 2**20
@@ -163,7 +163,7 @@ def _files_of(plan: PairPlan) -> list[str]:
     if plan.scaled:
         files.add(ADAPTER_CONFIG)
     elif len(plan.shards) > 1:
-        files.add(INDEX)
+        files.add(index_of(plan.shards))
     return sorted(files)
 
 

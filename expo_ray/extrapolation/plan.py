@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 
 from expo_ray.checkpoint.adapter import lora_layers
@@ -24,8 +24,9 @@ from expo_ray.checkpoint.vocabulary import (
     same_tokenizer,
     vocabulary,
 )
+from expo_ray.checkpoint.weight_files import stem_of
 from expo_ray.config import Pair, PairOptions, format_alpha
-from expo_ray.errors import CheckpointError, ExpoError, PairError, Problems, each
+from expo_ray.errors import CheckpointError, ExpoError, PairError, Problems, each, some
 from expo_ray.extrapolation.kept import are_weights, differing, notes_on
 from expo_ray.extrapolation.layout import ShardPlan, lay_out
 from expo_ray.extrapolation.match import Match, TensorPlan, match_tensors, multiplier_of, output_dtype
@@ -76,6 +77,12 @@ class PairPlan:
         sources = dict.fromkeys(self.base.side_files, self.base)
         own = [key for key in self.dpo.side_files if self.base is self.dpo or key not in _OF_THE_BASE]
         return sources | dict.fromkeys(own, self.dpo)
+
+    @property
+    def left_behind(self) -> tuple[str, ...]:
+        """Files of the parents that the model is made from which are neither copied nor written anew."""
+        left = {*self.base.left_behind, *self.dpo.left_behind} - set(self.side_files)
+        return tuple(sorted(left))
 
     @property
     def bytes_written(self) -> int:
@@ -132,12 +139,32 @@ def plan_pair(pair: Pair, outputs: Mapping[float, str]) -> PairPlan:
     if dpo.adapter and pair.adapter == "scale":  # readers of adapters know one file only
         shards = lay_out(match.tensors, sys.maxsize, "adapter_model")
     else:
-        shards = lay_out(match.tensors, pair.shard_size)
+        shards = lay_out(
+            match.tensors, pair.shard_size, stem_of(tensor.file for tensor in dpo.tensors.values())
+        )
     others = differing(sft, dpo, match.kept)
     notes = [*match.notes, *notes_on(others), *_vocabulary_notes(sft, dpo, pair)]
-    return PairPlan(
+    plan = PairPlan(
         pair.name, sft, dpo, pair, shards, outputs, tuple(notes), _revised(match, others, dpo, pair)
     )
+    return replace(plan, notes=(*notes, *_side_file_notes(plan)))
+
+
+def _side_file_notes(plan: PairPlan) -> list[str]:
+    """Tell which files beside the weights stay behind, and which hold weights that are only copied."""
+    notes = []
+    if left := plan.left_behind:
+        notes.append(
+            f"{len(left)} file(s) are not carried over, as nothing in the model names them: {some(list(map(shown, left)))}; copy "
+            "those that you need"
+        )
+    copied = [key for key, parent in plan.side_files.items() if key in parent.side_weights]
+    if copied:
+        notes.append(
+            f"{len(copied)} file(s) with weights of their own are copied as they are, and not extrapolated: "
+            f"{some(list(map(shown, copied)))}"
+        )
+    return notes
 
 
 def _revised(match: Match, others: Sequence[Tensor], dpo: Checkpoint, pair: Pair) -> tuple[str, ...]:

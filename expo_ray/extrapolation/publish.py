@@ -10,15 +10,16 @@ from typing import Any
 
 from expo_ray import __version__
 from expo_ray.checkpoint.adapter import scaled_adapter_config
+from expo_ray.checkpoint.json_file import read_small
 from expo_ray.checkpoint.tensors import Checkpoint
 from expo_ray.errors import AlreadyExists, ArithmeticFault, NotFound, OutputError, some
 from expo_ray.extrapolation.arithmetic import FORMULAS
 from expo_ray.extrapolation.findings import warnings_of
+from expo_ray.extrapolation.layout import index_of
 from expo_ray.extrapolation.manifest import FORMAT
 from expo_ray.extrapolation.output import (
     ADAPTER_CONFIG,
     CARD,
-    INDEX,
     MANIFEST,
     check_claim,
     clear,
@@ -78,13 +79,11 @@ def publish(plan: PairPlan, alpha: float, result: PairResult | None = None) -> P
             "nothing to extrapolate; name the model from before and the model from after alignment"
         )
     manifest = _manifest(plan, alpha, receipts, statistics)
-    small = dict(_small_files(plan, alpha))
-    for key, data in small.items():
+    files = {key: _copy(parent, key, plan, store) for key, parent in plan.side_files.items()}
+    for key, data in _written_anew(plan, alpha):
         store.put(key, data)
-    small[CARD] = _put_first(store, CARD, model_card(manifest, result).encode())
-    files = {
-        key: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for key, data in small.items()
-    }
+        files[key] = _named(data)
+    files[CARD] = _named(_put_first(store, CARD, model_card(manifest, result).encode()))
     _put_first(store, MANIFEST, _json(manifest | {"files": files}))
     return published_from(read_published(store), store.uri)
 
@@ -141,23 +140,36 @@ def _receipts(plan: PairPlan, alpha: float) -> list[Receipt]:
     return [receipt for receipt in found.values() if receipt]
 
 
-def _small_files(plan: PairPlan, alpha: float) -> Iterator[tuple[str, bytes]]:
-    """Everything beside the weights, byte for byte from dpo, but for the few values that must change."""
-    for key, checkpoint in plan.side_files.items():
-        data = _read_pinned(checkpoint, key)
-        yield key, _with_dtype(data, plan) if key == "config.json" else data
+def _written_anew(plan: PairPlan, alpha: float) -> Iterator[tuple[str, bytes]]:
+    """Key and content of what stands beside the weights and is no copy."""
     if plan.scaled:
         yield ADAPTER_CONFIG, _json(scaled_adapter_config(plan.dpo.adapter, alpha))
     elif len(plan.shards) > 1:
-        yield INDEX, _json(_index(plan))
+        yield index_of(plan.shards), _json(_index(plan))
 
 
-def _read_pinned(checkpoint: Checkpoint, key: str) -> bytes:
-    info = checkpoint.files[key]
-    data = bytearray(info.size)
-    if data:  # an empty range is no request that S3 understands
-        open_store(checkpoint.uri).read_into(key, 0, memoryview(data), etag=info.etag)
-    return bytes(data)
+def _copy(parent: Checkpoint, key: str, plan: PairPlan, output: Store) -> dict[str, Any]:
+    """Copy a file of a parent into the model, a piece at a time; `config.json` with the dtype of the weights."""
+    source, info = open_store(parent.uri), parent.files[key]
+    if key == "config.json" or info.size <= output.chunk_bytes:
+        data = read_small(source, info, most_bytes=info.size)
+        data = _with_dtype(data, plan) if key == "config.json" else data
+        output.put(key, data)
+        return _named(data)
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(output.chunk_bytes))
+    with output.writer(key, info.size) as writer:
+        for start in range(0, info.size, len(buffer)):
+            view = buffer[: min(len(buffer), info.size - start)]
+            source.read_into(key, start, view, etag=info.etag)
+            digest.update(view)
+            writer.write(view)
+        writer.commit()
+    return {"size": info.size, "sha256": digest.hexdigest()}
+
+
+def _named(data: bytes) -> dict[str, Any]:
+    """What the manifest holds of a file."""
+    return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def _with_dtype(config: bytes, plan: PairPlan) -> bytes:
@@ -212,6 +224,7 @@ def _manifest(
         "parents": {side: _parent(checkpoint) for side, checkpoint in (("sft", plan.sft), ("dpo", plan.dpo))},
         "shards": [{"file": one.file, "size": one.size, "sha256": one.sha256} for one in receipts],
         "warnings": list(warnings_of(plan, alpha, statistics)),
+        "not_carried_over": list(plan.left_behind),
         "statistics": _described(sum(statistics.values(), TensorStatistics()))
         | {"tensors": {name: _described(one) for name, one in statistics.items()}},
     }

@@ -133,7 +133,11 @@ def _named(manifest: Mapping[str, Any]) -> dict[str, int]:
 def _checked_files(store: Store, manifest: Mapping[str, Any]) -> dict[str, FileInfo]:
     present = {info.key: info for info in store.list()}
     named = _named(manifest)
-    wrong = [key for key, size in named.items() if key not in present or present[key].size != size]
+    wrong = [
+        key
+        for key, size in named.items()
+        if key not in present or present[key].size != size or present[key].fault
+    ]
     if wrong:
         raise OutputError(
             f"{store.uri}: {len(wrong)} file(s) are missing or not of the size in {MANIFEST} ({some(wrong)}); run its job again"

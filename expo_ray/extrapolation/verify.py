@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from expo_ray.config import Pair, parse_pair
-from expo_ray.errors import CheckpointError, ExpoError, NotFound
-from expo_ray.extrapolation.manifest import parse_manifest
+from expo_ray.errors import CheckpointError, ExpoError, NotFound, StorageError
+from expo_ray.extrapolation.manifest import MANIFEST_BYTES, parse_manifest
 from expo_ray.extrapolation.output import CLAIM, MANIFEST
 from expo_ray.extrapolation.plan import PairPlan, plan_pair
 from expo_ray.extrapolation.receipt import sha256_of
 from expo_ray.extrapolation.stream import computed_pages
 from expo_ray.storage import FileInfo, Store
+from expo_ray.storage.missing import missing_folder
+from expo_ray.text import shown
 
 _THREADS = 4
+_BOOKKEEPING = (".expo/", ".gitattributes", ".git/", ".cache/huggingface/")
 
 
 def read_manifest(store: Store) -> dict[str, Any] | None:
@@ -27,13 +30,11 @@ def read_manifest(store: Store) -> dict[str, Any] | None:
         CheckpointError: if the model is unfinished, or its manifest damaged.
     """
     try:
-        data = store.read(MANIFEST)
+        data = store.read(MANIFEST, most_bytes=MANIFEST_BYTES)
     except NotFound:
         present = {info.key for info in store.list()}
         if not present:
-            raise NotFound(
-                f"{store.uri}: no such folder, or nothing in it; check the path, and your access to it"
-            ) from None
+            raise NotFound(missing_folder(store.uri)) from None
         if CLAIM in present:
             raise CheckpointError(
                 f"{store.uri}: the model is unfinished; its job is still running, or was stopped and must be run again"
@@ -43,18 +44,25 @@ def read_manifest(store: Store) -> dict[str, Any] | None:
 
 
 def verify_files(store: Store, manifest: Mapping[str, Any]) -> list[ExpoError]:
-    """Re-hash every file that the manifest names."""
+    """Re-hash every file that the manifest names, and name every other one."""
     present = {info.key: info for info in store.list()}
     wanted = {shard["file"]: shard for shard in manifest["shards"]} | dict(manifest["files"])
     with ThreadPoolExecutor(_THREADS, "verify") as pool:
         checked = pool.map(lambda item: _verify_file(store, present.get(item[0]), *item), wanted.items())
         problems = [problem for problem in checked if problem]
     problems += (
-        CheckpointError(f"{store.uri}/{key}: is not part of the model; delete it")
-        for key in present
-        if key.endswith((".safetensors", ".bin")) and key not in wanted
+        CheckpointError(
+            f"{store.uri}/{shown(key)}: is not part of the model, and what loads it may read it; move it elsewhere"
+        )
+        for key in foreign_files(present, manifest)
     )
     return problems
+
+
+def foreign_files(present: Iterable[str], manifest: Mapping[str, Any]) -> list[str]:
+    """Keys beside a published model that its manifest does not know; what Git and the Hub's client keep there is none."""
+    wanted = {MANIFEST, *(shard["file"] for shard in manifest["shards"]), *manifest["files"]}
+    return [key for key in present if key not in wanted and not key.startswith(_BOOKKEEPING)]
 
 
 def _verify_file(
@@ -62,11 +70,16 @@ def _verify_file(
 ) -> ExpoError | None:
     if info is None:
         return CheckpointError(f"{store.uri}/{key}: is missing; run its job again")
+    if info.fault:
+        return CheckpointError(f"{store.uri}/{key}: {info.fault}; put the file itself in its place")
     if info.size != wanted["size"]:
         return CheckpointError(
             f"{store.uri}/{key}: has {info.size} bytes, the manifest says {wanted['size']}; run its job again"
         )
-    found = sha256_of(store, info)
+    try:
+        found = sha256_of(store, info)
+    except (CheckpointError, StorageError) as error:
+        return error
     if found != wanted["sha256"]:
         return CheckpointError(
             f"{store.uri}/{key}: has sha256 {found}, the manifest says {wanted['sha256']}; run its job again with --overwrite"

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
 
 from expo_ray.config import format_alpha
+from expo_ray.errors import some
 from expo_ray.report.model_index import evaluation_section, model_index
 from expo_ray.report.results import PairResult
+from expo_ray.text import shown
 
 _HUB = re.compile(r"^hf://([^/@]+/[^/@]+)")
 _TENSORS_SHOWN = 10
@@ -40,6 +42,7 @@ def model_card(manifest: Mapping[str, Any], result: PairResult | None = None) ->
         _changes(manifest["statistics"]),
         "## Files\n",
         _table(("file", "bytes", "sha256"), [(s["file"], f"{s['size']:,}", f"`{s['sha256']}`") for s in manifest["shards"]]),
+        *_not_carried_over(manifest.get("not_carried_over", ())),
         f"Plan `{manifest['plan']}`, written by expo-ray {manifest['expo_ray']}. `expo.json` holds the statistics of every "
         "tensor, and size and ETag of every file of both parents; `expo-ray verify` checks this folder against it.\n",
     ]  # fmt: skip
@@ -59,6 +62,12 @@ def _front_matter(manifest: Mapping[str, Any], index: Sequence[Mapping[str, Any]
     if index:
         data["model-index"] = index
     return f"---\n{yaml.safe_dump(data, sort_keys=False)}---\n"
+
+
+def _not_carried_over(keys: Sequence[str]) -> Iterator[str]:
+    if keys:
+        names = ["`" + shown(key).replace("`", "'") + "`" for key in keys]
+        yield f"Files of the parents that nothing in the model names, and that were not carried over: {some(names, 20)}.\n"
 
 
 def _changes(statistics: Mapping[str, Any]) -> str:
