@@ -44,6 +44,10 @@ _PATTERN_BUDGET_S = 5.0
 _SLOW_SEARCH_S = 0.001
 _AGAIN = "download the file again"
 
+_ATOM = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
+_GROUP = re.compile(r"\(([^()]*)\)([*+]|\{\d*,?\d*\})?")
+_REPETITION = re.compile(r".(?:[*+]|\{\d*,\d*\})[?]?", re.DOTALL)
+
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -236,6 +240,28 @@ def compile_pattern(text: str) -> Pattern:
         regex.error,
     ) as fault:
         raise JobError(f"{shown(text)!r} is not a regular expression ({shown(fault)}); correct it") from fault
+
+
+def is_ambiguous(text: str) -> bool:
+    """Return whether a pattern repeats a repetition or a choice between equal texts, such as `(a+)+` and `(a|a)*`.
+
+    Other programs match it with Python's `re`, which can then take for ever.
+    """
+    return len(text) <= _LONGEST_PATTERN and any(
+        len(set(alternatives)) < len(alternatives) or any(map(_REPETITION.fullmatch, alternatives))
+        for alternatives in _repeated_groups(text)
+    )
+
+
+def _repeated_groups(text: str) -> Iterable[list[str]]:
+    """The alternatives of each group that is followed by a repetition, every group inside them written as one character."""
+    # Classes and escapes are one character each to what follows, and no brackets.
+    plain = _ATOM.sub(lambda atom: "\0" if atom[0].startswith("[") else "\1", text)
+    plain = re.sub(r"\(\?(?:P<\w+>|[:>=!]|<[=!])", "(", plain)
+    while match := _GROUP.search(plain):
+        if match[2]:
+            yield match[1].split("|")
+        plain = f"{plain[: match.start()]}\2{plain[match.end(1) + 1 :]}"
 
 
 def without_halves(value: Any) -> Any:

@@ -15,7 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expo_ray.errors import CheckpointError, JobError, PromptError
-from expo_ray.untrusted import Foreign, compile_pattern, parse_json, parse_json_object, parse_yaml, validated
+from expo_ray.untrusted import (
+    Foreign,
+    compile_pattern,
+    is_ambiguous,
+    parse_json,
+    parse_json_object,
+    parse_yaml,
+    validated,
+)
 
 _SCALARS = (
     st.none()
@@ -260,3 +268,43 @@ def test_patterns_mean_what_re_means_by_them(pattern: str, name: str) -> None:
     compiled = compile_pattern(pattern)
     assert compiled.search(name) == (re.search(pattern, name) is not None)
     assert compiled.fullmatch(name) == (re.fullmatch(pattern, name) is not None)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "(a+)+b",
+        "(a|a)*c",
+        "([a-z_.0-9]+)+!",
+        "((a*)*)*b",
+        "(?:a+)*",
+        "(?P<x>.*)+",
+        "x(b|(c+)+)y",
+        "(a+|b)+",
+        "([)]+)+",
+        r"(\d*){2,}",
+    ],
+)
+def test_a_repeated_repetition_is_ambiguous(pattern: str) -> None:
+    assert is_ambiguous(pattern)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "embed_tokens|lm_head",
+        r"layers\.(\d+\.)*mlp",
+        "(a|b)+",
+        "[(a+)+]",
+        r"\(a+\)+",
+        "(q|k|v)_proj",
+        "(a+)",
+        "(a+)?",
+        "([0-9]|1[0-9])",
+        "((",
+        "))+",
+        "(a",
+    ],
+)
+def test_other_patterns_are_not(pattern: str) -> None:
+    assert not is_ambiguous(pattern)

@@ -17,7 +17,7 @@ from expo_ray.checkpoint.tensors import WEIGHT_DTYPES, Checkpoint, Tensor
 from expo_ray.checkpoint.tied import VocabularyWeights
 from expo_ray.errors import CheckpointError, JobError, some
 from expo_ray.text import shown
-from expo_ray.untrusted import compile_pattern
+from expo_ray.untrusted import compile_pattern, is_ambiguous
 
 _MERGE_FIRST = "merge the adapter first (`merge_and_unload`, save) and pass the merged folder"
 
@@ -308,6 +308,10 @@ def _by_pattern(config: Mapping[str, Any], key: str, module: str, default: objec
             if _ends_with(module, pattern):
                 return value
             continue
+        if is_ambiguous(pattern):
+            raise CheckpointError(
+                f"{where}: {key}: the pattern {shown(pattern)!r} repeats a repetition, which takes PEFT for ever; save the adapter again"
+            )
         try:
             compile_pattern(pattern)  # by itself, so that the message names what stands in the file
             if compile_pattern(rf"(.*\.)?({pattern})").fullmatch(module):

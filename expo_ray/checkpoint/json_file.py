@@ -10,8 +10,8 @@ from expo_ray.storage.protocol import FileInfo, Store
 from expo_ray.text import shown
 from expo_ray.untrusted import CONFIG_BYTES, TOKENIZER_BYTES, Foreign, parse_json_object, validated
 
-# These hold a vocabulary, or a name for each tensor; everything else is a configuration.
-_LARGE = ("tokenizer", "vocab", "merges", "added_tokens", "tekken")
+# These hold a vocabulary, or a name for each tensor or module; everything else is a configuration.
+_LARGE = ("tokenizer", "vocab", "merges", "added_tokens", "tekken", "adapter_config")
 
 
 def refuse_fault(store: Store, info: FileInfo) -> None:

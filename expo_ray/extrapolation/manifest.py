@@ -18,7 +18,7 @@ from expo_ray.config.fields import (
 )
 from expo_ray.errors import CheckpointError, ExpoError, StorageError
 from expo_ray.storage.uri import check_key
-from expo_ray.untrusted import TOKENIZER_BYTES, Foreign, parse_json_object, validated
+from expo_ray.untrusted import TOKENIZER_BYTES, Foreign, is_ambiguous, parse_json_object, validated
 
 # It holds a line for each tensor.
 MANIFEST_BYTES = TOKENIZER_BYTES
@@ -39,6 +39,12 @@ _Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 _Sum = Annotated[float, Field(allow_inf_nan=True)]
 
 
+def _ends(pattern: str) -> str:
+    if is_ambiguous(pattern):
+        raise ValueError("the pattern repeats a repetition, so that a search may never end")
+    return pattern
+
+
 class _File(Foreign):
     size: _Size
     sha256: _Sha256
@@ -55,7 +61,7 @@ class _Arithmetic(Foreign):
     dtype: OutputDtype
     vocab: VocabPolicy
     adapter: AdapterPolicy | None = None
-    multipliers: dict[Pattern, Multiplier]
+    multipliers: dict[Annotated[Pattern, AfterValidator(_ends)], Multiplier]
     shard_size: Annotated[int, Field(ge=1, lt=2**63)]
 
 

@@ -7,8 +7,10 @@ import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 from urllib.parse import urlsplit
+
+from pydantic import Field
 
 from expo_ray.config.fields import READ_ONLY
 from expo_ray.errors import InputChanged, NotFound, StorageError, TransientStorageError
@@ -18,6 +20,7 @@ from expo_ray.storage.protocol import MOST_BYTES, FileInfo, Writer, check_size
 from expo_ray.storage.retry import copy_pieces, equal_pieces, read_agreed, retry_translated
 from expo_ray.storage.uri import check_key, check_listing
 from expo_ray.text import remember_secret, shown
+from expo_ray.untrusted import Foreign, validated
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -28,6 +31,19 @@ _PARTIAL_CONTENT = 206
 _EXPIRED = {401, 403, 404, 410}  # what signed addresses answer after a while
 
 T = TypeVar("T")
+
+
+class _Lfs(Foreign):
+    sha256: str
+
+
+class _Listed(Foreign):
+    """One file in a listing of the Hub."""
+
+    name: str
+    size: Annotated[int, Field(ge=0, lt=2**63)] | None
+    blob_id: str | None
+    lfs: _Lfs | None
 
 
 class HubStore:
@@ -143,16 +159,32 @@ class HubStore:
         found = self._api.model_info(
             self._repo, revision=revision, files_metadata=True, timeout=LOOKUP_TIMEOUT_S
         )
-        if not found.sha:
+        if not isinstance(found.sha, str) or not found.sha.isalnum():
             raise StorageError(f"{named}: the Hub names no commit; is HF_ENDPOINT a Hub?")
         start = len(self._folder)
-        check_listing((file.rfilename for file in found.siblings or []), named)
-        return found.sha, {
-            file.rfilename[start:]: FileInfo(
-                file.rfilename[start:], file.size or 0, file.lfs.sha256 if file.lfs else file.blob_id or ""
+        # huggingface_hub passes on what the Hub says, whatever its type.
+        files = [
+            validated(
+                _Listed,
+                {
+                    "name": file.rfilename,
+                    "size": file.size,
+                    "blob_id": file.blob_id,
+                    "lfs": file.lfs and vars(file.lfs),
+                },
+                f"{named}: the listing of {self._api.endpoint}",
+                error=StorageError,
+                remedy="correct HF_ENDPOINT",
             )
-            for file in sorted(found.siblings or [], key=lambda file: file.rfilename)
-            if file.rfilename.startswith(self._folder)
+            for file in found.siblings or []
+        ]
+        check_listing((file.name for file in files), named)
+        return found.sha, {
+            file.name[start:]: FileInfo(
+                file.name[start:], file.size or 0, file.lfs.sha256 if file.lfs else file.blob_id or ""
+            )
+            for file in sorted(files, key=lambda file: file.name)
+            if file.name.startswith(self._folder)
         }
 
     def _download(self, key: str, *, force: bool) -> str:

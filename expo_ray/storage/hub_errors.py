@@ -45,6 +45,12 @@ def translate(error: Exception, uri: str, endpoint: str) -> StorageError:
             return raised(f"{uri}: " + text.format(endpoint=endpoint, repo=repo, error=cause))
         if kind.__name__ == "HfHubHTTPError":
             return _answered(error.response.status_code, uri, endpoint)  # type: ignore[attr-defined]
+    if isinstance(
+        error, LookupError | TypeError | AttributeError | ValueError | ArithmeticError | RecursionError
+    ):
+        # huggingface_hub does not check the fields of an answer.
+        fault = f"{type(error).__name__} {shown(error)}"
+        return StorageError(f"{uri}: {endpoint} does not answer like a Hub ({fault}); correct HF_ENDPOINT")
     return StorageError(f"{uri}: {shown(error)}")
 
 
