@@ -17,6 +17,7 @@ QUESTIONS = {
     "rewards": "how fast are responses scored, against a transformers pipeline at batch 8?",
     "alpha_search": "how good is the alpha that the search finds, and at what price?",
     "decisions": "which alpha does the pipeline choose on real models, and what stops it?",
+    "known_judges": "do figures of judges whose right result is known come out right?",
     "swap": "what does another alpha cost by a swap, against starting an engine on the published folder?",
     "swap_architectures": "do swapped weights of many architectures answer as transformers does?",
     "serving": "what does the endpoint cost, against vLLM alone on the same prompts?",
@@ -24,7 +25,9 @@ QUESTIONS = {
     "rounding": "how far from the exact model is the written one?",
 }
 # Studies of numbers, not of this machine: many minutes, so they run only when named.
-ONLY_WHEN_NAMED = {"alpha_search", "decisions", "judgments", "rounding", "swap_architectures"}
+ONLY_WHEN_NAMED = {
+    "alpha_search", "decisions", "judgments", "known_judges", "rounding", "swap_architectures",
+}  # fmt: skip
 
 
 def main(words: list[str]) -> int:

@@ -36,6 +36,7 @@ _CONSTANT = "Thank you for your question. I am happy to help you with it. Please
 _LEAST_CONSISTENCY, _LEAST_MASS, _LEAST_AGREEMENT, _MOST_CANARY = 0.8, 0.9, 0.65, 0.2
 _POSITION = 0.4, 0.6
 _MOST_UNPARSED = 0.05
+_LEAST_PROMPTS = 20
 
 
 @dataclass(frozen=True)
@@ -158,18 +159,10 @@ def card_of(judge: Judge, examination: Examination, answers: Mapping[str, JudgeA
 
     Args:
         answers: to the questions of the examination.
-
-    Raises:
-        BenchmarkError: if fewer than 10 prompts have a verdict in both orders.
     """
     judgments = judgments_in(judge, examination.sides, examination.comparisons, answers)
     read = [judgment for judgment in judgments if judgment.preference is not None]
     both = _both_orders(read)
-    if len(both) < 10:
-        raise BenchmarkError(
-            f"{judge.model}: a verdict in both orders for {len(both)} of {len(examination.verdicts)} prompts; such a judge is of "
-            "no use: look at its answers below judges/, or use the other --protocol"
-        )
     means = np.array([sum(pair) / 2 for pair in both.values()])
     of_gpt4 = np.array([examination.verdicts[instruction] for instruction in both])
     masses = [
@@ -177,14 +170,11 @@ def card_of(judge: Judge, examination: Examination, answers: Mapping[str, JudgeA
     ]
     asked = [judgment for judgment in judgments if judgment.key]
     figures: dict[str, Any] = {
-        "agreement": float(np.mean(_same_side(means, of_gpt4))),
+        "prompts": len(both),
+        "agreement": _mean(_same_side(means, of_gpt4)),
         "correlation": _rank_correlation(means, of_gpt4),
-        "consistency": float(
-            np.mean(
-                [(pair[0] - 1.5) * (pair[1] - 1.5) > 0 or pair[0] == pair[1] == 1.5 for pair in both.values()]
-            )
-        ),
-        "first_place": float(np.mean([_of_first(judgment) for judgment in read])),
+        "consistency": _mean([_is_consistent(*pair) for pair in both.values()]),
+        "first_place": _mean([_of_first(judgment) for judgment in read], default=0.5),
         "longer": _preference_for_longer(read),
         "mass": float(np.mean(masses)) if masses else None,
         "unparsed": sum(judgment.preference is None for judgment in asked) / max(1, len(asked)),
@@ -192,9 +182,7 @@ def card_of(judge: Judge, examination: Examination, answers: Mapping[str, JudgeA
         "permuted_canary": _canary(judge, examination.permuted, answers),
     }
     cost = sum(answers[question.id].cost for question in examination.questions if question.id in answers)
-    return JudgeCard(
-        judge.model, judge.protocol, len(both), **figures, cost=cost, warnings=tuple(_warnings(figures))
-    )
+    return JudgeCard(judge.model, judge.protocol, **figures, cost=cost, warnings=tuple(_warnings(figures)))
 
 
 def write_card(room: JudgeRoom, card: JudgeCard) -> None:
@@ -220,6 +208,7 @@ def read_card(store: Store, judge: Judge) -> JudgeCard | None:
 def _warnings(figures: Mapping[str, Any]) -> list[str]:
     mass = figures["mass"]
     checks = [
+        (figures["prompts"] < _LEAST_PROMPTS, f"only {figures['prompts']} prompts have a verdict in both orders (at least {_LEAST_PROMPTS})"),
         (figures["consistency"] < _LEAST_CONSISTENCY, f"the same output wins in both orders for {figures['consistency']:.0%} of prompts only (at least {_LEAST_CONSISTENCY:.0%})"),
         (mass is not None and mass < _LEAST_MASS, f"it names one of the two outputs with a probability of {mass or 0:.2f} only (at least {_LEAST_MASS})"),
         (figures["agreement"] < _LEAST_AGREEMENT, f"it agrees with GPT-4 in {figures['agreement']:.0%} only (at least {_LEAST_AGREEMENT:.0%}; chance is 50%)"),
@@ -256,6 +245,15 @@ def _both_orders(judgments: Sequence[Judgment]) -> dict[str, tuple[float, float]
     }
 
 
+def _is_consistent(straight: float, switched: float) -> bool:
+    """Check that the same output wins in both orders, or neither."""
+    return (straight - 1.5) * (switched - 1.5) > 0 or straight == switched == 1.5
+
+
+def _mean(values: Array | Sequence[float], default: float = 0.0) -> float:
+    return float(np.mean(values)) if len(values) else default
+
+
 def _of_first(judgment: Judgment) -> float:
     preference = judgment.preference or 1.5
     return preference - 1 if judgment.switched else 2 - preference
@@ -287,7 +285,7 @@ def _same_side(preferences: Array, others: Array) -> Array:
 
 def _rank_correlation(values: Array, others: Array) -> float:
     ranks = [_ranks(each) for each in (values, others)]
-    spread = [float(each.std()) for each in ranks]
+    spread = [float(each.std()) if len(each) else 0.0 for each in ranks]
     if min(spread) == 0:
         return 0.0
     return float(

@@ -24,7 +24,7 @@ from expo_ray.benchmark.alpaca_judging import (
 from expo_ray.benchmark.grading import grades_of, judgment_rows, read_chat_answers, read_mt_bench, rows_text
 from expo_ray.benchmark.judge import Judge, Price, default_key_variable
 from expo_ray.benchmark.judge_card import card_of, examination_of, write_card
-from expo_ray.benchmark.judging import Judged, JudgeRoom, ask, check_cost, estimate
+from expo_ray.benchmark.judging import Judged, JudgeRoom, ask, check_cost, estimate, with_weights
 from expo_ray.benchmark.tables import (
     arm_json,
     arms_table,
@@ -68,7 +68,7 @@ def judge_of(arguments: argparse.Namespace) -> Judge:
         else {}
     )
     variable = default_key_variable(arguments.judge) if arguments.key_env is None else arguments.key_env
-    return Judge(
+    judge = Judge(
         arguments.judge,
         arguments.judge_model,
         variable,
@@ -77,6 +77,7 @@ def judge_of(arguments: argparse.Namespace) -> Judge:
         Price(*arguments.price) if arguments.price else None,
         arguments.concurrency,
     )
+    return with_weights(judge)
 
 
 def judge_alpaca(arguments: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from expo_ray.benchmark.judge import Judge
@@ -122,6 +122,21 @@ class JudgeRoom:
     def write(self, rows: Sequence[JudgeAnswer]) -> None:
         """Store rows, all or none."""
         self._parts.write(rows)
+
+
+def with_weights(judge: Judge) -> Judge:
+    """Ask the judge's endpoint which weights it serves, and make them part of the judge; most endpoints do not say."""
+
+    async def ask_card() -> str:
+        async with Client(judge.url, key_variable=judge.key_variable) as client:
+            card = await client.card(judge.model)
+            # What other servers call the root of a model is a path on their disk.
+            return card.weights if card.engine else ""
+
+    try:
+        return replace(judge, weights=asyncio.run(ask_card()))
+    except EndpointError:
+        return judge  # not there, or no list of models; whether it answers is seen when it is asked
 
 
 def question_id(judge: Judge, template_id: str, texts: Sequence[str], options: Mapping[str, Any]) -> str:
