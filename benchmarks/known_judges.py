@@ -124,7 +124,7 @@ def judged(
         rates = []
         for name in (model, dpo):
             file = Path(folder, "out", "annotations", f"{name}-against-{BASELINE}.json")
-            verdicts = read_annotations(str(file), covariates.prompts)
+            verdicts = read_annotations(str(file), covariates.prompts).verdicts
             controlled = score_arm(verdicts, covariates.official).controlled
             assert controlled is not None
             rates.append(controlled.interval.value)
