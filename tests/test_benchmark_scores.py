@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import random
+import re
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -286,6 +293,19 @@ def test_texts_with_line_separators_and_half_surrogates_are_counted_in_character
     assert (arm.opponent_lengths[0], arm.lengths[0]) == (5, 3)
 
 
+def test_all_problems_of_a_list_are_reported_though_it_holds_a_nan(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = make_annotations(raw_completion=float("nan"))
+    file = tmp_path / "annotations.json"
+    file.write_text("\ufeff" + json.dumps([{**rows[0], "preference": float("nan")}, *rows[2:], rows[3]]))
+    assert main(["benchmark", "alpaca", "--annotations", str(file), "--covariates", str(small)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("2 problem(s)")
+    for value in ("row 1", "nan", "row 3 and row 40"):
+        assert value in error
+
+
 @pytest.mark.parametrize("missing", ["df_gamed.csv", "prompts.jsonl"])
 def test_covariates_that_are_not_there_are_named(tmp_path: Path, missing: str) -> None:
     folder = make_covariates(tmp_path)
@@ -454,3 +474,65 @@ def test_a_task_that_comes_twice_is_refused(tmp_path: Path, capsys: pytest.Captu
     error = capsys.readouterr().err
     assert "results_1.json as well" in error
     assert str(tmp_path / "none") in error
+
+
+@contextmanager
+def dataset_server(folder: Path) -> Iterator[str]:
+    """A Hub with one dataset, whose files are those of the folder; gives its address."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self._file()
+
+        def do_GET(self) -> None:
+            self._file(body=True)
+
+        def _file(self, *, body: bool = False) -> None:
+            match = re.fullmatch(r"/datasets/tatsu-lab/alpaca_eval/resolve/\w+/([\w.]+)", self.path)
+            data = (folder / match[1]).read_bytes() if match and (folder / match[1]).is_file() else b""
+            self.send_response(200 if data else 404)
+            self.send_header("Content-Length", str(len(data)))
+            self.send_header("X-Repo-Commit", commit)
+            self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+            self.end_headers()
+            if body:
+                self.wfile.write(data)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def test_covariates_are_downloaded_and_another_digest_is_said(small: Path, tmp_path: Path) -> None:
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    (hub / "df_gamed.csv").write_bytes((small / "df_gamed.csv").read_bytes())
+    rows = [json.loads(line) for line in (small / "prompts.jsonl").read_text().splitlines()]
+    rows.sort(key=lambda row: row.pop("index"))
+    (hub / "alpaca_eval.json").write_text(json.dumps(rows))
+    file = write_jsonl(tmp_path / "a.jsonl", make_annotations())
+    with dataset_server(hub) as endpoint:
+        settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
+        command = [
+            sys.executable,
+            "-m",
+            "expo_ray.cli",
+            "benchmark",
+            "alpaca",
+            "--json",
+            "--annotations",
+            str(file),
+        ]
+        done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["n"] == 40
+    assert hashlib.sha256((hub / "df_gamed.csv").read_bytes()).hexdigest() in done.stderr

@@ -11,6 +11,7 @@ from expo_ray.benchmark.intervals import Estimate, difference, estimate, mean_of
 from expo_ray.benchmark.judgments import Verdicts
 from expo_ray.benchmark.length_control import Kind, LengthControl, controlled_win_rate
 from expo_ray.errors import BenchmarkError
+from expo_ray.text import shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +65,10 @@ def score_arm(
         BenchmarkError: if fewer than two prompts hold a verdict.
     """
     rows = verdicts.parsed
+    if len(rows.index) < 2:
+        raise BenchmarkError(
+            f"{shown(verdicts.model)}: {len(rows.index)} prompt(s) with a verdict; a score with its interval needs at least 2"
+        )
     controlled = None
     if control is not None:
         controlled = estimate(controlled_win_rate(rows, control), len(rows.index))
