@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from expo_ray.checkpoint.folder import read_checkpoint
 from expo_ray.errors import CheckpointError, ExpoError, Problems
+from expo_ray.evaluation.served import check_model
+from expo_ray.extrapolation.verify import read_manifest
+from expo_ray.on_ray.parents import published_folder
 from expo_ray.storage import open_store
 from tests.stored_files import stored
 
@@ -67,6 +71,19 @@ def test_a_place_that_is_no_folder_gets_a_hint(tmp_path: Path, monkeypatch: pyte
         "https://[": "unknown scheme https://",
     }.items():
         assert part in message(given), given
+
+
+@pytest.mark.parametrize(
+    "look", [lambda path: read_manifest(open_store(path)), check_model, published_folder]
+)
+def test_the_hint_is_given_wherever_a_folder_is_asked_for(
+    look: Callable[[str], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    for given, part in {"org/name": "hf://org/name", "model.safetensors": "is a file"}.items():
+        with pytest.raises(ExpoError, match=part):
+            look(given)
 
 
 def test_the_folder_that_zero_to_fp32_makes_is_read_once_its_files_are_moved(tmp_path: Path) -> None:

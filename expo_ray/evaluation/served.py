@@ -9,6 +9,7 @@ from expo_ray.config import Job, Pair, format_alpha
 from expo_ray.errors import Attempts
 from expo_ray.extrapolation.job import outputs_of
 from expo_ray.extrapolation.plan import PairPlan, plan_pair
+from expo_ray.extrapolation.verify import refuse_foreign_files
 from expo_ray.storage import open_store
 
 
@@ -41,13 +42,10 @@ def served_plans(job: Job) -> list[PairPlan]:
 
 
 def check_model(uri: str) -> None:
-    """See that there is a model at `uri`.
-
-    Raises:
-        NotFound: if there is none.
-        StorageError: if it cannot be told.
-    """
-    open_store(uri).stat("config.json")
+    """See that there is a model at `uri`; errors as of `refuse_foreign_files`, and `NotFound` without a configuration."""
+    store = open_store(uri)
+    refuse_foreign_files(store)
+    store.stat("config.json")
 
 
 def _whole(job: Job, pair: Pair) -> PairPlan:

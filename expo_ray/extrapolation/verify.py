@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from expo_ray.config import Pair, parse_pair
-from expo_ray.errors import CheckpointError, ExpoError, NotFound, StorageError
+from expo_ray.errors import CheckpointError, ExpoError, NotFound, StorageError, some
 from expo_ray.extrapolation.manifest import MANIFEST_BYTES, parse_manifest
 from expo_ray.extrapolation.output import CLAIM, MANIFEST
 from expo_ray.extrapolation.plan import PairPlan, plan_pair
@@ -63,6 +63,24 @@ def foreign_files(present: Iterable[str], manifest: Mapping[str, Any]) -> list[s
     """Keys beside a published model that its manifest does not know; what Git and the Hub's client keep there is none."""
     wanted = {MANIFEST, *(shard["file"] for shard in manifest["shards"]), *manifest["files"]}
     return [key for key in present if key not in wanted and not key.startswith(_BOOKKEEPING)]
+
+
+def refuse_foreign_files(store: Store) -> None:
+    """See that nothing would be loaded with a model that did not come with it; a folder of another tool passes.
+
+    Raises:
+        NotFound: if there is no such folder.
+        CheckpointError: if a model of expo-ray is unfinished.
+        StorageError: if a published model's folder holds files that its manifest does not know: an engine would load a template,
+            code or an adapter that somebody put there.
+    """
+    manifest = read_manifest(store)
+    foreign = foreign_files([info.key for info in store.list()], manifest) if manifest else []
+    if foreign:
+        raise StorageError(
+            f"{store.uri}: holds {len(foreign)} file(s) that are not part of the published model "
+            f"({some(list(map(shown, foreign)))}); move them elsewhere"
+        )
 
 
 def _verify_file(

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from expo_ray.checkpoint.tensors import Checkpoint
-from expo_ray.errors import CheckpointError, StorageError, some
+from expo_ray.errors import CheckpointError, StorageError
 from expo_ray.extrapolation.output import MANIFEST
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.progress import size_text
-from expo_ray.extrapolation.verify import foreign_files, read_manifest
+from expo_ray.extrapolation.verify import read_manifest, refuse_foreign_files
 from expo_ray.storage import FileInfo, Store, open_store
 from expo_ray.storage.local_writer import free_bytes
 from expo_ray.storage.uri import check_key, check_listing, expand_home
@@ -70,18 +70,11 @@ def published_folder(uri: str) -> Path:
     Raises:
         NotFound: if there is no such folder.
         CheckpointError: if a model of expo-ray is unfinished.
-        StorageError: if it cannot be fetched, is not what its manifest says, or holds files that the manifest does not know: an
-            engine would load a template, code or an adapter that somebody put there.
+        StorageError: if it cannot be fetched, is not what its manifest says, or holds files that the manifest does not know.
     """
     store = open_store(uri)
-    manifest = read_manifest(store)
+    refuse_foreign_files(store)
     files = {info.key: info for info in store.list() if not info.key.startswith(".expo/")}
-    foreign = foreign_files(files, manifest) if manifest else []
-    if foreign:
-        raise StorageError(
-            f"{store.uri}: holds {len(foreign)} file(s) that are not part of the published model ({some(list(map(shown, foreign)))}); "
-            "move them elsewhere"
-        )
     return _fetched(store, files) if "://" in store.uri else Path(store.uri)
 
 

@@ -59,7 +59,7 @@ class LocalStore:
     def stat(self, key: str) -> FileInfo:
         path = self._path(key)
         with named(path):
-            return info_of(key, _regular(path, path.stat()))
+            return info_of(key, _regular(path, _status(path)))
 
     def read(self, key: str, *, most_bytes: int = MOST_BYTES) -> bytes:
         path = self._path(key)
@@ -118,13 +118,20 @@ def _opened(path: Path) -> Iterator[int]:
         StorageError: if it is a FIFO, a socket or a device, or cannot be read.
     """
     with named(path):
-        _regular(path, path.stat())  # opening alone makes some devices act
+        _regular(path, _status(path))  # opening alone makes some devices act
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             _regular(path, os.fstat(fd))
             yield fd
         finally:
             os.close(fd)
+
+
+def _status(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except NotADirectoryError as error:  # the folder is itself a file
+        raise FileNotFoundError(error.errno, error.strerror) from error
 
 
 def _regular(path: Path, status: os.stat_result) -> os.stat_result:
