@@ -18,6 +18,7 @@ from expo_ray.extrapolation.receipt import read_receipt
 from expo_ray.storage import FileInfo, Store, open_output, open_store
 from expo_ray.storage.conditional import PROBE_PREFIX
 from expo_ray.storage.local_writer import check_writable, free_bytes
+from expo_ray.text import shown
 from expo_ray.untrusted import Foreign, parse_json, validated
 
 CLAIM = ".expo/claim.json"
@@ -64,6 +65,12 @@ def inspect_output(plan: PairPlan, alpha: float, *, overwrite: bool) -> OutputSt
         check_writable(folder)
     if not present:
         return OutputState()
+    # Neither a size nor an ETag: no regular file, so that writing it would wait or fail in the middle of the work.
+    odd = [f"{shown(key)} ({info.fault})" for key, info in present.items() if info.fault and not info.etag]
+    if odd:
+        raise OutputError(
+            f"output {uri} holds {some(odd, 3)}; remove what is no file, or choose another output folder"
+        )
     if CLAIM not in present:
         raise OutputError(
             f"output {uri} holds other files ({some(list(present), 3)}); choose an empty or new folder"
