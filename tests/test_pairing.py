@@ -492,7 +492,6 @@ def test_an_adapter_with_a_grown_vocabulary(tmp_path: Path, capsys: Print, told_
     said = refused(capsys, tmp_path / "sft", tmp_path / "dpo", tmp_path / "out", more="--adapter merge")
     assert "trained with 104 rows" in said
     assert expo(tmp_path / "resized", tmp_path / "dpo", tmp_path / "out", 0.5, more="--adapter merge") == 0
-    assert (
-        AutoModelForCausalLM.from_pretrained(tmp_path / "out").get_input_embeddings().weight.shape[0] == 104
-    )
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.get_input_embeddings().weight.shape[0] == 104
     assert expo(tmp_path / "sft", tmp_path / "dpo", tmp_path / "scaled", 0.5) == 0

@@ -29,7 +29,7 @@ _NAMES = re.compile(
     r"|global_(?:mean|invstd)|vocoder\.(?:mean|scale)|mel_filters?|mel_basis|(?:up|down)sample\.filter"
     # calibration
     r"|[kvq]_scale|prob_scale|(?:input|output)_scale|input_amax|(?:act|fc|weight)_scaling_factor|x_m(?:in|ax)"
-    r"|(?:weight|bias)_integer"
+    r"|(?:weight|bias)_integer|LayerNorm\.shift"
     r")$"
 )
 # GPT-2, GPT-Neo and NeoX call their causal mask `attn.bias`, as others call the learned bias of a projection.
