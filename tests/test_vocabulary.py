@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Mapping
 from itertools import pairwise
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, trainers
+from tokenizers.pre_tokenizers import ByteLevel
 
 from expo_ray.checkpoint.folder import read_checkpoint
 from expo_ray.checkpoint.vocabulary import RowRun, row_map, vocabulary
@@ -80,15 +82,67 @@ def test_the_fast_tokenizer_comes_first() -> None:
     assert found == {"x": 0}
 
 
+def test_sentencepiece_models_as_their_library_reads_them(tmp_path: Path) -> None:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    text = tmp_path / "text"
+    text.write_text(
+        "\n".join(f"the {word} of a {word}er" for word in ("cat", "house", "tree", "river", "stone") * 20)
+    )
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text),
+        model_prefix=str(tmp_path / "m"),
+        vocab_size=60,
+        hard_vocab_limit=False,
+        byte_fallback=False,
+    )
+    library = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "m.model"))
+    expected = {library.id_to_piece(row): row for row in range(library.get_piece_size())}
+    assert read(tokenizer__model=(tmp_path / "m.model").read_bytes()) == expected
+    assert read(spiece__model=(tmp_path / "m.model").read_bytes()) == expected
+
+
+def test_tiktoken_and_tekken_as_byte_level_tokenizers_write_them() -> None:
+    letters = {bytes([byte]): byte for byte in range(256)} | {
+        b" the": 256,
+        "\u00e9".encode(): 257,
+        b"\n\n": 258,
+    }
+    lines = "\n".join(f"{base64.b64encode(token).decode()} {rank}" for token, rank in letters.items())
+    rows = read(qwen__tiktoken=lines.encode())
+    assert rows == read(tokenizer__model=lines.encode())
+    assert {"\u0120the", "\u00c3\u00a9", "\u010a\u010a"} <= rows.keys()
+    assert set(ByteLevel.alphabet()) <= rows.keys()
+    tekken = {
+        "config": {"default_num_special_tokens": 3, "default_vocab_size": 261},
+        "vocab": [
+            {"rank": rank, "token_bytes": base64.b64encode(token).decode(), "token_str": None}
+            for token, rank in letters.items()
+        ],
+        "special_tokens": [
+            {"rank": rank, "token_str": text} for rank, text in enumerate(("<unk>", "<s>", "</s>"))
+        ],
+    }
+    found = read(tekken__json=tekken)
+    assert found["<s>"] == 1
+    assert found["\u0120the"] == 259
+    assert "\u010a\u010a" not in found  # past the vocabulary's size
+    assert {token: row - 3 for token, row in found.items() if row >= 3} == {
+        t: r for t, r in rows.items() if r < 258
+    }
+
+
 REFUSALS: list[tuple[dict[str, Any], str]] = [
     (
-        {"tokenizer__model": b"\n\x0e\n\x05<unk>"},
-        "only tokenizer.model, and matching rows by token needs tokenizer.json, vocab.json or vocab.txt; save a fast tokenizer "
-        "beside it (`AutoTokenizer.from_pretrained(...).save_pretrained(...)` writes tokenizer.json), or set `vocab: keep-dpo` "
-        "to match rows by position",
+        {"sentencepiece__bpe__model": b"\n\x0e\n\x05<unk>"},
+        "only sentencepiece.bpe.model, and matching rows by token needs tokenizer.json; save a fast tokenizer beside it "
+        "(`AutoTokenizer.from_pretrained(...).save_pretrained(...)` writes tokenizer.json), or set `vocab: keep-dpo` to match "
+        "rows by position",
     ),
-    ({"qwen__tiktoken": b"IQ== 0"}, "only qwen.tiktoken"),
-    ({"tekken__json": b"{}"}, "only tekken.json"),
+    ({"tokenizer__model": b"\n\x7f\n\x05<unk>"}, "/tokenizer.model: not a sentencepiece model"),
+    ({"tokenizer__model": b"\n\x02\x10\x01"}, "/tokenizer.model: not a sentencepiece model"),
+    ({"qwen__tiktoken": b"IQ= 0"}, "/qwen.tiktoken: not a tiktoken file"),
+    ({"qwen__tiktoken": b"IQ== x"}, "/qwen.tiktoken: not a tiktoken file"),
+    ({"tekken__json": b"{}"}, "/tekken.json: no vocabulary of Mistral's tekken"),
     ({}, "no tokenizer, and matching rows by token needs"),
     ({"tokenizer__json": b"{"}, "/tokenizer.json: not valid JSON"),
     ({"tokenizer__json": {}}, "/tokenizer.json: no vocabulary under model.vocab; save a fast tokenizer"),

@@ -9,11 +9,14 @@ from typing import Any
 
 from expo_ray.checkpoint.json_file import read_json, read_small
 from expo_ray.checkpoint.tensors import Checkpoint
+from expo_ray.checkpoint.tokenizer_files import sentencepiece_pieces, tekken_ranks, tiktoken_ranks
 from expo_ray.errors import CheckpointError
-from expo_ray.storage.protocol import Store
+from expo_ray.storage.protocol import FileInfo, Store
 
 _MAX_ROW = 2**31
 _READ = ("tokenizer.json", "vocab.json", "vocab.txt")
+# Models of fairseq's family shift the rows of their sentencepiece model, and call it `sentencepiece.bpe.model`; Pegasus does as well.
+_OTHERS = ("tokenizer.model", "spiece.model", "tekken.json")
 _REMEDY = "save a fast tokenizer beside it (`AutoTokenizer.from_pretrained(...).save_pretrained(...)` writes tokenizer.json)"
 
 
@@ -33,10 +36,10 @@ class RowRun:
 
 
 def vocabulary(store: Store, checkpoint: Checkpoint) -> dict[str, int]:
-    """Token string -> row, from tokenizer.json, else vocab.json or vocab.txt, with the added tokens.
+    """Token string -> row, from tokenizer.json, else another file that holds a vocabulary, with the added tokens.
 
     Raises:
-        CheckpointError: if the folder has none of these (a bare sentencepiece model, for one) or they are not what they should be.
+        CheckpointError: if the folder has none that can be read, or it is not what it should be.
     """
     files = checkpoint.files
     if "tokenizer.json" in files:
@@ -47,6 +50,8 @@ def vocabulary(store: Store, checkpoint: Checkpoint) -> dict[str, int]:
     elif "vocab.txt" in files:
         text = read_small(store, files["vocab.txt"]).decode("utf-8", errors="replace").replace("\r\n", "\n")
         found = {token: row for row, token in enumerate(text.removesuffix("\n").split("\n"))}
+    elif key := _other_file(checkpoint):
+        found = _other_vocabulary(store, files[key])
     else:
         raise _no_vocabulary(store, checkpoint)
     return found | _added(store, checkpoint)
@@ -54,12 +59,13 @@ def vocabulary(store: Store, checkpoint: Checkpoint) -> dict[str, int]:
 
 def has_tokenizer(checkpoint: Checkpoint) -> bool:
     """Whether `vocabulary` can read a file of this checkpoint."""
-    return any(key in checkpoint.files for key in _READ)
+    return any(key in checkpoint.files for key in _READ) or bool(_other_file(checkpoint))
 
 
 def same_tokenizer(store: Store, checkpoint: Checkpoint, other_store: Store, other: Checkpoint) -> bool:
-    """Whether both checkpoints have the same `tokenizer.json`, byte for byte."""
-    mine, theirs = checkpoint.files.get("tokenizer.json"), other.files.get("tokenizer.json")
+    """Whether both checkpoints have the same file of a vocabulary, byte for byte."""
+    key = next((key for key in _READ if key in checkpoint.files), None) or _other_file(checkpoint) or ""
+    mine, theirs = checkpoint.files.get(key), other.files.get(key)
     if mine is None or theirs is None or mine.size != theirs.size:
         return False
     return mine.etag == theirs.etag or read_small(store, mine) == read_small(other_store, theirs)
@@ -150,12 +156,27 @@ def _checked(pairs: Iterable[tuple[object, object]], where: str) -> dict[str, in
     return found
 
 
+def _other_file(checkpoint: Checkpoint) -> str | None:
+    """The file of a vocabulary in another form than the tokenizers library's."""
+    if "pegasus" in str(checkpoint.config.get("model_type")):
+        return None
+    named = [key for key in _OTHERS if key in checkpoint.files]
+    return next(iter(named + sorted(key for key in checkpoint.files if key.endswith(".tiktoken"))), None)
+
+
+def _other_vocabulary(store: Store, info: FileInfo) -> dict[str, int]:
+    where = f"{store.uri}/{info.key}"
+    if info.key == "tekken.json":
+        return _checked(tekken_ranks(read_json(store, info), where), where)
+    data = read_small(store, info)
+    # Llama 3 calls its tiktoken file as Llama 2 its sentencepiece model, whose first field has the tag 0x0a.
+    return sentencepiece_pieces(data, where) if data[:1] == b"\n" else tiktoken_ranks(data, where)
+
+
 def _no_vocabulary(store: Store, checkpoint: Checkpoint) -> CheckpointError:
-    models = [
-        key for key in checkpoint.files if key.endswith((".model", ".tiktoken")) or key == "tekken.json"
-    ]
+    models = [key for key in checkpoint.files if key.endswith((".model", ".txt")) or key.startswith("vocab")]
     found = f"only {', '.join(models)}" if models else "no tokenizer"
     return CheckpointError(
-        f"{store.uri}: {found}, and matching rows by token needs tokenizer.json, vocab.json or vocab.txt; {_REMEDY}, or set "
+        f"{store.uri}: {found}, and matching rows by token needs tokenizer.json; {_REMEDY}, or set "
         "`vocab: keep-dpo` to match rows by position"
     )

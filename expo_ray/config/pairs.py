@@ -39,8 +39,8 @@ class PairOptions(Frozen):
     """Data type of the written weights; `keep` is dpo's, tensor by tensor."""
 
     vocab: VocabPolicy = "refuse"
-    """What to do when the embeddings of dpo and sft have different numbers of rows: `by-token` matches rows through both
-    tokenizers, `keep-dpo` matches them by position and keeps dpo's rows past sft's last."""
+    """How rows of embeddings are matched: `refuse` by position, if both parents have the same number of rows; `by-token`
+    through both tokenizers, whatever the numbers; `keep-dpo` by position, with dpo's rows kept past sft's last."""
 
     adapter: AdapterPolicy = "scale"
     """When dpo is a LoRA adapter on sft: `scale` writes the adapter with its scale times (1 + alpha), `merge` writes a
