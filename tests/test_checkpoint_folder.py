@@ -199,6 +199,8 @@ REFUSALS: list[tuple[Files, str]] = [
         {**CONFIG, "model-00001-of-00001.safetensors": weights("a"), "old-00001-of-00001.safetensors": weights("a")},
         "several sets of weights and no index: model-*-of-00001.safetensors, old-*-of-00001.safetensors; keep one of them",
     ),
+    ({**CONFIG, "model-00000-of-00000.safetensors": weights("a")}, "numbers that are not from 1 to 0; name the files as"),
+    ({**CONFIG, "model-00003-of-00002.safetensors": weights("a")}, "numbers that are not from 1 to 2"),
     (
         {**CONFIG, "x.safetensors": weights("a", "b"), "y.safetensors": weights("b")},
         "b stands in several files (x.safetensors and y.safetensors); remove the stale ones",

@@ -368,6 +368,7 @@ def test_what_was_put_there_after_planning_survives_an_overwrite(
     (out / "notes.txt").write_text("mine")
     assert not run(job).failures
     assert (out / "notes.txt").read_text() == "mine"
+    (out / "notes.txt").unlink()
     assert is_whole(out)
 
 

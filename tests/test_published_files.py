@@ -116,6 +116,17 @@ def test_what_the_manifest_does_not_know_is_a_verdict_and_is_not_served(
         published_folder(str(folder))
 
 
+@pytest.mark.parametrize("key", [".expo/claim.json", "README.md", "config.json"])
+def test_a_fifo_in_an_output_is_refused_before_any_work(tmp_path: Path, key: str) -> None:
+    sft, dpo = write_pair(tmp_path)
+    out = tmp_path / "out"
+    assert expo(sft, dpo, out, 0.5) == 0
+    for name in ("expo.json", key):
+        (out / name).unlink()
+    os.mkfifo(out / key)
+    assert expo(sft, dpo, out, 0.5) == 2
+
+
 def test_what_git_and_the_hubs_client_keep_there_is_let_be(model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(model, folder)

@@ -174,6 +174,11 @@ def _missing_shards(store: Store, shards: Sequence[re.Match[str]], suffix: str) 
         raise CheckpointError(f"{store.uri}: several sets of weights and no index: {names}; keep one of them")
     stem, total = sets[0]
     present = {int(shard["number"]) for shard in shards}
+    if not 1 <= min(present) <= max(present) <= int(total):
+        raise CheckpointError(
+            f"{store.uri}: {some(shard[0] for shard in shards)}: numbers that are not from 1 to {int(total)}; name the files as "
+            "`save_pretrained` does"
+        )
     width = len(total)
     numbers = (number for number in range(1, int(total) + 1) if number not in present)
     return tuple(f"{stem}-{number:0{width}d}-of-{total}{suffix}" for number in numbers)

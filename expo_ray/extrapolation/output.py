@@ -75,6 +75,9 @@ def inspect_output(plan: PairPlan, alpha: float, *, overwrite: bool) -> OutputSt
         raise OutputError(
             f"output {uri} holds other files ({some(list(present), 3)}); choose an empty or new folder"
         )
+    faulty = [f"{shown(key)} ({info.fault})" for key, info in present.items() if info.fault]
+    if faulty and not overwrite:
+        raise OutputError(f"output {uri} holds what is no file of it: {some(faulty, 3)}; remove it")
     holder = claimed_by(store)
     if overwrite:
         foreign = sorted(present.keys() - _claimed_files(store, present))
