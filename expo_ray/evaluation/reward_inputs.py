@@ -8,7 +8,9 @@ from typing import Any, Protocol
 
 from expo_ray.errors import ExpoError, Problems, RewardError, some
 from expo_ray.evaluation.records import Message, Response, scored_digest
+from expo_ray.time_limit import time_limit
 
+_RENDER_S = 20.0  # an ordinary template takes milliseconds
 _PROBE = [{"role": "user", "content": "a"}]
 
 
@@ -60,7 +62,8 @@ def token_ids(tokenizer: Tokenizer, messages: Sequence[Message], text: str) -> l
     """
     chat = [{"role": one["role"], "content": one["content"]} for one in messages]
     chat.append({"role": "assistant", "content": text})
-    rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=False)
+    with time_limit(_RENDER_S):
+        rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=False)
     return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
 

@@ -36,7 +36,7 @@ _OTHER_HEADS = ("v_head.", "value_head.", "reward_head.", "regression_layer.")
 _SUFFIX = "ForSequenceClassification"
 _LIMITS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
 # Their positions begin behind the padding token's.
-_SHIFTED = {"roberta", "xlm-roberta", "camembert"}
+_SHIFTED = ("roberta", "xlm-roberta", "camembert")
 
 
 # Files beside config.json in which a model may name code of its own.

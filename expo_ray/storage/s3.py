@@ -15,12 +15,16 @@ from expo_ray.storage.s3_connection import connect
 from expo_ray.storage.s3_errors import status_of, translate
 from expo_ray.storage.s3_writer import S3Writer
 from expo_ray.storage.uri import check_key, split_bucket
+from expo_ray.text import shown
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta
 
 PIECE_BYTES = 256 << 10
 RANGE_NOT_SATISFIABLE = 416
+
+# More than any model or run has; a listing that goes on is no listing.
+_MOST_OBJECTS = 1_000_000
 
 T = TypeVar("T")
 
@@ -59,8 +63,16 @@ class S3Store:
         uri = f"{self.uri}/{prefix}".rstrip("/")
 
         def ask() -> list[FileInfo]:
-            pages = obstore.list(self._connection.reads, folder or None, chunk_size=1000)
-            return [self._info(meta) for page in pages for meta in page]
+            listed: dict[str, FileInfo] = {}
+            for page in obstore.list(self._connection.reads, folder or None, chunk_size=1000):
+                for info in map(self._info, page):
+                    if info.key in listed or len(listed) == _MOST_OBJECTS:
+                        raise StorageError(
+                            f"{uri}: the listing does not end; after {len(listed)} objects it names {shown(info.key)}. Correct "
+                            "AWS_ENDPOINT_URL, or name a folder with fewer files"
+                        )
+                    listed[info.key] = info
+            return list(listed.values())
 
         infos = self._retry(ask, uri)
         folders = {str(folder) for info in infos for folder in PurePosixPath(info.key).parents}
