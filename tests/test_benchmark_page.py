@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -24,7 +26,9 @@ from expo_ray.benchmark.tables import (
     markdown,
     pooled_head_to_head,
 )
+from expo_ray.cli import main
 from expo_ray.report.benchmark_page import Table, benchmark_page
+from tests.support.eval_data import make_annotations, write_jsonl
 
 HOSTILE = "<script>alert(1)</script>|\u202e\x1b[31m$x$"
 
@@ -94,3 +98,59 @@ def test_the_page_shows_every_row_and_nothing_of_a_name_is_markup() -> None:
     assert "mean of 2 pairs" in drawn
     assert page.count("<tr>") == 4
     assert page == benchmark_page("Results", [head_to_head_table(duels)], [head_to_head_forest(duels)])
+
+
+def pair_file(folder: Path, name: str, seed: int, rows: slice = slice(None), judge: str = "judge") -> Path:
+    names: dict[str, Any] = {"generator_1": f"{name} dpo", "generator_2": name, "annotator": judge}
+    return write_jsonl(folder / f"{name}.jsonl", make_annotations(seed=seed, **names)[rows])
+
+
+def test_several_pairs_make_one_table_and_one_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    shuffled = slice(None, None, -1)
+    files = [
+        pair_file(tmp_path, "a", 1),
+        pair_file(tmp_path, "b", 2, shuffled),
+        pair_file(tmp_path, "c", 3, slice(5, None)),
+    ]
+    words = [
+        "benchmark",
+        "pairs",
+        "--annotations",
+        *map(str, files),
+        "--output",
+        str(tmp_path / "out"),
+        "--json",
+    ]
+    assert main(words) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result == json.loads((tmp_path / "out" / "pairs.json").read_text())
+    assert [(pair["model"], pair["reference"], pair["n"]) for pair in result["pairs"]] == [
+        ("a", "a dpo", 35), ("b", "b dpo", 35), ("c", "c dpo", 35)
+    ]  # fmt: skip
+    mean = np.mean([pair["length_controlled_winrate"]["value"] for pair in result["pairs"]])
+    assert result["pooled"]["value"] == pytest.approx(mean)
+    assert "35 prompts" in caplog.text
+    page = (tmp_path / "out" / "pairs.html").read_text()
+    assert "mean of 3 pairs" in page
+    assert (tmp_path / "out" / "pairs.md").read_text().count("\n| ") == 5
+
+
+def test_pairs_of_several_judges_or_models_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [pair_file(tmp_path, "a", 1), pair_file(tmp_path, "b", 2, judge="another")]
+    mixed = write_jsonl(
+        tmp_path / "mixed.jsonl",
+        [
+            {**row, "annotator": "judge", "generator_2": f"model {at % 2}"}
+            for at, row in enumerate(make_annotations())
+        ],
+    )
+    output = tmp_path / "out"
+    words = ["benchmark", "pairs", "--annotations", *map(str, [*files, mixed]), "--output", str(output)]
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("2 problem(s)")
+    assert not output.exists()

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from expo_ray.benchmark.intervals import Estimate, difference, estimate, mean_of
 from expo_ray.benchmark.judgments import Verdicts
@@ -40,14 +41,19 @@ class ArmDifference:
     Attributes:
         model: name of the model.
         reference: name of the model that it is compared with.
-        prompts: those on which both have a verdict.
+        index: (prompts,), int64: places of the prompts on which both have a verdict.
     """
 
     model: str
     reference: str
     win_rate: Estimate
     controlled: Estimate | None
-    prompts: int
+    index: NDArray[np.int64]
+
+    @property
+    def prompts(self) -> int:
+        """The number of those prompts."""
+        return len(self.index)
 
 
 def score_arm(
@@ -119,7 +125,7 @@ def compare_arms(
         reference.verdicts.model,
         difference(arms[0].win_rate, arms[1].win_rate),
         controlled,
-        len(common),
+        common,
     )
 
 

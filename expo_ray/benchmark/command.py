@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from expo_ray.benchmark.judge_command import examine_judge, grade_mtbench, judge_alpaca
-from expo_ray.benchmark.score_command import score_alpaca, score_leaderboard, score_mtbench
+from expo_ray.benchmark.score_command import score_alpaca, score_leaderboard, score_mtbench, score_pairs
 from expo_ray.errors import JobError
 
 
@@ -17,6 +17,8 @@ def command(arguments: argparse.Namespace) -> int:
     """
     if arguments.benchmark == "leaderboard":
         return score_leaderboard(arguments)
+    if arguments.benchmark == "pairs":
+        return score_pairs(arguments)
     if arguments.benchmark == "judge":
         return examine_judge(arguments)
     asked = arguments.outputs if arguments.benchmark == "alpaca" else arguments.answers

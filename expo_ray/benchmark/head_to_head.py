@@ -10,11 +10,14 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
 from expo_ray.benchmark.intervals import Estimate, estimate, mean_of, p_value
 from expo_ray.benchmark.judgments import Verdicts
 from expo_ray.benchmark.length_control import Regression
+from expo_ray.errors import BenchmarkError
 from expo_ray.evaluation.statistics import Array
+from expo_ray.text import shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +31,7 @@ class HeadToHead:
         win_rate: as judged.
         controlled: win rate at equal length: what the intercept of a logistic regression of the verdicts on
             tanh(length difference over its standard deviation) predicts. The primary figure.
-        prompts: with a verdict in each order asked for.
+        index: (prompts,), int64: places of the prompts with a verdict in each order asked for.
         unparsed: prompts without.
         length_ratio: mean length of the model's answers over its opponent's.
     """
@@ -38,9 +41,14 @@ class HeadToHead:
     judge: str
     win_rate: Estimate
     controlled: Estimate
-    prompts: int
+    index: NDArray[np.int64]
     unparsed: int
     length_ratio: float
+
+    @property
+    def prompts(self) -> int:
+        """The number of prompts with a verdict."""
+        return len(self.index)
 
     @cached_property
     def p_value(self) -> float:
@@ -59,16 +67,21 @@ def head_to_head(verdicts: Verdicts) -> HeadToHead:
         BenchmarkError: if fewer than two prompts hold a verdict.
     """
     rows = verdicts.parsed
+    if len(rows.index) < 2:
+        raise BenchmarkError(
+            f"{shown(verdicts.model)} against {shown(verdicts.opponent)}: {len(rows.index)} prompt(s) with a verdict; an interval "
+            "needs at least 2"
+        )
     regression = Regression(rows.lengths - rows.opponent_lengths, rows.wins)
     num_prompts = len(rows.index)
-    opponent_length = float(rows.opponent_lengths.mean()) if num_prompts else 0.0
+    opponent_length = float(rows.opponent_lengths.mean())
     return HeadToHead(
         verdicts.model,
         verdicts.opponent,
         verdicts.judge,
         estimate(mean_of(100 * rows.wins), num_prompts),
         estimate(lambda counts: 100 * regression.win_rates(counts), num_prompts),
-        num_prompts,
+        rows.index,
         verdicts.unparsed,
         float(rows.lengths.mean()) / opponent_length if opponent_length else math.inf,
     )

@@ -18,6 +18,11 @@ def add_benchmark(parser: Parser) -> None:
             "AlpacaEval 2.0 and head to head: scores of annotations, or of answers by a judge",
         )
     )
+    _add_pairs(
+        _named(
+            parsers, "pairs", "several pairs, each judged head to head: one table and page, and their mean"
+        )
+    )
     _add_mtbench(_named(parsers, "mtbench", "MT-Bench: scores of judgments, or of answers by a judge"))
     _add_leaderboard(_named(parsers, "leaderboard", "Open LLM Leaderboard: scores of lm-eval's results"))
     _add_judge(_named(parsers, "judge", "measure how far a judge can be trusted, and store its card"))
@@ -75,6 +80,19 @@ def _add_alpaca(parser: Parser) -> None:
         "--retry-unparsed", action="store_true", help="Ask again where an answer holds no verdict."
     )
     _add_judge_options(parser)
+
+
+def _add_pairs(parser: Parser) -> None:
+    add = parser.add_argument
+    add(
+        "--annotations",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="A file for each pair: what `benchmark alpaca --outputs ... --against ...` wrote of the two models.",
+    )
+    add("--output", metavar="DIR", help="Folder for pairs.md, pairs.json and pairs.html.")
+    add("--json", action="store_true", help="Print JSON, unrounded, in percent.")
 
 
 def _add_mtbench(parser: Parser) -> None:

@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
@@ -23,10 +23,12 @@ from expo_ray.benchmark.covariates import (
     is_official,
     load_covariates,
 )
+from expo_ray.benchmark.head_to_head import head_to_head
 from expo_ray.benchmark.judgments import Verdicts
 from expo_ray.benchmark.leaderboard import TASKS, ModelTasks, read_task_results
 from expo_ray.benchmark.mtbench import ModelRatings, compare_ratings, read_ratings, score_ratings
 from expo_ray.benchmark.official_glm import package_win_rates
+from expo_ray.benchmark.row_files import places, read_row_file
 from expo_ray.benchmark.tables import (
     arm_json,
     arms_table,
@@ -34,6 +36,9 @@ from expo_ray.benchmark.tables import (
     difference_json,
     differences_table,
     estimate_json,
+    head_to_head_forest,
+    head_to_head_json,
+    head_to_head_table,
     interval_json,
     markdown,
     ratings_difference_table,
@@ -41,7 +46,8 @@ from expo_ray.benchmark.tables import (
     tasks_table,
 )
 from expo_ray.errors import Attempts, BenchmarkError
-from expo_ray.report.benchmark_page import Table
+from expo_ray.report.benchmark_page import Table, benchmark_page
+from expo_ray.storage import open_output
 from expo_ray.text import shown
 
 log = logging.getLogger("expo_ray")
@@ -62,6 +68,24 @@ def score_alpaca(arguments: argparse.Namespace) -> int:
     tables = [arms_table(scores, arms[0].judge)] + ([differences_table([difference])] if difference else [])
     tables += [checks_table(checks)] if checks else []
     values = _arms_json(scores, difference) if difference else arm_json(scores[0])
+    _print(values if arguments.json else tables)
+    return 0
+
+
+def score_pairs(arguments: argparse.Namespace) -> int:
+    """Print one table of several pairs that were judged head to head, and write the page of them; returns the exit status.
+
+    Raises:
+        Problems: everything that is wrong with the files.
+    """
+    store = open_output(arguments.output) if arguments.output else None
+    duels = [head_to_head(verdicts) for verdicts in _common_prompts(_read_pairs(arguments.annotations))]
+    tables, values = [head_to_head_table(duels)], head_to_head_json(duels)
+    if store is not None:
+        page = benchmark_page("Head to head", tables, [head_to_head_forest(duels)])
+        store.put("pairs.md", markdown(tables).encode("utf-8", "replace"))
+        store.put("pairs.json", json.dumps(values, indent=2).encode())
+        store.put("pairs.html", page.encode("utf-8", "replace"))
     _print(values if arguments.json else tables)
     return 0
 
@@ -131,6 +155,38 @@ def _read_files(files: Sequence[str], covariates: Covariates, *, allow_missing: 
             for file, each in zip(files, read, strict=True)
         ]
     return read
+
+
+def _read_pairs(files: Sequence[str]) -> list[Verdicts]:
+    """Read each pair's annotations; a prompt's place is that of its first row in all files."""
+    attempts = Attempts()
+    rows = [file.rows for uri in files for file in attempts.attempt(partial(read_row_file, uri))]
+    attempts.end()
+    instructions = (row.get("instruction") for each in rows for _, row in each)
+    prompts = list(dict.fromkeys(text for text in instructions if isinstance(text, str)))
+    pairs = [
+        annotations.verdicts
+        for uri in files
+        for annotations in attempts.attempt(partial(read_annotations, uri, prompts, allow_missing=True))
+    ]
+    if len({pair.judge for pair in pairs}) > 1:
+        attempts.problems.append(
+            BenchmarkError(
+                f"pairs of {len({pair.judge for pair in pairs})} judges ({places({pair.judge or 'unnamed' for pair in pairs})}) are not "
+                "comparable; give those of one"
+            )
+        )
+    attempts.end()
+    return pairs
+
+
+def _common_prompts(pairs: Sequence[Verdicts]) -> list[Verdicts]:
+    """Leave all pairs the prompts on which each has a verdict, as their mean needs the same ones."""
+    parsed = [pair.parsed for pair in pairs]
+    common = reduce(np.intersect1d, [pair.index for pair in parsed])
+    if any(len(pair.index) > len(common) for pair in pairs):
+        log.warning("%d prompts have a verdict in every pair; the others are left out", len(common))
+    return [pair.at(common) for pair in parsed]
 
 
 def _checks(files: Sequence[Annotations]) -> dict[str, AnswerChecks]:

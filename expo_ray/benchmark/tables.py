@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from expo_ray.benchmark.alpaca import ArmDifference, ArmScore
 from expo_ray.benchmark.answer_checks import AnswerChecks
 from expo_ray.benchmark.head_to_head import HeadToHead
@@ -138,8 +140,8 @@ def head_to_head_table(duels: Sequence[HeadToHead]) -> Table:
 
 
 def pooled_head_to_head(duels: Sequence[HeadToHead]) -> Estimate | None:
-    """Mean length-controlled win rate over pairs that were judged on equally many prompts; None for one pair or unequal ones."""
-    if len(duels) < 2 or len({duel.prompts for duel in duels}) > 1:
+    """Mean length-controlled win rate over pairs that were judged on the same prompts; None for one pair, or other prompts."""
+    if len(duels) < 2 or not _same_prompts(duels):
         return None
     return pooled([duel.controlled for duel in duels])
 
@@ -156,7 +158,7 @@ def differences_forest(differences: Sequence[ArmDifference]) -> Forest:
     """Paired differences by pair, length-controlled where that is right, and their mean over pairs on the same prompts."""
     figures = [(each.model, each.controlled or each.win_rate) for each in differences]
     rows = [ForestRow(name, figure.interval) for name, figure in figures]
-    if len(rows) > 1 and len({each.prompts for each in differences}) == 1:
+    if len(rows) > 1 and _same_prompts(differences):
         mean = pooled([figure for _, figure in figures])
         rows.append(ForestRow(f"mean of {len(rows)} pairs", mean.interval, pooled=True))
     return Forest("Differences of win rates", "points", tuple(rows))
@@ -333,6 +335,10 @@ def points(figure: Estimate) -> str:
 def verdict_of(interval: Interval) -> str:
     """What an unadjusted interval of a difference allows to claim."""
     return "better" if interval.low > 0 else "worse" if interval.high < 0 else "inconclusive"
+
+
+def _same_prompts(pairs: Sequence[HeadToHead] | Sequence[ArmDifference]) -> bool:
+    return all(np.array_equal(pairs[0].index, pair.index) for pair in pairs)
 
 
 def _minus_half(interval: Interval) -> Interval:
