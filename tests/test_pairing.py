@@ -345,17 +345,34 @@ def test_a_wrapper_s_prefix_is_named_once_with_a_remedy_that_works(
     sft = llama_tensors()
     dpo = moved(sft)
     folders = write_both(tmp_path, sft, {prefix + name: one for name, one in dpo.items()})
-    said = refused(capsys, *folders, tmp_path / "out")
+    unwrap_as_told(capsys, folders, tmp_path / "out", f"`{prefix}`")
+    assert same_bits(
+        read_weights(tmp_path / "out"), {name: nearest(sft[name], one, 0.5) for name, one in dpo.items()}
+    )
+
+
+def test_several_wrappers_inside_each_other(tmp_path: Path, capsys: Print) -> None:
+    sft = llama_tensors() | {"model.pooling_module.weight": torch.rand(4, 4)}
+    dpo = moved(sft)
+    wrapped = {
+        "_orig_mod." + name.replace(".self_attn", "._checkpoint_wrapped_module.self_attn"): one
+        for name, one in dpo.items()
+    }
+    folders = write_both(tmp_path, sft, wrapped)
+    unwrap_as_told(capsys, folders, tmp_path / "out", "`_orig_mod.`, `_checkpoint_wrapped_module.`")
+    assert read_weights(tmp_path / "out").keys() == sft.keys()
+
+
+def unwrap_as_told(capsys: Print, folders: tuple[Path, Path], out: Path, named: str) -> None:
+    """Rename dpo's tensors with the code in the message, after which the pair is taken."""
+    said = refused(capsys, *folders, out)
     assert said.count("\n- ") == 1
-    assert f"`{prefix}`" in said
+    assert named in said
     remedy = re.search(r"`(save_file\(.*?\))` with", said)
     assert remedy is not None
     scope = {"save_file": save_file, "load_file": load_file, "file": str(folders[1] / "model.safetensors")}
     exec(remedy[1], scope)
-    assert expo(*folders, tmp_path / "out", 0.5) == 0
-    assert same_bits(
-        read_weights(tmp_path / "out"), {name: nearest(sft[name], one, 0.5) for name, one in dpo.items()}
-    )
+    assert expo(*folders, out, 0.5) == 0
 
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "model.language_"])

@@ -9,7 +9,10 @@ from expo_ray.checkpoint.tensors import Checkpoint, Tensor
 
 
 def checkpoint(config: dict[str, Any], **dtypes: str) -> Checkpoint:
-    tensors = {name: Tensor(name, dtype, (4, 4), "model.safetensors", 0) for name, dtype in dtypes.items()}
+    tensors = {
+        name: Tensor(name, dtype, (4, 1) if "scale" in name else (4, 4), "model.safetensors", 0)
+        for name, dtype in dtypes.items()
+    }
     return Checkpoint("memory://x", "", config, tensors, {})
 
 
@@ -54,6 +57,19 @@ def test_older_configurations_declare_under_another_key() -> None:
         ({"l.weight": "F8_E5M2"}, "fp8"),
         ({"l.weight_packed": "I32", "l.weight_scale": "BF16", "l.weight_shape": "I64"}, "compressed-tensors"),
         ({"e.gate_up_proj_blocks": "U8", "e.gate_up_proj_scales": "U8", "e.gate_up_proj_bias": "BF16"}, "mxfp4"),
+        ({"l.weight._data": "I8", "l.weight._scale": "F16", "l.input_scale": "F16"}, "quanto"),
+        ({"l.W_q": "U8", "l.scale": "F16", "l.zero": "F16"}, "hqq"),
+        ({"l.q_weight": "I32", "l.q_scale": "I32", "l.q_scale_max": "F16"}, "exl2"),
+        ({"l.trellis": "I16", "l.suh": "F16", "l.svh": "F16"}, "exl3"),
+        ({"l.codes": "I16", "l.codebooks": "F16", "l.scales": "F16"}, "aqlm"),
+        ({"l.indices": "I16", "l.centroids.weight": "F16"}, "vptq"),
+        ({"l._weight_qdata": "I8", "l._weight_scale": "F32"}, "torchao"),
+        ({"l.Qidxs": "I64", "l.SU": "F16", "l.SV": "F16"}, "quip#"),
+        ({"l.weight": "U8", "l.weight_scale": "F8_E4M3", "l.weight_scale_2": "F32"}, "U8 weights"),
+        ({"l.packed": "U8", "l.scale": "F16"}, "integer codes in l.packed, with factors in l.scale"),
+        ({"experts.down_proj": "U8", "experts.down_proj_scales": "F32"},
+         "integer codes in experts.down_proj, with factors in experts.down_proj_scales"),
+        ({f"l.{i}": "U8" for i in range(40)}, "integer codes, such as l.0"),
         ({"l.weight": "I8"}, "I8 weights"),
         ({"l.weight": "U8"}, "U8 weights"),
     ],
@@ -69,6 +85,8 @@ def test_plain_floats_and_buffers_are_not_quantised(config: dict[str, Any]) -> N
     buffers = {
         "transformer.h.0.attn.bias": "U8", "transformer.h.0.attn.masked_bias": "BOOL", "position_ids": "I64",
         "model.layers.0.mlp.gate.e_score_correction_bias": "F32", "vision.blocks.0.scales": "F32",
-        "bn.num_batches_tracked": "I64",
+        "bn.num_batches_tracked": "I64", "encoder.layers.0.attn.relative_position_index": "I64",
+        "encoder.layers.0.attn.logit_scale": "F32", "gate.tid2eid": "I64", "gate.scale": "F32", "l.weight": "BF16",
+        "l.k_scale": "F32", "l.trellis": "BF16", "table.indices": "I32", "table.scale": "F32", "table.weight": "F32",
     }  # fmt: skip
     assert quantisation_of(checkpoint(config, **PLAIN, **buffers)) is None

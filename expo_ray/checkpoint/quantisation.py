@@ -27,6 +27,7 @@ _LIKELY_ENDINGS: Mapping[str, str] = {
     "q_weight": "exl2",
     "q_scale_max": "exl2",
     "trellis": "exl3",
+    "centroids": "vptq",
     "codebooks": "aqlm",
     "_weight_qdata": "torchao",
     "qdata": "torchao",
@@ -146,7 +147,9 @@ def _by_ending(tensor: Tensor, tensors: Mapping[str, Tensor]) -> str | None:
     ending = name.rpartition(".")[2]
     if name.endswith("_blocks") and name.removesuffix("_blocks") + "_scales" in tensors:
         return "mxfp4"
-    likely = _LIKELY_ENDINGS.get(ending) or ("vptq" if name.endswith(".centroids.weight") else None)
+    if name.endswith(".centroids.weight"):
+        ending, name = "centroids", name.removesuffix(".weight")
+    likely = _LIKELY_ENDINGS.get(ending)
     if likely and (tensor.dtype not in WEIGHT_DTYPES or not _has_plain_weight(name, tensors)):
         return likely
     return _ENDINGS.get(ending)
@@ -173,13 +176,15 @@ def _by_company(tensors: Mapping[str, Tensor]) -> str | None:
     for name, tensor in tensors.items():
         modules.setdefault(name.rpartition(".")[0], []).append(tensor)
     for module, inside in modules.items():
-        codes = [tensor for tensor in inside if _is_code(tensor)]
+        # No scheme stores its codes in 64 bits; tables of indices are.
+        codes = [tensor for tensor in inside if _is_code(tensor) and tensor.dtype not in ("U64", "I64")]
         factors = [
             tensor
             for tensor in inside
             if tensor.dtype in WEIGHT_DTYPES and _FACTORS.search(tensor.name.rpartition(".")[2])
         ]
-        if module and codes and factors and not _has_plain_weight(codes[0].name, tensors):
+        larger = sum(code.nbytes for code in codes) >= sum(factor.nbytes for factor in factors)
+        if module and codes and factors and larger and not _has_plain_weight(codes[0].name, tensors):
             return f"integer codes in {shown(codes[0].name)}, with factors in {shown(factors[0].name)}"
     return None
 

@@ -38,12 +38,9 @@ def renamed(names: Iterable[str], wanted: Collection[str]) -> dict[str, str]:
     return pairs
 
 
-def wrapper_of(name: str, other: str) -> str:
-    """The wrappers that `name` has and `other` lacks, as a prefix; empty without any."""
-    parts = [part for part in name.split(".") if part in WRAPPERS and part not in other.split(".")]
-    if parts == ["base_model"]:  # PEFT keeps the model as `base_model.model`
-        return "base_model.model."
-    return "".join(f"{part}." for part in parts)
+def wrappers_of(name: str, other: str) -> list[str]:
+    """The wrappers that `name` has and `other` lacks, outermost first."""
+    return [part for part in name.split(".") if part in WRAPPERS and part not in other.split(".")]
 
 
 def _by_canonical_name(left: Collection[str], free: Collection[str]) -> dict[str, str]:

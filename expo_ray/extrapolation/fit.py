@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 
 import numpy as np
 
 from expo_ray.checkpoint.constants import is_constant
 from expo_ray.checkpoint.folder import read_checkpoint
+from expo_ray.checkpoint.renaming import renamed
 from expo_ray.checkpoint.tensors import DTYPE_BYTES, WEIGHT_DTYPES, Checkpoint, Tensor
 from expo_ray.checkpoint.tied import VocabularyWeights
 from expo_ray.errors import CheckpointError, some
@@ -49,7 +50,10 @@ def fit_alphas(model: str, sft: str, dpo: str, *, allow_pickle: bool = False) ->
         CheckpointError: if one of the folders cannot be read, or nothing can be compared.
         Problems: if several things are wrong with a folder.
     """
-    sides = [_Side(read_checkpoint(open_store(uri), allow_pickle=allow_pickle)) for uri in (model, sft, dpo)]
+    made, *parents = (
+        read_checkpoint(open_store(uri), allow_pickle=allow_pickle) for uri in (model, sft, dpo)
+    )
+    sides = [_Side(made), *(_Side(_with_names_of(made, parent)) for parent in parents)]
     names = [
         name
         for name, tensor in sides[0].checkpoint.tensors.items()
@@ -73,6 +77,12 @@ def fit_alphas(model: str, sft: str, dpo: str, *, allow_pickle: bool = False) ->
     with ThreadPoolExecutor(_THREADS, "fit") as pool:
         fits = list(pool.map(lambda item: _fit(item[0], sides, item[1]), same.items()))
     return fits, skipped + [f"{name} (not in the model)" for name in lacking]
+
+
+def _with_names_of(model: Checkpoint, parent: Checkpoint) -> Checkpoint:
+    """`parent`, its tensors called as in `model` where the two call them differently."""
+    names = renamed(parent.tensors, model.tensors)
+    return replace(parent, tensors={names.get(name, name): tensor for name, tensor in parent.tensors.items()})
 
 
 class _Side:

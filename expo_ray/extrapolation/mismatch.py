@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from expo_ray.checkpoint.renaming import wrapper_of
+from expo_ray.checkpoint.renaming import wrappers_of
 from expo_ray.checkpoint.tied import VocabularyWeights
 from expo_ray.errors import PairError, some
 from expo_ray.text import shown
@@ -76,14 +76,20 @@ def _untied(names: Sequence[str], has: str, lacks: str) -> PairError:
 
 def _wrapped(left: Unmatched) -> list[PairError]:
     """Dpo's names carry what a trainer has put around the model, so that no loader would know the output's."""
-    prefixes = {prefix for old, new in left.renamed.items() if (prefix := wrapper_of(new, old))}
+    wrappers = {part: None for old, new in left.renamed.items() for part in wrappers_of(new, old)}
+    if not wrappers:
+        return []
+    name = "name.removeprefix('base_model.model.')" if "base_model" in wrappers else "name"
+    parts = [part for part in wrappers if part != "base_model"]
+    if parts:
+        name = f"'.'.join(part for part in {name}.split('.') if part not in {parts})"
+    listed = some([f"`{'base_model.model' if part == 'base_model' else part}.`" for part in wrappers])
     return [
         PairError(
-            f"dpo's names have `{prefix}`, which a trainer puts around a model and no loader expects (sft's have not); save the "
-            f"unwrapped model, or rename the tensors in each file: `save_file({{name.replace('{prefix}', ''): tensor for name, "
-            "tensor in load_file(file).items()}, file, metadata={'format': 'pt'})` with safetensors.torch"
+            f"dpo's names have {listed}, which a trainer puts around a model and no loader expects (sft's have not); save the "
+            f"unwrapped model, or rename the tensors in each file: `save_file({{{name}: tensor for name, tensor in "
+            "load_file(file).items()}, file, metadata={'format': 'pt'})` with safetensors.torch"
         )
-        for prefix in sorted(prefixes)
     ]
 
 
