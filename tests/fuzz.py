@@ -271,7 +271,11 @@ def _command_line(chance: random.Random) -> None:
         place = chance.randrange(1, len(words))
         value = chance.choice(
             [str(each) for each in _VALUES if each != "\ud800"]
-            + [mutated(words[place].encode(), chance).decode("utf-8", "surrogateescape")]
+            + [
+                mutated(words[place].encode("utf-8", "surrogateescape"), chance).decode(
+                    "utf-8", "surrogateescape"
+                )
+            ]
         )
         words[place] = value
     devnull = os.open(os.devnull, os.O_WRONLY)

@@ -14,7 +14,7 @@ from expo_ray.evaluation.records import Response
 from expo_ray.evaluation.respond import response_from_row
 from expo_ray.evaluation.served import served_names
 from expo_ray.storage import Store
-from expo_ray.untrusted import parse_json_object
+from expo_ray.untrusted import CONFIG_BYTES, parse_json_object
 
 _ABOUT = "about.json"
 
@@ -65,7 +65,9 @@ def _drawn(sampling: Sampling) -> object:
 
 def _sampling(store: Store, key: str) -> object:
     remedy = "remove the folder, its responses are then asked anew"
-    about = parse_json_object(store.read(key), f"{store.uri}/{key}", error=StorageError, remedy=remedy)
+    about = parse_json_object(
+        store.read(key, most_bytes=CONFIG_BYTES), f"{store.uri}/{key}", error=StorageError, remedy=remedy
+    )
     if "sampling" not in about:
         raise StorageError(f"{store.uri}/{key}: does not say how responses were drawn; {remedy}")
     return about["sampling"]

@@ -11,7 +11,7 @@ from typing import Any
 from expo_ray.config import format_alpha
 from expo_ray.errors import AlreadyExists, ExpoError, NotFound, OutputError, some
 from expo_ray.extrapolation.layout import index_of
-from expo_ray.extrapolation.manifest import parse_manifest
+from expo_ray.extrapolation.manifest import MANIFEST_BYTES, parse_manifest
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.progress import size_text
 from expo_ray.extrapolation.receipt import read_receipt
@@ -190,7 +190,7 @@ def read_published(store: Store) -> dict[str, Any]:
         NotFound: if there is none.
         OutputError: if it is damaged.
     """
-    data = store.read(MANIFEST)
+    data = store.read(MANIFEST, most_bytes=MANIFEST_BYTES)
     remedy = "replace the model with --overwrite"
     return parse_manifest(data, f"{store.uri}/{MANIFEST}", error=OutputError, remedy=remedy)
 
@@ -202,7 +202,8 @@ class _Claim(Foreign):
 
 def _read_claim(store: Store) -> _Claim:
     source, remedy = f"{store.uri}/{CLAIM}", "delete the folder and run again"
-    data = parse_json(store.read(CLAIM), source, most_bytes=_CLAIM_BYTES, error=OutputError, remedy=remedy)
+    text = store.read(CLAIM, most_bytes=_CLAIM_BYTES)
+    data = parse_json(text, source, most_bytes=_CLAIM_BYTES, error=OutputError, remedy=remedy)
     return validated(_Claim, data, f"{source} is no claim of this format", error=OutputError, remedy=remedy)
 
 

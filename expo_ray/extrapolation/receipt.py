@@ -125,7 +125,7 @@ def sha256_of(store: Store, info: FileInfo) -> str:
 def _parse(store: Store, key: str) -> Receipt | None:
     """A receipt that is not there, or damaged, counts as none: its shard is written again."""
     try:
-        data = parse_json(store.read(key), key, most_bytes=TOKENIZER_BYTES)
+        data = parse_json(store.read(key, most_bytes=TOKENIZER_BYTES), key, most_bytes=TOKENIZER_BYTES)
         stored = validated(_StoredReceipt, data, key, error=CheckpointError, remedy="")
     except (NotFound, CheckpointError):
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import re
 from collections.abc import Sequence
@@ -107,8 +108,10 @@ def _check_outputs(job: Job) -> None:
     pairs = []
     for pair in job.pairs:
         keys = [info.key for info in store.list(f"pairs/{pair.name}/")]
-        there = {float(found[1]) for key in keys if (found := _ALPHA_FOLDER.search(key))}
-        alphas = there | set(pair.alphas if job.publish == "all" else ())
+        there = {float(match[1]) for key in keys if (match := _ALPHA_FOLDER.search(key))}
+        alphas = {alpha for alpha in there if -1 <= alpha < math.inf} | set(
+            pair.alphas if job.publish == "all" else ()
+        )
         if alphas:
             pairs.append(pair.model_copy(update={"alphas": tuple(sorted(alphas))}))
     plan_job(pairs, [outputs_of(job, pair) for pair in pairs])

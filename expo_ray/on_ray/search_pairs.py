@@ -21,7 +21,7 @@ from expo_ray.on_ray.pair_evaluator import PairEvaluator, Scorers
 from expo_ray.on_ray.prepared import Prepared
 from expo_ray.on_ray.serving import serving
 from expo_ray.report.results import PairResult, Results
-from expo_ray.report.stored import parse_results, results_json
+from expo_ray.report.stored import RESULTS_BYTES, parse_results, results_json
 from expo_ray.storage import Store
 
 log = logging.getLogger("expo_ray")
@@ -115,9 +115,10 @@ def _result_key(prepared: Prepared, plan: PairPlan) -> str:
 def _stored(store: Store, key: str) -> PairResult | None:
     """A finished search; one that cannot be read, because another version wrote it, is done again from the stored rows."""
     try:
-        return parse_results(store.read(key), f"{store.uri}/{key}").pairs[0]
+        results = parse_results(store.read(key, most_bytes=RESULTS_BYTES), f"{store.uri}/{key}")
     except (NotFound, OutputError):
         return None
+    return results.pairs[0] if results.pairs else None
 
 
 def _waves(plans: Sequence[PairPlan], prepared: Prepared) -> list[Sequence[PairPlan]]:

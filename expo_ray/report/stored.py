@@ -17,9 +17,11 @@ from expo_ray.errors import NotFound, OutputError, some
 from expo_ray.report.results import FORMAT, Results
 from expo_ray.storage import Store
 from expo_ray.text import shown
-from expo_ray.untrusted import TOKENIZER_BYTES, parse_json_object
+from expo_ray.untrusted import parse_json_object
 
 RESULTS = "results.json"
+# It holds a few examples of each pair with all their texts.
+RESULTS_BYTES = 128 * 2**20
 
 
 def write_results(store: Store, results: Results) -> None:
@@ -35,7 +37,7 @@ def read_results(store: Store) -> Results:
     """
     where = f"{store.uri}/{RESULTS}"
     try:
-        data = store.read(RESULTS)
+        data = store.read(RESULTS, most_bytes=RESULTS_BYTES)
     except NotFound as error:
         raise OutputError(
             f"{where} is not there; name the `output` of a job that `expo-ray run` has finished"
@@ -63,7 +65,7 @@ def parse_results(data: bytes, where: str = RESULTS) -> Results:
     content = parse_json_object(
         data,
         f"{where} is no result of a run",
-        most_bytes=TOKENIZER_BYTES,
+        most_bytes=RESULTS_BYTES,
         strict=True,
         error=OutputError,
         remedy=remedy,
