@@ -22,6 +22,7 @@ from expo_ray.evaluation.records import Response
 from expo_ray.evaluation.respond_all import Responded, respond_job, respond_to_file
 from expo_ray.evaluation.response_file import ResponseFile
 from expo_ray.evaluation.served import check_model, served_plans
+from expo_ray.evaluation.served_checks import check_served, check_writable
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.flags import given_flags
 from expo_ray.storage import open_store
@@ -78,6 +79,9 @@ def check(job: Job) -> tuple[list[PairPlan], list[PromptSet]]:
         )
     sets = [one for found in attempts.attempt(partial(load_prompts, job.prompts)) for one in found]
     plans = [plan for found in attempts.attempt(partial(served_plans, job)) for plan in found]
+    if not attempts.problems:
+        attempts.attempt(partial(check_served, plans, job.models, job.serving, sets))
+    attempts.attempt(partial(check_writable, job.output))
     attempts.end()
     return plans, sets
 
@@ -100,6 +104,8 @@ def _one_model(arguments: argparse.Namespace) -> int:
         fields = named_after({"uri": arguments.model, "name": arguments.name}, "uri")
         models = attempts.attempt(partial(_section, PublishedModel, fields))
         attempts.attempt(partial(check_model, arguments.model))
+        if not attempts.problems:
+            attempts.attempt(partial(check_served, [], models, Serving(), sets))
     attempts.end()
     (sampling,), (prompts,), (output,) = samplings, sets, outputs
     name = models[0].name if models else arguments.name or ""

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from expo_ray.config import RewardModel
-from expo_ray.errors import RewardError
+from expo_ray.errors import ExpoError, RewardError
 from expo_ray.evaluation.records import Response, Reward
 from expo_ray.evaluation.reward_function import Failed, RewardFunction
 from expo_ray.evaluation.reward_inputs import (
@@ -21,6 +19,7 @@ from expo_ray.evaluation.reward_inputs import (
     model_inputs,
 )
 from expo_ray.evaluation.reward_model import Classifier, inspect_reward_model, reward_id
+from expo_ray.evaluation.tokenizer import load_tokenizer, tokenizer_files
 from expo_ray.on_ray.reward_crew import Crew
 from expo_ray.on_ray.reward_models import PARITY_TEXTS
 from expo_ray.on_ray.reward_placement import check_room, choose_dtype, gpu_share
@@ -118,24 +117,15 @@ def _load_tokenizer(model: Classifier) -> Tokenizer:
     Raises:
         RewardError: if there is none that can be loaded.
     """
-    from transformers import AutoTokenizer
-
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(model.uri)
-        if "://" in model.uri:
-            folder, store = Path(temporary), open_store(model.uri)
-            for key in model.side_files:
-                (folder / key).parent.mkdir(parents=True, exist_ok=True)
-                (folder / key).write_bytes(store.read(key))
-        try:
-            tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            )
-        except Exception as error:
-            raise RewardError(
-                f"{model.uri}: its tokenizer cannot be loaded ({type(error).__name__}: {shown(error)}); save it with the "
-                "model"
-            ) from error
+    store = open_store(model.uri)
+    try:
+        tokenizer: Tokenizer = load_tokenizer(tokenizer_files(store, map(store.stat, model.side_files)))
+    except ExpoError:
+        raise
+    except Exception as error:
+        raise RewardError(
+            f"{model.uri}: its tokenizer cannot be loaded ({type(error).__name__}: {shown(error)}); save it with the model"
+        ) from error
     return tokenizer
 
 

@@ -9,6 +9,7 @@ import signal
 
 from expo_ray.config import Job, format_alpha, load_job
 from expo_ray.evaluation.served import served_plans
+from expo_ray.evaluation.served_checks import check_served
 from expo_ray.extras import require
 
 
@@ -20,6 +21,7 @@ def command(arguments: argparse.Namespace) -> int:
         job.serving if arguments.port is None else job.serving.model_copy(update={"port": arguments.port})
     )
     plans = served_plans(job)
+    check_served(plans, job.models, settings)
     from expo_ray.on_ray.cluster import cluster
     from expo_ray.on_ray.serving import serving
 
