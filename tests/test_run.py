@@ -40,6 +40,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "brief.py").write_text("def reward(prompt, response):\n    return -len(response)\n")
     sft, dpo = save_lora(tmp_path, causal_model(tiny_llama()))
+    (sft / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     (tmp_path / "prompts.txt").write_text("".join(f"Spell the number {number}.\n" for number in range(64)))
     return {
         "output": str(tmp_path / "out"),
@@ -81,8 +82,12 @@ def test_everything_wrong_with_a_job_is_told_before_anything_starts(
     for text in ("absent: sft: ", "/nowhere/model/config.json", "nowhere", "problem(s), nothing was written"):
         assert text in told
     del job["pairs"][1], job["models"], job["rewards"][1]
+    Path(job["pairs"][0]["sft"], "chat_template.jinja").unlink()
+    job["serving"] = {"max_model_len": 1 << 20}
     assert main(["run", str(written(job | {"search": {"groups": ["mlp"]}}, tmp_path))]) == BAD_INPUT
     told = capsys.readouterr().err
+    assert "lora: has no chat template" in told
+    assert "lora: `serving.max_model_len` is 1048576" in told
     assert "there are 0 prompts to choose alpha on, half of the set; a search needs at least 16" in told
     assert (
         "lora: dpo is an adapter with one scale for all tensors, and `search.groups` gives them several"

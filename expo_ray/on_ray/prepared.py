@@ -18,7 +18,7 @@ from expo_ray.evaluation.records import digest
 from expo_ray.evaluation.search import SEARCH_VERSION, check_size
 from expo_ray.extrapolation.job import outputs_of, plan_job
 from expo_ray.extrapolation.plan import PairPlan
-from expo_ray.on_ray.respond_command import check
+from expo_ray.on_ray.respond_command import check, check_asked
 from expo_ray.on_ray.reward_actors import RewardPool
 from expo_ray.storage import open_store
 from expo_ray.storage.hub_push import check_token
@@ -90,6 +90,7 @@ def prepare(job: Job) -> Prepared:
             "+".join(one.name for one in sets), (prompt for one in sets for prompt in one.prompts)
         )
         attempts.attempt(partial(check_size, len(prompts.halves()[0])))
+        attempts.attempt(partial(check_asked, job, plans, sets))
         attempts.attempt(partial(_check_groups, job, plans))
         attempts.attempt(partial(_check_outputs, job))
     attempts.end()

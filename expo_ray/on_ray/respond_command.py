@@ -52,6 +52,7 @@ def command(arguments: argparse.Namespace) -> int:
 def respond(job: Job) -> int:
     """Ask all models of a job, and print what came of it; the exit status."""
     plans, sets = check(job)
+    check_asked(job, plans, sets)
     store = open_store(job.output)
     for prompts in sets:  # an output that cannot be written is found out before engines start
         keep_prompts(store, prompts)
@@ -79,11 +80,20 @@ def check(job: Job) -> tuple[list[PairPlan], list[PromptSet]]:
         )
     sets = [one for found in attempts.attempt(partial(load_prompts, job.prompts)) for one in found]
     plans = [plan for found in attempts.attempt(partial(served_plans, job)) for plan in found]
-    if not attempts.problems:
-        attempts.attempt(partial(check_served, plans, job.models, job.serving, sets))
-    attempts.attempt(partial(check_writable, job.output))
     attempts.end()
     return plans, sets
+
+
+def check_asked(job: Job, plans: Sequence[PairPlan], sets: Sequence[PromptSet]) -> None:
+    """See that engines can hold a job's models and answer its prompts, and that the answers can be stored.
+
+    Raises:
+        Problems: with everything that is certain to fail.
+    """
+    attempts = Attempts()
+    attempts.attempt(partial(check_served, plans, job.models, job.serving, sets))
+    attempts.attempt(partial(check_writable, job.output))
+    attempts.end()
 
 
 def _one_model(arguments: argparse.Namespace) -> int:
