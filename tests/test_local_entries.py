@@ -83,9 +83,10 @@ def test_a_neighbour_whose_name_begins_alike_is_outside(tmp_path: Path) -> None:
 
 def test_names_that_no_key_can_hold_are_listed_with_their_fault(tmp_path: Path) -> None:
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/vocab\xff.json")).write_text("{}")
-    (tmp_path / "a\\b.json").write_text("{}")
+    for name in ("a\\b.json", "a\nb.json"):
+        (tmp_path / name).write_text("{}")
     faults = {info.fault for info in open_store(str(tmp_path)).list()}
-    assert faults == {"its name is not UTF-8", "a backslash in its name"}
+    assert faults == {"its name is not UTF-8", "a backslash or a control character in its name"}
 
 
 def test_a_sparse_file_is_refused_before_it_takes_memory(tmp_path: Path) -> None:

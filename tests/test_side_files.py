@@ -176,7 +176,7 @@ def test_all_that_cannot_be_copied_is_known_from_the_plan(tmp_path: Path) -> Non
         "/vocab.txt: a link to gone, which leads nowhere",
         "/merges.txt: a FIFO; put",
         "/chat_template.jinja: a link to /dev/zero, a device",
-        "a backslash in its name; rename it, or remove it",
+        "a backslash or a control character in its name; rename it, or remove it",
         "its name is not UTF-8; rename it, or remove it",
         "/tokenizer.model: 1099511627776 bytes, more than the",
         "/1_Pooling: a link to /tmp, a folder",

@@ -170,12 +170,13 @@ def _listed(key: str, path: Path, real_root: str) -> FileInfo:
 
 def _unnameable(key: str) -> str:
     """Reason that no key can name such a file, empty if one can."""
-    if "\\" in key:
-        return "a backslash in its name"
     try:
         key.encode()
+        check_key(key, "")
     except UnicodeEncodeError:
         return "its name is not UTF-8"
+    except StorageError:
+        return "a backslash or a control character in its name"
     return ""
 
 
