@@ -360,6 +360,14 @@ def test_a_rating_that_could_not_be_read_counts_in_no_mean(
     assert model["average"] == pytest.approx((79 * 7 + 79 * 5) / 158)
 
 
+def test_a_model_without_any_rating_is_refused_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_jsonl(tmp_path / "single.jsonl", [*make_ratings("rated"), *make_ratings("mute", score=-1)])
+    assert main(["benchmark", "mtbench", "--judgments", str(file)]) == 2
+    assert "mute" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -91,3 +91,20 @@ def test_a_command_that_needs_an_extra_names_it(tmp_path: Path, words: str, extr
 def test_extras_that_are_named_exist() -> None:
     project = tomllib.loads((Path(expo_ray.__file__).parent.parent / "pyproject.toml").read_text())["project"]
     assert set(EXTRAS.values()) <= project["optional-dependencies"].keys()
+
+
+def test_scores_of_benchmarks_load_neither_pandas_nor_scikit_learn() -> None:
+    names = [
+        module.name
+        for module in pkgutil.walk_packages(expo_ray.__path__, "expo_ray.")
+        if ".benchmark." in module.name
+    ]
+    code = f"""
+import importlib, sys
+for name in {names!r}:
+    importlib.import_module(name)
+print(sorted({{'pandas', 'sklearn', 'alpaca_eval', 'scipy', 'matplotlib'}} & set(sys.modules)))
+"""
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert loaded.stdout.strip() == "[]"
+    assert "expo_ray.benchmark.official_glm" in names

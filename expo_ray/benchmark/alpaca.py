@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,7 +92,6 @@ def compare_arms(
     model: ArmScore,
     reference: ArmScore,
     control: LengthControl | None,
-    package_values: Mapping[str, float] | None = None,
 ) -> ArmDifference:
     """Compute the paired differences of two models on the prompts on which both have a verdict.
 
@@ -101,7 +99,6 @@ def compare_arms(
         model: the model in question.
         reference: what it is compared with; same baseline, judge and control.
         control: of both.
-        package_values: alpaca-eval's own length-controlled win rates on those prompts, by name of the model.
 
     Raises:
         BenchmarkError: if they have another baseline or judge, or fewer than two prompts in common.

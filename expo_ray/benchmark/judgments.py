@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, TypeGuard
+from dataclasses import dataclass, field, replace
+from typing import TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,21 +51,6 @@ class Judgment:
     input_tokens: int = 0
     output_tokens: int = 0
     cost: float = 0.0
-
-    @classmethod
-    def of(cls, row: Mapping[str, Any]) -> Judgment:
-        """Build it from its plain data.
-
-        Raises:
-            ValueError: if a field is missing or unknown, or the preference is no number from 1 to 2.
-        """
-        names = {each.name for each in fields(cls)}
-        if set(row) != names:
-            raise ValueError(f"fields {', '.join(sorted(set(row) ^ names))} are missing or unknown")
-        preference = row["preference"]
-        if preference is not None and not (is_number(preference) and 1 <= preference <= 2):
-            raise ValueError(f"preference {preference}: not a number from 1 to 2")
-        return cls(**row)
 
 
 @dataclass(frozen=True, eq=False)

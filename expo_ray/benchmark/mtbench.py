@@ -128,8 +128,18 @@ def read_ratings(uris: Sequence[str], duplicates: Duplicates = "refuse") -> dict
 
 
 def score_ratings(ratings: ModelRatings) -> Estimate:
-    """Estimate the mean of all ratings; questions are resampled, as the two turns of a question belong together."""
-    return estimate(_mean_rating(ratings.scores), len(ratings.questions))
+    """Estimate the mean of all ratings; questions are resampled, as the two turns of a question belong together.
+
+    Raises:
+        BenchmarkError: if fewer than two questions have a rating.
+    """
+    scores = ratings.scores[~np.isnan(ratings.scores).all(axis=1)]
+    if len(scores) < 2:
+        raise BenchmarkError(
+            f"{shown(ratings.model)}: {len(scores)} question(s) with a rating, {ratings.unparsed} of -1; an average with its interval "
+            "needs at least 2"
+        )
+    return estimate(_mean_rating(scores), len(scores))
 
 
 def compare_ratings(model: ModelRatings, reference: ModelRatings) -> tuple[Estimate, int]:

@@ -39,17 +39,22 @@ def package_win_rates(arms: Sequence[dict[str, Any]], gamed_csv: bytes) -> list[
     with tempfile.TemporaryDirectory(prefix="expo-ray-") as folder:
         gamed = Path(folder, "df_gamed.csv")
         gamed.write_bytes(gamed_csv)
-        done = subprocess.run(
-            # -P: a module beside this file must not stand in for one of the same name; -B: site-packages stays as it is.
-            [sys.executable, "-P", "-B", __file__],
-            input=json.dumps({"gamed": str(gamed), "arms": list(arms)}),
-            capture_output=True,
-            text=True,
-            cwd=folder,
-            env=_environment(folder),
-            timeout=_TIMEOUT_S,
-            check=False,
-        )
+        try:
+            done = subprocess.run(
+                # -P: a module beside this file must not stand in for one of the same name; -B: site-packages stays as it is.
+                [sys.executable, "-P", "-B", __file__],
+                input=json.dumps({"gamed": str(gamed), "arms": list(arms)}),
+                capture_output=True,
+                text=True,
+                cwd=folder,
+                env=_environment(folder),
+                timeout=_TIMEOUT_S,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise BenchmarkError(
+                f"alpaca-eval's length control took more than {_TIMEOUT_S} s; run it on a machine with less to do"
+            ) from error
     if done.returncode:
         last = (done.stderr.strip().split("\n") or [""])[-1]
         remedy = (
@@ -71,6 +76,8 @@ def _environment(folder: str) -> dict[str, str]:
         "MPLCONFIGDIR": folder,
         "XDG_CACHE_HOME": folder,
         "PYTHONDONTWRITEBYTECODE": "1",
+        # Packages of the user's own lie in the home that is replaced.
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path.endswith("-packages")),
     }
     return {name: os.environ[name] for name in kept if name in os.environ} | own
 
