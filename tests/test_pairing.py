@@ -151,6 +151,31 @@ def test_placeholders_of_zero_3_are_refused(tmp_path: Path, capsys: Print, side:
         assert text in said
 
 
+@pytest.mark.parametrize(
+    "name", ["model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.up_proj.weight"]
+)
+def test_a_placeholder_among_whole_weights_is_refused_in_a_pickle_too(
+    tmp_path: Path, capsys: Print, name: str
+) -> None:
+    sft = llama_tensors() | {name: torch.rand(4, 8, 8)}
+    folders = write_both(tmp_path, sft, moved(sft))
+    (folders[1] / "model.safetensors").unlink()
+    torch.save(moved(sft) | {name: torch.empty(0)}, folders[1] / "pytorch_model.bin")
+    said = refused(capsys, *folders, tmp_path / "out", more="--allow-pickle")
+    assert f"1 weight(s) are empty placeholders of shape [0] ({name})" in said
+
+
+def test_an_adapter_of_placeholders_is_refused(tmp_path: Path, capsys: Print) -> None:
+    model = causal_model(tiny_llama())
+    model.save_pretrained(tmp_path / "sft")
+    adapt(model, tmp_path / "dpo", ["q_proj"])
+    file = tmp_path / "dpo" / "adapter_model.safetensors"
+    save_file({name: one.new_empty(0) for name, one in load_file(file).items()}, file)
+    for mode in ("scale", "merge"):
+        said = refused(capsys, tmp_path / "sft", tmp_path / "dpo", tmp_path / "out", more=f"--adapter {mode}")
+        assert "4 weight(s) are empty placeholders of shape [0]" in said
+
+
 def test_a_stale_declaration_is_removed_and_the_pair_is_taken(tmp_path: Path, capsys: Print) -> None:
     sft = llama_tensors()
     declared = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
@@ -411,6 +436,26 @@ def test_two_layouts_are_named_once(tmp_path: Path, capsys: Print) -> None:
     assert "query, key and value are stored one by one on one side and fused on the other" in said
     assert said.count("\n- ") == 1
     assert "=0" not in said
+
+
+OTHER_LAYOUTS = {
+    "model.layers.0.mlp.experts.gate_up_proj": "the experts are stored one by one on one side and stacked on the other",
+    "decoder.layers.0.self_attention.linear_qkv.weight": "dpo is in Megatron's layout",
+    "layers.0.attention.wq.weight": "dpo is in the layout of the first release",
+    "_fsdp_wrapped_module._flat_param": "dpo is a DeepSpeed or FSDP training state, not a model",
+    "blk.0.attn_q.weight": "dpo is in GGUF's naming",
+}
+
+
+@pytest.mark.parametrize("name", OTHER_LAYOUTS)
+def test_another_layout_is_named_instead_of_two_lists(tmp_path: Path, capsys: Print, name: str) -> None:
+    sft = llama_tensors() | {
+        f"model.layers.0.mlp.experts.{index}.up_proj.weight": torch.rand(8, 8) for index in range(2)
+    }
+    dpo = {EMBEDDING: moved(sft)[EMBEDDING], name: torch.rand(2, 8, 8)}
+    said = refused(capsys, *write_both(tmp_path, sft, dpo), tmp_path / "out")
+    assert OTHER_LAYOUTS[name] in said
+    assert said.count("\n- ") == 1
 
 
 # Adapters

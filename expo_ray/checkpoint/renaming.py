@@ -12,11 +12,15 @@ WRAPPERS = (
 )  # fmt: skip
 # Parents that `transformers` has moved in and out of the names of one model (4.52 did so for all that see).
 _MOVED = frozenset({"model", "language_model", "text_model", "backbone", "transformer", "vision_model"})
+# What `transformers` 5 has in memory under another name than it is stored.
+_SYNONYMS = {"block_sparse_moe": "mlp"}
 
 
 def canonical(name: str) -> str:
     """`name` without the parents that differ between two saves of one model."""
-    return ".".join(part for part in name.split(".") if part not in _MOVED and part not in WRAPPERS)
+    return ".".join(
+        _SYNONYMS.get(part, part) for part in name.split(".") if part not in _MOVED and part not in WRAPPERS
+    )
 
 
 def renamed(names: Iterable[str], wanted: Collection[str]) -> dict[str, str]:

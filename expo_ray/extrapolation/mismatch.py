@@ -108,6 +108,11 @@ def _without_head(left: Unmatched, dpo: VocabularyWeights) -> str:
 
 def _layout(missing: Sequence[str], extra: Sequence[str]) -> str:
     """The two store the same layers in other forms."""
+    for description, pattern, remedy in _FOREIGN:
+        for side, names in (("dpo", missing), ("sft", extra)):
+            name = _first(pattern, names)
+            if name:
+                return f"{side} is {description} ({shown(name)}); {remedy}"
     for description, first, second in _LAYOUTS:
         for has, lacks, names, others in (("dpo", "sft", missing, extra), ("sft", "dpo", extra, missing)):
             a, b = _first(first, names), _first(second, others)
@@ -116,11 +121,6 @@ def _layout(missing: Sequence[str], extra: Sequence[str]) -> str:
                     f"{description}: {has} has {shown(a)}, {lacks} has {shown(b)} ({len(missing)} and {len(extra)} such names); "
                     f"{_BOTH}"
                 )
-    for description, pattern, remedy in _FOREIGN:
-        for side, names in (("dpo", missing), ("sft", extra)):
-            name = _first(pattern, names)
-            if name:
-                return f"{side} is {description} ({shown(name)}); {remedy}"
     return ""
 
 
@@ -156,7 +156,7 @@ _FOREIGN = (
     ),
     (
         "in Megatron's layout",
-        r"(self_attention\.linear_(qkv|proj)|linear_fc[12]|mlp\.experts\.(weight|local_experts)|embedding\.word_embeddings)",
+        r"(self_attention\.linear_(qkv|proj)\.|\.local_experts\.\d)",
         "convert it to Hugging Face's with the trainer's own tool (verl: `python -m verl.model_merger merge`, Megatron-Bridge: "
         "`export_ckpt`), and pass the result",
     ),
