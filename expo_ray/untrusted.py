@@ -38,6 +38,9 @@ YAML_BYTES = 2**20
 _YAML_VALUES = 100_000
 _MERGE = "tag:yaml.org,2002:merge"
 _LONGEST_PATTERN = 1000
+# The matcher keeps a copy of a text for each time that it must be repeated: `a{10000000}` takes 2 GB, and an adapter may have hundreds.
+_COUNTS = re.compile(r"\{([0-9]+)")
+_MOST_COPIES = 1_000
 _PATTERN_TIMEOUT_S = 1.0
 # Of all searches with one pattern together, as a model can have 100,000 names; an ordinary search takes microseconds.
 _PATTERN_BUDGET_S = 5.0
@@ -224,11 +227,15 @@ def compile_pattern(text: str) -> Pattern:
         raise JobError(
             f"the pattern `{shown(text, 60)}` is longer than the {_LONGEST_PATTERN} characters that are read; write it shorter"
         )
+    if math.prod(max(1, int(count)) for count in _COUNTS.findall(text)) > _MOST_COPIES:
+        raise JobError(
+            f"the pattern `{shown(text, 60)}` repeats a text more than {_MOST_COPIES} times; write `+` instead"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             re.compile(text)  # the matcher takes more than `re`, of which nothing else here knows
-        return Pattern(text, regex.compile(text, regex.V0))
+        return Pattern(text, regex.compile(text, regex.V0, cache_pattern=False))
     except (
         ValueError,
         ArithmeticError,
