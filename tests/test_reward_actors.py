@@ -205,6 +205,40 @@ def test_responses_that_a_function_fails_on_are_named_and_the_others_kept(box: R
     assert (kept["prompt_id"], kept["reward"]) == (rows[0].prompt_id, 4.0)
 
 
+def test_a_function_that_ends_its_process_is_named_with_the_prompt(box: RayBox) -> None:
+    (box.folder / "leaving.py").write_text(
+        "import os, sys\n"
+        "def leave(prompt, response):\n"
+        "    if response == 'exit':\n        sys.exit(3)\n"
+        "    if response == 'end':\n        os._exit(3)\n"
+        "    return len(response)\n"
+    )
+    rows = [response("a", "four"), response("b", "exit"), response("c", "end"), response("d", "eleven word")]
+    (box.folder / "responses.jsonl").write_text(rows_text(rows))
+    words = (
+        "--responses",
+        "responses.jsonl",
+        "--reward-model",
+        "python:leaving:leave",
+        "--output",
+        "r.jsonl",
+    )
+    run = reward(box, *words)
+    assert run.wait() == 1
+    assert f"prompt {rows[2].prompt_id}" in run.stderr
+    assert "look for what ends the process in python:leaving:leave" in run.stderr
+    assert "Traceback" not in run.stderr
+    kept = [json.loads(line) for line in (box.folder / "r.jsonl").read_text().splitlines()]
+    assert {one["prompt_id"]: one["reward"] for one in kept} == {
+        row.prompt_id: len(row.text) for row in (rows[0], rows[3])
+    }
+    (box.folder / "responses.jsonl").write_text(rows_text([rows[0], rows[1]]))
+    (box.folder / "r.jsonl").unlink()
+    again = reward(box, *words)
+    assert again.wait() == 1
+    assert f"prompt {rows[1].prompt_id}: python:leaving:leave called sys.exit(3)" in again.stderr
+
+
 def test_a_full_disk_is_told_once_and_what_is_stored_is_kept(box: RayBox) -> None:
     name = "python:slow_rewards:length"
     rows = list(prompts().values())[:200]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib.metadata
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("transformers")
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -130,6 +133,64 @@ def test_rewards_of_different_back_ends_do_not_mix(folder: Path) -> None:
     assert len({pool.id for pool in pools}) == 3  # the folder of a job's rewards is named after it
     again = RewardPool(RewardModel(model=str(folder), name="another", dtype="fp32", replicas=2))
     assert again.id == pools[0].id
+
+
+def _rewrite(name: str, old: str, new: str) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        text = (folder / name).read_text()
+        assert old in text
+        (folder / name).write_text(text.replace(old, new))
+
+    return apply
+
+
+def _change_weights(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["score.weight"] += 1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+FILE_CHANGES: dict[str, Callable[[Path], None]] = {
+    "weights": _change_weights,
+    "template": _rewrite("chat_template.jinja", "[{{", "({{"),
+    "tokens": _rewrite("tokenizer.json", '"a"', '"#a"'),
+    "tokenizer's settings": _rewrite("tokenizer_config.json", '"</s>"', '"<s>"'),
+    "configuration": _rewrite("config.json", "1e-06", "1e-05"),
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "dtype": {"dtype": "bf16"},
+    "back end": {"backend": "transformers"},
+    "truncation": {"truncate": True},
+}
+
+
+def _id(folder: Path, **changes: Any) -> str:
+    return RewardPool(RewardModel.model_validate({"model": str(folder), "dtype": "fp32"} | changes)).id
+
+
+def test_all_that_decides_a_score_names_the_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = {}
+    save_reward_model(tmp_path)
+    first = _id(tmp_path)
+    for name, changes in SETTINGS.items():
+        ids[name] = _id(tmp_path, **changes)
+    assert _id(tmp_path, name="another", replicas=3, num_cpus=2) == first
+    for name, apply in FILE_CHANGES.items():
+        kept = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        apply(tmp_path)
+        ids[name] = _id(tmp_path)
+        for file, data in kept.items():
+            (tmp_path / file).write_bytes(data)
+    (tmp_path / "vocab.txt").write_text("another file that a tokenizer may read")
+    ids["another file"] = _id(tmp_path)
+    (tmp_path / "vocab.txt").unlink()
+    version = importlib.metadata.version
+    for package in ("transformers", "torch", "tokenizers"):
+        monkeypatch.setattr(
+            importlib.metadata, "version", lambda name, other=package: "0" if name == other else version(name)
+        )
+        ids[package] = _id(tmp_path)
+    assert len({first, *ids.values()}) == 1 + len(ids), ids
 
 
 def test_a_model_in_a_bucket_is_looked_at_through_its_small_files(

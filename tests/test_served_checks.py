@@ -34,10 +34,11 @@ def model(folder: Path, template: str | None = TURNS, **config: Any) -> Path:
     return folder
 
 
-def problems(folder: Path, sets: Sequence[PromptSet] = (), **serving: Any) -> str:
+def problems(folder: Path, sets: Sequence[PromptSet] = (), *, needs_all: bool = True, **serving: Any) -> str:
     """All that is wrong; empty if nothing is."""
+    served = PublishedModel(name="m", uri=str(folder))
     try:
-        check_served([], [PublishedModel(name="m", uri=str(folder))], Serving(**serving), sets)
+        check_served([], [served], Serving(**serving), sets, needs_all=needs_all)
     except Problems as found:
         return str(found)
     return ""
@@ -75,6 +76,13 @@ def test_prompts_that_fill_the_context_are_named_with_their_length(tmp_path: Pat
     exact = prompts("b" * (256 - len("[user] [assistant]") - 1))
     assert "leave no room" in problems(tmp_path, exact)
     assert problems(tmp_path, prompts("b" * (255 - len("[user] [assistant]") - 1))) == ""
+
+
+def test_where_others_are_answered_only_a_set_without_any_answer_is_refused(tmp_path: Path) -> None:
+    model(tmp_path, NO_SYSTEM)
+    refused = [*prompts("b", system="s"), *prompts("c" * 300)]
+    assert problems(tmp_path, [*prompts("a"), *refused], needs_all=False) == ""
+    assert len(problems(tmp_path, refused, needs_all=False).splitlines()) == 2
 
 
 def test_a_length_above_the_models_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

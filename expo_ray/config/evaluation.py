@@ -24,8 +24,8 @@ class PromptSource(Frozen):
     """A set of prompts, always in the same order."""
 
     source: Annotated[str, Field(min_length=1)]
-    """`ultrafeedback` (first user turns of its `test_gen` split), `alpaca-eval`, or a file: `.jsonl` with `prompt` or
-    `messages` in each row, or `.txt` with a prompt in each line; a path or any URI."""
+    """`ultrafeedback` (first user turns of its `test_gen` split), `alpaca-eval`, or a file: `.jsonl`, `.json`, `.csv` or
+    `.parquet` with `prompt`, `messages` or `instruction` in each row, or `.txt` with a prompt in each line; a path or any URI."""
 
     name: Annotated[str, Field(pattern=NAME)] = ""
     """Name of the set in paths and reports; made from `source` unless given."""
@@ -107,8 +107,8 @@ class RewardModel(Frozen):
     """What scores responses: a sequence classifier with one label, or a Python function."""
 
     model: Annotated[str, Field(min_length=1)]
-    """Folder or URI of the reward model, or `python:module:function`, a function of prompt and response that returns a
-    float."""
+    """Folder or URI of the reward model, or `python:module:function`, a function or other callable of prompt and response
+    that returns a number."""
 
     name: Annotated[str, Field(pattern=NAME)] = ""
     """Name in paths and reports; the last part of `model` unless given."""

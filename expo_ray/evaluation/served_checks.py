@@ -51,11 +51,14 @@ def check_served(
     models: Sequence[PublishedModel],
     settings: Serving,
     sets: Sequence[PromptSet] = (),
+    *,
+    needs_all: bool = False,
 ) -> None:
     """See that engines take their arguments, and models the prompts.
 
     Args:
         sets: prompts that are to be asked as chats; none for models that are only served.
+        needs_all: whether one prompt without an answer is a failure; else only a set that no prompt of can be answered is.
 
     Raises:
         Problems: with everything that is certain to fail.
@@ -66,7 +69,7 @@ def check_served(
         *((one.name, _of_model(one.uri)) for one in models),
     ]:
         problems += _problems(
-            name, files, settings, [prompt for prompts in sets for prompt in prompts.prompts]
+            name, files, settings, [prompt for prompts in sets for prompt in prompts.prompts], needs_all
         )
     if problems:
         raise Problems(problems)
@@ -111,7 +114,7 @@ def longest_context(config: Mapping[str, Any]) -> float:
 
 
 def _problems(
-    name: str, files: Files, settings: Serving, prompts: Sequence[Prompt]
+    name: str, files: Files, settings: Serving, prompts: Sequence[Prompt], needs_all: bool
 ) -> list[JobError | PromptError]:
     if _OTHER_FILES & settings.engine.keys():
         return []
@@ -138,11 +141,11 @@ def _problems(
             )
         )
         return problems
-    return problems + _refused(name, files, prompts, min(limit, allowed))
+    return problems + _refused(name, files, prompts, min(limit, allowed), needs_all)
 
 
 def _refused(
-    name: str, files: Files, prompts: Sequence[Prompt], limit: float
+    name: str, files: Files, prompts: Sequence[Prompt], limit: float, needs_all: bool
 ) -> list[JobError | PromptError]:
     """Prompts that the template fails on, or that leave no room for a response."""
     tokenizer = _tokenizer(name, files)
@@ -150,7 +153,8 @@ def _refused(
         return []
     failed: dict[str, list[str]] = {}
     long: list[str] = []
-    for prompt in {prompt.id: prompt for prompt in prompts}.values():
+    asked = {prompt.id: prompt for prompt in prompts}
+    for prompt in asked.values():
         messages = [dict(turn) for turn in prompt.messages]
         try:
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -162,6 +166,8 @@ def _refused(
             tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
             if tokens >= limit:
                 long.append(f"{prompt.label or prompt.id} with {tokens} tokens")
+    if not needs_all and sum(map(len, failed.values())) + len(long) < len(asked):
+        return []  # the others are answered, and these named then
     problems: list[JobError | PromptError] = [
         PromptError(
             f"{name}: the chat template fails on {len(ids)} prompt(s), {some(ids)} ({reason}); remove these prompts, or correct "

@@ -90,7 +90,7 @@ def prepare(job: Job) -> Prepared:
             "+".join(one.name for one in sets), (prompt for one in sets for prompt in one.prompts)
         )
         attempts.attempt(partial(check_size, len(prompts.halves()[0])))
-        attempts.attempt(partial(check_asked, job, plans, sets))
+        attempts.attempt(partial(check_asked, job, plans, sets, needs_all=True))
         attempts.attempt(partial(_check_groups, job, plans))
         attempts.attempt(partial(_check_outputs, job))
     attempts.end()

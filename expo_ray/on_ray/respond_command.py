@@ -84,14 +84,19 @@ def check(job: Job) -> tuple[list[PairPlan], list[PromptSet]]:
     return plans, sets
 
 
-def check_asked(job: Job, plans: Sequence[PairPlan], sets: Sequence[PromptSet]) -> None:
+def check_asked(
+    job: Job, plans: Sequence[PairPlan], sets: Sequence[PromptSet], *, needs_all: bool = False
+) -> None:
     """See that engines can hold a job's models and answer its prompts, and that the answers can be stored.
+
+    Args:
+        needs_all: whether one prompt without an answer fails the job, as it does a search.
 
     Raises:
         Problems: with everything that is certain to fail.
     """
     attempts = Attempts()
-    attempts.attempt(partial(check_served, plans, job.models, job.serving, sets))
+    attempts.attempt(partial(check_served, plans, job.models, job.serving, sets, needs_all=needs_all))
     attempts.attempt(partial(check_writable, job.output))
     attempts.end()
 
