@@ -19,6 +19,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from expo_ray.errors import ExpoError
 from expo_ray.storage import Store
+from expo_ray.text import message
 
 log = logging.getLogger("expo_ray")
 
@@ -105,12 +106,19 @@ class Progress(ABC):
             "stage": self.stage,
             **self.counts(),
             "updated": datetime.now(UTC).isoformat(timespec="seconds"),
-            **more,
+            **{key: redacted(value) for key, value in more.items()},
         }
         try:
             self._status.put("status.json", (json.dumps(data, indent=1) + "\n").encode())
         except ExpoError as error:  # a lost status line must not cost the job
             log.warning("status.json could not be written: %s", error)
+
+
+def redacted(value: Any) -> Any:
+    """`value` with every text, alone or in a list, without secrets."""
+    if isinstance(value, str):
+        return message(value)
+    return [redacted(inner) for inner in value] if isinstance(value, list) else value
 
 
 def size_text(size: float) -> str:

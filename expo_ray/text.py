@@ -33,6 +33,7 @@ _NO_SECRET_LAST = {"DIR", "ENABLED", "ENDPOINT", "FILE", "FORMAT", "MODE", "NAME
 _PASSWORD_INSIDE = re.compile(r"PASSWORD|PASSWD|APIKEY|SECRET", re.IGNORECASE)
 
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]{0,31})://(?P<rest>[^\s\"'<>`]*)")
+_PORTLESS = re.compile(r"^[^\[{]*:(?!\d*$|PORT$)[^{]{3,}")
 _CLOSING = ".,;:)]}"
 _USER = re.compile(r"(?<![\w:@.*-])(?<![^/]/)[\w.+%-]{0,256}:[^\s/@:'\"]{3,}@(?=[\w\[])")
 _NAME = r"(?:[\w-]{0,64}(?:signature|credential|security[_-]token|secret|access[_-]?key(?:[_-]?id)?|secret[_-]key|api[_-]?key|access[_-]token|auth[_-]token|password|passwd)|sig|token)"
@@ -152,8 +153,8 @@ def _bare_url(match: re.Match[str]) -> str:
     user, at, _ = host.rpartition("@")
     if at:
         path = "***@" + path[len(user) + 1 :]
-    elif ":" in host and not host.rpartition(":")[2].isdecimal() and not host.startswith("[") and "@" in path:
-        path = "***@" + path.rpartition("@")[2]  # a password with a slash in it
+    elif _PORTLESS.search(host):  # a password with a slash in it, or one that was cut off
+        path = "***" + (f"@{path.rpartition('@')[2]}" if "@" in path else "")
     return f"{scheme}://{path}{tail}"
 
 

@@ -38,9 +38,6 @@ YAML_BYTES = 2**20
 _YAML_VALUES = 100_000
 _MERGE = "tag:yaml.org,2002:merge"
 _LONGEST_PATTERN = 1000
-# The matcher keeps a copy of a text for each time that it must be repeated: `a{10000000}` takes 2 GB, and an adapter may have hundreds.
-_COUNTS = re.compile(r"\{([0-9]+)")
-_MOST_COPIES = 1_000
 _PATTERN_TIMEOUT_S = 1.0
 # Of all searches with one pattern together, as a model can have 100,000 names; an ordinary search takes microseconds.
 _PATTERN_BUDGET_S = 5.0
@@ -164,7 +161,7 @@ def parse_yaml(text: str, source: str, *, error: type[ExpoError] = JobError) -> 
         value = yaml.load(text, Loader=_PlainLoader)
         _check_unfolded(value)
     except yaml.YAMLError as fault:
-        raise error(f"{source}: is not YAML ({shown(' '.join(str(fault).split()), 400)})") from fault
+        raise error(f"{source}: is not YAML ({_yaml_fault(fault)})") from fault
     except RecursionError as fault:
         raise error(f"{source}: YAML nested too deeply; write it flatter") from fault
     except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError, MemoryError) as fault:
@@ -173,6 +170,15 @@ def parse_yaml(text: str, source: str, *, error: type[ExpoError] = JobError) -> 
             f"{source}: holds a value that YAML cannot read ({shown(fault)}); put it in quotes"
         ) from fault
     return value
+
+
+def _yaml_fault(fault: yaml.YAMLError) -> str:
+    """Cause and place, without the line itself that PyYAML quotes: half of a password may stand there."""
+    if not isinstance(fault, yaml.MarkedYAMLError):
+        return shown(fault)
+    mark = fault.problem_mark or fault.context_mark
+    place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+    return shown(", ".join(filter(None, [fault.context, fault.problem])), 300) + place
 
 
 class Pattern:
@@ -227,15 +233,11 @@ def compile_pattern(text: str) -> Pattern:
         raise JobError(
             f"the pattern `{shown(text, 60)}` is longer than the {_LONGEST_PATTERN} characters that are read; write it shorter"
         )
-    if math.prod(max(1, int(count)) for count in _COUNTS.findall(text)) > _MOST_COPIES:
-        raise JobError(
-            f"the pattern `{shown(text, 60)}` repeats a text more than {_MOST_COPIES} times; write `+` instead"
-        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             re.compile(text)  # the matcher takes more than `re`, of which nothing else here knows
-        return Pattern(text, regex.compile(text, regex.V0, cache_pattern=False))
+        return Pattern(text, regex.compile(text, regex.V0))
     except (
         ValueError,
         ArithmeticError,

@@ -44,11 +44,6 @@ def test_a_checkpoint_of_a_training_program_gets_its_next_step(part: str) -> Non
     assert part.replace("memory://{}", store.uri) in str(caught.value)
 
 
-def test_a_folder_that_waits_for_its_converter_gets_one_message() -> None:
-    with pytest.raises(CheckpointError, match="zero_to_fp32"):
-        read_checkpoint(stored({"zero_to_fp32.py": b"", "global_step9/mp_rank_00_model_states.pt": b""}))
-
-
 def message(path: str) -> str:
     with pytest.raises(ExpoError) as caught:
         read_checkpoint(open_store(path))

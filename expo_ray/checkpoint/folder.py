@@ -11,7 +11,6 @@ from expo_ray.checkpoint.header import read_header
 from expo_ray.checkpoint.json_file import read_json, refuse_fault
 from expo_ray.checkpoint.side_files import find_side_files
 from expo_ray.checkpoint.tensors import Checkpoint, Tensor
-from expo_ray.checkpoint.unconverted import unconverted_checkpoint
 from expo_ray.checkpoint.weight_files import (
     DIFFUSERS_STEM,
     WeightFiles,
@@ -27,7 +26,7 @@ _HEADERS_AT_ONCE = 16
 
 
 def read_checkpoint(store: Store, *, allow_pickle: bool = False) -> Checkpoint:
-    """Read a checkpoint's folder: its listing, `config.json`, the index, the weight files' headers and what lies beside them.
+    """What the folder holds, from its listing, `config.json`, the index and the weight files' headers.
 
     Args:
         allow_pickle: read `pytorch_model*.bin` where there are no safetensors; no code in them is run.
@@ -41,7 +40,7 @@ def read_checkpoint(store: Store, *, allow_pickle: bool = False) -> Checkpoint:
     if not listing:
         raise CheckpointError(missing_folder(store.uri))
     problems: list[ExpoError] = []
-    config = _config(store, listing, "config.json", problems)
+    config = _config(store, listing, "config.json", problems, required="adapter_config.json" not in listing)
     carried = _carried_adapter(listing, config)
     is_adapter = "adapter_config.json" in listing and not carried
     adapter = _config(store, listing, "adapter_config.json", problems) if is_adapter else {}
@@ -49,7 +48,7 @@ def read_checkpoint(store: Store, *, allow_pickle: bool = False) -> Checkpoint:
     tensors = _tensors(store, listing, weights, problems)
     own = {*weights.keys, *filter(None, [weights.index])} | ({"adapter_config.json"} if is_adapter else set())
     side, wrong = find_side_files(store, listing, own, config=config, carried=carried)
-    problems = [*_missing_config(store, listing, weights), *problems, *wrong]
+    problems += wrong
     if len(problems) == 1:
         raise problems[0]
     if problems:
@@ -76,23 +75,19 @@ def _carried_adapter(listing: Mapping[str, FileInfo], config: Mapping[str, Any])
     return [key for key in files if key in listing]
 
 
-def _missing_config(
-    store: Store, listing: Mapping[str, FileInfo], weights: WeightFiles
-) -> list[CheckpointError]:
-    """Name a missing configuration, unless the folder waits for a converter, which makes one."""
-    is_waiting = not weights.keys and unconverted_checkpoint(store.uri, listing)
-    if is_waiting or {"config.json", "adapter_config.json"} & listing.keys():
-        return []
-    return [CheckpointError(f"{store.uri}: no config.json; pass a folder as `save_pretrained` writes it")]
-
-
 def _config(
     store: Store,
     listing: Mapping[str, FileInfo],
     key: str,
     problems: list[ExpoError],
+    *,
+    required: bool = False,
 ) -> dict[str, Any]:
     if key not in listing:
+        if required:
+            problems.append(
+                CheckpointError(f"{store.uri}: no {key}; pass a folder as `save_pretrained` writes it")
+            )
         return {}
     try:
         return read_json(store, listing[key], strict=key == "adapter_config.json")
@@ -193,7 +188,7 @@ def _is_constant(name: str) -> bool:
 def _against_index(
     store: Store, weights: WeightFiles, headers: Mapping[str, Mapping[str, Tensor]]
 ) -> list[CheckpointError]:
-    """Compare the index with the headers of the files that it names."""
+    """What index and headers tell differently."""
     if not weights.index:
         return []
     where = f"{store.uri}/{weights.index}"

@@ -192,7 +192,7 @@ class Client:
         except EndpointError:
             return None, f"not the answer to a chat: {shown(repr(response.text[:200]))}", 0.0
         if answer.finish_reason in {"abort", "error"}:
-            return None, f"the engine broke off ({answer.finish_reason})", 0.0
+            return None, f"the engine broke off ({shown(answer.finish_reason)})", 0.0
         return answer, "", 0.0
 
     def _renamed(self, body: Mapping[str, Any]) -> Mapping[str, Any]:

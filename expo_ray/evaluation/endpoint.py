@@ -16,8 +16,8 @@ from urllib.parse import quote, urlsplit
 import httpx
 from pydantic import Field
 
-from expo_ray.errors import EndpointError
-from expo_ray.text import shown
+from expo_ray.errors import EndpointError, some
+from expo_ray.text import remember_secret, remember_url_secrets, shown
 from expo_ray.untrusted import Foreign, kind_of, parse_json, validated, without_halves
 
 CONNECT_TIMEOUT_S = 10.0
@@ -74,17 +74,46 @@ def connect(url: str, timeout_s: float, key_variable: str = KEY_VARIABLE) -> htt
     """Open a client of the endpoint at `url`, with or without its `/v1`.
 
     The key in the variable `key_variable` goes along if it is set; no key does if that is empty.
+
+    Raises:
+        EndpointError: for a URL that names no endpoint, or a key that no request can carry.
     """
     root = url.rstrip("/").removesuffix("/v1").rstrip("/")
-    key = os.environ.get(key_variable) if key_variable else None
-    return httpx.AsyncClient(
-        base_url=root,
-        headers={"Accept-Encoding": "gzip, identity"} | {"Authorization": f"Bearer {key}"} if key else {},
-        timeout=httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S, pool=None),
-        limits=httpx.Limits(max_connections=None),
-        # A proxy for the outside world does not know this machine's ports.
-        trust_env=urlsplit(root).hostname not in {"127.0.0.1", "localhost", "::1"},
-    )
+    key = read_key(key_variable) if key_variable else ""
+    remember_url_secrets(url)
+    if "?" in url or "#" in url:
+        raise EndpointError(
+            f"{url}: leave out what follows `?` or `#`; a key goes into {key_variable or KEY_VARIABLE}"
+        )
+    try:
+        return httpx.AsyncClient(
+            base_url=root,
+            headers={"Accept-Encoding": "gzip, identity"}
+            | ({"Authorization": f"Bearer {key}"} if key else {}),
+            timeout=httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S, pool=None),
+            limits=httpx.Limits(max_connections=None),
+            # A proxy for the outside world does not know this machine's ports.
+            trust_env=urlsplit(root).hostname not in {"127.0.0.1", "localhost", "::1"},
+        )
+    except (httpx.InvalidURL, ValueError) as error:
+        raise EndpointError(
+            f"{url}: is no URL ({shown(error)}); write it like http://127.0.0.1:8000"
+        ) from error
+
+
+def read_key(variable: str) -> str:
+    """The key in a variable, without the line break that mounted files end with; empty if it is not set.
+
+    Raises:
+        EndpointError: if no request can carry it.
+    """
+    key = os.environ.get(variable, "").strip()
+    remember_secret(key)
+    if not (key.isascii() and key.isprintable()):
+        raise EndpointError(
+            f"{variable} holds a character that no request can carry; set it to the key alone"
+        )
+    return key
 
 
 async def card_of(http: httpx.AsyncClient, name: str) -> Card:
@@ -97,7 +126,7 @@ async def card_of(http: httpx.AsyncClient, name: str) -> Card:
     if page is None or page.get("id") != name:  # not every endpoint has this page
         cards = {str(card.get("id")): card for card in await _cards(http)}
         if name not in cards:
-            served = shown(", ".join(cards) or "no models at all")
+            served = some([shown(name) for name in cards]) or "no models at all"
             raise EndpointError(f"{http.base_url}: does not serve {shown(name)}; it serves {served}")
         page = cards[name]
     where = f"{http.base_url}: its card of {shown(name)}"
@@ -170,7 +199,7 @@ def reason_of(response: httpx.Response) -> str:
 
 def broken_by(error: Exception) -> str:
     """What became of a request that got no answer."""
-    return " ".join(f"{type(error).__name__} {error}".split())
+    return shown(" ".join(f"{type(error).__name__} {error}".split()), 400)
 
 
 async def _cards(http: httpx.AsyncClient) -> list[Mapping[str, Any]]:

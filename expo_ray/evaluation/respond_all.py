@@ -17,6 +17,7 @@ from expo_ray.evaluation.respond import Answers, Asking, answer, plan_asking, qu
 from expo_ray.evaluation.response_file import ResponseFile, check_origins
 from expo_ray.evaluation.served import served_by_engine
 from expo_ray.storage import Store, join_uri
+from expo_ray.text import shown
 
 
 @dataclass
@@ -137,5 +138,7 @@ async def _only_name(client: Client) -> str:
     names = await client.names()
     if len(names) != 1:
         remedy = "say which with --name" if names else "start one there"
-        raise EndpointError(f"{client.url}: serves {some(names) or 'no models'}; {remedy}")
+        raise EndpointError(
+            f"{client.url}: serves {some([shown(name) for name in names]) or 'no models'}; {remedy}"
+        )
     return names[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 # Inches. At 360 pixels a figure of this width shows its 11-point text at about 10 pixels.
 _WIDTH, _HEIGHT, _ROW = 4.7, 3.5, 1.25
+# Beyond it the transformations of an axis are singular.
+_LARGEST = 1e30
 _HALVES: Mapping[HalfName, str] = {"choose": "choosing prompts", "confirm": "confirming prompts"}
 _LEGEND = "Dotted line: warns; dashed line: rejects. Circle: passes; triangle: warned; cross: rejected."
 _MARKERS: Mapping[Verdict, tuple[str, str]] = {
@@ -29,6 +32,9 @@ _MARKERS: Mapping[Verdict, tuple[str, str]] = {
 
 def drawings_of(pair: PairResult, name: str, confidence: float) -> list[Drawing]:
     """All figures of a pair; `name` is the prefix of their ids."""
+    pair = _drawable(pair)
+    if not _fits(pair.decision):
+        return []
     found = [
         _drawn(f"{name}-reward{number}", partial(_reward, pair=pair, model=model, confidence=confidence))
         for number, model in enumerate(pair.reward_models)
@@ -42,6 +48,25 @@ def drawings_of(pair: PairResult, name: str, confidence: float) -> list[Drawing]
         height = 0.6 + _ROW * len(shown)
         found.append(_drawn(f"{name}-guardrails", partial(_guardrails, pair=pair, names=shown), height))
     return found
+
+
+def _drawable(pair: PairResult) -> PairResult:
+    """`pair` without the points that no axis can hold; the tables show them."""
+    measured = tuple(
+        row
+        for row in pair.measured
+        if _fits(row.alpha, row.gain.mean, row.gain.low, row.gain.high, row.reward.mean)
+        and (row.controlled_gain is None or _fits(row.controlled_gain.mean))
+    )
+    guardrails = tuple(
+        guard for guard in pair.guardrails if _fits(guard.alpha, guard.value, guard.limit, guard.warn or 0.0)
+    )
+    tokens = {alpha: mean for alpha, mean in pair.mean_tokens.items() if _fits(alpha, mean)}
+    return replace(pair, measured=measured, guardrails=guardrails, mean_tokens=tokens)
+
+
+def _fits(*values: float) -> bool:
+    return all(abs(value) < _LARGEST for value in values)  # False for NaN
 
 
 def _drawn(name: str, draw: Callable[[Figure], tuple[str, str, str]], height: float = _HEIGHT) -> Drawing:

@@ -10,11 +10,11 @@ import yaml
 
 from expo_ray.config import format_alpha
 from expo_ray.errors import some
+from expo_ray.report.markdown import code, plain, table
 from expo_ray.report.model_index import evaluation_section, model_index
 from expo_ray.report.results import PairResult
-from expo_ray.text import shown
 
-_HUB = re.compile(r"^hf://([^/@]+/[^/@]+)")
+_HUB = re.compile(r"hf://([\w.-]{1,96}/[\w.-]{1,96})(?=[/@]|$)", re.ASCII)
 _TENSORS_SHOWN = 10
 
 
@@ -26,25 +26,27 @@ def model_card(manifest: Mapping[str, Any], result: PairResult | None = None) ->
         result: what was measured of its pair; None if nothing was.
     """
     alpha, arithmetic, parents = manifest["alpha"], manifest["arithmetic"], manifest["parents"]
+    settings = [(code(k), code(v)) for k, v in arithmetic.items() if k != "formula" and v not in (None, {})]
+    shards = [(plain(s["file"]), f"{s['size']:,}", code(s["sha256"])) for s in manifest["shards"]]
     sections = [
         _front_matter(manifest, model_index(result, alpha) if result else []),
-        f"# {manifest['pair']}, extrapolated by alpha = {format_alpha(alpha)}\n",
+        f"# {plain(manifest['pair'])}, extrapolated by alpha = {format_alpha(alpha)}\n",
         "Made without training from two checkpoints by [ExPO](https://arxiv.org/abs/2404.16792): "
         f"`W = W_dpo + alpha (W_dpo - W_sft)` with alpha = {format_alpha(alpha)}.\n",
-        *(f"> **Look at this first:** {warning}\n" for warning in manifest["warnings"]),
+        *(f"> **Look at this first:** {plain(warning)}\n" for warning in manifest["warnings"]),
         *(evaluation_section(result, alpha) if result else []),
         "## Parents\n",
-        _table(("", "folder", "revision"), [(s, f"`{p['uri']}`", p["revision"] or "-") for s, p in parents.items()]),
+        table(("", "folder", "revision"), [(plain(s), code(p["uri"]), plain(p["revision"] or "-")) for s, p in parents.items()]),
         "## Arithmetic\n",
-        f"{arithmetic['formula']}\n",
-        _table(("option", "value"), [(f"`{k}`", f"`{v}`") for k, v in arithmetic.items() if k != "formula" and v not in (None, {})]),
+        f"{plain(arithmetic['formula'])}\n",
+        table(("option", "value"), settings),
         "## What changed\n",
         _changes(manifest["statistics"]),
         "## Files\n",
-        _table(("file", "bytes", "sha256"), [(s["file"], f"{s['size']:,}", f"`{s['sha256']}`") for s in manifest["shards"]]),
+        table(("file", "bytes", "sha256"), shards),
         *_not_carried_over(manifest.get("not_carried_over", ())),
-        f"Plan `{manifest['plan']}`, written by expo-ray {manifest['expo_ray']}. `expo.json` holds the statistics of every "
-        "tensor, and size and ETag of every file of both parents; `expo-ray verify` checks this folder against it.\n",
+        f"Plan {code(manifest['plan'])}, written by expo-ray {plain(manifest['expo_ray'])}. `expo.json` holds the statistics of "
+        "every tensor, and size and ETag of every file of both parents; `expo-ray verify` checks this folder against it.\n",
     ]  # fmt: skip
     return "\n".join(sections)
 
@@ -66,7 +68,7 @@ def _front_matter(manifest: Mapping[str, Any], index: Sequence[Mapping[str, Any]
 
 def _not_carried_over(keys: Sequence[str]) -> Iterator[str]:
     if keys:
-        names = ["`" + shown(key).replace("`", "'") + "`" for key in keys]
+        names = [code(key) for key in keys]
         yield f"Files of the parents that nothing in the model names, and that were not carried over: {some(names, 20)}.\n"
 
 
@@ -78,10 +80,10 @@ def _changes(statistics: Mapping[str, Any]) -> str:
     )
     rows = [
         ("**all**", *_row(statistics)),
-        *((f"`{name}`", *_row(one)) for name, one in tensors[:_TENSORS_SHOWN]),
+        *((code(name), *_row(one)) for name, one in tensors[:_TENSORS_SHOWN]),
     ]
     head = ("tensor", "RMS weight", "RMS delta", "changed", "effective alpha")
-    return _table(head, rows) + (
+    return table(head, rows) + (
         f"\nThe {len(rows) - 1} tensors with the largest relative delta are listed.\n"
     )
 
@@ -93,8 +95,3 @@ def _row(one: Mapping[str, Any]) -> tuple[str, ...]:
         f"{one['changed_share']:.1%}",
         f"{one['effective_alpha']:.3f}",
     )
-
-
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [head, tuple("---" for _ in head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from expo_ray.config import format_alpha
+from expo_ray.report.markdown import plain, table
 from expo_ray.report.results import Estimate, Measured, PairResult
 from expo_ray.report.texts import interval, share, signed
+from expo_ray.text import shown
 
 _HALVES = {"confirm": "Prompts that alpha was not chosen on", "choose": "Prompts that alpha was chosen on"}
 
@@ -32,7 +34,11 @@ def model_index(result: PairResult, alpha: float) -> list[dict[str, Any]]:
         }
         for half, name, rows in _rows(result, alpha)
     ]
-    return [{"name": f"{result.name}, alpha {format_alpha(alpha)}", "results": results}] if results else []
+    return (
+        [{"name": f"{shown(result.name)}, alpha {format_alpha(alpha)}", "results": results}]
+        if results
+        else []
+    )
 
 
 def evaluation_section(result: PairResult, alpha: float) -> list[str]:
@@ -49,11 +55,11 @@ def evaluation_section(result: PairResult, alpha: float) -> list[str]:
         "length-controlled",
         "win rate over dpo",
     )
-    lines = [head, tuple("---" for _ in head)] + [
+    lines = [
         (
             name,
             str(one.prompts),
-            one.reward_model,
+            plain(one.reward_model),
             signed(one.reward.mean),
             interval(one.gain),
             interval(one.controlled_gain) if one.controlled_gain else "-",
@@ -66,8 +72,8 @@ def evaluation_section(result: PairResult, alpha: float) -> list[str]:
         "## Evaluation\n",
         f"{_decision(result, alpha)} Gains are mean differences in reward to dpo on the same prompts and seeds; brackets hold their "
         "confidence interval over prompts.\n",
-        "".join(f"| {' | '.join(_cell(text) for text in line)} |\n" for line in lines),
-        *(f"> **Look at this first:** {_cell(warning)}\n" for warning in result.warnings),
+        table(head, lines),
+        *(f"> **Look at this first:** {plain(warning)}\n" for warning in result.warnings),
     ]
 
 
@@ -89,7 +95,7 @@ def _metrics(one: Measured) -> Iterator[dict[str, Any]]:
         mean = value.mean if isinstance(value, Estimate) else value
         if mean is None or not math.isfinite(mean):
             continue
-        metric: dict[str, Any] = {"type": kind, "value": mean, "name": f"{name}, {one.reward_model}"}
+        metric: dict[str, Any] = {"type": kind, "value": mean, "name": f"{name}, {shown(one.reward_model)}"}
         if isinstance(value, Estimate) and math.isfinite(value.low) and math.isfinite(value.high):
             metric["args"] = {"low": value.low, "high": value.high}
         yield metric
@@ -97,16 +103,11 @@ def _metrics(one: Measured) -> Iterator[dict[str, Any]]:
 
 def _decision(result: PairResult, alpha: float) -> str:
     if alpha == result.decision:
-        return _cell(
+        return plain(
             " ".join([f"{result.reason}.", *([f"{result.groups.reason}."] if result.groups else [])])
         )
     why = result.rejected.get(alpha, "")
     other = "dpo itself was kept" if result.decision == 0 else f"alpha {format_alpha(result.decision)} was"
     return (
-        f"**This alpha was not chosen{', ' if result.decision == 0 else '; '}{other}.** {_cell(why)}".rstrip()
+        f"**This alpha was not chosen{', ' if result.decision == 0 else '; '}{other}.** {plain(why)}".rstrip()
     )
-
-
-def _cell(text: str) -> str:
-    """Text on one line that neither ends a table's cell nor begins HTML."""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

@@ -25,7 +25,7 @@ from expo_ray.report.rows import (
 )
 from expo_ray.report.stored import read_results
 from expo_ray.report.svg import Drawing
-from expo_ray.report.texts import alpha_text, cost_name, cost_value, visible
+from expo_ray.report.texts import alpha_text, bounded, cost_name, cost_value, visible
 from expo_ray.storage import Store, join_uri
 
 if TYPE_CHECKING:
@@ -66,7 +66,8 @@ def write_report(store: Store, results: Results | None = None) -> str:
 
 
 def page_of(results: Results) -> str:
-    """The page; the same results give the same text."""
+    """The page; the same results give the same text. Long texts are cut: `results.json` and the stored rows hold them whole."""
+    results = bounded(results)
     try:
         template = template_environment().get_template("page.html")
         views = [
@@ -87,7 +88,7 @@ def page_of(results: Results) -> str:
 
 
 def _view(pair: PairResult, number: int, confidence: float) -> PairView:
-    name = re.sub(r"[^a-z0-9]+", "-", pair.name.lower()).strip("-")
+    name = re.sub(r"[^a-z0-9]+", "-", pair.name.lower()).strip("-")[:60]
     return PairView(
         f"pair-{number}-{name}",
         pair,

@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, TypeVar, cast
 
 from expo_ray.config import format_alpha
-from expo_ray.report.results import Estimate
+from expo_ray.report.results import Estimate, Example
+
+# Characters. Three examples of three answers each for a hundred pairs stay below 20 MB.
+_LONGEST_EXAMPLE = 20_000
+_LONGEST_TEXT = 2000
+
+_DIRECTION = re.compile(r"[\u202a-\u202e\u2066-\u2069]")
+
+T = TypeVar("T")
 
 LENGTH = "length ratio"
 # In the order of the page; `reward of ...` guardrails are seen in the curves of their reward models.
@@ -73,8 +84,31 @@ def cost_value(key: str, value: float) -> str:
 
 
 def visible(text: str) -> str:
-    """Text without control characters, which a page cannot show, and without half surrogate pairs, which it cannot hold."""
+    """`text` without control characters, which a page cannot show, and half surrogate pairs, which it cannot hold."""
     return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", text)
+
+
+def bounded(value: T, longest: int = _LONGEST_TEXT) -> T:
+    """`value`, the results of a run or a part of them, with every text visible and cut, so that a page of it can be opened."""
+    shorter: Any = value
+    if isinstance(value, str):
+        shorter = visible(_cut(value, longest))
+        if longest != _LONGEST_EXAMPLE:  # those stand in boxes that no mark of direction leaves
+            shorter = _DIRECTION.sub("\ufffd", shorter)
+    elif is_dataclass(value) and not isinstance(value, type):
+        most = _LONGEST_EXAMPLE if isinstance(value, Example) else longest
+        shorter = replace(
+            value, **{field.name: bounded(getattr(value, field.name), most) for field in fields(value)}
+        )
+    elif isinstance(value, Mapping):
+        shorter = {bounded(key): bounded(inner, longest) for key, inner in value.items()}
+    elif isinstance(value, tuple):
+        shorter = tuple(bounded(inner, longest) for inner in value)
+    return cast("T", shorter)
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[:longest]}\u2026 (cut here, of {len(text):,} characters)"
 
 
 def _minus(text: str) -> str:

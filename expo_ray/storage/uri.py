@@ -144,8 +144,9 @@ def split_file(uri: str) -> tuple[str, str]:
         ('s3://models/expo', 'prompts.jsonl')
 
     Raises:
-        StorageError: if `uri` names a bucket or a folder.
+        StorageError: if `uri` names a bucket or a folder, or holds a secret.
     """
+    split_uri(uri)
     folder, slash, name = uri.rpartition("/")
     if not name or folder.endswith(":/"):
         raise StorageError(f"{uri}: names no file; give its whole path")
