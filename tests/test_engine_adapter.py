@@ -7,6 +7,7 @@ from importlib import import_module
 from importlib.metadata import version
 
 import pytest
+from ray.serve.llm import LLMConfig
 
 from expo_ray.errors import JobError
 from expo_ray.on_ray import engine_adapter
@@ -71,3 +72,36 @@ def test_a_pause_throws_out_requests_and_clears_the_cache_of_prefixes() -> None:
     engine = import_module("vllm.v1.engine.async_llm").AsyncLLM
     parameters = inspect.signature(engine.pause_generation).parameters
     assert {"mode", "clear_cache"} <= parameters.keys()
+
+
+def test_an_engine_of_one_worker_on_a_cpu_does_without_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.llm._internal.serve.engines.vllm.vllm_models import VLLMEngineConfig
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    # `fit_shared_memory` changes it for the process of an engine, which this is not.
+    monkeypatch.setattr(
+        VLLMEngineConfig, "get_initialization_kwargs", VLLMEngineConfig.get_initialization_kwargs
+    )
+    config = config_of(workers=1)
+    for free in (None, 1 << 30):
+        engine_adapter.fit_shared_memory(config, free)
+        assert config.get_engine_config().get_initialization_kwargs()["distributed_executor_backend"] == "mp"
+    engine_adapter.fit_shared_memory(config, 64 << 20)
+    arguments = config.get_engine_config().get_initialization_kwargs()
+    assert arguments["distributed_executor_backend"] is UniProcExecutor
+
+
+def test_an_engine_of_several_workers_is_refused_without_shared_memory() -> None:
+    with pytest.raises(JobError, match=r"/dev/shm has 64 MiB free.*--shm-size"):
+        engine_adapter.fit_shared_memory(config_of(workers=2), 64 << 20)
+
+
+def config_of(workers: int) -> LLMConfig:
+    return LLMConfig.model_validate(
+        {
+            "model_loading_config": {"model_id": "name", "model_source": "folder"},
+            "engine_kwargs": {"tensor_parallel_size": workers},
+            "accelerator_config": {"kind": "cpu"},
+            "placement_group_config": {"bundles": [{"CPU": 1}] * workers},
+        }
+    )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import ray
 from ray._common.formatters import JSONFormatter
 from ray.exceptions import RayActorError
+from ray.llm._internal.serve.core.configs.accelerators import CPUAccelerator
 from ray.llm._internal.serve.core.configs.openai_api_models import (
     ErrorInfo,
     ErrorResponse,
@@ -25,6 +27,7 @@ from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 from ray.serve.context import _get_global_client, _set_global_client
 
 from expo_ray.errors import JobError
+from expo_ray.storage.local_writer import free_bytes
 
 __all__ = [
     "VLLM",
@@ -34,6 +37,8 @@ __all__ = [
     "ModelList",
     "OpenAIHTTPException",
     "check_version",
+    "fit_shared_memory",
+    "free_shared_memory",
     "http_address",
     "plain_logs",
     "shut_serve_down",
@@ -42,6 +47,9 @@ __all__ = [
 
 VLLM = "0.29.0"
 SERVE_END_S = 30.0
+_SHARED_MEMORY = "/dev/shm"
+# The two rings between an engine and its worker: ten chunks of 16 MiB and ten of 24, and what Ray keeps there.
+_RING_BYTES = 440 << 20
 
 
 def check_version() -> None:
@@ -104,3 +112,41 @@ def stop_engine(server: Any) -> None:
     client = getattr(getattr(server, "engine", None), "_engine_client", None)
     if client is not None:
         client.shutdown()
+
+
+def fit_shared_memory(config: Any, free: int | None) -> None:
+    """Let the engines of this process do without shared memory where there is too little of it, as in docker's 64 MB.
+
+    Only an engine on a CPU with one worker can: it then runs the worker in its own process. Elsewhere workers in processes of
+    their own are kept, as vLLM sets up its threads for them.
+
+    Args:
+        free: bytes of shared memory that are free; None if unknown.
+
+    Raises:
+        JobError: if there is too little for an engine that needs it.
+    """
+    if free is None or free >= _RING_BYTES:
+        return
+    engine = config.get_engine_config()
+    workers = int(engine.engine_kwargs.get("tensor_parallel_size", 1))
+    if workers > 1 or not isinstance(engine.accelerator, CPUAccelerator):
+        raise JobError(
+            f"{_SHARED_MEMORY} has {free >> 20} MiB free, and an engine needs {_RING_BYTES >> 20}; start the container with "
+            "--shm-size=2g (docker), or mount an emptyDir of medium Memory there (Kubernetes)"
+        )
+    from ray.llm._internal.serve.engines.vllm.vllm_models import VLLMEngineConfig
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    own = VLLMEngineConfig.get_initialization_kwargs
+
+    def in_one_process(self: Any) -> dict[str, Any]:
+        # By its class: Ray puts "mp" in the place of any name, and vLLM in that of "uni".
+        return own(self) | {"distributed_executor_backend": UniProcExecutor}
+
+    VLLMEngineConfig.get_initialization_kwargs = in_one_process  # type: ignore[method-assign]
+
+
+def free_shared_memory() -> int | None:
+    """Bytes of shared memory that are free on this node; None if it does not say."""
+    return free_bytes(_SHARED_MEMORY) if os.path.isdir(_SHARED_MEMORY) else None

@@ -21,7 +21,15 @@ from expo_ray.errors import ArithmeticFault, CheckpointError
 from expo_ray.evaluation.records import digest
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.step import DPO, Step, stepped
-from expo_ray.on_ray.engine_adapter import ErrorInfo, ErrorResponse, engine_version, plain_logs, stop_engine
+from expo_ray.on_ray.engine_adapter import (
+    ErrorInfo,
+    ErrorResponse,
+    engine_version,
+    fit_shared_memory,
+    free_shared_memory,
+    plain_logs,
+    stop_engine,
+)
 from expo_ray.on_ray.lease import Busy, Lease
 from expo_ray.on_ray.names import ServedName, parse_name
 from expo_ray.on_ray.parents import engine_folder
@@ -50,7 +58,9 @@ class ModelServer(LLMServer):
         folder = await asyncio.to_thread(_fetch_on_nodes, fetch)
         self._name, self._weights = llm_config.model_id, weights
         self._template, self._special_ids = template_of(folder), special_ids_of(folder)
-        await super().__init__(_with_source(llm_config, folder))
+        config = _with_source(llm_config, folder)
+        fit_shared_memory(config, free_shared_memory())
+        await super().__init__(config)
         self._about = (await self.collective_rpc("expo_describe"))[0]
 
     async def __del__(self) -> None:
