@@ -83,12 +83,13 @@ def test_an_engine_of_one_worker_on_a_cpu_does_without_shared_memory(monkeypatch
         VLLMEngineConfig, "get_initialization_kwargs", VLLMEngineConfig.get_initialization_kwargs
     )
     config = config_of(workers=1)
+    engine = config.get_engine_config()
+    assert engine is not None
     for free in (None, 1 << 30):
         engine_adapter.fit_shared_memory(config, free)
-        assert config.get_engine_config().get_initialization_kwargs()["distributed_executor_backend"] == "mp"
+        assert engine.get_initialization_kwargs()["distributed_executor_backend"] == "mp"
     engine_adapter.fit_shared_memory(config, 64 << 20)
-    arguments = config.get_engine_config().get_initialization_kwargs()
-    assert arguments["distributed_executor_backend"] is UniProcExecutor
+    assert engine.get_initialization_kwargs()["distributed_executor_backend"] is UniProcExecutor
 
 
 def test_an_engine_of_several_workers_is_refused_without_shared_memory() -> None:

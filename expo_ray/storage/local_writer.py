@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import functools
@@ -188,6 +187,8 @@ def _give_new_name(temp: Path, path: Path) -> None:
 
 def _rename_unless_taken(temp: Path, path: Path) -> None:
     """`renameat2(RENAME_NOREPLACE)`: Linux 3.15 and glibc 2.28, and not every file system."""
+    import ctypes  # 10 ms that few file systems cost
+
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "renameat2"):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
