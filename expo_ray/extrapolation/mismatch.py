@@ -11,8 +11,6 @@ from expo_ray.checkpoint.tied import VocabularyWeights
 from expo_ray.errors import PairError, some
 from expo_ray.text import shown
 
-_BOTH = "load both with one version of the library that wrote them, and save both again"
-
 
 @dataclass(frozen=True, slots=True)
 class Unmatched:
@@ -119,7 +117,8 @@ def _layout(missing: Sequence[str], extra: Sequence[str]) -> str:
             if a and b:
                 return (
                     f"{description}: {has} has {shown(a)}, {lacks} has {shown(b)} ({len(missing)} and {len(extra)} such names); "
-                    f"{_BOTH}"
+                    "convert one of the two to the other's layout (load both with one version of the library that wrote them, and "
+                    "save both)"
                 )
     return ""
 
