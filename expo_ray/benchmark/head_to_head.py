@@ -5,7 +5,6 @@ As many judgments in both orders as two models cost against a baseline in one; n
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -33,7 +32,7 @@ class HeadToHead:
             tanh(length difference over its standard deviation) predicts. The primary figure.
         index: (prompts,), int64: places of the prompts with a verdict in each order asked for.
         unparsed: prompts without.
-        length_ratio: mean length of the model's answers over its opponent's.
+        length_ratio: mean length of the model's answers over its opponent's; None if those are all empty.
     """
 
     model: str
@@ -43,7 +42,7 @@ class HeadToHead:
     controlled: Estimate
     index: NDArray[np.int64]
     unparsed: int
-    length_ratio: float
+    length_ratio: float | None
 
     @property
     def prompts(self) -> int:
@@ -83,7 +82,7 @@ def head_to_head(verdicts: Verdicts) -> HeadToHead:
         estimate(lambda counts: 100 * regression.win_rates(counts), num_prompts),
         rows.index,
         verdicts.unparsed,
-        float(rows.lengths.mean()) / opponent_length if opponent_length else math.inf,
+        float(rows.lengths.mean()) / opponent_length if opponent_length else None,
     )
 
 

@@ -133,23 +133,18 @@ def _read_model(store: Store, name: str, infos: Iterable[FileInfo]) -> ModelTask
         try:
             results, run = _read_results(store, info, uri)
             _take_tasks(model, results, run, uri, places)
-            again = subjects.keys() & _subjects_in(results).keys()
-            if again:
-                raise BenchmarkError(
-                    f"{uri}: {len(again)} of MMLU's subjects are in another file as well; keep the one that counts"
-                )
-            subjects |= _subjects_in(results)
+            _take_subjects(subjects, results, uri)
         except ExpoError as error:
             problems += each(error)
-    if subjects and len(subjects) != _MMLU_SUBJECTS and "mmlu" not in model.scores:
+    if len(subjects) == _MMLU_SUBJECTS:
+        # The leaderboard's figure is the mean over subjects; 0.4's group weights them by their size.
+        model.scores["mmlu"] = sum(subjects.values()) / _MMLU_SUBJECTS
+    elif subjects and "mmlu" not in model.scores:
         problems.append(
             BenchmarkError(
                 f"{shown(name)}: {len(subjects)} of MMLU's {_MMLU_SUBJECTS} subjects; run all of them, or remove these"
             )
         )
-    elif len(subjects) == _MMLU_SUBJECTS:
-        # The leaderboard's figure is the mean over subjects; 0.4's group weights them by their size.
-        model.scores["mmlu"] = sum(subjects.values()) / _MMLU_SUBJECTS
     if not model.scores and not problems:
         problems.append(
             BenchmarkError(
@@ -214,6 +209,15 @@ def _value(values: Mapping[str, Any], metric: str, filters: Sequence[str]) -> fl
         if is_number(value) and 0 <= value <= 1:
             return float(value)
     return None
+
+
+def _take_subjects(subjects: dict[str, float], results: Mapping[str, Any], uri: str) -> None:
+    more = _subjects_in(results)
+    if again := subjects.keys() & more.keys():
+        raise BenchmarkError(
+            f"{uri}: {len(again)} of MMLU's subjects are in another file as well; keep the one that counts"
+        )
+    subjects |= more
 
 
 def _subjects_in(results: Mapping[str, Any]) -> dict[str, float]:

@@ -40,17 +40,7 @@ def package_win_rates(arms: Sequence[dict[str, Any]], gamed_csv: bytes) -> list[
         gamed = Path(folder, "df_gamed.csv")
         gamed.write_bytes(gamed_csv)
         try:
-            done = subprocess.run(
-                # -P: a module beside this file must not stand in for one of the same name; -B: site-packages stays as it is.
-                [sys.executable, "-P", "-B", __file__],
-                input=json.dumps({"gamed": str(gamed), "arms": list(arms)}),
-                capture_output=True,
-                text=True,
-                cwd=folder,
-                env=_environment(folder),
-                timeout=_TIMEOUT_S,
-                check=False,
-            )
+            done = _run(json.dumps({"gamed": str(gamed), "arms": list(arms)}), folder)
         except subprocess.TimeoutExpired as error:
             raise BenchmarkError(
                 f"alpaca-eval's length control took more than {_TIMEOUT_S} s; run it on a machine with less to do"
@@ -64,6 +54,20 @@ def package_win_rates(arms: Sequence[dict[str, Any]], gamed_csv: bytes) -> list[
         )
         raise BenchmarkError(f"alpaca-eval's length control failed ({shown(last)}); {remedy}")
     return [float(value) for value in json.loads(done.stdout.strip().split("\n")[-1])]
+
+
+def _run(request: str, folder: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        # -P: a module beside this file must not stand in for one of the same name; -B: site-packages stays as it is.
+        [sys.executable, "-P", "-B", __file__],
+        input=request,
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=_environment(folder),
+        timeout=_TIMEOUT_S,
+        check=False,
+    )
 
 
 def _environment(folder: str) -> dict[str, str]:

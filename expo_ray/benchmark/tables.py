@@ -51,20 +51,10 @@ def arms_table(scores: Sequence[ArmScore], judge: str) -> Table:
     baseline = scores[0].verdicts.opponent if scores else ""
     return Table(
         f"AlpacaEval 2.0 against {baseline or 'the baseline'}",
-        (
-            "model",
-            "win rate %",
-            *(f"{_LC_COLUMNS[kind]} %" for kind in kinds),
-            "prompts",
-            "unparsed",
-            "mean length",
-        ),
+        ("model", "win rate %", *(f"{_LC_COLUMNS[kind]} %" for kind in kinds), "prompts", "unparsed", "mean length"),
         tuple(rows),
-        (
-            f"Judge: {judge or 'not named in the file'}.",
-            f"Brackets: 95 % intervals over prompts; {'; '.join(notes)}.",
-        ),
-    )
+        (f"Judge: {judge or 'not named in the file'}.", f"Brackets: 95 % intervals over prompts; {'; '.join(notes)}."),
+    )  # fmt: skip
 
 
 def differences_table(differences: Sequence[ArmDifference]) -> Table:
@@ -97,20 +87,7 @@ def differences_table(differences: Sequence[ArmDifference]) -> Table:
 def head_to_head_table(duels: Sequence[HeadToHead]) -> Table:
     """The primary result: each model judged against its reference, Holm-adjusted over the pairs, and the mean over pairs."""
     adjusted = holm([duel.p_value for duel in duels])
-    rows: list[tuple[str, ...]] = [
-        (
-            f"{duel.model} against {duel.opponent}",
-            rate(duel.win_rate),
-            rate(duel.controlled),
-            f"{duel.controlled.detectable:.1f}",
-            _p_text(p),
-            outcome(duel.controlled.interval.value - 50, p),
-            f"{duel.length_ratio:.2f}",
-            str(duel.prompts),
-            str(duel.unparsed),
-        )
-        for duel, p in zip(duels, adjusted, strict=True)
-    ]
+    rows = [_duel_row(duel, p) for duel, p in zip(duels, adjusted, strict=True)]
     if mean := pooled_head_to_head(duels):
         raw = pooled([duel.win_rate for duel in duels])
         verdict = verdict_of(_minus_half(mean.interval))
@@ -119,23 +96,27 @@ def head_to_head_table(duels: Sequence[HeadToHead]) -> Table:
         ))  # fmt: skip
     return Table(
         "Head to head",
-        (
-            "pair",
-            "win rate %",
-            "LC win rate %",
-            "detectable",
-            "p (Holm)",
-            "at 5 %",
-            "length ratio",
-            "prompts",
-            "unparsed",
-        ),
+        ("pair", "win rate %", "LC win rate %", "detectable", "p (Holm)", "at 5 %", "length ratio", "prompts", "unparsed"),
         tuple(rows),
         (
             f"Judge: {', '.join(dict.fromkeys(duel.judge for duel in duels)) or 'none'}. 50 is a draw.",
             "LC win rate: at equal length, the intercept of a logistic regression on tanh(length difference). The primary figure; "
             "its p-values are adjusted for the number of pairs. Detectable: the distance from 50 that so many prompts show with 80 % power.",
         ),
+    )  # fmt: skip
+
+
+def _duel_row(duel: HeadToHead, p: float) -> tuple[str, ...]:
+    return (
+        f"{duel.model} against {duel.opponent}",
+        rate(duel.win_rate),
+        rate(duel.controlled),
+        f"{duel.controlled.detectable:.1f}",
+        _p_text(p),
+        outcome(duel.controlled.interval.value - 50, p),
+        _two_decimals(duel.length_ratio),
+        str(duel.prompts),
+        str(duel.unparsed),
     )
 
 
