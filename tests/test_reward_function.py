@@ -301,6 +301,14 @@ def test_all_that_decides_a_score_is_in_the_identity_and_nothing_else(tmp_path: 
     assert len({first, *others.values()}) == 1 + len(others), others
 
 
+def test_an_installed_module_is_known_by_its_text(tmp_path: Path) -> None:
+    folder = tmp_path / "site-packages"
+    write(folder, BASE)
+    first = identity(folder)
+    replaced("judged", "sum(", "1 + sum(")(folder)
+    assert identity(folder) != first
+
+
 def test_values_that_no_file_tells_of_are_in_the_identity(tmp_path: Path) -> None:
     write(tmp_path, BASE)
     load_function("python:judged:judge", str(tmp_path))

@@ -37,7 +37,8 @@ class Sources:
     """Where a module's code comes from.
 
     Attributes:
-        files: digest of the text of the module and of each module it imports that is no installed package, by module name.
+        files: digest of the text of the module, and of each module it imports that is of its package or of none that is installed, by
+            module name.
         packages: versions of the installed packages that they import.
     """
 
@@ -71,8 +72,10 @@ def sources_of(module: str) -> Sources:
         if spec is None or not spec.origin or spec.origin in {"built-in", "frozen"}:
             continue
         path = Path(spec.origin)
-        if _SITES & set(path.parts) or name.partition(".")[0] == "expo_ray":
-            packages[name.partition(".")[0]] = ""
+        package = name.partition(".")[0]
+        # The function's own package may be installed again and again under one version.
+        if (_SITES & set(path.parts) and package != module.partition(".")[0]) or package == "expo_ray":
+            packages[package] = ""
         elif not _is_standard(path) and path.is_file():
             data = path.read_bytes()
             files[name] = hashlib.sha256(data).hexdigest()

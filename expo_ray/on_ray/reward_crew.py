@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnschedulableError, RayError, RayTaskError, RuntimeEnvSetupError
+from ray.exceptions import (
+    ActorUnschedulableError,
+    OutOfMemoryError,
+    RayError,
+    RayTaskError,
+    RuntimeEnvSetupError,
+)
 
 from expo_ray.config import RewardModel
 from expo_ray.errors import ExpoError, InputChanged, RewardError
@@ -37,6 +44,9 @@ class RewardActor:
     def __init__(self, model: Classifier | RewardFunction, dtype: str, gpu_share: float) -> None:
         self._model, self._dtype, self._gpu_share = model, dtype, gpu_share
         self._score: Any = None
+        # Nothing here may ask the terminal that the job was started from.
+        with open(os.devnull) as nothing:
+            os.dup2(nothing.fileno(), 0)
 
     def load(self, probe: Sequence[Sequence[int]], compares: bool = False) -> str:
         """Get ready to score; returns what computes.
@@ -244,7 +254,8 @@ class Crew:
 def _death(error: RayError) -> str:
     """How Ray says that an actor died, in a few words."""
     text = " ".join(str(error).split())
-    if "OOM" in text or ("memory" in text.lower() and "Worker exit type: NODE_OUT_OF_MEMORY" in text):
+    if isinstance(error, OutOfMemoryError) or "NODE_OUT_OF_MEMORY" in text:
         return "the node was out of memory"
+    # What follows is a list of all that may have been the reason.
     detail = text.partition("Worker exit detail: ")[2].partition(". ")[0]
     return shown(detail or type(error).__name__)
