@@ -31,7 +31,7 @@ from expo_ray.extrapolation.verify import read_manifest, rederive, verify_files
 from expo_ray.flags import flags_of, with_alphas_joined, with_flags
 from expo_ray.storage import join_uri, open_store
 from expo_ray.storage.uri import check_utf8, expand_home
-from expo_ray.text import remember_url_secrets
+from expo_ray.text import remember_url_secrets, shown, shown_end
 
 if TYPE_CHECKING:
     from expo_ray.extrapolation.fit import Fit
@@ -124,17 +124,18 @@ def _verify(arguments: argparse.Namespace) -> int:
             if not wrong:
                 print("computed again from both parents: the same bytes")
     for problem in problems:
-        print(f"failed: {problem}", file=sys.stderr)
+        print(f"failed: {shown_end(problem, 1000)}", file=sys.stderr)
     return FAILED if problems else 0
 
 
 def _print_fits(fits: Sequence[Fit], skipped: Sequence[str]) -> None:
-    width = max(len(fit.name) for fit in fits)
+    names = [shown(fit.name) for fit in fits]
+    width = max(map(len, names))
     print(f"{'tensor':{width}}  {'alpha':>8}  {'delta/weight':>12}  {'residual':>9}")
-    for fit in fits:
-        print(f"{fit.name:{width}}  {fit.alpha:8.4f}  {fit.relative_delta:12.2e}  {fit.residual:9.2e}")
+    for name, fit in zip(names, fits, strict=True):
+        print(f"{name:{width}}  {fit.alpha:8.4f}  {fit.relative_delta:12.2e}  {fit.residual:9.2e}")
     for text in skipped:
-        print(f"not compared: {text}")
+        print(f"not compared: {shown_end(text, 1000)}")
     moved = [fit for fit in fits if fit.delta_square]
     if moved:
         best = sum(fit.alpha * fit.delta_square for fit in moved) / sum(fit.delta_square for fit in moved)

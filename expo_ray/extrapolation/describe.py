@@ -7,6 +7,7 @@ from math import ceil
 from expo_ray.config import format_alpha
 from expo_ray.extrapolation.job import JobPlan
 from expo_ray.extrapolation.progress import clock, size_text
+from expo_ray.text import shown_end
 
 
 def describe(job: JobPlan, *, workers: int, bandwidth: int) -> str:
@@ -44,5 +45,5 @@ def describe(job: JobPlan, *, workers: int, bandwidth: int) -> str:
         f"{len(job.pairs)} pair(s): {size_text(read_in_all)} to read, {size_text(job.bytes_to_write)} to write, about "
         f"{clock(ceil(moved / (workers * bandwidth)))} with {workers} worker(s) of {size_text(bandwidth)}/s"
     )
-    lines += [f"note: {plan.name}: {note}" for plan in job.pairs for note in plan.notes]
+    lines += [f"note: {plan.name}: {shown_end(note, 2000)}" for plan in job.pairs for note in plan.notes]
     return "\n".join(lines)
