@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -98,7 +97,7 @@ def test_a_published_model_is_held_against_its_manifest(tmp_path: Path) -> None:
 def test_a_disk_without_room_is_told_before_anything_is_fetched(
     plan: PairPlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
+    monkeypatch.setattr("expo_ray.on_ray.parents.free_bytes", lambda folder: 1000)
     with pytest.raises(
         StorageError, match="are to be fetched, 1 kB are free; free space, or set EXPO_RAY_CACHE"
     ):

@@ -95,6 +95,14 @@ def test_a_folder_arrives_byte_for_byte_in_one_commit(
     assert "there is nothing to do" in capsys.readouterr().out
 
 
+def test_large_side_files_are_sent_from_disk_like_shards(
+    server: HubServer, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("expo_ray.extrapolation.push._WITHIN_COMMIT", 100)
+    push(plan_push(str(model), REPO))
+    assert pushed(server) == published(model)
+
+
 def test_what_was_pushed_is_a_model_that_can_be_read_and_verified(server: HubServer, model: Path) -> None:
     push(plan_push(str(model), REPO))
     assert main(["verify", f"hf://{REPO}"]) == 0

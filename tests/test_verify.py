@@ -71,8 +71,8 @@ def test_an_untouched_model_is_as_published(published: Path, capsys: Print) -> N
         (cut, "SHARD", r"has \d+ bytes, the manifest says \d+; run its job again"),
         (Path.unlink, "SHARD", "is missing; run its job again"),
         (Path.unlink, "model.safetensors.index.json", "is missing"),
-        (foreign, "model-00005-of-00005.safetensors", "is not part of the model; delete it"),
-        (foreign, "pytorch_model.bin", "is not part of the model; delete it"),
+        (foreign, "model-00005-of-00005.safetensors", "is not part of the model, and what loads it may read it; move it elsewhere"),
+        (foreign, "pytorch_model.bin", "is not part of the model, and what loads it may read it; move it elsewhere"),
     ],
     ids=["flipped weight", "flipped header", "flipped config", "cut", "shard gone", "index gone", "foreign shard", "pickle"],
 )  # fmt: skip

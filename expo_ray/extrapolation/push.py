@@ -26,6 +26,8 @@ log = logging.getLogger("expo_ray")
 
 # What a repository may hold before its first model: a new one has the first, one made on the Hub's pages the others.
 _HARMLESS = {".gitattributes", CARD, "LICENSE"}
+# Files up to this size travel within the commit.
+_WITHIN_COMMIT = 8 << 20
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
@@ -103,13 +105,13 @@ def push(plan: Push, *, private: bool = False) -> str:
         return plan.repository.url
     store, repository = plan.store, plan.repository
     head = plan.head or repository.create(private=private)
-    shards = {one["file"]: one["sha256"] for one in plan.manifest["shards"] if one["file"] in plan.files}
+    large = {key: sha256 for key, sha256 in _large(plan.manifest).items() if key in plan.files}
     uploaded = []
-    for number, (key, sha256) in enumerate(shards.items(), start=1):
+    for number, (key, sha256) in enumerate(large.items(), start=1):
         with _on_disk(store, plan.files[key]) as path:
             uploaded.append(repository.upload(key, path, sha256))
-        log.info("%s: uploaded %s (%d of %d)", repository.uri, key, number, len(shards))
-    small = {key: _small(store, key, plan.manifest) for key in plan.files if key not in shards}
+        log.info("%s: uploaded %s (%d of %d)", repository.uri, key, number, len(large))
+    small = {key: _small(store, key, plan.manifest) for key in plan.files if key not in large}
     message = f"{plan.manifest['pair']} at alpha {format_alpha(plan.manifest['alpha'])}, plan {plan.manifest['plan']}"
     try:
         there = repository.commit(uploaded, small, plan.stale, parent=head.revision, message=message)
@@ -122,6 +124,14 @@ def push(plan: Push, *, private: bool = False) -> str:
     if lacking:
         raise StorageError(f"{there.uri} does not list {some(lacking)} after the commit; push again")
     return repository.url
+
+
+def _large(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Key and sha256 of what is sent from disk, one file at a time: shards, and other files that memory need not hold."""
+    files = manifest["files"].items()
+    return {shard["file"]: shard["sha256"] for shard in manifest["shards"]} | {
+        key: file["sha256"] for key, file in files if file["size"] > _WITHIN_COMMIT
+    }
 
 
 def _named(manifest: Mapping[str, Any]) -> dict[str, int]:
