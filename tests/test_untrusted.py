@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -140,7 +141,6 @@ _WIDE_MERGE = (
         "{[a, b]: 1}",
         _ALIASES,
         _ALIASES + "? [*a11, *a11]\n: 1",
-        _MERGES,
         _WIDE_MERGE,
         "a: \x00",
         "a: 'x",
@@ -153,6 +153,11 @@ _WIDE_MERGE = (
 def test_each_malformed_yaml_is_one_error(text: str) -> None:
     with pytest.raises(JobError, match=r"^x: "):
         parse_yaml(text, "x")
+
+
+def test_merge_keys_do_not_grow() -> None:
+    with contextlib.suppress(JobError):  # PyYAML from 6.0.4 on merges each key once, which is right as well
+        assert parse_yaml(_MERGES, "x")["a8"] == {"x0": 1}
 
 
 def test_merge_keys_and_aliases_work_in_moderation() -> None:
