@@ -11,6 +11,7 @@ import pytest
 from transformers import AutoModelForCausalLM, GemmaConfig, GPT2Config, LlamaConfig, PreTrainedConfig
 
 from expo_ray.checkpoint.folder import read_checkpoint
+from expo_ray.checkpoint.renaming import renamed
 from expo_ray.checkpoint.tensors import Checkpoint, Tensor
 from expo_ray.checkpoint.tied import VocabularyWeights
 from tests.stored_files import stored_folder
@@ -135,3 +136,19 @@ def test_the_embedding_has_the_rows_that_the_language_model_declares() -> None:
     config = {"text_config": {"vocab_size": 32}, "qformer_config": {"vocab_size": 20}}
     found = VocabularyWeights(Checkpoint("memory://x", "", config, tensors, {}))
     assert (found.embedding, found.rows) == ("language_model.model.decoder.embed_tokens.weight", 32)
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted", "expected"),
+    [
+        (["bert.a", "bert.b", "cls.x"], ["a", "b"], {"bert.a": "a", "bert.b": "b"}),
+        (["a", "b"], ["bert.a", "bert.b", "cls.x"], {"a": "bert.a", "b": "bert.b"}),
+        (["policy.a", "policy.b", "ref.a", "ref.b"], ["a", "b"], {}),
+        (["model.a", "language_model.a"], ["a"], {}),
+        (["a", "other.a"], ["a"], {}),
+        (["model.language_model.layers.0.q", "model.visual.x"], ["model.layers.0.q", "visual.x"],
+         {"model.language_model.layers.0.q": "model.layers.0.q", "model.visual.x": "visual.x"}),
+    ],
+)  # fmt: skip
+def test_names_of_one_tensor(names: list[str], wanted: list[str], expected: dict[str, str]) -> None:
+    assert renamed(names, wanted) == expected

@@ -29,17 +29,25 @@ def renamed(names: Iterable[str], wanted: Collection[str]) -> dict[str, str]:
     Two names are one tensor's if they are equal but for moved parents, or for one leading part that all names of one side
     have (`bert.`, which the base class of a model leaves out), and if no other name would do.
     """
-    here, there = set(names), set(wanted)
+    ordered, there = list(names), set(wanted)
+    here = set(ordered)
     left, free = here - there, there - here
     pairs = _by_canonical_name(left, free)
-    left, free = left - pairs.keys(), free - set(pairs.values())
-    for longer, shorter in ((left, free), (free, left)):
-        root = _root(longer, shorter)
-        if root:
-            rooted = {name.removeprefix(root): name for name in longer}
-            both = {rooted[name]: name for name in shorter if name in rooted}
-            return pairs | (both if longer is left else {name: long for long, name in both.items()})
-    return pairs
+    pairs |= _by_root(left - pairs.keys(), free - set(pairs.values()))
+    return {name: pairs[name] for name in ordered if name in pairs}
+
+
+def _by_root(left: Collection[str], free: Collection[str]) -> dict[str, str]:
+    """Pairs of names of which one is the other behind a leading part."""
+    root = _root(left, free)
+    if root:
+        return {
+            name: name.removeprefix(root)
+            for name in left
+            if name.startswith(root) and name.removeprefix(root) in free
+        }
+    root = _root(free, left)
+    return {name: root + name for name in left if root and root + name in free}
 
 
 def wrappers_of(name: str, other: str) -> list[str]:
@@ -58,5 +66,6 @@ def _by_canonical_name(left: Collection[str], free: Collection[str]) -> dict[str
 def _root(longer: Collection[str], shorter: Collection[str]) -> str:
     """The first part of most names of `longer` that, taken off, makes them names of `shorter`; empty if there is none."""
     roots = Counter(name.partition(".")[0] + "." for name in longer if name.partition(".")[2] in shorter)
-    root, count = roots.most_common(1)[0] if roots else ("", 0)
-    return root if 2 * count > len(shorter) else ""
+    # Two such parts (a policy and its reference in one folder) leave open which is meant.
+    most = [root for root, count in roots.items() if 2 * count > len(shorter)]
+    return most[0] if len(most) == 1 else ""
