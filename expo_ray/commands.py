@@ -21,13 +21,14 @@ from expo_ray.config import (
     parse_bytes,
     parse_pair,
 )
-from expo_ray.errors import ExpoError
+from expo_ray.errors import ExpoError, JobError
 from expo_ray.extrapolation.describe import describe
 from expo_ray.extrapolation.in_threads import InThreads
 from expo_ray.extrapolation.job import JobPlan, outputs_of, plan_job
 from expo_ray.extrapolation.progress import Progress, size_text
 from expo_ray.extrapolation.run import Outcome, run_job
 from expo_ray.extrapolation.verify import read_manifest, rederive, verify_files
+from expo_ray.extras import missing_extra
 from expo_ray.flags import flags_of, with_alphas_joined, with_flags
 from expo_ray.storage import join_uri, open_store
 from expo_ray.storage.uri import check_utf8, expand_home
@@ -52,7 +53,12 @@ def run_words(words: Sequence[str], flags: list[str]) -> int:
         check_utf8(word)
     parsed = command_parser().parse_args(with_alphas_joined(words))
     flags += flags_of(parsed)
-    return _COMMANDS[parsed.command](parsed)
+    try:
+        return _COMMANDS[parsed.command](parsed)
+    except ModuleNotFoundError as error:
+        if parsed.command == "benchmark" and (remedy := missing_extra(error, "benchmark")):
+            raise JobError(remedy) from error
+        raise
 
 
 def report(outcome: Outcome, flags: Collection[str] = ()) -> int:

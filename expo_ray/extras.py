@@ -30,10 +30,14 @@ EXTRAS = {
 }
 
 
-def missing_extra(error: ImportError) -> str:
-    """The sentence that says what to install; empty for a module that no extra brings."""
+def missing_extra(error: ImportError, of_command: str = "") -> str:
+    """The sentence that says what to install; empty for a module that no extra brings.
+
+    Args:
+        of_command: the extra that brings all that the command needs, if there is one.
+    """
     module = (error.name or "").partition(".")[0]
-    extra = EXTRAS.get(module)
+    extra = EXTRAS.get(module) and (of_command or EXTRAS[module])
     return (
         f"{module} is not installed, and this command needs it; pip install 'expo-ray[{extra}]'"
         if extra

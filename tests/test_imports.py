@@ -66,6 +66,7 @@ sys.exit(main(sys.argv[1:]))
         ("reward job.yaml", "evaluate"),
         ("reward --responses r.jsonl --reward-model model --output o.jsonl", "evaluate"),
         ("push model org/name", "hub"),
+        ("benchmark alpaca --annotations a.json", "benchmark"),
         ("verify s3://bucket/model", "s3"),
         ("verify hf://org/name", "hub"),
         ("extrapolate --sft a --dpo hf://org/name --alpha 1 --output o", "hub"),
