@@ -200,7 +200,10 @@ def unasked(row: Any) -> dict[str, str]:
     return {
         name: text
         for name, text in (row.items() if isinstance(row, Mapping) else ())
-        if isinstance(name, str) and isinstance(text, str) and text.strip() and name.lower() not in known
+        if isinstance(name, str)
+        and isinstance(text, str)
+        and len(text.split()) > 1  # else a name or a number
+        and name.lower() not in known
     }
 
 

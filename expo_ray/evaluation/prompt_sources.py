@@ -116,7 +116,7 @@ def _parse(source: str, rows: Iterable[tuple[str, Any]], row_in: Callable[[Any],
 
 def _check_repeated(place: str, earlier: Mapping[str, str], now: Mapping[str, str]) -> None:
     """Refuse a row that asks the same as an earlier one, but for a text that is not asked: it belongs to the question."""
-    differing = [name for name in now if now[name] != earlier.get(name) and len(now[name].split()) > 1]
+    differing = [name for name in now if now[name] != earlier.get(name)]
     if differing:
         names = ", ".join(f"`{shown(name, 60)}`" for name in differing)
         raise ValueError(
