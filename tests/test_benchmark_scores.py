@@ -265,8 +265,15 @@ def test_every_problem_is_reported_at_once(
     words = ["benchmark", "alpaca", "--annotations", str(first), str(second), "--covariates", str(small)]
     assert main(words) == 2
     error = capsys.readouterr().err
-    assert error.startswith("5 problem(s)")
-    for value in ("2.7", "Who?", "line 42", "twice", "second.jsonl"):
+    assert error.startswith("6 problem(s)")
+    for value in (
+        "2.7",
+        "Who?",
+        "line 42",
+        "twice",
+        "first: no annotation for 1 of 40 prompts (prompt 1,",
+        "second.jsonl",
+    ):
         assert value in error
 
 
@@ -301,8 +308,8 @@ def test_all_problems_of_a_list_are_reported_though_it_holds_a_nan(
     file.write_text("\ufeff" + json.dumps([{**rows[0], "preference": float("nan")}, *rows[2:], rows[3]]))
     assert main(["benchmark", "alpaca", "--annotations", str(file), "--covariates", str(small)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("2 problem(s)")
-    for value in ("row 1", "nan", "row 3 and row 40"):
+    assert error.startswith("3 problem(s)")
+    for value in ("row 1", "nan", "row 3 and row 40", "1 of 40 prompts"):
         assert value in error
 
 

@@ -21,6 +21,7 @@ from expo_ray.text import shown
 log = logging.getLogger("expo_ray")
 
 _SUFFIX = re.compile(r"(?:\.jsonl?)?(?:\.gz)?$")
+_PREFERENCE = "not a `preference` from 1 (the baseline is better) to 2 (the model is), or null"
 # A judge fails to answer now and then. Beyond this share, the prompts without a verdict could move the win rate by a point.
 _MOST_UNPARSED = 0.02
 
@@ -42,9 +43,10 @@ class Annotations:
 
 @dataclass
 class _Placed:
-    """The usable rows of a file by their place in the list of prompts, and what is wrong with the others."""
+    """The usable rows of a file by their place in the list of prompts, the places of all, and what is wrong with the others."""
 
     rows: dict[int, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)
+    present: set[int] = field(default_factory=set)
     wrong: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
 
@@ -68,7 +70,7 @@ def read_annotations(uri: str, prompts: Sequence[str], *, allow_missing: bool = 
     names, more = _names_of(file.rows, uri)
     problems += more
     model = names.get("generator_2") or _SUFFIX.sub("", uri.rpartition("/")[2])
-    if not (allow_missing or problems):
+    if not allow_missing:
         problems += _incomplete(model, placed, prompts)
     if problems:
         raise Problems(problems)
@@ -84,6 +86,8 @@ def _place(rows: Sequence[tuple[str, Mapping[str, Any]]], place_of: Mapping[str,
     placed = _Placed()
     for where, row in rows:
         instruction = row.get("instruction")
+        if isinstance(instruction, str) and instruction in place_of:
+            placed.present.add(place_of[instruction])
         if not isinstance(instruction, str):
             placed.wrong["no `instruction`; each row needs that text"].append(where)
         elif instruction not in place_of:
@@ -92,7 +96,9 @@ def _place(rows: Sequence[tuple[str, Mapping[str, Any]]], place_of: Mapping[str,
                 "with --covariates"
             ].append(f"{where} ({instruction[:40]!r})")
         elif fault := _fault_of(row):
-            placed.wrong[fault].append(where)
+            placed.wrong[fault].append(
+                f"{where} ({shown(row.get('preference'), 40)})" if fault == _PREFERENCE else where
+            )
         elif place_of[instruction] in placed.rows:
             earlier, other = placed.rows[place_of[instruction]]
             same = _sizes(row) == _sizes(other) and row.get("output_2") == other.get("output_2")
@@ -110,9 +116,9 @@ def _place(rows: Sequence[tuple[str, Mapping[str, Any]]], place_of: Mapping[str,
 def _fault_of(row: Mapping[str, Any]) -> str:
     preference = row.get("preference", "missing")
     if preference is not None and not (is_number(preference) and (1 <= preference <= 2 or preference == 0)):
-        return f"preference {shown(preference, 40)}; it is a number from 1 (the baseline is better) to 2 (the model is), or null"
+        return _PREFERENCE
     if None in _sizes(row):
-        return "neither texts in `output_1` and `output_2` nor their lengths in `len_1` and `len_2`"
+        return "neither texts in `output_1` and `output_2` nor their lengths, in characters, in `len_1` and `len_2`"
     return ""
 
 
@@ -124,7 +130,7 @@ def _sizes(row: Mapping[str, Any]) -> tuple[int | None, int | None]:
 def _size(text: object, size: object) -> int | None:
     if isinstance(text, str):
         return len(text)
-    return int(size) if is_number(size) and 0 <= size < 10**7 else None
+    return int(size) if is_number(size) and 0 <= size < 10**7 and size == int(size) else None
 
 
 def _names_of(
@@ -145,7 +151,7 @@ def _names_of(
 
 
 def _incomplete(model: str, placed: _Placed, prompts: Sequence[str]) -> list[BenchmarkError]:
-    missing = [str(at) for at in range(len(prompts)) if at not in placed.rows]
+    missing = [str(at) for at in range(len(prompts)) if at not in placed.present]
     unparsed = [where for where, row in placed.rows.values() if row["preference"] is None]
     remedy = "--allow-missing scores the others"
     problems = []
