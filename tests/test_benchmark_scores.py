@@ -35,6 +35,9 @@ from tests.support.eval_data import (
     write_jsonl,
 )
 
+# alpaca-eval takes ten seconds to import, and much longer beside engines.
+pytestmark = pytest.mark.timeout(400)
+
 Rows = list[dict[str, Any]]
 INCOMPLETE = {
     "alpaca-7b_concise": 804,
