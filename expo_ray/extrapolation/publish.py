@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +33,6 @@ from expo_ray.report.results import PairResult
 from expo_ray.storage import Store, open_store
 from expo_ray.untrusted import parse_json_object
 
-_COPIES_AT_ONCE = 8
 _TORCH_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -81,7 +79,7 @@ def publish(plan: PairPlan, alpha: float, result: PairResult | None = None) -> P
             "nothing to extrapolate; name the model from before and the model from after alignment"
         )
     manifest = _manifest(plan, alpha, receipts, statistics)
-    files = _copy_side_files(plan, store)
+    files = {key: _copy(parent, key, plan, store) for key, parent in plan.side_files.items()}
     for key, data in _written_anew(plan, alpha):
         store.put(key, data)
         files[key] = _named(data)
@@ -148,13 +146,6 @@ def _written_anew(plan: PairPlan, alpha: float) -> Iterator[tuple[str, bytes]]:
         yield ADAPTER_CONFIG, _json(scaled_adapter_config(plan.dpo.adapter, alpha))
     elif len(plan.shards) > 1:
         yield index_of(plan.shards), _json(_index(plan))
-
-
-def _copy_side_files(plan: PairPlan, output: Store) -> dict[str, dict[str, Any]]:
-    """Copy all files beside the weights, a few at once: each waits for the disk, or for an answer."""
-    with ThreadPoolExecutor(_COPIES_AT_ONCE, "side-files") as pool:
-        copies = pool.map(lambda item: _copy(item[1], item[0], plan, output), plan.side_files.items())
-        return dict(zip(plan.side_files, copies, strict=True))
 
 
 def _copy(parent: Checkpoint, key: str, plan: PairPlan, output: Store) -> dict[str, Any]:
