@@ -87,6 +87,14 @@ class FakeEndpoint:
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
         return 200, {"choices": [choice], "usage": {"prompt_tokens": words, "completion_tokens": 5}}
 
+    def tokenize(self, body: Body) -> tuple[int, Any]:
+        """A token for each word, where the endpoint is one of vLLM."""
+        card = self.cards.get(body["model"], {})
+        if not card.get("engine"):
+            return 404, {"error": {"message": "not found"}}
+        words = sum(len(turn["content"].split()) for turn in body["messages"])
+        return 200, {"count": words, "max_model_len": self.context, "tokens": list(range(words))}
+
     def page(self, path: str) -> tuple[int, Any]:
         cards = [
             {"id": name, "object": "model", "owned_by": self.owned_by, "metadata": card}
@@ -113,7 +121,8 @@ def fake_endpoint(*names: str, **options: Any) -> Iterator[FakeEndpoint]:
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            self._answer(*self._checked(lambda: endpoint.chat(body)))
+            counted = self.path == "/tokenize"
+            self._answer(*self._checked(lambda: (endpoint.tokenize if counted else endpoint.chat)(body)))
 
         def _checked(self, answer: Callable[[], tuple[int, Any]]) -> tuple[int, Any]:
             if endpoint.key and self.headers.get("Authorization") != f"Bearer {endpoint.key}":

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from expo_ray.config import Job, Pair, PublishedModel, Sampling
 from expo_ray.errors import EndpointError
 from expo_ray.evaluation import client as client_module
 from expo_ray.evaluation.client import Client
+from expo_ray.evaluation.endpoint import Card
 from expo_ray.evaluation.parts import Parts
 from expo_ray.evaluation.progress import RowProgress
 from expo_ray.evaluation.prompts import PromptSet, prompt_of
+from expo_ray.evaluation.questions import decided_by, origin_of
 from expo_ray.evaluation.records import Response, seed_of
 from expo_ray.evaluation.respond import Answers, respond, response_from_row
 from expo_ray.evaluation.respond_all import respond_job
@@ -245,6 +248,77 @@ def test_prompts_longer_than_the_context_cost_only_themselves(
     assert "2 prompt(s) do not fit into 60 tokens" in said
     assert "raise `max_model_len`" in said
     assert [row["messages"][0]["content"] for row in rows_of(output)] == [texts[0], texts[2]]
+
+
+def test_an_answer_always_has_a_limit_of_its_own_and_every_sampling_setting(
+    endpoint: FakeEndpoint, tmp_path: Path
+) -> None:
+    endpoint.context = endpoint.cards[NAME]["max_model_len"] = 60
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": "word " * count}) + "\n" for count in (1, 30, 59)))
+    for asked, limits in ((2048, {59, 30, 1}), (40, {40, 30, 1}), (1, {1})):
+        endpoint.chats.clear()
+        assert run(endpoint, prompts, tmp_path / f"{asked}.jsonl", "--max-tokens", str(asked)) == 0
+        # Without one, the model's own generation_config.json would cut; those that do not fit are refused and asked again.
+        assert {body["max_tokens"] for body in endpoint.chats} == limits
+        for body in endpoint.chats:
+            assert {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed"} <= body.keys()
+            assert {"presence_penalty", "frequency_penalty"} <= body.keys()
+
+
+def test_an_endpoint_that_counts_no_tokens_is_asked_without_a_limit_at_its_context(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "word " * 30}) + "\n")
+    with fake_endpoint("gpt", owned_by="someone", engine="") as foreign:
+        foreign.context = 60
+        assert run(foreign, prompts, tmp_path / "o.jsonl", "--top-k", "0") == 0
+        assert [body.get("max_tokens") for body in foreign.chats] == [2048, None]
+
+
+CARD: dict[str, Any] = {
+    "name": NAME, "engine": "vllm 0.29.0", "template": "t", "weights": "w", "dtype": "float32", "max_model_len": 512,
+    "files": "f", "settings": "s",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("of_card", "of_sampling", "same"),
+    [
+        *(({name: "other"}, {}, False) for name in ("engine", "template", "weights", "dtype", "files", "settings")),
+        ({"max_model_len": 256}, {}, False),
+        *(({}, {name: value}, False) for name, value in {
+            "temperature": 0.3, "top_p": 0.5, "top_k": 7, "presence_penalty": 0.3, "frequency_penalty": 0.3,
+            "max_tokens": 99, "seed": 43,
+        }.items()),
+        ({"name": "another"}, {}, True),  # weights have a name of their own
+        ({}, {"samples": 5}, True),  # further rows of the same
+    ],
+)  # fmt: skip
+def test_whatever_decides_a_response_names_it(
+    of_card: dict[str, Any], of_sampling: dict[str, Any], same: bool
+) -> None:
+    before = origin_of(Card(**CARD), Sampling())
+    assert (origin_of(Card(**{**CARD, **of_card}), Sampling(**of_sampling)) == before) == same
+
+
+def test_no_setting_of_a_response_is_forgotten() -> None:
+    told = decided_by(Card(**CARD), Sampling())
+    # Neither what a card says for the asking alone, nor the number of samples, decides a response.
+    assert {field.name for field in fields(Card)} - {"name", "vllm", "special_ids"} <= told.keys()
+    assert set(Sampling.model_fields) - {"samples"} == told["sampling"].keys()
+
+
+def test_a_prompt_s_id_holds_its_content_and_the_order_of_its_turns() -> None:
+    turns = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+    ids = [
+        prompt_of(turns).id,
+        prompt_of(turns[1:]).id,
+        prompt_of([turns[0], {"role": "user", "content": "c"}]).id,
+        prompt_of([{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]).id,
+        prompt_of(turns, follow_ups=["d"]).id,
+        prompt_of(turns, follow_ups=["e"]).id,
+    ]
+    assert len(set(ids)) == len(ids)
 
 
 def test_a_key_is_sent_and_asked_for(

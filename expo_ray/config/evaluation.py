@@ -91,6 +91,12 @@ class Serving(Frozen):
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """Port of the OpenAI-compatible endpoint; 0 takes a free one."""
 
+    api_key_env: Annotated[str, Field(pattern=r"[A-Za-z_][A-Za-z0-9_]*")] = ""
+    """Environment variable that holds the key which requests must send as `Authorization: Bearer`; no key unless given."""
+
+    hosts: tuple[Annotated[str, Field(min_length=1, max_length=253)], ...] = ()
+    """Names, beside addresses and `localhost`, by which clients may ask for the endpoint."""
+
     engine: Mapping[str, Any] = Field(default_factory=dict)
     """Further arguments of vLLM's engine, as vLLM names them."""
 

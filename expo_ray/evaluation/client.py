@@ -162,6 +162,15 @@ class Client:
                 )
             raise GaveUp(f"{reason}; asked {attempt} times")
 
+    async def count(self, model: str, messages: Sequence[Message]) -> tuple[int, int] | None:
+        """Tokens of a chat with its template, and the context that they share with the answer; None where nothing counts them."""
+        try:
+            response = await self._http.post("/tokenize", json={"model": model, "messages": list(messages)})
+            data = response.json() if response.status_code == httpx.codes.OK else {}
+            return int(data["count"]), int(data["max_model_len"])
+        except (httpx.TransportError, ValueError, LookupError, TypeError, OverflowError, RecursionError):
+            return None
+
     async def _attempt(self, body: Mapping[str, Any]) -> tuple[Answer | None, str, float]:
         """The answer; or None, the reason, and the seconds that the endpoint asks to wait."""
         await asyncio.sleep(max(0.0, self._paused_until - time.monotonic()))

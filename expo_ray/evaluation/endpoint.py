@@ -38,6 +38,8 @@ class Card:
         engine: name and version, such as `vllm 0.29.0`.
         template: digest of the chat template.
         weights: identity of the weights.
+        files: digest of the files beside the weights: configuration, tokenizer, stop tokens.
+        settings: digest of the engine's arguments that decide answers.
         dtype: that it computes in.
         max_model_len: longest prompt and response together, in tokens; 0 if unknown.
         vllm: whether requests may have the fields that vLLM adds to OpenAI's.
@@ -52,6 +54,8 @@ class Card:
     max_model_len: int = 0
     vllm: bool = False
     special_ids: frozenset[int] = frozenset()
+    files: str = ""
+    settings: str = ""
 
 
 class _ForeignCard(Foreign):
@@ -68,6 +72,8 @@ class _Metadata(Foreign):
     dtype: str | None = None
     max_model_len: Annotated[int, Field(ge=0, lt=2**40)] | None = None
     special_ids: list[int] | None = None
+    files: str | None = None
+    settings: str | None = None
 
 
 def connect(url: str, timeout_s: float, key_variable: str = KEY_VARIABLE) -> httpx.AsyncClient:
@@ -144,6 +150,8 @@ async def card_of(http: httpx.AsyncClient, name: str) -> Card:
         own.max_model_len or card.max_model_len or 0,
         vllm=engine.startswith("vllm") or card.owned_by == "vllm",
         special_ids=frozenset(own.special_ids or ()),
+        files=own.files or "",
+        settings=own.settings or "",
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from expo_ray.errors import EndpointError
 from expo_ray.evaluation.client import Client, GaveUp, Refused
+from expo_ray.evaluation.endpoint import KEY_VARIABLE
 from expo_ray.evaluation.parts import Parts
 from expo_ray.evaluation.records import Response
 
@@ -46,7 +47,13 @@ def likelihood_from_row(row: Mapping[str, Any]) -> Likelihood:
 
 
 def likelihoods(
-    url: str, name: str, responses: Sequence[Response], kept_in: Parts[Likelihood], *, slots: int
+    url: str,
+    name: str,
+    responses: Sequence[Response],
+    kept_in: Parts[Likelihood],
+    *,
+    slots: int,
+    key_variable: str = KEY_VARIABLE,
 ) -> dict[tuple[str, int], Sequence[float]]:
     """Log-probabilities of responses by a served model, by their key; those that are not stored are asked for and stored.
 
@@ -56,14 +63,16 @@ def likelihoods(
     found = kept_in.read()
     missing = [one for one in responses if one.key not in found]
     if missing:
-        made = asyncio.run(_ask_all(url, name, missing, slots))
+        made = asyncio.run(_ask_all(url, name, missing, slots, key_variable))
         kept_in.write(made)
         found |= {one.key: one for one in made}
     return {one.key: found[one.key].logprobs for one in responses}
 
 
-async def _ask_all(url: str, name: str, responses: Sequence[Response], slots: int) -> list[Likelihood]:
-    async with Client(url, slots=slots) as client:
+async def _ask_all(
+    url: str, name: str, responses: Sequence[Response], slots: int, key_variable: str
+) -> list[Likelihood]:
+    async with Client(url, slots=slots, key_variable=key_variable) as client:
         at_once = asyncio.Semaphore(client.concurrency)
 
         async def ask(response: Response) -> Likelihood:

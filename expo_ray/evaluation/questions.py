@@ -56,6 +56,8 @@ def decided_by(card: Card, sampling: Sampling) -> dict[str, Any]:
         "weights": card.weights or f"of {card.name}",
         "engine": card.engine,
         "template": card.template,
+        "files": card.files,
+        "settings": card.settings,
         "dtype": card.dtype,
         "max_model_len": card.max_model_len,
         # Further samples only add rows.
@@ -122,22 +124,26 @@ def problems_of(
 
 
 async def _ask(client: Client, question: Question, messages: Sequence[Message], seed: int) -> Answer:
-    """One turn.
+    """Ask one turn.
 
-    An engine refuses a prompt that would not fit together with `max_tokens` more. Asked without a limit, it goes on to the end
-    of its context: what offline generation gives, and fewer tokens than `max_tokens`.
+    An engine refuses a prompt that would not fit together with `max_tokens` more; it then gets what is left of the context, as in
+    offline generation. Asked without a limit, an engine may take one from the model's own generation_config.json.
     """
-    card, sampling = question.card, question.sampling
-    options = _options(card, sampling, seed)
-    limited = options | {"max_tokens": sampling.max_tokens}
-    if 0 < card.max_model_len <= sampling.max_tokens:
+    card, wanted = question.card, question.sampling.max_tokens
+    options = _options(card, question.sampling, seed)
+    if not 0 < card.max_model_len <= wanted:
+        try:
+            return await client.chat(card.name, messages, options | {"max_tokens": wanted})
+        except Refused as error:
+            if not error.too_long:
+                raise
+    counted = await client.count(card.name, messages)
+    if counted is None:
         return await client.chat(card.name, messages, options)
-    try:
-        return await client.chat(card.name, messages, limited)
-    except Refused as error:
-        if not error.too_long:
-            raise
-    return await client.chat(card.name, messages, options)
+    count, context = counted
+    if count >= context:
+        raise Refused(f"{count} tokens", too_long=True)
+    return await client.chat(card.name, messages, options | {"max_tokens": min(wanted, context - count)})
 
 
 def _options(card: Card, sampling: Sampling, seed: int) -> dict[str, Any]:
@@ -175,7 +181,7 @@ def _told(kind: str, name: str, count: int, card: Card, reason: str) -> str:
         remedy = (
             "; set top_k to 0, it is no part of OpenAI's API"
             if "top_k" in reason
-            else "; mend or remove them"
+            else "; correct or remove them"
         )
         return f"{name}: {card.name} refuses {count} prompt(s) ({reason}){remedy}"
     return f"{name}: {card.name} failed on {count} prompt(s) ({reason}); run the same command again"

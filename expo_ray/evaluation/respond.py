@@ -14,7 +14,7 @@ from typing import Any, Self
 from expo_ray.config import Sampling
 from expo_ray.errors import ExpoError, StorageError
 from expo_ray.evaluation.client import Client
-from expo_ray.evaluation.endpoint import Card
+from expo_ray.evaluation.endpoint import KEY_VARIABLE, Card
 from expo_ray.evaluation.parts import Parts
 from expo_ray.evaluation.progress import RowCount
 from expo_ray.evaluation.prompts import PromptSet
@@ -75,6 +75,7 @@ def respond(
     *,
     progress: RowCount,
     slots: int,
+    key_variable: str = KEY_VARIABLE,
 ) -> Answers:
     """The responses of a served model to sets of prompts; those that `store` lacks are asked for and stored.
 
@@ -82,6 +83,7 @@ def respond(
         url: of an OpenAI-compatible endpoint that serves `name`.
         store: the job's output; responses land in `evaluation/<name>/<responses id>/responses/`.
         slots: requests that keep the endpoint busy.
+        key_variable: names the variable with its key.
 
     Raises:
         EndpointError: if the endpoint cannot be reached, or answers no more.
@@ -89,7 +91,7 @@ def respond(
     """
 
     async def run() -> Answers:
-        async with Client(url, slots=slots) as client:
+        async with Client(url, slots=slots, key_variable=key_variable) as client:
             asking = await plan_asking(client, name, sets, sampling, store)
             progress.begin(len(asking.missing), len(asking.present))
             return await answer(client, asking, progress, client.concurrency)

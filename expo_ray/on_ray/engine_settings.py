@@ -18,6 +18,7 @@ CPU_SLOTS, GPU_SLOTS = 32, 256
 # vLLM would take nine tenths of the machine's memory for the keys and values of an engine on CPUs.
 CPU_CACHE_BYTES = 1 << 30
 _VLLM_DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_NO_DOMAIN = "none.invalid"
 # Read by the processes of an engine.
 _PASSED_ON = ("HF_HOME", "HF_HUB_OFFLINE", CACHE_VARIABLE)
 
@@ -27,16 +28,19 @@ def slots_of(settings: Serving, on_gpu: bool) -> int:
     return int(settings.engine.get("max_num_seqs", GPU_SLOTS if on_gpu else CPU_SLOTS))
 
 
-def engine_config(name: str, settings: Serving, on_gpu: bool, cpus: float = 1, threads: int = 1) -> LLMConfig:
+def engine_config(
+    name: str, settings: Serving, on_gpu: bool, cpus: float = 1, threads: int = 1, *, for_pair: bool = True
+) -> LLMConfig:
     """What Ray's LLM library needs to know of one engine; the replica adds the folder once it has fetched it.
 
     Args:
         cpus: of the cluster's, for each worker of an engine on CPUs.
         threads: of each such worker.
+        for_pair: whether weights are swapped in it.
     """
     return LLMConfig(
         model_loading_config={"model_id": name, "model_source": "fetched by the replica"},
-        engine_kwargs=_engine_arguments(settings, on_gpu),
+        engine_kwargs=engine_arguments(settings, on_gpu, for_pair=for_pair),
         deployment_config=_deployment_options(settings, slots_of(settings, on_gpu)),
         runtime_env={"env_vars": _environment(on_gpu, threads)},
         log_engine_metrics=False,
@@ -44,19 +48,28 @@ def engine_config(name: str, settings: Serving, on_gpu: bool, cpus: float = 1, t
     )
 
 
-def _engine_arguments(settings: Serving, on_gpu: bool) -> dict[str, Any]:
+def engine_arguments(settings: Serving, on_gpu: bool, *, for_pair: bool) -> dict[str, Any]:
+    """What vLLM's engine is given: the job's `engine` counts before what is set here."""
     ours: dict[str, Any] = {
         "max_num_seqs": slots_of(settings, on_gpu),
         "dtype": _VLLM_DTYPES[settings.dtype],
         "tensor_parallel_size": settings.tensor_parallel_size,
         "worker_extension_cls": "expo_ray.on_ray.swap.PairWorker",
         "use_tqdm_on_load": False,
+        # An image in a request is no reason to fetch a URL from this network.
+        "allowed_media_domains": [_NO_DOMAIN],
     }
     if settings.max_model_len:
         ours["max_model_len"] = settings.max_model_len
     if not on_gpu:  # compiling took 331 s
         ours |= {"enforce_eager": True, "kv_cache_memory_bytes": CPU_CACHE_BYTES}
-    return ours | dict(settings.engine)
+    elif for_pair:
+        # Experts as they are loaded: other kernels store them in an order of their own, which cannot be compared after a swap.
+        ours["moe_backend"] = "triton"
+    given = dict(settings.engine)
+    # A limit of the model's own would cut answers of requests that give none; null leaves vLLM's, the end of the context.
+    limit = {"max_new_tokens": None, **(given.pop("override_generation_config", None) or {})}
+    return ours | given | {"override_generation_config": limit}
 
 
 def _deployment_options(settings: Serving, slots: int) -> dict[str, Any]:

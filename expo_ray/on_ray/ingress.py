@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -16,6 +16,7 @@ from expo_ray.errors import some
 from expo_ray.extrapolation.step import Step
 from expo_ray.on_ray.engine_adapter import ModelCard, ModelList, OpenAIHTTPException
 from expo_ray.on_ray.names import NameFault, ServedName, parse_name
+from expo_ray.on_ray.request_checks import HEALTH, RETRY_AFTER_S, RequestChecks
 
 ENDPOINTS: Mapping[str, Any] = {
     "models": lambda app: app.get("/v1/models"),
@@ -95,12 +96,21 @@ def _refusal(status: int, message: str, kind: str) -> OpenAIHTTPException:
     return OpenAIHTTPException(status, message, kind)
 
 
-def web_app() -> FastAPI:
+def web_app(hosts: Collection[str] = (), key_digest: str = "") -> FastAPI:
     """The HTTP application: errors as OpenAI's clients expect them, the message and nothing around it.
 
     Not Ray's own, which lets any web page a browser has open ask the endpoint (CORS), and wraps messages twice.
+
+    Args:
+        hosts, key_digest: see `RequestChecks`.
     """
-    app = FastAPI(title="expo-ray")
+    # The pages of /docs would load scripts from another site.
+    app = FastAPI(title="expo-ray", docs_url=None, redoc_url=None)
+    app.add_middleware(RequestChecks, hosts=frozenset(hosts), key_digest=key_digest)
+
+    @app.get(HEALTH)
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
 
     @app.exception_handler(OpenAIHTTPException)
     async def refused(request: Request, error: OpenAIHTTPException) -> JSONResponse:
@@ -124,4 +134,5 @@ def web_app() -> FastAPI:
 
 def _error(status: int, message: str, kind: str) -> JSONResponse:
     body = {"message": message, "type": kind, "param": None, "code": status}
-    return JSONResponse({"error": body}, status_code=status)
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if status in {429, 503} else None
+    return JSONResponse({"error": body}, status_code=status, headers=headers)

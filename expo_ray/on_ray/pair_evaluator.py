@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from expo_ray.checkpoint.json_file import added_tokens, read_json
 from expo_ray.config import Sampling
 from expo_ray.errors import CheckpointError, NotFound, Problems, RewardError
+from expo_ray.evaluation.endpoint import KEY_VARIABLE
 from expo_ray.evaluation.evaluated import Evaluated, LogProbabilities, evaluated
 from expo_ray.evaluation.likelihoods import likelihood_from_row, likelihoods
 from expo_ray.evaluation.pair_search import first
@@ -45,6 +46,7 @@ class PairEvaluator:
         url: of the endpoint that serves the pair.
         slots: requests that keep the pair's engines busy.
         store: the job's output.
+        key_variable: names the variable with the key of the endpoint.
         at_once: steps that may be answered at the same time: as many as the pair has engines.
 
     Attributes:
@@ -64,7 +66,9 @@ class PairEvaluator:
         progress: SearchProgress,
         slots: int,
         at_once: int,
+        key_variable: str = KEY_VARIABLE,
     ) -> None:
+        self._key_variable = key_variable
         self._plan, self._url, self._scorers, self._sampling = plan, url, scorers, sampling
         self._store, self._progress, self._slots = store, progress, slots
         # Two steps on one engine would swap its weights to and fro; scoring one while the next is answered costs nothing.
@@ -107,7 +111,8 @@ class PairEvaluator:
 
     def _responses(self, step: Step, prompts: PromptSet) -> dict[Hashable, Response]:
         answers = respond(
-            self._url, self._name(step), [prompts], self._sampling, self._store, progress=self._progress, slots=self._slots
+            self._url, self._name(step), [prompts], self._sampling, self._store, progress=self._progress, slots=self._slots,
+            key_variable=self._key_variable,
         )  # fmt: skip
         if answers.problems:
             raise Problems(answers.problems)
@@ -126,7 +131,9 @@ class PairEvaluator:
         origin = responses[0].origin if responses else ""
         folder = f"evaluation/{name}/likelihoods-{weights}-{origin}"
         kept_in = Parts(self._store, folder, likelihood_from_row)
-        return likelihoods(self._url, name, responses, kept_in, slots=self._slots)
+        return likelihoods(
+            self._url, name, responses, kept_in, slots=self._slots, key_variable=self._key_variable
+        )
 
     def _rewards(
         self, name: str, responses: Mapping[Hashable, Response], pool: RewardPool

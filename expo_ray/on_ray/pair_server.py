@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import logging
 import pickle
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from expo_ray.on_ray.engine_adapter import (
     plain_logs,
     stop_engine,
 )
+from expo_ray.on_ray.engine_errors import cause_in, own_log
 from expo_ray.on_ray.lease import Busy, Lease
 from expo_ray.on_ray.names import ServedName, parse_name
 from expo_ray.on_ray.parents import engine_folder
@@ -39,6 +41,26 @@ log = logging.getLogger("expo_ray")
 plain_logs()  # the imports above have changed them
 
 SWAP_TIMEOUT_S = 3600.0
+
+# Files of a model that no engine reads for an answer, or whose content the identity of the weights covers.
+_NOT_READ = {
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".md",
+    ".png",
+    ".pdf",
+}
+# Arguments of an engine that decide how fast it is, or that its card names one by one.
+_NEUTRAL = {
+    "allowed_media_domains", "distributed_executor_backend", "dtype", "gpu_memory_utilization", "kv_cache_memory_bytes",
+    "max_model_len", "max_num_batched_tokens", "max_num_seqs", "use_tqdm_on_load", "worker_extension_cls",
+}  # fmt: skip
 
 Method = Callable[[Any, Any], Coroutine[Any, Any, AsyncGenerator[Any, None]]]
 
@@ -58,9 +80,13 @@ class ModelServer(LLMServer):
         folder = await asyncio.to_thread(_fetch_on_nodes, fetch)
         self._name, self._weights = llm_config.model_id, weights
         self._template, self._special_ids = template_of(folder), special_ids_of(folder)
+        self._files, self._settings = files_of(folder), settings_of(llm_config.engine_kwargs)
         config = _with_source(llm_config, folder)
         fit_shared_memory(config, free_shared_memory())
-        await super().__init__(config)
+        try:
+            await super().__init__(config)
+        except Exception as error:
+            raise RuntimeError(cause_in(f"{type(error).__name__}: {error}", own_log())) from error
         self._about = (await self.collective_rpc("expo_describe"))[0]
 
     async def __del__(self) -> None:
@@ -73,6 +99,8 @@ class ModelServer(LLMServer):
         return {
             "engine": f"vllm {engine_version()}",
             "template": self._template,
+            "files": self._files,
+            "settings": self._settings,
             "special_ids": self._special_ids,
             "weights": self._weights_of(parse_name(name)),
             **self._about,
@@ -184,6 +212,28 @@ def template_of(folder: Path) -> str:
         return digest((folder / "chat_template.jinja").read_text(encoding="utf-8"))
     template = _json_of(folder / "tokenizer_config.json").get("chat_template")
     return digest(template) if template else ""
+
+
+def files_of(folder: Path) -> str:
+    """Digest of the files beside the weights; of those, engines read configurations, vocabularies and tokens that end an answer."""
+    paths = [
+        path
+        for path in folder.rglob("*")
+        if path.is_file()
+        and path.suffix not in _NOT_READ
+        and not path.relative_to(folder).parts[0].startswith(".")
+    ]
+    return digest({str(path.relative_to(folder)): _sha256(path) for path in paths})
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def settings_of(arguments: Mapping[str, Any]) -> str:
+    """Digest of the engine's arguments that decide answers; data type and context are described by the engine itself."""
+    return digest({name: value for name, value in arguments.items() if name not in _NEUTRAL})
 
 
 def special_ids_of(folder: Path) -> list[int]:

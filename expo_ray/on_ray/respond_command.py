@@ -15,6 +15,7 @@ from expo_ray.config import Job, PromptSource, PublishedModel, Sampling, Serving
 from expo_ray.config.fields import named_after
 from expo_ray.errors import Attempts, JobError, Problems, StorageError
 from expo_ray.evaluation.client import Client
+from expo_ray.evaluation.engine_check import check_engine
 from expo_ray.evaluation.progress import RowProgress
 from expo_ray.evaluation.prompt_sources import load_prompt_set, load_prompts
 from expo_ray.evaluation.prompts import PromptSet, keep_prompts
@@ -60,7 +61,7 @@ def respond(job: Job) -> int:
     from expo_ray.on_ray.serving import serving
 
     with cluster(), serving(plans, job.models, job.serving) as endpoint:
-        client = Client(endpoint.url, slots=endpoint.slots)
+        client = Client(endpoint.url, slots=endpoint.slots, key_variable=endpoint.key_variable)
         with RowProgress("respond", "responses", store) as progress:
             return _finish(partial(respond_job, job, sets, store, client, progress), progress)
 
@@ -97,6 +98,7 @@ def check_asked(
     """
     attempts = Attempts()
     attempts.attempt(partial(check_served, plans, job.models, job.serving, sets, needs_all=needs_all))
+    attempts.attempt(partial(check_engine, job.serving, plans))
     attempts.attempt(partial(check_writable, job.output))
     attempts.end()
 
@@ -139,7 +141,7 @@ def _endpoint(url: str, models: Sequence[PublishedModel]) -> Iterator[Client]:
     from expo_ray.on_ray.serving import serving
 
     with cluster(), serving([], models, Serving(port=0)) as endpoint:
-        yield Client(endpoint.url, slots=endpoint.slots)
+        yield Client(endpoint.url, slots=endpoint.slots, key_variable=endpoint.key_variable)
 
 
 def _finish(work: Callable[[], Responded], progress: RowProgress) -> int:

@@ -69,6 +69,7 @@ def search_pairs(prepared: Prepared, store: Store) -> Searched:
                     PairEvaluator(
                         plan, endpoint.url, scorers, sampling=prepared.job.sampling, store=store, progress=progress,
                         slots=endpoint.slots // len(wave), at_once=prepared.job.serving.replicas,
+                        key_variable=endpoint.key_variable,
                     )
                     for plan in wave
                 ]  # fmt: skip

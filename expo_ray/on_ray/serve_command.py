@@ -8,6 +8,7 @@ import shlex
 import signal
 
 from expo_ray.config import Job, format_alpha, load_job
+from expo_ray.evaluation.engine_check import check_engine
 from expo_ray.evaluation.served import served_plans
 from expo_ray.evaluation.served_checks import check_served
 from expo_ray.extras import require
@@ -22,6 +23,7 @@ def command(arguments: argparse.Namespace) -> int:
     )
     plans = served_plans(job)
     check_served(plans, job.models, settings)
+    check_engine(settings, plans)
     from expo_ray.on_ray.cluster import cluster
     from expo_ray.on_ray.serving import serving
 

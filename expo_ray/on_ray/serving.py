@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import ipaddress
 import logging
 import math
 import os
@@ -19,9 +21,11 @@ from ray.serve.llm.ingress import make_fastapi_ingress
 
 from expo_ray.config import PublishedModel, Serving
 from expo_ray.errors import JobError
+from expo_ray.evaluation.endpoint import KEY_VARIABLE
 from expo_ray.evaluation.records import digest
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.on_ray.engine_adapter import check_version, http_address, shut_serve_down
+from expo_ray.on_ray.engine_errors import cause_in
 from expo_ray.on_ray.engine_settings import engine_config, slots_of
 from expo_ray.on_ray.ingress import ENDPOINTS, Ingress, web_app
 from expo_ray.on_ray.pair_server import ModelServer, PairServer
@@ -44,10 +48,12 @@ class Endpoint:
     Attributes:
         url: without `/v1`.
         slots: requests worth having in flight, over all engines.
+        key_variable: names the variable with the key that it asks for.
     """
 
     url: str
     slots: int
+    key_variable: str = KEY_VARIABLE
 
 
 @contextlib.contextmanager
@@ -63,12 +69,13 @@ def serving(
         JobError: if the port is taken, or an engine does not start.
     """
     check_version()
+    key_digest = _key_digest(settings.api_key_env)
     on_gpu = _on_gpu(settings)
     slots = slots_of(settings, on_gpu)
     cpus, threads = _cpus_of_worker(settings, len(pairs) + len(models))
 
     def deploy(server: type[ModelServer], name: str, **arguments: Any) -> serve.Application:
-        config = engine_config(name, settings, on_gpu, cpus, threads)
+        config = engine_config(name, settings, on_gpu, cpus, threads, for_pair=server is PairServer)
         # Ray's own name would be one for a.b and a_b.
         own = {"name": f"{server.__name__}:{name}"}
         return build_llm_deployment(
@@ -84,20 +91,41 @@ def serving(
         num_replicas=1,
         max_ongoing_requests=1_000_000,
         ray_actor_options={"num_cpus": 0, "runtime_env": _ingress_environment()},
-    )(make_fastapi_ingress(Ingress, endpoint_map=dict(ENDPOINTS), app=web_app()))
+    )(make_fastapi_ingress(Ingress, endpoint_map=dict(ENDPOINTS), app=web_app(settings.hosts, key_digest)))
     alphas = {plan.name: list(plan.outputs) for plan in pairs}
     # The same job finds what it left behind when it was killed, and two jobs on one cluster do not meet.
     name = f"expo-ray-{digest([[plan.plan_id(0) for plan in pairs], [[one.name, one.uri] for one in models]], 8)}"
-    with _http(settings.port, name) as (url, prefix):
+    with _http(settings.port, name, keyed=bool(key_digest)) as (url, prefix):
         log.info("starting %d engine(s) of %s", settings.replicas * len(deployments), ", ".join(deployments))
         with _running(ingress.bind(deployments=deployments, pairs=alphas), name, prefix):
-            yield Endpoint(url, QUEUE * slots * settings.replicas * len(deployments))
+            yield Endpoint(
+                url,
+                QUEUE * slots * settings.replicas * len(deployments),
+                settings.api_key_env or KEY_VARIABLE,
+            )
 
 
 def weights_of(model: PublishedModel) -> str:
     """Digest of the files of a published model, as its store names them."""
     files = open_store(model.uri).list()
     return digest([[info.key, info.size, info.etag] for info in files if not info.key.startswith(".expo/")])
+
+
+def _key_digest(variable: str) -> str:
+    """SHA-256 of the key that requests need; empty if they need none.
+
+    Raises:
+        JobError: if the variable is not set.
+    """
+    if not variable:
+        return ""
+    key = os.environ.get(variable, "").strip()
+    if not key or not key.isascii() or not key.isprintable():
+        state = "holds characters that no header can" if key else "is not set"
+        raise JobError(
+            f"`api_key_env`: the variable {variable} {state}; set it to the key that clients are to send"
+        )
+    return hashlib.sha256(key.encode()).hexdigest()
 
 
 def _ingress_environment() -> dict[str, Any]:
@@ -129,11 +157,16 @@ def _cpus_of_worker(settings: Serving, deployments: int) -> tuple[float, int]:
 
 
 @contextlib.contextmanager
-def _http(port: int, name: str) -> Iterator[tuple[str, str]]:
+def _http(port: int, name: str, *, keyed: bool) -> Iterator[tuple[str, str]]:
     """Serve's HTTP proxy, on loopback alone: the URL of the application `name`, and its path."""
     if address := http_address():  # another job's, or left by one that was killed
         host, port = address
         log.info("joining the Ray Serve that listens at %s:%d", host, port)
+        if not _is_loopback(host):
+            log.warning(
+                "that Ray Serve listens at %s:%d, for other machines as well%s",
+                host, port, "" if keyed else "; set `serving.api_key_env` to ask for a key",
+            )  # fmt: skip
         yield f"http://{HOST if host == '0.0.0.0' else host}:{port}/{name}", f"/{name}"
         return
     port = _free(port)
@@ -146,6 +179,13 @@ def _http(port: int, name: str) -> Iterator[tuple[str, str]]:
         yield f"http://{HOST}:{port}", "/"
     finally:
         shut_serve_down()
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _free(port: int) -> int:
@@ -177,11 +217,11 @@ def _running(application: serve.Application, name: str, prefix: str) -> Iterator
 
 
 def _reasons(application: str) -> str:
-    """The last line of what Serve tells of each deployment that failed: the error itself, below its traceback."""
+    """What Serve says of each deployment that failed: the error itself, below its traceback."""
     status = serve.status().applications.get(application)
     if status is None:
         return ""
     texts: Mapping[str, str] = {
         name: one.message.strip() for name, one in status.deployments.items() if one.message.strip()
     }
-    return "; ".join(f"{name}: {text.splitlines()[-1]}" for name, text in texts.items())
+    return "; ".join(f"{name}: {cause_in(text)}" for name, text in texts.items())

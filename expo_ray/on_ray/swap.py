@@ -31,8 +31,9 @@ class PairWorker:
     expo_comparison: Comparison
 
     def expo_describe(self) -> dict[str, Any]:
-        """What an engine says of itself."""
-        return {"max_model_len": int(self.model_config.max_model_len)}
+        """Describe the engine, as it has resolved its settings."""
+        dtype = str(self.model_config.dtype).removeprefix("torch.")
+        return {"max_model_len": int(self.model_config.max_model_len), "dtype": dtype}
 
     def expo_open(self, plan: bytes, holds_dpo: bool) -> None:
         """Learn which pair this engine serves.

@@ -1,0 +1,98 @@
+"""Settings that an engine is certain to refuse: values of other types than vLLM's own, and heads that do not divide."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+from expo_ray.checkpoint.json_file import read_json
+from expo_ray.checkpoint.text_config import text_configs
+from expo_ray.config import Serving
+from expo_ray.errors import Attempts, JobError, some
+from expo_ray.extrapolation.plan import PairPlan
+from expo_ray.storage import open_store
+from expo_ray.text import shown
+
+_HEADS = ("num_attention_heads", "n_head", "num_heads")
+_CONFIG = "config.json"
+_ARGUMENTS_TIMEOUT_S = 120.0
+_CHECK_ARGUMENTS = """
+import dataclasses, json, sys
+from pydantic import TypeAdapter, ValidationError
+from vllm.engine import arg_utils
+given, problems = json.load(sys.stdin), []
+known = {field.name: field.type for field in dataclasses.fields(arg_utils.AsyncEngineArgs)}
+for name, value in given.items():
+    if name not in known:
+        continue
+    try:
+        kind = known[name]
+        adapter = TypeAdapter(eval(kind, vars(arg_utils)) if isinstance(kind, str) else kind)
+    except Exception:
+        continue
+    try:
+        adapter.validate_python(value)
+    except ValidationError as error:
+        messages = list(dict.fromkeys(each["msg"] for each in error.errors(include_url=False)))
+        problems.append(f"{name}: {'; '.join(messages[:3])} (found {value!r})")
+    except Exception:
+        pass
+print("\\n" + json.dumps(problems))
+"""
+
+
+def check_engine(settings: Serving, plans: Sequence[PairPlan]) -> None:
+    """See that vLLM takes these values, and that each pair's heads can be spread over the workers; nothing is started.
+
+    Raises:
+        Problems: with everything that is certain to fail.
+    """
+    attempts = Attempts()
+    if settings.engine:
+        attempts.attempt(partial(_check_arguments, settings.engine))
+    workers = settings.engine.get("tensor_parallel_size", settings.tensor_parallel_size)
+    for plan in plans if isinstance(workers, int) and workers > 1 else ():
+        attempts.attempt(partial(_check_workers, plan, workers))
+    attempts.end()
+
+
+def _check_workers(plan: PairPlan, workers: int) -> None:
+    parent = plan.side_files.get(_CONFIG)
+    if parent is None or _CONFIG not in parent.files:
+        return
+    config = read_json(open_store(parent.uri), parent.files[_CONFIG])
+    part = list(text_configs(config))[-1]
+    heads = next((part[key] for key in _HEADS if type(part.get(key)) is int and part[key] > 0), workers)
+    if heads % workers:
+        raise JobError(
+            f"{plan.name}: {heads} attention heads cannot be spread over `tensor_parallel_size` {workers}; set a divisor of {heads}"
+        )
+
+
+def _check_arguments(engine: Mapping[str, Any]) -> None:
+    """Ask vLLM, where it is installed, for the names and types of its engine's arguments, in a process of its own."""
+    if find_spec("vllm") is None:
+        return
+    try:
+        given = json.dumps(engine)
+    except (TypeError, ValueError) as error:
+        raise JobError(f"`engine`: {shown(error)}; write plain YAML values") from error
+    environment = {**os.environ, "VLLM_LOGGING_LEVEL": "ERROR"}
+    try:
+        process = subprocess.run(
+            [sys.executable, "-c", _CHECK_ARGUMENTS],
+            input=given, capture_output=True, text=True, check=False, timeout=_ARGUMENTS_TIMEOUT_S, env=environment,
+        )  # fmt: skip
+        problems = json.loads(process.stdout.splitlines()[-1]) if process.returncode == 0 else []
+    except (subprocess.TimeoutExpired, ValueError, IndexError):
+        return  # the engine itself will say
+    if problems:
+        raise JobError(
+            f"`serving.engine`: {some(list(map(shown, problems)))}; write arguments as vLLM names them"
+        )
