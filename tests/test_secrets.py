@@ -23,6 +23,9 @@ from tests.hub_server import TOKEN, HubServer, Repository
 from tests.pairs import files_of, write_pair
 from tests.sample_results import sample_results
 
+# Ten commands in one process import Ray and more, which takes its time on a busy machine.
+pytestmark = pytest.mark.timeout(300)
+
 PASSWORD, SIGNATURE, API_KEY = "CANARY/pass&word", "CANARYsignature%2Bx%3D", "sk-CANARYapikey"
 SESSION, PROXY, JOB_TOKEN = "CANARYsession+token/==", "CANARYproxy", "CANARYjobtoken"
 BAD_KEY = "CANARYbad-secret-key"
@@ -136,7 +139,7 @@ class World:
             capture_output=True,
             stdin=subprocess.DEVNULL,
             check=False,
-            timeout=110,
+            timeout=250,
         )
         said = ended.stdout + ended.stderr
         assert canaries_in(said) == set(), said.decode()
