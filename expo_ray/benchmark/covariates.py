@@ -25,6 +25,8 @@ log = logging.getLogger("expo_ray")
 # The only judge whose verdicts df_gamed.csv holds, as alpaca-eval's configurations and files call it, and its baseline.
 OFFICIAL_JUDGES = ("weighted_alpaca_eval_gpt4_turbo",)
 OFFICIAL_BASELINE = "gpt4_1106_preview"
+# What alpaca-eval called the same outputs at first.
+_OFFICIAL_BASELINES = (OFFICIAL_BASELINE, "gpt4_turbo")
 _REPOSITORY = "tatsu-lab/alpaca_eval"
 _GAMED = ("df_gamed.csv", "df_gamed.reconstructed.csv")
 _PROMPTS = ("prompts.jsonl", "prompts.jsonl.gz", "alpaca_eval.json")
@@ -85,7 +87,7 @@ def load_covariates(folder: str | None) -> Covariates:
 
 def is_official(judge: str, baseline: str) -> bool:
     """Check that the official length control is right for annotations; a file that names neither is taken for official."""
-    return (not judge or judge in OFFICIAL_JUDGES) and (not baseline or baseline == OFFICIAL_BASELINE)
+    return (not judge or judge in OFFICIAL_JUDGES) and (not baseline or baseline in _OFFICIAL_BASELINES)
 
 
 def _files_of(folder: str) -> tuple[str, str]:

@@ -129,19 +129,19 @@ def pooled_head_to_head(duels: Sequence[HeadToHead]) -> Estimate | None:
 
 def head_to_head_forest(duels: Sequence[HeadToHead]) -> Forest:
     """Length-controlled win rates above 50 by pair, and their mean."""
-    rows = [ForestRow(duel.model, _minus_half(duel.controlled.interval)) for duel in duels]
+    rows = [_forest_row(duel.model, _minus_half(duel.controlled.interval)) for duel in duels]
     if mean := pooled_head_to_head(duels):
-        rows.append(ForestRow(f"mean of {len(duels)} pairs", _minus_half(mean.interval), pooled=True))
+        rows.append(_forest_row(f"mean of {len(duels)} pairs", _minus_half(mean.interval), pooled=True))
     return Forest("Head to head at equal length", "points above 50", tuple(rows))
 
 
 def differences_forest(differences: Sequence[ArmDifference]) -> Forest:
     """Paired differences by pair, length-controlled where that is right, and their mean over pairs on the same prompts."""
     figures = [(each.model, each.controlled or each.win_rate) for each in differences]
-    rows = [ForestRow(name, figure.interval) for name, figure in figures]
+    rows = [_forest_row(name, figure.interval) for name, figure in figures]
     if len(rows) > 1 and _same_prompts(differences):
         mean = pooled([figure for _, figure in figures])
-        rows.append(ForestRow(f"mean of {len(rows)} pairs", mean.interval, pooled=True))
+        rows.append(_forest_row(f"mean of {len(rows)} pairs", mean.interval, pooled=True))
     return Forest("Differences of win rates", "points", tuple(rows))
 
 
@@ -320,6 +320,10 @@ def verdict_of(interval: Interval) -> str:
 
 def _same_prompts(pairs: Sequence[HeadToHead] | Sequence[ArmDifference]) -> bool:
     return all(np.array_equal(pairs[0].index, pair.index) for pair in pairs)
+
+
+def _forest_row(label: str, interval: Interval, *, pooled: bool = False) -> ForestRow:
+    return ForestRow(label, interval.value, interval.low, interval.high, pooled)
 
 
 def _minus_half(interval: Interval) -> Interval:

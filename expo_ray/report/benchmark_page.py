@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from expo_ray.errors import JobError
-from expo_ray.evaluation.statistics import Interval
 from expo_ray.report.svg import BLUE, GREY, ORANGE, Drawing, figure_style, inline_svg
 from expo_ray.text import shown
 
@@ -32,12 +31,16 @@ class ForestRow:
     """One pair of models, or their mean.
 
     Attributes:
-        interval: of the difference; 0 is no difference.
+        value: the difference; 0 is none.
+        low: lower end of its interval.
+        high: upper end.
         pooled: the row is the mean over the others.
     """
 
     label: str
-    interval: Interval
+    value: float
+    low: float
+    high: float
     pooled: bool = False
 
 
@@ -78,8 +81,7 @@ def _drawn(forest: Forest, name: str) -> Drawing:
         _draw_rows(figure, forest)
         caption = f"Difference in {forest.unit} with its 95 % interval. Right of 0, the first model is better; an interval across 0 is inconclusive."
         described = "; ".join(
-            f"{shown(row.label)}: {row.interval.value:+.2f} [{row.interval.low:+.2f}, {row.interval.high:+.2f}]"
-            for row in forest.rows
+            f"{shown(row.label)}: {row.value:+.2f} [{row.low:+.2f}, {row.high:+.2f}]" for row in forest.rows
         )
         return Drawing(
             inline_svg(figure, name, forest.title, f"{forest.title}. {described}."), forest.title, caption
@@ -89,11 +91,10 @@ def _drawn(forest: Forest, name: str) -> Drawing:
 def _draw_rows(figure: Figure, forest: Forest) -> None:
     axes = figure.add_subplot()
     for place, row in enumerate(forest.rows):
-        interval = row.interval
         axes.errorbar(
-            [interval.value],
+            [row.value],
             [place],
-            xerr=[[max(interval.value - interval.low, 0)], [max(interval.high - interval.value, 0)]],
+            xerr=[[max(row.value - row.low, 0)], [max(row.high - row.value, 0)]],
             fmt="D" if row.pooled else "o",
             color=ORANGE if row.pooled else BLUE,
             markersize=7 if row.pooled else 5,
