@@ -252,7 +252,9 @@ def _remove_if_abandoned(temp: Path, *, older_than_s: float, now: float) -> None
             if not stat.S_ISREG(state.st_mode) or (older_than_s and now - state.st_mtime < older_than_s):
                 return
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            temp.unlink()
+            # The name may by now be that of its next maker's file, whose lock this one is not.
+            if os.path.samestat(os.fstat(fd), os.lstat(temp)):
+                temp.unlink()
         finally:
             os.close(fd)
 
