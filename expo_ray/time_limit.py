@@ -7,6 +7,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# An ordinary chat template takes milliseconds.
+RENDER_S = 20.0
+
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:

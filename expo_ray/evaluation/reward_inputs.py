@@ -8,9 +8,8 @@ from typing import Any, Protocol
 
 from expo_ray.errors import ExpoError, Problems, RewardError, some
 from expo_ray.evaluation.records import Message, Response, scored_digest
-from expo_ray.time_limit import time_limit
+from expo_ray.time_limit import RENDER_S, time_limit
 
-_RENDER_S = 20.0  # an ordinary template takes milliseconds
 _PROBE = [{"role": "user", "content": "a"}]
 
 
@@ -62,7 +61,7 @@ def token_ids(tokenizer: Tokenizer, messages: Sequence[Message], text: str) -> l
     """
     chat = [{"role": one["role"], "content": one["content"]} for one in messages]
     chat.append({"role": "assistant", "content": text})
-    with time_limit(_RENDER_S):
+    with time_limit(RENDER_S):
         rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=False)
     return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
@@ -136,6 +135,8 @@ def model_inputs(
             refused.setdefault(f"the chat template raised {type(error).__name__}: {error}", []).append(
                 one.prompt_id
             )
+            if isinstance(error, TimeoutError):
+                break  # the other responses would take as long
             continue
         if bos is not None and ids[:2] == [bos, bos]:
             refused.setdefault(f"the chat begins with BOS (token {bos}) twice", []).append(one.prompt_id)

@@ -22,6 +22,7 @@ from expo_ray.evaluation.tokenizer import Files, load_tokenizer, tokenizer_files
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.storage import FileInfo, Store, open_store
 from expo_ray.text import shown
+from expo_ray.time_limit import RENDER_S, time_limit
 
 log = logging.getLogger("expo_ray")
 
@@ -157,9 +158,12 @@ def _refused(
     for prompt in asked.values():
         messages = [dict(turn) for turn in prompt.messages]
         try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            with time_limit(RENDER_S):
+                text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template raises whatever it likes
             failed.setdefault(f"{type(error).__name__}: {shown(error)}", []).append(prompt.label or prompt.id)
+            if isinstance(error, TimeoutError):
+                break  # the other prompts would take as long
             continue
         # No tokenizer makes more tokens than there are bytes.
         if len(text.encode()) >= limit:
