@@ -316,6 +316,17 @@ def test_all_problems_of_a_list_are_reported_though_it_holds_a_nan(
         assert value in error
 
 
+def test_a_wrong_list_of_prompts_is_reported_beside_a_wrong_table(tmp_path: Path) -> None:
+    folder = make_covariates(tmp_path)
+    (folder / "prompts.jsonl").write_text("{]\n")
+    with pytest.raises(Problems, match="line 1") as single:
+        load_covariates(str(folder))
+    (folder / "df_gamed.csv").write_text("a,b\n")
+    with pytest.raises(Problems, match="line 1") as both:
+        load_covariates(str(folder))
+    assert (len(single.value.problems), len(both.value.problems)) == (1, 2)
+
+
 @pytest.mark.parametrize("missing", ["df_gamed.csv", "prompts.jsonl"])
 def test_covariates_that_are_not_there_are_named(tmp_path: Path, missing: str) -> None:
     folder = make_covariates(tmp_path)

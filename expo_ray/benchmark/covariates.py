@@ -153,6 +153,8 @@ def _read_gamed(data: bytes, uri: str, num_prompts: int) -> tuple[GamedRows, Arr
     try:
         rows = list(csv.DictReader(io.StringIO(data.decode("utf-8"))))
         table = {name: np.array([float(row[name]) for row in rows]) for name in _NUMBERS}
+        if not rows:
+            raise ValueError("no rows")
     except (ValueError, TypeError, KeyError, csv.Error) as error:
         raise BenchmarkError(
             f"{uri}: not alpaca-eval's table of {', '.join(_NUMBERS)} ({shown(error)}); {remedy}"
@@ -160,9 +162,9 @@ def _read_gamed(data: bytes, uri: str, num_prompts: int) -> tuple[GamedRows, Arr
     problems = list(_faults_of_gamed(table, num_prompts))
     if problems:
         raise Problems([BenchmarkError(f"{uri}: {problem}; {remedy}") for problem in problems])
-    index = table["index"].astype(np.int64)
     difficulty = np.zeros(num_prompts)
-    difficulty[index] = table["instruction_difficulty"]
+    if num_prompts:  # else the list of prompts is wrong, and the table cannot be held against it
+        difficulty[table["index"].astype(np.int64)] = table["instruction_difficulty"]
     return GamedRows(table["std_delta_len"], table["instruction_difficulty"], table["preference"]), difficulty
 
 
