@@ -100,6 +100,9 @@ def test_the_second_turn_is_asked_with_the_first_answer(tmp_path: Path) -> None:
             assert later in bodies
             assert choice["turns"][1] == text_for(later)
             assert asked["temperature"] == temperature
+            # FastChat draws with nothing but a temperature, and up to 1,024 tokens.
+            assert (asked["top_p"], asked["top_k"], asked["max_tokens"]) == (1.0, 0, 1024)
+            assert asked["presence_penalty"] == asked["frequency_penalty"] == 0
 
 
 def test_turns_of_a_prompt_that_began_with_an_answer() -> None:

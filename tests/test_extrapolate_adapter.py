@@ -23,6 +23,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "rslora": {"use_rslora": True},
     "patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.1.mlp.down_proj": 16}},
     "all linear": {"target_modules": "all-linear"},
+    "untied head": {"target_modules": ["lm_head", "q_proj"]},
     "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
 }
 

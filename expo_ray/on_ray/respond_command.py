@@ -31,6 +31,16 @@ from expo_ray.storage import open_store
 FAILED = 1
 _URL = ("http://", "https://")
 _WITHOUT_JOB = ("model", "name", "prompts", "limit", "output", *Sampling.model_fields)
+# MT-Bench's own answers are drawn as FastChat's gen_model_answer.py draws them; the temperature is each question's.
+_FORMAT_SAMPLING: Mapping[str, Mapping[str, float]] = {
+    "mt-bench": {
+        "top_p": 1.0,
+        "top_k": 0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "max_tokens": 1024,
+    }
+}
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -108,7 +118,11 @@ def _one_model(arguments: argparse.Namespace) -> int:
     if missing:
         raise JobError(f"{', '.join(missing)} missing; give a job file, or --model, --prompts and --output")
     attempts = Attempts()
-    fields = {name: getattr(arguments, name) for name in Sampling.model_fields}
+    given = {name: getattr(arguments, name) for name in Sampling.model_fields}
+    fields: dict[str, Any] = {
+        **_FORMAT_SAMPLING.get(arguments.format, {}),
+        **{name: value for name, value in given.items() if value is not None},
+    }
     samplings = attempts.attempt(partial(_section, Sampling, fields))
     fields = {"source": arguments.prompts, "limit": arguments.limit}
     sources = attempts.attempt(partial(_section, PromptSource, fields))
