@@ -52,7 +52,7 @@ _OFFICIAL_JUDGES = ("gpt-4-1106-preview", "weighted_alpaca_eval_gpt4_turbo")
 
 @dataclass(frozen=True)
 class Request:
-    """What to judge.
+    """The files to judge, and how.
 
     Attributes:
         outputs: file of the model's answers.
@@ -256,7 +256,7 @@ def _covariates(request: Request, attempts: Attempts) -> tuple[Covariates | None
 
 
 def expected(prepared: Prepared) -> Estimate:
-    """What is still to be asked, and its cost.
+    """Estimate the questions that are still to be asked, and their cost.
 
     Raises:
         BenchmarkError: if that is more than the request allows.

@@ -28,7 +28,7 @@ _MOST_UNPARSED = 0.02
 
 @dataclass(frozen=True)
 class Annotations:
-    """One file.
+    """A file.
 
     Attributes:
         verdicts: a row for each annotation.

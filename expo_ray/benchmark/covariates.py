@@ -36,7 +36,7 @@ _NUMBERS = ("preference", "index", "std_delta_len", "instruction_difficulty")
 
 @dataclass(frozen=True, eq=False)
 class Covariates:
-    """What places and controls annotations.
+    """The list of prompts, and the covariates of length control.
 
     Attributes:
         prompts: the instructions in their canonical order, all different.

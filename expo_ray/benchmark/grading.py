@@ -45,7 +45,7 @@ class MtBench:
 
 @dataclass(frozen=True)
 class ChatAnswers:
-    """One model's answers to the questions, by `question_id`: one text for each turn."""
+    """A model's answers to the questions, by `question_id`: one text for each turn."""
 
     name: str
     turns: Mapping[int, Sequence[str]]
@@ -53,7 +53,7 @@ class ChatAnswers:
 
 @dataclass(frozen=True)
 class Grade:
-    """One answer to be graded.
+    """An answer to be graded.
 
     Attributes:
         question_id: of MT-Bench.
@@ -140,7 +140,7 @@ def read_chat_answers(uri: str, bench: MtBench) -> ChatAnswers:
 
 
 def grades_of(judge: Judge, bench: MtBench, answers: ChatAnswers) -> list[Grade]:
-    """What to ask a judge about one model's answers: each turn of each question, as FastChat's `single` mode does."""
+    """List the questions about one model's answers: each turn of each question, as FastChat's `single` mode does."""
     grades = []
     for number, (category, asked) in bench.questions.items():
         reference = bench.references.get(number) if category in _WITH_REFERENCE else None

@@ -49,7 +49,7 @@ class Price:
 
 @dataclass(frozen=True)
 class Judge:
-    """One judge.
+    """A judge.
 
     Attributes:
         url: of an OpenAI-compatible endpoint, with its `/v1`.

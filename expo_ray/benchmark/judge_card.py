@@ -41,7 +41,7 @@ _LEAST_PROMPTS = 20
 
 @dataclass(frozen=True)
 class JudgeCard:
-    """One judge, measured. Shares are from 0 to 1.
+    """A judge, measured. Shares are from 0 to 1.
 
     Attributes:
         judge: name of the model.

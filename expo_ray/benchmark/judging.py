@@ -29,7 +29,7 @@ _USUAL_TOKENS = 500
 
 @dataclass(frozen=True)
 class Question:
-    """One request to a judge.
+    """A request to a judge.
 
     Attributes:
         id: digest of all that decides the answer: judge, template, order and texts.
@@ -46,7 +46,7 @@ class Question:
 
 @dataclass(frozen=True)
 class JudgeAnswer:
-    """What a judge answered, raw: every number is read from it again, so a better reader needs no new request.
+    """A judge's answer, raw: every number is read from it again, so a better reader needs no new request.
 
     Attributes:
         question: id of the `Question`.
@@ -90,7 +90,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What is still to be asked, and what that will take: tokens by the length of the texts, dollars if the price is known."""
+    """The questions that are still to be asked, and their price: tokens by the length of the texts, dollars if the price is known."""
 
     requests: int
     num_prompt_tokens: int
@@ -145,7 +145,7 @@ def question_id(judge: Judge, template_id: str, texts: Sequence[str], options: M
 
 
 def estimate(judge: Judge, questions: Sequence[Question], answers: Mapping[str, JudgeAnswer]) -> Estimate:
-    """What the questions without an answer will take."""
+    """Estimate the tokens and the cost of the questions without an answer."""
     missing = [question for question in questions if question.id not in answers]
     num_prompt_tokens = sum(_characters(question) for question in missing) // 4
     num_tokens = sum(
@@ -199,7 +199,7 @@ def ask(
 
 
 class _Asking:
-    """One call of `ask`."""
+    """A call of `ask`."""
 
     def __init__(
         self,

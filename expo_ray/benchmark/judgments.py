@@ -17,7 +17,7 @@ from expo_ray.evaluation.statistics import Array
 
 @dataclass(frozen=True, slots=True)
 class Judgment:
-    """One verdict of a judge. `model_2` is the model in question, `model_1` its baseline, whichever was shown first.
+    """A verdict of a judge. `model_2` is the model in question, `model_1` its baseline, whichever was shown first.
 
     Attributes:
         key: digest of all that decides the verdict: judge, protocol, template, order, instruction and both texts.

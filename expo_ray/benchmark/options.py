@@ -1,4 +1,4 @@
-"""What `expo-ray benchmark` takes. Imported at every start of the command line, so it imports nothing that takes time."""
+"""The options of `expo-ray benchmark`. Imported at every start of the command line, so it imports nothing that takes time."""
 
 from __future__ import annotations
 

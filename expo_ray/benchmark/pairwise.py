@@ -21,7 +21,7 @@ DRAW = 1.5
 
 @dataclass(frozen=True)
 class Comparison:
-    """One instruction with the outputs of a baseline and of a model, in one order.
+    """An instruction with the outputs of a baseline and of a model, in one order.
 
     Attributes:
         instruction: what both answer.
@@ -39,7 +39,7 @@ class Comparison:
 
 
 def shown_switched(instruction: str) -> bool:
-    """Whether AlpacaEval shows the model's output first: a fixed draw for each instruction."""
+    """True if AlpacaEval shows the model's output first: a fixed draw for each instruction."""
     return random.Random(f"is_switched_outputs{instruction}0").choices([False, True])[0]
 
 
@@ -81,7 +81,7 @@ def template_of(judge: Judge) -> Template:
 
 
 def comparisons_of(judge: Judge, template: Template, sides: Sides, orders: Orders) -> list[Comparison]:
-    """What to compare: each instruction in AlpacaEval's order of the two outputs, or in both orders."""
+    """List the comparisons: each instruction in AlpacaEval's order of the two outputs, or in both orders."""
     return [
         _comparison(judge, template, sides, instruction, switched)
         for instruction in sides.instructions

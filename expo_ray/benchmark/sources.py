@@ -20,7 +20,7 @@ _ALPACA_EVAL = (
 
 @dataclass(frozen=True)
 class PublicFile:
-    """One file of a public repository at one commit.
+    """A file of a public repository at one commit.
 
     Attributes:
         name: what it is called in a folder that the user gives instead.

@@ -314,7 +314,7 @@ def points(figure: Estimate) -> str:
 
 
 def verdict_of(interval: Interval) -> str:
-    """What an unadjusted interval of a difference allows to claim."""
+    """Name the claim that an unadjusted interval of a difference allows."""
     return "better" if interval.low > 0 else "worse" if interval.high < 0 else "inconclusive"
 
 

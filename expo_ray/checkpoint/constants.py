@@ -37,7 +37,7 @@ _MASK = re.compile(r"(?:^|\.)(?:attn|attention)\.(?:masked_)?bias$")
 
 
 def is_constant(tensor: Tensor) -> bool:
-    """Whether `tensor` is kept as dpo has it, whatever sft has."""
+    """True if `tensor` is kept as dpo has it, whatever sft has."""
     return bool(_NAMES.search(tensor.name)) or (bool(_MASK.search(tensor.name)) and _is_mask(tensor.shape))
 
 

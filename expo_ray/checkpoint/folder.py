@@ -181,7 +181,7 @@ def _read_headers(
 
 
 def _is_constant(name: str) -> bool:
-    """Whether a tensor that an index names and no file holds is one that every loader computes."""
+    """True if a tensor that an index names and no file holds is one that every loader computes."""
     return is_constant(Tensor(name, "F32", (), "", 0))
 
 

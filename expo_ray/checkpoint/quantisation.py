@@ -93,7 +93,7 @@ def quantisation_of(checkpoint: Checkpoint) -> str | None:
 
 
 def is_stale(checkpoint: Checkpoint) -> bool:
-    """Whether only `config.json` says that the weights are quantised, and every tensor is plain."""
+    """True if only `config.json` says that the weights are quantised, and every tensor is plain."""
     return bool(checkpoint.tensors) and _by_tensors(checkpoint.tensors) is None
 
 

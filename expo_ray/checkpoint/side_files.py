@@ -113,7 +113,7 @@ def find_side_files(
 
 
 def _is_dropped(key: str) -> bool:
-    """Whether a file is a matter of course: hidden, of a training run, an index or another form of the weights."""
+    """True if a file is a matter of course: hidden, of a training run, an index or another form of the weights."""
     *folders, name = key.lower().split("/")
     if any(part.startswith(".") for part in (*folders, name)):
         return True
@@ -126,7 +126,7 @@ def _is_dropped(key: str) -> bool:
 
 
 def _is_wanted(info: FileInfo) -> bool:
-    """Whether a file travels for its name: at the top level, or an additional chat template."""
+    """True if a file travels for its name: at the top level, or an additional chat template."""
     name = info.key.removeprefix(_TEMPLATES).lower()
     if "/" in name or not _matches(name, _WANTED):
         return False
@@ -157,7 +157,7 @@ class _Names:
             self._modules |= texts
 
     def name(self, key: str) -> bool:
-        """Whether a file has been named, or a folder that holds it.
+        """True if a file has been named, or a folder that holds it.
 
         Of weights below a named folder only those of sentence-transformers' modules count: the name of a folder is often an
         ordinary word.
@@ -171,7 +171,7 @@ class _Names:
         )
 
     def name_folder(self, key: str) -> bool:
-        """Whether a folder that holds the file has been named, or the key is itself one (a link to a folder)."""
+        """True if a folder that holds the file has been named, or the key is itself one (a link to a folder)."""
         return any(folder in self._texts for folder in (*_folders_of(key), key))
 
 

@@ -74,11 +74,11 @@ class VocabularyWeights:
         return self._tensors.get(name) or self._tensors.get(self.owner(name))
 
     def is_head(self, name: str) -> bool:
-        """Whether `name` is one that the output head of this checkpoint can have."""
+        """True if `name` is one that the output head of this checkpoint can have."""
         return name in self._head_names
 
     def is_vocabulary(self, name: str) -> bool:
-        """Whether `name` can only be that of an embedding, of a head or of a head's bias of this checkpoint."""
+        """True if `name` can only be that of an embedding, of a head or of a head's bias of this checkpoint."""
         if name.endswith(".bias"):
             module = name.removesuffix("bias")
             return self.is_head(f"{module}weight") or self.is_head(f"{module}decoder.weight")
@@ -90,7 +90,7 @@ class VocabularyWeights:
         )
 
     def has_tied_head(self, name: str) -> bool:
-        """Whether the output head of this checkpoint is the tensor `name` under another name."""
+        """True if the output head of this checkpoint is the tensor `name` under another name."""
         heads = self._stored_heads or sorted(self._head_names)
         return any(head != name and self.owner(head) == name for head in heads)
 
@@ -126,7 +126,7 @@ class VocabularyWeights:
         return frozenset(_heads(self.embedding or "")) - {self.embedding}
 
     def _is_copy(self, module: str) -> bool:
-        """Whether the module is the embedding of an encoder or decoder that shares one, or the shared one."""
+        """True if the module is the embedding of an encoder or decoder that shares one, or the shared one."""
         if self._input is None:
             return False
         *path, own = module.split(".")
@@ -208,7 +208,7 @@ def _remoteness(name: str) -> tuple[bool, bool, int]:
 
 
 def _is_half(name: str, bare: list[str]) -> bool:
-    """Whether `name` is the embedding of an encoder or of a decoder."""
+    """True if `name` is the embedding of an encoder or of a decoder."""
     *path, own = name.split(".")[:-1] or [""]
     return (
         own in _EMBEDDINGS

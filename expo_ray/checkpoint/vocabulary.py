@@ -58,12 +58,12 @@ def vocabulary(store: Store, checkpoint: Checkpoint) -> dict[str, int]:
 
 
 def has_tokenizer(checkpoint: Checkpoint) -> bool:
-    """Whether `vocabulary` can read a file of this checkpoint."""
+    """True if `vocabulary` can read a file of this checkpoint."""
     return any(key in checkpoint.files for key in _READ) or bool(_other_file(checkpoint))
 
 
 def same_tokenizer(store: Store, checkpoint: Checkpoint, other_store: Store, other: Checkpoint) -> bool:
-    """Whether both checkpoints have the same file of a vocabulary, byte for byte."""
+    """True if both checkpoints have the same file of a vocabulary, byte for byte."""
     key = next((key for key in _READ if key in checkpoint.files), None) or _other_file(checkpoint) or ""
     mine, theirs = checkpoint.files.get(key), other.files.get(key)
     if mine is None or theirs is None or mine.size != theirs.size:

@@ -132,7 +132,7 @@ def repetition_of(text: str) -> float:
 
 
 def is_broken(text: str, special_tokens: Sequence[str]) -> bool:
-    """Whether a response is empty or contains a special token."""
+    """True if a response is empty or contains a special token."""
     return not text.strip() or any(token in text for token in special_tokens)
 
 

@@ -45,7 +45,7 @@ class Half:
     evaluated: Mapping[float, Evaluated]
 
     def has(self, rung: Rung) -> bool:
-        """Whether the half knows all that `rung` asks for."""
+        """True if the half knows all that `rung` asks for."""
         return all(
             alpha in self.evaluated and len(self.evaluated[alpha].prompt_ids) >= rung.num_prompts
             for alpha in rung.alphas

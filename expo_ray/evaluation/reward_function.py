@@ -65,7 +65,7 @@ class RewardFunction:
 
 
 def is_function(model: str) -> bool:
-    """Whether a reward model is named as a function."""
+    """True if a reward model is named as a function."""
     return model.startswith(_SCHEME)
 
 
@@ -246,7 +246,7 @@ def _kind_refused(function: Callable[..., Any]) -> str:
 
 
 def _returns_nothing(function: Callable[..., Any]) -> bool:
-    """Whether this is a plain function whose text has no `return` with a value."""
+    """True if this is a plain function whose text has no `return` with a value."""
     if not inspect.isfunction(function) or hasattr(function, "__wrapped__"):
         return False
     try:

@@ -67,7 +67,7 @@ def token_ids(tokenizer: Tokenizer, messages: Sequence[Message], text: str) -> l
 
 
 def check_tokenizer(tokenizer: Tokenizer, where: str) -> list[str]:
-    """Whether chats of this tokenizer can be scored; notes on what a user should know.
+    """True if chats of this tokenizer can be scored; notes on what a user should know.
 
     Raises:
         RewardError: if it has no chat template, one that does not show the response, or one that writes BOS twice.

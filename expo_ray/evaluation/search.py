@@ -71,7 +71,7 @@ def picked_alpha(history: History, settings: Search) -> Picked:
 
 
 def looks_better(history: History, picked: Picked, confidence: float) -> bool:
-    """Whether the choosing half finds the picked alpha better than dpo, so that confirming it is worth its price."""
+    """True if the choosing half finds the picked alpha better than dpo, so that confirming it is worth its price."""
     if picked.alpha == 0:
         return False
     rewards = history.choose.rewards((picked.alpha, 0.0), picked.num_prompts)

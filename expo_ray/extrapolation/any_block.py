@@ -73,7 +73,7 @@ def inner_product(a: Array, b: Array, folded: Array, careful: Array) -> Scalar:
 
 @compiled
 def is_sound(total: Scalar) -> Scalar:
-    """Whether a sum shows neither overflow nor underflow, nor a term that is not finite."""
+    """True if a sum shows neither overflow nor underflow, nor a term that is not finite."""
     return 1e-20 < abs(total) < np.inf
 
 

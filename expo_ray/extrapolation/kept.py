@@ -49,7 +49,7 @@ def notes_on(tensors: Sequence[Tensor]) -> list[str]:
 
 
 def are_weights(tensors: Sequence[Tensor]) -> bool:
-    """Whether any of them is of a dtype that weights have, so that it could have been extrapolated."""
+    """True if any of them is of a dtype that weights have, so that it could have been extrapolated."""
     return any(tensor.dtype in WEIGHT_DTYPES for tensor in tensors)
 
 

@@ -65,7 +65,7 @@ class PairPlan:
 
     @property
     def scaled(self) -> bool:
-        """Whether the output is dpo's adapter with another scale."""
+        """True if the output is dpo's adapter with another scale."""
         return bool(self.dpo.adapter) and self.options.adapter == "scale"
 
     @property
@@ -313,7 +313,7 @@ def _fingerprint(checkpoint: Checkpoint) -> list[list[str | int]]:
 
 
 def _same_files(sft: Checkpoint, dpo: Checkpoint) -> bool:
-    """Whether both are one folder, or the digests of a store say so; the times and sizes of local files prove nothing."""
+    """True if both are one folder, or the digests of a store say so; the times and sizes of local files prove nothing."""
     if "://" in sft.uri or "://" in dpo.uri:
         return _fingerprint(sft) == _fingerprint(dpo)
     return os.path.samefile(sft.uri, dpo.uri)

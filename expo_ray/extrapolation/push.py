@@ -193,7 +193,7 @@ def _against(head: HubStore, manifest: Mapping[str, Any]) -> tuple[list[str], tu
 
 
 def _holds(info: FileInfo | None, size: int, sha256: str | None) -> bool:
-    """Whether the Hub has a file: shards by digest; cards may have been edited there."""
+    """True if the Hub has a file: shards by digest; cards may have been edited there."""
     if info is None or sha256 is None:
         return info is not None
     return info.etag == sha256 if len(info.etag) == len(sha256) else info.size == size

@@ -84,7 +84,7 @@ def rounded_alpha(rule: Rule, alpha: float) -> float:
 
 
 def is_dpo(rule: Rule, alpha: float) -> bool:
-    """Whether the result is dpo by declaration."""
+    """True if the result is dpo by declaration."""
     return rule.rounding != "reference" and rounded_alpha(rule, alpha) == 0
 
 

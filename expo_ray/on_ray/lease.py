@@ -129,7 +129,7 @@ class Lease:
         self._advance()
 
     def _closed(self) -> bool:
-        """Whether another step has waited so long that it is due."""
+        """True if another step has waited so long that it is due."""
         patience_s = max(SHORTEST_PATIENCE_S, PATIENCE_IN_SWAPS * self._swap_s)
         oldest = min(self._since.values(), default=None)
         return oldest is not None and time.monotonic() - oldest > patience_s

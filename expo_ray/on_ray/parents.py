@@ -174,7 +174,7 @@ def _new_file(path: Path, store: Store, key: str) -> BinaryIO:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether all was fetched, and nothing has been touched since; a touched file is hashed again."""
+    """True if all was fetched, and nothing has been touched since; a touched file is hashed again."""
     try:
         state = parse_json_object((folder / _COMPLETE).read_bytes(), _COMPLETE, most_bytes=TOKENIZER_BYTES)
         return all(_is_same(folder / key, *known) for key, known in state.items())

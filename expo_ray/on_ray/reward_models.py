@@ -165,7 +165,7 @@ class TransformersBackend:
 
 
 def _has_soft_cap(config: Any) -> bool:
-    """Whether the model defines a soft cap on attention scores, which fused attention leaves out."""
+    """True if the model defines a soft cap on attention scores, which fused attention leaves out."""
     names = ("attn_logit_softcapping", "attention_logit_softcapping", "attn_logit_softcap")
     return any(getattr(config, name, None) for name in names)
 
@@ -310,7 +310,7 @@ def _takes_vllm(spec: RewardModel, folder: Path) -> bool:
 
 
 def _known_to_vllm(folder: Path) -> bool:
-    """Whether vLLM implements the architecture; it makes classifiers of the language models it knows."""
+    """True if vLLM implements the architecture; it makes classifiers of the language models it knows."""
     from transformers import AutoConfig
     from vllm.model_executor.models import ModelRegistry
 

@@ -1,4 +1,4 @@
-"""Whether a store keeps the one promise that cannot be had from the client's side."""
+"""True if a store keeps the one promise that cannot be had from the client's side."""
 
 from __future__ import annotations
 

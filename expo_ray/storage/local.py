@@ -181,7 +181,7 @@ def _unnameable(key: str) -> str:
 
 
 def _stays(target: str, real_root: str) -> bool:
-    """Whether the file that a link leads to belongs to the folder: it lies there, or in the cache of a Hub client.
+    """True if the file that a link leads to belongs to the folder: it lies there, or in the cache of a Hub client.
 
     Snapshots of the Hub's cache link to `models--<org>--<name>/blobs/`, and so did downloads of older clients into other folders.
     """

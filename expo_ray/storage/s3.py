@@ -52,7 +52,7 @@ class S3Store:
 
     @property
     def _guarded(self) -> bool:
-        """Whether TLS guards what is read; if not, every range is read twice."""
+        """True if TLS guards what is read; if not, every range is read twice."""
         return self._connection.guarded
 
     def list(self, prefix: str = "") -> list[FileInfo]:
@@ -208,5 +208,5 @@ class S3Store:
 
 
 def _same(answered: str | None, planned: str) -> bool:
-    """Whether two ETags name the same bytes; a proxy that compresses marks them as weak."""
+    """True if two ETags name the same bytes; a proxy that compresses marks them as weak."""
     return (answered or "").removeprefix("W/") == planned.removeprefix("W/")
