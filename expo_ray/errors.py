@@ -129,3 +129,8 @@ def some(texts: Sequence[str], shown: int = 5) -> str:
     """The first few of many texts, and how many more there are."""
     more = f" and {len(texts) - shown} more" if len(texts) > shown else ""
     return ", ".join(texts[:shown]) + more
+
+
+def in_one_line(error: Exception) -> str:
+    """The text of an error, that of several joined."""
+    return "; ".join(map(str, each(error))) if isinstance(error, ExpoError) else str(error)

@@ -8,7 +8,7 @@ from functools import partial
 from expo_ray.config import Job, Pair, format_alpha
 from expo_ray.errors import Attempts
 from expo_ray.extrapolation.job import outputs_of
-from expo_ray.extrapolation.plan import PairPlan, plan_pair
+from expo_ray.extrapolation.plan import PairPlan, plan_pair, plan_parents
 from expo_ray.extrapolation.verify import refuse_foreign_files
 from expo_ray.storage import open_store
 
@@ -49,6 +49,8 @@ def check_model(uri: str) -> None:
 
 
 def _whole(job: Job, pair: Pair) -> PairPlan:
-    outputs = outputs_of(job, pair)
-    plan = plan_pair(pair, outputs)
-    return plan_pair(pair.model_copy(update={"adapter": "merge"}), outputs) if plan.scaled else plan
+    plan = plan_pair(pair, outputs_of(job, pair))
+    if not plan.scaled:
+        return plan
+    merged = pair.model_copy(update={"adapter": "merge"})
+    return plan_parents(merged, plan.sft, plan.dpo, plan.outputs)

@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from expo_ray.config import Job, Pair, format_alpha
-from expo_ray.errors import ExpoError, JobError, Problems
+from expo_ray.errors import ExpoError, JobError, Problems, each
 from expo_ray.extrapolation.output import OutputState, check_space, inspect_output
-from expo_ray.extrapolation.plan import PairPlan, plan_pair
+from expo_ray.extrapolation.pinned import refuse_replaced
+from expo_ray.extrapolation.plan import PairPlan, named, plan_pair
 from expo_ray.storage import join_uri
 
 _PLANNING_THREADS = 8
@@ -65,7 +66,8 @@ def plan_job(
     states: dict[tuple[str, float], OutputState] = {}
     with ThreadPoolExecutor(_PLANNING_THREADS, "plan") as pool:
         planned = [
-            pool.submit(_plan_and_inspect, *each, overwrite) for each in zip(pairs, outputs, strict=True)
+            pool.submit(_plan_and_inspect, pair, folders, overwrite)
+            for pair, folders in zip(pairs, outputs, strict=True)
         ]
     for future in planned:
         plan, found, wrong = future.result()
@@ -73,12 +75,50 @@ def plan_job(
         if plan:
             plans.append(plan)
             states |= found
-    job_plan = JobPlan(tuple(plans), states)
-    if not problems:
-        problems = check_space((plan, job_plan.bytes_of(plan)) for plan in plans)
-    if problems:
-        raise Problems(problems)
-    return job_plan
+    return _with_space(plans, states, problems)
+
+
+def inspect_job(plans: Sequence[PairPlan]) -> JobPlan:
+    """Look at the outputs of pairs that are planned already; nothing is written.
+
+    Raises:
+        Problems: with everything that is wrong with any of them.
+    """
+    problems: list[ExpoError] = []
+    states: dict[tuple[str, float], OutputState] = {}
+    for plan in plans:
+        found, wrong = _inspect(plan, overwrite=False)
+        states |= found
+        problems += wrong
+    return _with_space(plans, states, problems)
+
+
+def inspect_pairs(plans: Sequence[PairPlan]) -> tuple[JobPlan, dict[str, Exception]]:
+    """Look at pairs that are planned already, each alone: the job of those that can be written, and why others cannot, by name.
+
+    A pair that is still to be written needs both parents as they were planned. Where a disk has no room for all, the first pairs
+    take it.
+    """
+    job, failures = JobPlan((), {}), dict[str, Exception]()
+    for plan in plans:
+        try:
+            alone = inspect_job([plan])
+            if not all(state.published for state in alone.states.values()):
+                refuse_replaced(plan)
+            job = _with_space([*job.pairs, plan], {**job.states, **alone.states}, [])
+        except ExpoError as error:
+            failures[plan.name] = error
+    return job, failures
+
+
+def _with_space(
+    plans: Sequence[PairPlan], states: Mapping[tuple[str, float], OutputState], problems: list[ExpoError]
+) -> JobPlan:
+    """The job, unless there are problems, or disks without room for it."""
+    job = JobPlan(tuple(plans), states)
+    if found := problems or check_space((plan, job.bytes_of(plan)) for plan in plans):
+        raise Problems(found)
+    return job
 
 
 def _plan_and_inspect(
@@ -94,11 +134,17 @@ def _plan_and_inspect(
         plan = plan_pair(pair, outputs)
     except Problems as error:
         return None, {}, list(error.problems)
+    return plan, *_inspect(plan, overwrite=overwrite)
+
+
+def _inspect(
+    plan: PairPlan, *, overwrite: bool
+) -> tuple[dict[tuple[str, float], OutputState], list[ExpoError]]:
     states: dict[tuple[str, float], OutputState] = {}
     problems: list[ExpoError] = []
-    for alpha in outputs:
+    for alpha in plan.outputs:
         try:
-            states[pair.name, alpha] = inspect_output(plan, alpha, overwrite=overwrite)
+            states[plan.name, alpha] = inspect_output(plan, alpha, overwrite=overwrite)
         except ExpoError as error:
-            problems.append(type(error)(f"{pair.name}: {error}"))
-    return plan, states, problems
+            problems += (named(plan.name, problem) for problem in each(error))
+    return states, problems

@@ -105,9 +105,25 @@ def match_tensors(
         matcher.problems(),
         matcher.notes(),
         matcher.kept,
-        matcher.other_rows,
-        matcher.copies(tensors),
+        matches_other_rows(tensors),
+        tied_copies(tensors),
     )
+
+
+def matches_other_rows(tensors: Sequence[TensorPlan]) -> bool:
+    """True if rows of a vocabulary that is equally large in both parents are matched by token, and not one to one."""
+    return any(plan.runs and plan.sft is not None and plan.shape == plan.sft.shape for plan in tensors)
+
+
+def tied_copies(tensors: Sequence[TensorPlan]) -> list[str]:
+    """Tied copies stored beside their original, but for the heads that have always been known as such."""
+    return [
+        plan.name
+        for plan in tensors
+        if plan.random_name != plan.name
+        and plan.sft is not None
+        and not (_FIRST_HEADS.search(plan.name) and _FIRST_EMBEDDINGS.search(plan.random_name))
+    ]
 
 
 class _Matcher:
@@ -133,7 +149,6 @@ class _Matcher:
         self.misfits: list[str] = []
         self.constants: list[str] = []
         self.kept: list[tuple[Tensor, Tensor]] = []
-        self.other_rows = False
         self.unmapped: ExpoError | None = None
 
     def plan(self, tensor: Tensor) -> TensorPlan:
@@ -193,7 +208,6 @@ class _Matcher:
         except ExpoError as error:
             self.unmapped = error
             return alone
-        self.other_rows |= bool(runs) and alone.shape == partner.shape
         return replace(alone, sft=partner, runs=runs)
 
     def notes(self) -> list[str]:
@@ -241,16 +255,6 @@ class _Matcher:
                 )
             )
         return problems
-
-    def copies(self, tensors: Sequence[TensorPlan]) -> list[str]:
-        """Tied copies stored beside their original, but for the heads that have always been known as such."""
-        return [
-            plan.name
-            for plan in tensors
-            if plan.random_name != plan.name
-            and plan.sft is not None
-            and not (_FIRST_HEADS.search(plan.name) and _FIRST_EMBEDDINGS.search(plan.random_name))
-        ]
 
     def _extra(self) -> list[str]:
         return [

@@ -132,10 +132,22 @@ def plan_pair(pair: Pair, outputs: Mapping[float, str]) -> PairPlan:
         problems.append(
             PairError(f"sft ({sft.uri}) and dpo ({dpo.uri}) are the same files; name two different models")
         )
-    match = _match(sft, dpo, pair) if sft and dpo and not problems else Match()
-    problems += [*match.problems, *_impossible_options(pair)]
     if sft is None or dpo is None or problems:
-        raise Problems([_named(pair.name, problem) for problem in problems])
+        problems += impossible_options(pair)
+        raise Problems([named(pair.name, problem) for problem in problems])
+    return plan_parents(pair, sft, dpo, outputs)
+
+
+def plan_parents(pair: Pair, sft: Checkpoint, dpo: Checkpoint, outputs: Mapping[float, str]) -> PairPlan:
+    """Match the tensors of parents whose headers have been read, and lay out the shards.
+
+    Raises:
+        InputChanged: if a tokenizer that has to be read is no longer the one that was listed.
+        Problems: with everything that is wrong with the pair.
+    """
+    match = _match(sft, dpo, pair)
+    if problems := [*match.problems, *impossible_options(pair)]:
+        raise Problems([named(pair.name, problem) for problem in problems])
     if dpo.adapter and pair.adapter == "scale":  # readers of adapters know one file only
         shards = lay_out(match.tensors, sys.maxsize, "adapter_model")
     else:
@@ -205,13 +217,13 @@ def _read_parent(side: str, uri: str, allow_pickle: bool, problems: list[ExpoErr
     try:
         checkpoint = read_checkpoint(open_store(uri), allow_pickle=allow_pickle)
     except ExpoError as error:
-        problems += (_named(side, problem) for problem in each(error))
+        problems += (named(side, problem) for problem in each(error))
         return None
-    problems += (_named(side, problem) for problem in refuse_unusable(checkpoint))
+    problems += (named(side, problem) for problem in refuse_unusable(checkpoint))
     return checkpoint
 
 
-def _impossible_options(pair: Pair) -> list[ExpoError]:
+def impossible_options(pair: Pair) -> list[ExpoError]:
     """Options that exclude each other, and multipliers that carry an alpha out of its range."""
     found: list[ExpoError] = []
     if pair.rounding == "reference" and pair.dtype not in ("keep", "bf16"):
@@ -319,5 +331,6 @@ def _same_files(sft: Checkpoint, dpo: Checkpoint) -> bool:
     return os.path.samefile(sft.uri, dpo.uri)
 
 
-def _named(name: str, error: ExpoError) -> ExpoError:
+def named(name: str, error: ExpoError) -> ExpoError:
+    """The same error with what it is about in front."""
     return type(error)(f"{name}: {error}")

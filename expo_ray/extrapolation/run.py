@@ -11,8 +11,8 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from expo_ray.config import format_alpha
-from expo_ray.errors import ExpoError, OutputError, TransientStorageError, some
-from expo_ray.extrapolation.job import JobPlan
+from expo_ray.errors import ExpoError, OutputError, TransientStorageError, in_one_line, some
+from expo_ray.extrapolation.job import JobPlan, inspect_pairs
 from expo_ray.extrapolation.output import MANIFEST, claim, clear, release
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.progress import Progress
@@ -70,7 +70,32 @@ def run_job(job: JobPlan, executor: Executor, progress: Progress) -> Outcome:
     Raises:
         ExpoError: if an output cannot be reserved; then nothing has been done.
     """
-    _reserve(job)
+    _reserve(job, set())
+    return _work_off(job, executor, progress)
+
+
+def run_pairs(plans: Sequence[PairPlan], executor: Executor, progress: Progress) -> Outcome:
+    """Publish pairs that were planned before, each for itself: one that cannot be written any more fails alone.
+
+    A parent that was replaced since is named among the failures, and nothing of its pair is written.
+    """
+    job, failures = inspect_pairs(plans)
+    reserved: list[PairPlan] = []
+    probed: set[str] = set()
+    for plan in job.pairs:
+        try:
+            _reserve(JobPlan((plan,), job.states), probed)
+        except ExpoError as error:
+            failures[plan.name] = error
+        else:
+            reserved.append(plan)
+    for name, reason in failures.items():
+        log.error("%s failed: %s", name, in_one_line(reason))
+    outcome = _work_off(JobPlan(tuple(reserved), job.states), executor, progress)
+    return Outcome(outcome.published, failures | outcome.failures)
+
+
+def _work_off(job: JobPlan, executor: Executor, progress: Progress) -> Outcome:
     run = _Run(job, executor, progress)
     try:
         run.work_off()
@@ -81,21 +106,28 @@ def run_job(job: JobPlan, executor: Executor, progress: Progress) -> Outcome:
     return run.outcome
 
 
-def _reserve(job: JobPlan) -> None:
+def _reserve(job: JobPlan, probed: set[str]) -> None:
+    """Claim every output that is still to be written, or none.
+
+    Args:
+        probed: stores that are known to honour conditional writes; those probed here are added.
+
+    Raises:
+        ExpoError: if an output cannot be claimed.
+    """
     todo = [
         (plan, alpha)
         for plan in job.pairs
         for alpha in plan.outputs
         if not job.states[plan.name, alpha].published
     ]
-    checked: set[str] = set()
     claimed: list[tuple[PairPlan, float]] = []
     for plan, alpha in todo:
         store = open_store(plan.outputs[alpha])
         place = store.uri.split("/")[2] if store.uri.startswith("s3://") else store.uri
-        if place not in checked:
+        if place not in probed:
             check_conditional_writes(store)
-            checked.add(place)
+            probed.add(place)
         if job.states[plan.name, alpha].stale:
             clear(store)
         if job.states[plan.name, alpha].damaged:

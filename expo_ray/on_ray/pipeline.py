@@ -5,6 +5,7 @@ What each stage makes is stored at a place that follows from its inputs, so a re
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,14 +13,15 @@ from datetime import UTC, datetime
 
 import ray
 
-from expo_ray.config import Job, Pair
+from expo_ray.errors import ExpoError, in_one_line
 from expo_ray.evaluation.prompts import keep_prompts
-from expo_ray.extrapolation.job import outputs_of, plan_job
+from expo_ray.extrapolation.job import outputs_of
+from expo_ray.extrapolation.pinned import publication_plan
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.progress import Progress
 from expo_ray.extrapolation.publish import Published, publish
 from expo_ray.extrapolation.push_job import push_winners
-from expo_ray.extrapolation.run import run_job
+from expo_ray.extrapolation.run import run_pairs
 from expo_ray.extrapolation.step import GROUPS, Step
 from expo_ray.on_ray.cluster import cluster
 from expo_ray.on_ray.extrapolation import OnRay
@@ -29,6 +31,8 @@ from expo_ray.report.page import write_report
 from expo_ray.report.results import PairResult, Results
 from expo_ray.report.stored import write_results
 from expo_ray.storage import Store, open_store
+
+log = logging.getLogger("expo_ray")
 
 # Published models by pair and alpha.
 Models = Mapping[str, Mapping[float, Published]]
@@ -47,7 +51,7 @@ def run_pipeline(prepared: Prepared) -> Results:
     started = time.monotonic()
     with cluster():
         searched = search_pairs(prepared, store)
-        published, not_published = _publish(job, searched.found, store)
+        published, not_published = _publish(prepared, searched.found, store)
         resources = ray.cluster_resources()
     seconds = time.monotonic() - started
     results = Results(
@@ -82,41 +86,61 @@ def run_pipeline(prepared: Prepared) -> Results:
     return results
 
 
-def _publish(job: Job, found: Mapping[str, PairResult], store: Store) -> tuple[Models, dict[str, str]]:
-    """Publish the winners, with what was found written into their cards; what is published already is left alone."""
-    chosen = [_chosen(pair, found[pair.name], job) for pair in job.pairs if pair.name in found]
-    winners = [pair for pair in chosen if pair.alphas]
-    if not winners:
-        return {}, {}
-    plan = plan_job(winners, [outputs_of(job, pair) for pair in winners])
+def _publish(
+    prepared: Prepared, found: Mapping[str, PairResult], store: Store
+) -> tuple[Models, dict[str, str]]:
+    """Publish the winners from the parents that were searched, with the search's results in their cards.
+
+    What is published already is left alone. A pair that cannot be published is named, and the others are.
+    """
+    plans, failures = _publication_plans(prepared, found)
+    if not plans:
+        return {}, failures
 
     def publish_with_result(plan: PairPlan, alpha: float) -> Published:
         return publish(plan, alpha, found[plan.name])
 
     with (
         Progress(store) as progress,
-        OnRay(progress, device=job.device, publish_task=publish_with_result) as executor,
+        OnRay(progress, device=prepared.job.device, publish_task=publish_with_result) as executor,
     ):
-        outcome = run_job(plan, executor, progress)
-        progress.finish(
-            "failed" if outcome.failures else "done", len(outcome.published), sorted(outcome.failures)
-        )
+        outcome = run_pairs(plans, executor, progress)
+        failures |= {name: in_one_line(error) for name, error in outcome.failures.items()}
+        progress.finish("failed" if failures else "done", len(outcome.published), sorted(failures))
     published: dict[str, dict[float, Published]] = {}
     for model in outcome.published:
         published.setdefault(model.pair, {})[model.alpha] = model
-    return published, {name: str(error) for name, error in outcome.failures.items()}
+    return published, failures
 
 
-def _chosen(pair: Pair, result: PairResult, job: Job) -> Pair:
-    """The pair with the alphas and multipliers to publish; no alpha where dpo is kept and nothing else is asked for."""
-    asked = pair.alphas if job.publish == "all" else ()
-    alphas = sorted({*asked, *([result.decision] if result.decision else [])})
-    step = Step.of(
-        result.decision, {group: result.multipliers[group] for group in GROUPS if group in result.multipliers}
-    )
-    return pair.model_copy(
-        update={"alphas": tuple(alphas), "multipliers": step.multipliers(pair.multipliers)}
-    )
+def _publication_plans(
+    prepared: Prepared, found: Mapping[str, PairResult]
+) -> tuple[list[PairPlan], dict[str, str]]:
+    """The plans of what is to be published, and why others cannot be, by pair.
+
+    No plan where dpo is kept and nothing else is asked for.
+    """
+    plans, failures, job = list[PairPlan](), dict[str, str](), prepared.job
+    for pair, checked in zip(job.pairs, prepared.plans, strict=True):
+        if pair.name not in found:
+            continue
+        result = found[pair.name]
+        asked = pair.alphas if job.publish == "all" else ()
+        alphas = tuple(sorted({*asked, *([result.decision] if result.decision else [])}))
+        if not alphas:
+            continue
+        outputs = outputs_of(job, pair.model_copy(update={"alphas": alphas}))
+        try:
+            plans.append(publication_plan(checked, pair, _chosen_step(result), outputs))
+        except ExpoError as error:
+            failures[pair.name] = in_one_line(error)
+            log.error("%s failed: %s", pair.name, failures[pair.name])
+    return plans, failures
+
+
+def _chosen_step(result: PairResult) -> Step:
+    factors = {group: result.multipliers[group] for group in GROUPS if group in result.multipliers}
+    return Step.of(result.decision, factors)
 
 
 def _winners(found: Mapping[str, PairResult], published: Models) -> dict[str, str]:

@@ -16,8 +16,10 @@ from expo_ray.errors import Attempts, JobError
 from expo_ray.evaluation.prompts import PromptSet
 from expo_ray.evaluation.records import digest
 from expo_ray.evaluation.search import SEARCH_VERSION, check_size
-from expo_ray.extrapolation.job import outputs_of, plan_job
+from expo_ray.extrapolation.job import inspect_job, outputs_of
+from expo_ray.extrapolation.pinned import publication_plan
 from expo_ray.extrapolation.plan import PairPlan
+from expo_ray.extrapolation.step import DPO
 from expo_ray.on_ray.respond_command import check, check_asked
 from expo_ray.on_ray.reward_actors import RewardPool
 from expo_ray.storage import open_store
@@ -31,6 +33,7 @@ class Prepared:
     """A job whose every input has been looked at.
 
     Attributes:
+        plans: of the job's pairs in its order, as engines hold them; all that comes later reads the parents that they name.
         prompts: all sets of the job as one; a prompt that several sets share counts once.
         pools: the reward models, not loaded yet.
     """
@@ -92,12 +95,12 @@ def prepare(job: Job) -> Prepared:
         attempts.attempt(partial(check_size, len(prompts.halves()[0])))
         attempts.attempt(partial(check_asked, job, plans, sets, needs_all=True))
         attempts.attempt(partial(_check_groups, job, plans))
-        attempts.attempt(partial(_check_outputs, job))
+        attempts.attempt(partial(_check_outputs, job, plans))
     attempts.end()
     return Prepared(job, plans, sets, prompts, pools)
 
 
-def _check_outputs(job: Job) -> None:
+def _check_outputs(job: Job, plans: Sequence[PairPlan]) -> None:
     """See that models which are there already are of these very pairs: the search may come to the same alphas.
 
     Raises:
@@ -106,16 +109,18 @@ def _check_outputs(job: Job) -> None:
     if job.search.groups:  # a winner's multipliers are part of its plan, and not known yet
         return
     store = open_store(job.output)
-    pairs = []
-    for pair in job.pairs:
+    attempts, published = Attempts(), list[PairPlan]()
+    for pair, plan in zip(job.pairs, plans, strict=True):
         keys = [info.key for info in store.list(f"pairs/{pair.name}/")]
         there = {float(match[1]) for key in keys if (match := _ALPHA_FOLDER.search(key))}
         alphas = {alpha for alpha in there if -1 <= alpha < math.inf} | set(
             pair.alphas if job.publish == "all" else ()
         )
         if alphas:
-            pairs.append(pair.model_copy(update={"alphas": tuple(sorted(alphas))}))
-    plan_job(pairs, [outputs_of(job, pair) for pair in pairs])
+            outputs = outputs_of(job, pair.model_copy(update={"alphas": tuple(sorted(alphas))}))
+            published += attempts.attempt(partial(publication_plan, plan, pair, DPO, outputs))
+    attempts.attempt(partial(inspect_job, published))
+    attempts.end()
 
 
 def _check_groups(job: Job, plans: Sequence[PairPlan]) -> None:

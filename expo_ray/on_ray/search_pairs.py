@@ -11,7 +11,7 @@ from functools import partial
 
 import ray
 
-from expo_ray.errors import ExpoError, JobError, NotFound, OutputError
+from expo_ray.errors import ExpoError, JobError, NotFound, OutputError, in_one_line
 from expo_ray.evaluation.groups import search_groups
 from expo_ray.evaluation.pair_result import pair_result
 from expo_ray.evaluation.pair_search import search_pair
@@ -46,7 +46,7 @@ def search_pairs(prepared: Prepared, store: Store) -> Searched:
     """Choose the alpha of every pair whose search is not stored, on the connected cluster.
 
     Raises:
-        JobError: if the cluster cannot hold the engines, or they do not start.
+        ExpoError: if the cluster cannot hold the engines, or the reward models do not start, and no search is stored.
     """
     searched = Searched()
     for plan in prepared.plans:
@@ -54,37 +54,65 @@ def search_pairs(prepared: Prepared, store: Store) -> Searched:
             log.info("%s: its search is stored; %s", plan.name, stored.reason)
             searched.found[plan.name] = stored
     todo = [plan for plan in prepared.plans if plan.name not in searched.found]
-    if not todo:
-        return searched
+    try:
+        if todo:
+            _search_missing(prepared, store, todo, searched)
+    except ExpoError as error:
+        if not searched.found:
+            raise
+        _fail(searched, todo, error)
+    names = [plan.name for plan in prepared.plans if plan.name in searched.found]
+    searched.found = {name: searched.found[name] for name in names}
+    return searched
+
+
+def _search_missing(prepared: Prepared, store: Store, todo: Sequence[PairPlan], searched: Searched) -> None:
+    """Search pairs in waves, and add what comes of it to `searched`; a wave whose engines do not start fails alone."""
     with ExitStack() as stack, SearchProgress(store) as progress:
         for pool in prepared.pools:
             stack.enter_context(pool)
         scorers = Scorers(prepared.pools)
         for wave in _waves(todo, prepared):
-            with (
-                serving(wave, (), prepared.job.serving) as endpoint,
-                ThreadPoolExecutor(len(wave)) as threads,
-            ):
-                evaluators = [
-                    PairEvaluator(
-                        plan, endpoint.url, scorers, sampling=prepared.job.sampling, store=store, progress=progress,
-                        slots=endpoint.slots // len(wave), at_once=prepared.job.serving.replicas,
-                        key_variable=endpoint.key_variable,
-                    )
-                    for plan in wave
-                ]  # fmt: skip
-                outcomes = threads.map(partial(_search_one, prepared, store, progress), wave, evaluators)
-                for plan, outcome in zip(wave, outcomes, strict=True):
-                    if isinstance(outcome, ExpoError):
-                        searched.failures[plan.name] = str(outcome)
-                        log.error("%s failed: %s", plan.name, outcome)
-                    else:
-                        searched.found[plan.name] = outcome
-                searched.num_tokens += sum(one.num_tokens for one in evaluators)
+            try:
+                _search_wave(prepared, store, wave, scorers=scorers, progress=progress, searched=searched)
+            except ExpoError as error:
+                _fail(searched, wave, error)
         progress.finish("failed" if searched.failures else "done", sorted(searched.failures))
-    names = [plan.name for plan in prepared.plans if plan.name in searched.found]
-    searched.found = {name: searched.found[name] for name in names}
-    return searched
+
+
+def _search_wave(
+    prepared: Prepared,
+    store: Store,
+    wave: Sequence[PairPlan],
+    *,
+    scorers: Scorers,
+    progress: SearchProgress,
+    searched: Searched,
+) -> None:
+    with serving(wave, (), prepared.job.serving) as endpoint, ThreadPoolExecutor(len(wave)) as threads:
+        evaluators = [
+            PairEvaluator(
+                plan, endpoint.url, scorers, sampling=prepared.job.sampling, store=store, progress=progress,
+                slots=endpoint.slots // len(wave), at_once=prepared.job.serving.replicas,
+                key_variable=endpoint.key_variable,
+            )
+            for plan in wave
+        ]  # fmt: skip
+        outcomes = threads.map(partial(_search_one, prepared, store, progress), wave, evaluators)
+        for plan, outcome in zip(wave, outcomes, strict=True):
+            if isinstance(outcome, ExpoError):
+                _fail(searched, [plan], outcome)
+            else:
+                searched.found[plan.name] = outcome
+        searched.num_tokens += sum(evaluator.num_tokens for evaluator in evaluators)
+
+
+def _fail(searched: Searched, plans: Sequence[PairPlan], error: ExpoError) -> None:
+    """Record why these pairs have no result, unless it is known already or they have one."""
+    for plan in plans:
+        if plan.name not in searched.found and plan.name not in searched.failures:
+            searched.failures[plan.name] = in_one_line(error)
+            log.error("%s failed: %s", plan.name, in_one_line(error))
 
 
 def _search_one(

@@ -1,0 +1,90 @@
+"""Plans that stay with the parents that were checked, from the search to publication."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from expo_ray.checkpoint.tensors import Checkpoint
+from expo_ray.config import Pair
+from expo_ray.errors import ExpoError, InputChanged, Problems, each, some
+from expo_ray.extrapolation.match import TensorPlan, matches_other_rows, tied_copies
+from expo_ray.extrapolation.plan import PairPlan, impossible_options, named, plan_parents
+from expo_ray.extrapolation.step import Step, stepped
+from expo_ray.storage import open_store
+from expo_ray.text import shown
+
+
+def publication_plan(checked: PairPlan, pair: Pair, step: Step, outputs: Mapping[float, str]) -> PairPlan:
+    """Derive the plan of the models to publish, the same as planning anew would give while no parent is replaced.
+
+    Nothing is read: tensors, sizes and ETags are those of the check.
+
+    Args:
+        checked: the plan that was searched, of a whole model even where `pair` scales an adapter.
+        pair: as the job has it.
+        step: the chosen one, whose multipliers stand behind the pair's own.
+        outputs: folder of the model of each alpha.
+
+    Raises:
+        Problems: if the pair's options and these alphas exclude each other.
+    """
+    plan = checked
+    if plan.options.adapter != pair.adapter:
+        plan = plan_parents(pair, plan.sft, plan.dpo, outputs)
+    options = pair.model_copy(
+        update={"alphas": tuple(outputs), "multipliers": step.multipliers(pair.multipliers)}
+    )
+    if problems := impossible_options(options):
+        raise Problems([named(pair.name, problem) for problem in problems])
+    plan = replace(_frozen(stepped(plan, step)), options=options, outputs=outputs)
+    return replace(plan, revised=tuple(_still_revised(plan)))
+
+
+def _frozen(plan: PairPlan) -> PairPlan:
+    """The same plan without partners of tensors that stay at dpo: they are copied, and no statistics count them."""
+    shards = tuple(
+        replace(shard, tensors=tuple(_alone(tensor) for tensor in shard.tensors)) for shard in plan.shards
+    )
+    return replace(plan, shards=shards)
+
+
+def _alone(tensor: TensorPlan) -> TensorPlan:
+    return tensor if tensor.multiplier else replace(tensor, sft=None, runs=())
+
+
+def _still_revised(plan: PairPlan) -> Iterator[str]:
+    """The reasons that hold for the tensors that still have partners, as they are part of the plan's id."""
+    tensors = [tensor for shard in plan.shards for tensor in shard.tensors]
+    holds = {"rows": matches_other_rows(tensors), "copies": bool(tied_copies(tensors))}
+    return (reason for reason in plan.revised if holds.get(reason, True))
+
+
+def refuse_replaced(plan: PairPlan) -> None:
+    """Compare both parents with the files that were planned.
+
+    Raises:
+        Problems: with the parents that are other files now, or are gone.
+    """
+    problems: list[ExpoError] = []
+    for side, parent in (("sft", plan.sft), ("dpo", plan.dpo)):
+        try:
+            _refuse_other_files(parent)
+        except ExpoError as error:
+            problems += (named(plan.name, named(side, problem)) for problem in each(error))
+    if problems:
+        raise Problems(problems)
+
+
+def _refuse_other_files(parent: Checkpoint) -> None:
+    present = {info.key: info for info in open_store(parent.uri).list()}
+    other = [
+        f"{shown(key)} ({'replaced' if key in present else 'gone'})"
+        for key, planned in parent.files.items()
+        if key not in present or (present[key].size, present[key].etag) != (planned.size, planned.etag)
+    ]
+    if other:
+        raise InputChanged(
+            f"{parent.uri}: {len(other)} file(s) are no longer those that were checked: {some(other)}; run the job again, which "
+            "checks and searches the pair with its present files"
+        )
