@@ -16,6 +16,7 @@ from expo_ray.evaluation.groups import search_groups
 from expo_ray.evaluation.pair_result import pair_result
 from expo_ray.evaluation.pair_search import search_pair
 from expo_ray.evaluation.progress import SearchProgress
+from expo_ray.extrapolation.pinned import refuse_replaced
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.on_ray.pair_evaluator import PairEvaluator, Scorers
 from expo_ray.on_ray.prepared import Prepared
@@ -68,16 +69,36 @@ def search_pairs(prepared: Prepared, store: Store) -> Searched:
 
 def _search_missing(prepared: Prepared, store: Store, todo: Sequence[PairPlan], searched: Searched) -> None:
     """Search pairs in waves, and add what comes of it to `searched`; a wave whose engines do not start fails alone."""
+    waves = _waves(todo, prepared)
     with ExitStack() as stack, SearchProgress(store) as progress:
         for pool in prepared.pools:
             stack.enter_context(pool)
         scorers = Scorers(prepared.pools)
-        for wave in _waves(todo, prepared):
+        for planned in waves:
+            wave = drop_replaced(planned, searched)
+            if not wave:
+                continue
             try:
                 _search_wave(prepared, store, wave, scorers=scorers, progress=progress, searched=searched)
             except ExpoError as error:
                 _fail(searched, wave, error)
         progress.finish("failed" if searched.failures else "done", sorted(searched.failures))
+
+
+def drop_replaced(plans: Sequence[PairPlan], searched: Searched) -> list[PairPlan]:
+    """Drop the pairs whose parents are no longer those that were planned, and record them as failures.
+
+    The last waves begin hours after the check, and an engine that finds another parent fails all pairs of its wave.
+    """
+    kept = []
+    for plan in plans:
+        try:
+            refuse_replaced(plan)
+        except ExpoError as error:
+            _fail(searched, [plan], error)
+        else:
+            kept.append(plan)
+    return kept
 
 
 def _search_wave(
