@@ -79,7 +79,12 @@ def test_everything_wrong_with_a_job_is_told_before_anything_starts(
     job["rewards"].append({"model": "python:nowhere:function"})
     assert main(["run", str(written(job, tmp_path))]) == BAD_INPUT
     told = capsys.readouterr().err
-    for text in ("absent: sft: ", "/nowhere/model/config.json", "nowhere", "problem(s), nothing was written"):
+    for text in (
+        "absent: sft: ",
+        "/nowhere/model: no such folder",
+        "nowhere",
+        "problem(s), nothing was written",
+    ):
         assert text in told
     del job["pairs"][1], job["models"], job["rewards"][1]
     Path(job["pairs"][0]["sft"], "chat_template.jinja").unlink()

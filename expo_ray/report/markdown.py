@@ -13,7 +13,7 @@ _LONGEST_PLAIN = 2000
 _ENTITY = {character: f"&#{ord(character)};" for character in "`|<>&\\*_[]()~:@#!"}
 _IN_PLAIN = re.compile(
     r"[`|<>\\*~]"
-    r"|^[-+#=0-9]"  # what a list or a heading may begin with
+    r"|^[-+#=]|^[0-9](?=[0-9]{0,8}[.)](?:\s|$))"  # what a list or a heading may begin with
     r"|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])"  # inside a word it is no emphasis
     r"|(?<=\])[(\[]"  # the rest of a link
     r"|&(?=#|\w+;)"

@@ -36,7 +36,7 @@ def model_card(manifest: Mapping[str, Any], result: PairResult | None = None) ->
         *(f"> **Look at this first:** {plain(warning)}\n" for warning in manifest["warnings"]),
         *(evaluation_section(result, alpha) if result else []),
         "## Parents\n",
-        table(("", "folder", "revision"), [(plain(s), code(p["uri"]), plain(p["revision"] or "-")) for s, p in parents.items()]),
+        table(("", "folder", "revision"), [(plain(s), code(p["uri"]), code(p["revision"]) if p["revision"] else "-") for s, p in parents.items()]),
         "## Arithmetic\n",
         f"{plain(arithmetic['formula'])}\n",
         table(("option", "value"), settings),
