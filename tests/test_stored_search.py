@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,15 @@ import yaml
 pytest.importorskip("ray")
 pytest.importorskip("peft")
 
-from expo_ray.config import load_job
+from expo_ray.config import Pair, load_job
+from expo_ray.errors import InputChanged
+from expo_ray.extrapolation.job import JobPlan, inspect_pairs
+from expo_ray.extrapolation.plan import PairPlan, plan_pair
+from expo_ray.extrapolation.progress import Progress
+from expo_ray.extrapolation.run import run_pairs
 from expo_ray.extrapolation.verify import read_manifest, verify_files
 from expo_ray.on_ray import pipeline
+from expo_ray.on_ray.extrapolation import OnRay
 from expo_ray.on_ray.prepared import Prepared, prepare
 from expo_ray.on_ray.run_command import tell
 from expo_ray.on_ray.search_pairs import Searched, drop_replaced
@@ -44,10 +51,7 @@ def save_pairs(root: str, folder: Path) -> list[dict[str, Any]]:
             if name == "adapter"
             else save_chat_pair(folder / name, tied=False, dtype=torch.bfloat16)
         )
-        for parent in folders:
-            for key, data in files_of(parent).items():
-                open_store(f"{root}/{name}/{parent.name}").put(key, data)
-        sft, dpo = (f"{root}/{name}/{parent.name}" for parent in folders)
+        sft, dpo = (copied(parent, f"{root}/{name}/{parent.name}") for parent in folders)
         pairs.append({"name": name, "sft": sft, "dpo": dpo})
     pairs[NAMES.index("unplannable")]["multipliers"] = {"norm": LARGE}
     return pairs
@@ -86,8 +90,7 @@ def test_pairs_that_cannot_be_published_any_more_fail_alone_and_the_report_is_wr
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
     prepared = prepare(load_job(str(tmp_path / "job.yaml")))
     store_searches(prepared)
-    parent = open_store(f"{root}/replaced/dpo")
-    parent.put("model.safetensors", parent.read("model.safetensors")[:-1] + b"\x01")
+    damage(f"{root}/replaced/dpo")
 
     searched = Searched()
     assert [plan.name for plan in drop_replaced(prepared.plans, searched)] == [
@@ -133,6 +136,41 @@ def test_pairs_that_cannot_be_published_any_more_fail_alone_and_the_report_is_wr
         if prepared.search_id(old) != again.search_id(new)
     ]
     assert changed == ["replaced"]
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_workers_do_not_read_a_parent_that_is_replaced_while_models_are_written(
+    s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = []
+    for name in ("first", "second"):
+        folders = save_chat_pair(tmp_path / name, tied=False, dtype=torch.bfloat16)
+        sft, dpo = (copied(parent, f"{s3_uri}/{name}/{parent.name}") for parent in folders)
+        plans.append(plan_pair(Pair(name=name, sft=sft, dpo=dpo), {ALPHA: f"{s3_uri}/out/{name}"}))
+
+    def inspect_and_replace(pairs: Sequence[PairPlan]) -> tuple[JobPlan, dict[str, Exception]]:
+        inspected = inspect_pairs(pairs)
+        damage(f"{s3_uri}/first/sft")
+        return inspected
+
+    monkeypatch.setattr("expo_ray.extrapolation.run.inspect_pairs", inspect_and_replace)
+    with Progress(quiet=True) as progress, OnRay(progress, device="cpu") as executor:
+        outcome = run_pairs(plans, executor, progress)
+    assert [model.pair for model in outcome.published] == ["second"]
+    assert isinstance(outcome.failures["first"], InputChanged)
+
+
+def copied(folder: Path, uri: str) -> str:
+    """Copy a folder to `uri`; returns it."""
+    for key, data in files_of(folder).items():
+        open_store(uri).put(key, data)
+    return uri
+
+
+def damage(uri: str) -> None:
+    """Replace a parent's weights by others of the same size."""
+    store = open_store(uri)
+    store.put("model.safetensors", store.read("model.safetensors")[:-1] + b"\x01")
 
 
 def parents_of(prepared: Prepared, name: str) -> tuple[Any, Any]:
