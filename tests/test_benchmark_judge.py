@@ -73,7 +73,9 @@ def test_two_files_of_answers_make_a_table(tmp_path: Path, capsys: pytest.Captur
     assert summary["difference"]["win_rate"]["value"] == pytest.approx(
         summary["win_rate"] - summary["against"]["win_rate"]
     )
-    assert summary["head_to_head"]["pairs"][0]["win_rate"]["value"] > 50
+    duel = summary["head_to_head"]
+    assert duel["win_rate"] == duel["pairs"][0]["win_rate"]["value"] > 50
+    assert (duel["n"], duel["unparsed"]) == (6, 0)
     assert (summary["n"], summary["unparsed"], summary["length_controlled_winrate"]) == (6, 0, None)
     text = capsys.readouterr().out
     assert "No judge card" in text

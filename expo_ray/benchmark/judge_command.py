@@ -32,6 +32,7 @@ from expo_ray.benchmark.tables import (
     difference_json,
     differences_forest,
     differences_table,
+    duel_json,
     head_to_head_forest,
     head_to_head_json,
     head_to_head_table,
@@ -207,7 +208,7 @@ def result_json(prepared: Prepared, result: AlpacaResult) -> dict[str, Any]:
         "notes": list(prepared.notes),
     }
     if result.direct:
-        summary["head_to_head"] = head_to_head_json([result.direct])
+        summary["head_to_head"] = duel_json(result.direct) | head_to_head_json([result.direct])
     if result.score:
         summary |= arm_json(result.score)
     if result.reference:

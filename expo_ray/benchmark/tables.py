@@ -274,6 +274,17 @@ def difference_json(difference: ArmDifference) -> dict[str, Any]:
     }
 
 
+def duel_json(duel: HeadToHead) -> dict[str, Any]:
+    """The head-to-head figures of one pair in the form of `arm_json`."""
+    figures = {"win_rate": duel.win_rate, "length_controlled_winrate": duel.controlled}
+    return {
+        **{name: figure.interval.value for name, figure in figures.items()},
+        "intervals": {name: interval_json(figure.interval) for name, figure in figures.items()},
+        "n": duel.prompts,
+        "unparsed": duel.unparsed,
+    }
+
+
 def head_to_head_json(duels: Sequence[HeadToHead]) -> dict[str, Any]:
     """The head-to-head table, unrounded."""
     adjusted = holm([duel.p_value for duel in duels])
