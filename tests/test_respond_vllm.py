@@ -24,7 +24,7 @@ from tests.ray_cluster import Process, RayBox, wait_until
 from tests.stage import upload
 from tests.vllm_engine import SMALL, START_S, Running
 
-pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(700)]
 
 NAME = "tiny@0.5"
 LENGTH = 24
@@ -154,7 +154,7 @@ def test_a_job_asks_every_alpha_and_a_published_model_from_a_bucket(
     file.write_text(yaml.safe_dump(job))
     cache = str(box.folder / "cache")
     process = box.run("expo-ray", "respond", str(file), EXPO_RAY_CACHE=cache, **s3_server.environment)
-    wait_until(lambda: not process.running, "the job is done", START_S)
+    wait_until(lambda: not process.running, "the job is done", 2 * START_S)
     assert process.wait() == 0, process.stderr
     out = open_store(f"{s3_uri}/out")
     texts = {}
