@@ -21,8 +21,8 @@ import numpy as np
 from benchmarks.result import TARGET_HEADER, report, table, target
 from benchmarks.reward_curves import PROMPT_NOISE, RESIDUAL, Pair, draw, falling, flat, second
 from expo_ray.config import Search
-from expo_ray.evaluation.decision import decide
-from expo_ray.evaluation.search import next_rung
+from expo_ray.evaluation.search.decision import decide
+from expo_ray.evaluation.search.methods import next_rung
 
 PAPERS_GRID = (0.1, 0.2, 0.3, 0.4, 0.5)
 LOG_GRID = tuple(float(f"{alpha:.3g}") for alpha in np.geomspace(0.05, 20, 26))

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from expo_ray.evaluation.evaluated import Evaluated
-from expo_ray.evaluation.history import Half, HalfName, History, Rung
+from expo_ray.evaluation.search.evaluated import Evaluated
+from expo_ray.evaluation.search.history import Half, HalfName, History, Rung
 
 # Standard deviations of the reward: between prompts, the same for every alpha; and of each response.
 PROMPT_NOISE, RESIDUAL = 2.0, 1.5

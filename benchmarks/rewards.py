@@ -38,7 +38,7 @@ def main() -> None:
     sets = [responses(texts, seed) for seed in range(rounds + 1)]  # the first one warms up
 
     from expo_ray.on_ray.cluster import cluster
-    from expo_ray.on_ray.reward_actors import RewardPool
+    from expo_ray.on_ray.rewards.pool import RewardPool
 
     spec = RewardModel(model=str(model / "rm"), backend="vllm", dtype="fp32", num_cpus=2)
     with cluster(), RewardPool(spec) as pool:

@@ -20,14 +20,14 @@ from benchmarks.result import TARGET_HEADER, report, table, target
 from benchmarks.work_phase import resident_bytes
 from expo_ray.checkpoint.tensors import Checkpoint, Tensor
 from expo_ray.config import Pair
-from expo_ray.extrapolation.job import JobPlan
 from expo_ray.extrapolation.layout import lay_out
 from expo_ray.extrapolation.match import TensorPlan
-from expo_ray.extrapolation.output import OutputState
+from expo_ray.extrapolation.model_folder import OutputState
 from expo_ray.extrapolation.plan import PairPlan
+from expo_ray.extrapolation.plan_job import JobPlan
 from expo_ray.extrapolation.progress import Progress
 from expo_ray.extrapolation.publish import Published
-from expo_ray.extrapolation.run import run_job
+from expo_ray.extrapolation.run_job import run_job
 from expo_ray.on_ray.cluster import cluster
 from expo_ray.on_ray.extrapolation import Made, OnRay
 from expo_ray.storage.protocol import FileInfo

@@ -22,7 +22,7 @@ from benchmarks.result import TARGET_HEADER, report, table, target
 from examples.smollm2.build import build
 
 if TYPE_CHECKING:
-    from expo_ray.on_ray.serving import Endpoint
+    from expo_ray.on_ray.serving.serve_models import Endpoint
 
 WANTED = 0.9
 SLOTS = 32
@@ -91,7 +91,7 @@ def through_endpoint(arguments: argparse.Namespace) -> list[float]:
     from expo_ray.config import Pair, Serving
     from expo_ray.extrapolation.plan import plan_pair
     from expo_ray.on_ray.cluster import cluster
-    from expo_ray.on_ray.serving import serving
+    from expo_ray.on_ray.serving.serve_models import serving
 
     sft, dpo = str(arguments.pair / "sft"), str(arguments.pair / "dpo_100pct")
     plan = plan_pair(Pair(name="smollm2", sft=sft, dpo=dpo), {})

@@ -63,7 +63,7 @@ def main() -> None:
         starts.append(seconds)
         started[alpha] = answers(engine)
         engine.llm_engine.engine_core.shutdown()
-    engine, _ = start(dpo, worker_extension_cls="expo_ray.on_ray.swap.PairWorker")
+    engine, _ = start(dpo, worker_extension_cls="expo_ray.on_ray.serving.swap.PairWorker")
     swaps, worst = swap_back_and_forth(engine, sft, dpo, started, 3 * rounds)
     engine.llm_engine.engine_core.shutdown()
     fresh("out")

@@ -110,7 +110,7 @@ def _save_pair(name: str, root: Path) -> list[int]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from tests.chat_models import ascii_tokenizer
+    from tests.support.chat_models import ascii_tokenizer
 
     kind, changes = ARCHITECTURES[name]
     torch.manual_seed(0)
@@ -153,12 +153,12 @@ def _engine(root: Path, ids: Sequence[int], wanted: Mapping[float, Sequence[floa
 
     from expo_ray.config import Pair
     from expo_ray.extrapolation.plan import plan_pair
-    from expo_ray.on_ray.pair_server import starts_at_dpo
+    from expo_ray.on_ray.serving.pair_server import starts_at_dpo
 
     plan = plan_pair(Pair(name="pair", sft=str(root / "sft"), dpo=str(root / "dpo")), {})
     engine: Any = LLM(
         model=str(root / "dpo"), dtype="float32", enforce_eager=True, max_model_len=128, max_num_seqs=4,
-        kv_cache_memory_bytes=1 << 28, worker_extension_cls="expo_ray.on_ray.swap.PairWorker", disable_log_stats=True,
+        kv_cache_memory_bytes=1 << 28, worker_extension_cls="expo_ray.on_ray.serving.swap.PairWorker", disable_log_stats=True,
     )  # fmt: skip
 
     def off_by(alpha: float) -> float:

@@ -64,16 +64,16 @@ def main() -> None:
 
 
 def _measure(arguments: argparse.Namespace) -> Work:
+    from expo_ray.arithmetic.rule import Rule, kernel_for
     from expo_ray.config import format_alpha, parse_pair
-    from expo_ray.extrapolation.arithmetic import Rule, kernel_for
     from expo_ray.extrapolation.in_threads import InThreads
-    from expo_ray.extrapolation.job import plan_job
+    from expo_ray.extrapolation.plan_job import plan_job
     from expo_ray.extrapolation.progress import Progress
-    from expo_ray.extrapolation.run import run_job
+    from expo_ray.extrapolation.run_job import run_job
     from expo_ray.storage import join_uri
 
     if arguments.read_once:
-        from expo_ray.storage.s3 import S3Store
+        from expo_ray.storage.object_store import S3Store
 
         setattr(S3Store, "_guarded", True)  # noqa: B010 - a property, which mypy would not have replaced
     wanted = {

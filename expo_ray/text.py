@@ -1,6 +1,6 @@
 """Text that somebody else wrote, made fit for a line of output: one line, visible characters, bounded, no secrets.
 
-Every `ExpoError` passes its message through `redact` and `visible`, and `expo_ray.terminal` does so with all that is printed, so
+Every `ExpoError` passes its message through `redact` and `visible`, and `expo_ray.cli.terminal` does so with all that is printed, so
 a message may quote whatever it refused. Names from outside that stand inside a line go through `shown`, which also escapes
 line breaks and cuts.
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from expo_ray.cli import guarded
+from expo_ray.cli.process import guarded
 from expo_ray.config import load_job
 
 
@@ -18,8 +18,8 @@ def main() -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     # Seconds to import, so not before the arguments are known to be right.
-    from expo_ray.on_ray.respond_command import respond
-    from expo_ray.on_ray.reward_command import reward_job
+    from expo_ray.cli.respond import respond
+    from expo_ray.cli.reward import reward_job
 
     job = load_job(arguments.job)
     answered = respond(job)

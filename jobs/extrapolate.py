@@ -6,12 +6,12 @@ import argparse
 import os
 import sys
 
-from expo_ray.cli import guarded
-from expo_ray.commands import plan_of, report
+from expo_ray.cli.commands import plan_of, report
+from expo_ray.cli.plan_table import describe
+from expo_ray.cli.process import guarded
 from expo_ray.config import load_job, parse_bytes
-from expo_ray.extrapolation.describe import describe
 from expo_ray.extrapolation.progress import Progress
-from expo_ray.extrapolation.run import run_job
+from expo_ray.extrapolation.run_job import run_job
 from expo_ray.storage import open_store
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from expo_ray.cli import guarded
+from expo_ray.cli.process import guarded
 from expo_ray.config import load_job
 
 
@@ -21,9 +21,9 @@ def main() -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     # Seconds to import, so not before the arguments are known to be right.
+    from expo_ray.cli.run import described, tell
+    from expo_ray.on_ray.check_job import prepare
     from expo_ray.on_ray.pipeline import run_pipeline
-    from expo_ray.on_ray.prepared import prepare
-    from expo_ray.on_ray.run_command import described, tell
 
     prepared = prepare(load_job(arguments.job))
     print(described(prepared), flush=True)

@@ -5,14 +5,14 @@ from collections.abc import Generator
 import pytest
 
 pytest_plugins = [
-    "tests.s3_server",
-    "tests.hub_server",
-    "tests.ray_cluster",
-    "tests.vllm_engine",
-    "tests.machines",
-    "tests.stage",
-    "tests.browser",
-    "tests.disks",
+    "tests.support.s3_server",
+    "tests.support.hub_server",
+    "tests.support.ray_cluster",
+    "tests.support.vllm_engine",
+    "tests.support.machines",
+    "tests.support.stage",
+    "tests.support.browser",
+    "tests.support.disks",
 ]
 
 

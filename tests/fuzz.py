@@ -1,6 +1,6 @@
 """Mutated inputs for every reader of data from outside: each returns or raises an `ExpoError`, within bounded time and memory.
 
-`tests/test_fuzz.py` runs some hundred of them; for longer: `python -m tests.fuzz [SECONDS] [TARGET ...]`.
+`tests/cli/test_fuzz.py` runs some hundred of them; for longer: `python -m tests.fuzz [SECONDS] [TARGET ...]`.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from typing import Any
 import httpx
 import yaml
 
-from expo_ray.arguments import command_parser
 from expo_ray.checkpoint.folder import read_checkpoint
 from expo_ray.checkpoint.vocabulary import vocabulary
+from expo_ray.cli.arguments import command_parser
 from expo_ray.config import Pair, PromptSource, RewardModel, load_job
 from expo_ray.errors import ExpoError
-from expo_ray.evaluation.client import Client, GaveUp, Refused
-from expo_ray.evaluation.parts import read_rows
-from expo_ray.evaluation.prompt_sources import load_prompt_set
-from expo_ray.evaluation.reward import parse_reward
-from expo_ray.evaluation.reward_file import read_responses
-from expo_ray.evaluation.reward_model import inspect_reward_model
-from expo_ray.extrapolation.output import claimed_by
+from expo_ray.evaluation.prompts.prompt_files import load_prompt_set
+from expo_ray.evaluation.responses.client import Client, GaveUp, Refused
+from expo_ray.evaluation.rewards.reward_file import read_responses
+from expo_ray.evaluation.rewards.reward_model import inspect_reward_model
+from expo_ray.evaluation.rewards.score_missing import parse_reward
+from expo_ray.evaluation.row_store import read_rows
+from expo_ray.extrapolation.model_folder import claimed_by
 from expo_ray.extrapolation.plan import plan_pair
 from expo_ray.extrapolation.receipt import read_receipt
-from expo_ray.extrapolation.verify import read_manifest, verify_files
+from expo_ray.published.verify import read_manifest, verify_files
 from expo_ray.report.stored import parse_results
 from expo_ray.storage import open_store
 from expo_ray.untrusted import compile_pattern
+from tests.support.paths import DATA
 
-DATA = Path(__file__).parent / "data"
 _SLOW_S = 30.0
 _MOST_BYTES_OF_MEMORY = 3 * 2**30
 _NUMBERS = itertools.count()
@@ -263,7 +263,7 @@ _WORDS = shlex.split(
 
 
 def _command_line(chance: random.Random) -> None:
-    from expo_ray.commands import _options_of
+    from expo_ray.cli.commands import _options_of
     from expo_ray.config import parse_pair
 
     words = list(_WORDS)

@@ -10,11 +10,11 @@ from typing import Any
 
 from expo_ray.benchmark.judge import Judge
 from expo_ray.errors import BenchmarkError, EndpointError, ExpoError, StorageError, some
-from expo_ray.evaluation.client import Answer, Client, GaveUp, Refused
-from expo_ray.evaluation.parts import Parts
 from expo_ray.evaluation.progress import RowCount
 from expo_ray.evaluation.records import Message, digest
-from expo_ray.evaluation.respond import run_all
+from expo_ray.evaluation.responses.ask_missing import run_all
+from expo_ray.evaluation.responses.client import Answer, Client, GaveUp, Refused
+from expo_ray.evaluation.row_store import Parts
 from expo_ray.storage import Store
 from expo_ray.text import shown
 

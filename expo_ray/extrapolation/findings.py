@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from expo_ray.arithmetic.sums import TensorStatistics
 from expo_ray.config import format_alpha
 from expo_ray.errors import some
 from expo_ray.extrapolation.plan import PairPlan
-from expo_ray.extrapolation.statistics import TensorStatistics
 
 EFFECTIVE_ALPHA_TOLERANCE = 0.05
 # RMS(delta)/RMS(dpo) of DPO and RLHF runs lies around 1e-3 (2.6e-3 on the example pair); supervised fine-tuning of a base

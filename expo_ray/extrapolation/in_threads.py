@@ -8,12 +8,12 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from expo_ray.arithmetic.kernels import resolve_device
 from expo_ray.errors import TransientStorageError
-from expo_ray.extrapolation.on_device import resolve_device
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.progress import Progress
 from expo_ray.extrapolation.publish import Published, publish
-from expo_ray.extrapolation.run import Executor, Failures
+from expo_ray.extrapolation.run_job import Executor, Failures
 from expo_ray.extrapolation.shard import extrapolate_shard
 
 # One shard keeps about four cores busy: two with arithmetic, one hashing, one writing.
@@ -30,7 +30,7 @@ class Cancelled(Exception):
 
 
 class InThreads(Executor):
-    """Runs shards in this process; see `expo_ray.extrapolation.run.Executor`."""
+    """Runs shards in this process; see `expo_ray.extrapolation.run_job.Executor`."""
 
     def __init__(self, progress: Progress, *, device: str = "auto") -> None:
         self.slots = max(1, min(_MOST_SHARDS, (os.cpu_count() or 1) // _CORES_PER_SHARD))

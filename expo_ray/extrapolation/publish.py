@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from expo_ray import __version__
+from expo_ray.arithmetic.rule import FORMULAS
+from expo_ray.arithmetic.sums import TensorStatistics
 from expo_ray.checkpoint.adapter import scaled_adapter_config
 from expo_ray.checkpoint.json_file import read_small
 from expo_ray.checkpoint.tensors import Checkpoint
 from expo_ray.errors import AlreadyExists, ArithmeticFault, NotFound, OutputError, some
-from expo_ray.extrapolation.arithmetic import FORMULAS
 from expo_ray.extrapolation.findings import warnings_of
 from expo_ray.extrapolation.layout import index_of
 from expo_ray.extrapolation.manifest import FORMAT
-from expo_ray.extrapolation.output import (
+from expo_ray.extrapolation.model_folder import (
     ADAPTER_CONFIG,
     CARD,
     MANIFEST,
@@ -27,7 +28,6 @@ from expo_ray.extrapolation.output import (
 )
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.receipt import Receipt, read_receipt, read_receipt_of_twin
-from expo_ray.extrapolation.statistics import TensorStatistics
 from expo_ray.report.model_card import model_card
 from expo_ray.report.results import PairResult
 from expo_ray.storage import Store, open_store

@@ -10,8 +10,8 @@ from typing import Annotated
 
 from pydantic import Field
 
+from expo_ray.arithmetic.sums import TensorStatistics
 from expo_ray.errors import CheckpointError, InputChanged, NotFound
-from expo_ray.extrapolation.statistics import TensorStatistics
 from expo_ray.storage import FileInfo, Store
 from expo_ray.untrusted import TOKENIZER_BYTES, Foreign, parse_json, validated
 

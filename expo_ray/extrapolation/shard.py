@@ -9,12 +9,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+from expo_ray.arithmetic.sums import TensorStatistics
 from expo_ray.config import format_alpha
 from expo_ray.errors import ArithmeticFault, ExpoError, OutputError, some
-from expo_ray.extrapolation.output import check_claim
+from expo_ray.extrapolation.model_folder import check_claim
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.receipt import Receipt, write_receipt
-from expo_ray.extrapolation.statistics import TensorStatistics
 from expo_ray.extrapolation.stream import HELD, computed_pages
 from expo_ray.storage import Store, open_store
 

@@ -12,16 +12,16 @@ from functools import lru_cache
 from itertools import cycle
 from typing import TYPE_CHECKING, TypeVar
 
+from expo_ray.arithmetic.rule import Rule, kernel_for, random_key
+from expo_ray.arithmetic.sums import TensorStatistics
 from expo_ray.checkpoint.adapter import LoraLayer
 from expo_ray.checkpoint.tensors import DTYPE_BYTES, Checkpoint, Tensor
-from expo_ray.extrapolation.arithmetic import Rule, kernel_for, random_key
-from expo_ray.extrapolation.chunks import Chunk, Page, pages_of
+from expo_ray.extrapolation.pages import Chunk, Page, pages_of
 from expo_ray.extrapolation.plan import PairPlan
-from expo_ray.extrapolation.statistics import TensorStatistics
 from expo_ray.storage import open_store
 
 if TYPE_CHECKING:
-    from expo_ray.extrapolation.low_rank import Float64, LowRank
+    from expo_ray.arithmetic.low_rank import Float64, LowRank
 
 # What is hashed and written at a time: each hand-over between threads costs, and a disk likes large writes.
 PAGE_BYTES = 4 << 20
@@ -112,13 +112,13 @@ class _Parents:
         return buffers[side][:size]
 
     def _load_low_rank(self, layer: LoraLayer) -> LowRank:
-        from expo_ray.extrapolation.low_rank import LowRank
+        from expo_ray.arithmetic.low_rank import LowRank
 
         a, b = (self._load(self.plan.dpo, tensor) for tensor in (layer.a, layer.b))
         return LowRank(a, b, layer)
 
     def _load(self, checkpoint: Checkpoint, tensor: Tensor) -> Float64:
-        from expo_ray.extrapolation.low_rank import widen
+        from expo_ray.arithmetic.low_rank import widen
 
         data = self.read(checkpoint, tensor, 0, memoryview(bytearray(tensor.nbytes)))
         return widen(data, tensor.dtype).reshape(tensor.shape)

@@ -15,14 +15,14 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import RayTaskError
 
+from expo_ray.arithmetic.kernels import resolve_device
 from expo_ray.config import Device
 from expo_ray.errors import TransientStorageError
 from expo_ray.extrapolation.in_threads import Cancelled
-from expo_ray.extrapolation.on_device import resolve_device
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.progress import Progress, size_text
 from expo_ray.extrapolation.publish import Published, publish
-from expo_ray.extrapolation.run import Executor, Failures
+from expo_ray.extrapolation.run_job import Executor, Failures
 from expo_ray.extrapolation.shard import extrapolate_shard
 from expo_ray.on_ray.cluster import SHARD_IO
 
@@ -56,7 +56,7 @@ PublishTask = Callable[[PairPlan, float], Published]
 
 
 class OnRay(Executor):
-    """Runs shards on the connected Ray cluster; see `expo_ray.extrapolation.run.Executor`.
+    """Runs shards on the connected Ray cluster; see `expo_ray.extrapolation.run_job.Executor`.
 
     Args:
         shard_task: what writes one shard on a worker; another one, to see what Ray and the driver cost by themselves.

@@ -9,19 +9,19 @@ from dataclasses import dataclass, field
 from expo_ray.checkpoint.json_file import added_tokens, read_json
 from expo_ray.config import Sampling
 from expo_ray.errors import CheckpointError, NotFound, Problems, RewardError
-from expo_ray.evaluation.endpoint import KEY_VARIABLE
-from expo_ray.evaluation.evaluated import Evaluated, LogProbabilities, evaluated
-from expo_ray.evaluation.likelihoods import likelihood_from_row, likelihoods
-from expo_ray.evaluation.pair_search import first
-from expo_ray.evaluation.parts import Parts
 from expo_ray.evaluation.progress import SearchProgress
-from expo_ray.evaluation.prompts import PromptSet
+from expo_ray.evaluation.prompts.prompt_set import PromptSet
 from expo_ray.evaluation.records import Response, Reward
-from expo_ray.evaluation.respond import respond
-from expo_ray.evaluation.reward import parse_reward, reward
+from expo_ray.evaluation.responses.ask_missing import respond
+from expo_ray.evaluation.responses.endpoint import KEY_VARIABLE
+from expo_ray.evaluation.responses.likelihoods import likelihood_from_row, likelihoods
+from expo_ray.evaluation.rewards.score_missing import parse_reward, reward
+from expo_ray.evaluation.row_store import Parts
+from expo_ray.evaluation.search.evaluated import Evaluated, LogProbabilities, evaluated
+from expo_ray.evaluation.search.search_pair import first
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.step import DPO, Step, stepped
-from expo_ray.on_ray.reward_actors import RewardPool
+from expo_ray.on_ray.rewards.pool import RewardPool
 from expo_ray.storage import Store, open_store
 
 # Prompts on which KL divergence from dpo is measured: a few hundred tokens tell it well enough for a guardrail.

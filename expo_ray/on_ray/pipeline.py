@@ -14,19 +14,19 @@ from datetime import UTC, datetime
 import ray
 
 from expo_ray.errors import ExpoError, in_one_line
-from expo_ray.evaluation.prompts import keep_prompts
-from expo_ray.extrapolation.job import outputs_of
+from expo_ray.evaluation.prompts.prompt_set import keep_prompts
 from expo_ray.extrapolation.pinned import publication_plan
 from expo_ray.extrapolation.plan import PairPlan
+from expo_ray.extrapolation.plan_job import outputs_of
 from expo_ray.extrapolation.progress import Progress
 from expo_ray.extrapolation.publish import Published, publish
-from expo_ray.extrapolation.push_job import push_winners
-from expo_ray.extrapolation.run import run_pairs
+from expo_ray.extrapolation.run_job import run_pairs
 from expo_ray.extrapolation.step import GROUPS, Step
+from expo_ray.on_ray.check_job import Prepared, versions
 from expo_ray.on_ray.cluster import cluster
 from expo_ray.on_ray.extrapolation import OnRay
-from expo_ray.on_ray.prepared import Prepared, versions
 from expo_ray.on_ray.search_pairs import search_pairs
+from expo_ray.published.push_job import push_winners
 from expo_ray.report.page import write_report
 from expo_ray.report.results import PairResult, Results
 from expo_ray.report.stored import write_results

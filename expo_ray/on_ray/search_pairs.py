@@ -12,15 +12,15 @@ from functools import partial
 import ray
 
 from expo_ray.errors import ExpoError, JobError, NotFound, OutputError, in_one_line
-from expo_ray.evaluation.groups import search_groups
-from expo_ray.evaluation.pair_result import pair_result
-from expo_ray.evaluation.pair_search import search_pair
 from expo_ray.evaluation.progress import SearchProgress
+from expo_ray.evaluation.search.groups import search_groups
+from expo_ray.evaluation.search.pair_result import pair_result
+from expo_ray.evaluation.search.search_pair import search_pair
 from expo_ray.extrapolation.pinned import refuse_replaced
 from expo_ray.extrapolation.plan import PairPlan
+from expo_ray.on_ray.check_job import Prepared
 from expo_ray.on_ray.pair_evaluator import PairEvaluator, Scorers
-from expo_ray.on_ray.prepared import Prepared
-from expo_ray.on_ray.serving import serving
+from expo_ray.on_ray.serving.serve_models import serving
 from expo_ray.report.results import PairResult, Results
 from expo_ray.report.stored import RESULTS_BYTES, parse_results, results_json
 from expo_ray.storage import Store

@@ -66,7 +66,7 @@ class Guardrail(Recorded):
     """One measure of one alpha against its limit.
 
     Attributes:
-        name: as in `expo_ray.evaluation.guardrails`, such as `length ratio`.
+        name: as in `expo_ray.evaluation.search.guardrails`, such as `length ratio`.
         value: what was measured.
         limit: from where on it rejects.
         verdict: `ok`, `warn` or `reject`.

@@ -76,7 +76,7 @@ def _open(scheme: str, uri: str) -> Store:
     if scheme == "memory":
         return MemoryStore(uri)
     if scheme == "s3":
-        from expo_ray.storage.s3 import S3Store
+        from expo_ray.storage.object_store import S3Store
 
         return S3Store(uri)
     from expo_ray.storage.hub import HubStore

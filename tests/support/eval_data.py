@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.support.paths import SHARED
+
 # Real outputs, judgments and published scores; their licences keep them out of the repository.
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "eval"
+DATA = SHARED / "data" / "eval"
 
 
 def real_data(name: str) -> Path:

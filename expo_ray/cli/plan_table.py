@@ -1,0 +1,49 @@
+"""What a planned job would do, in a table a person can check before paying for it."""
+
+from __future__ import annotations
+
+from math import ceil
+
+from expo_ray.config import format_alpha
+from expo_ray.extrapolation.plan_job import JobPlan
+from expo_ray.extrapolation.progress import clock, size_text
+from expo_ray.text import shown_end
+
+
+def describe(job: JobPlan, *, workers: int, bandwidth: int) -> str:
+    """A table of the pairs and an estimate of the time.
+
+    Args:
+        workers: shards under way at once.
+        bandwidth: bytes a second that one worker reads and writes.
+    """
+    head = ("pair", "tensors", "shards", "alphas", "read", "write", "there already")
+    rows = [head]
+    read_in_all = 0
+    for plan in job.pairs:
+        written = job.bytes_of(plan)
+        read = sum(shard.size for index, shard in enumerate(plan.shards) if job.missing(plan, index))
+        read = round(plan.bytes_read * read / max(1, plan.bytes_written))
+        read_in_all += read
+        rows.append(
+            (
+                plan.name,
+                str(sum(len(shard.tensors) for shard in plan.shards)),
+                str(len(plan.shards)),
+                " ".join(map(format_alpha, plan.outputs)),
+                size_text(read),
+                size_text(written),
+                size_text(plan.bytes_written * len(plan.outputs) - written),
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+    moved = read_in_all + job.bytes_to_write
+    lines.append(
+        f"{len(job.pairs)} pair(s): {size_text(read_in_all)} to read, {size_text(job.bytes_to_write)} to write, about "
+        f"{clock(ceil(moved / (workers * bandwidth)))} with {workers} worker(s) of {size_text(bandwidth)}/s"
+    )
+    lines += [f"note: {plan.name}: {shown_end(note, 2000)}" for plan in job.pairs for note in plan.notes]
+    return "\n".join(lines)

@@ -1,0 +1,52 @@
+"""`expo-ray serve`: an endpoint for a job's pairs and models, until it is interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import signal
+
+from expo_ray.cli.extras import require
+from expo_ray.config import Job, format_alpha, load_job
+from expo_ray.evaluation.responses.served_checks import check_served
+from expo_ray.serving.engine_checks import check_engine
+from expo_ray.serving.served_models import served_plans
+
+
+def command(arguments: argparse.Namespace) -> int:
+    """Run `expo-ray serve`; the exit status is 0 once it has answered and is told to stop."""
+    require("ray")
+    job = load_job(arguments.job)
+    settings = (
+        job.serving if arguments.port is None else job.serving.model_copy(update={"port": arguments.port})
+    )
+    plans = served_plans(job)
+    check_served(plans, job.models, settings)
+    check_engine(settings, plans)
+    from expo_ray.on_ray.cluster import cluster
+    from expo_ray.on_ray.serving.serve_models import serving
+
+    with cluster(), serving(plans, job.models, settings) as endpoint:
+        print(_welcome(job, endpoint.url), flush=True)
+        try:
+            signal.pause()
+        except KeyboardInterrupt:  # SIGTERM as well
+            print("stopping", flush=True)
+    return 0
+
+
+def _welcome(job: Job, url: str) -> str:
+    names = [f"{pair.name}@{format_alpha(alpha)}" for pair in job.pairs for alpha in pair.alphas or (0.0,)]
+    names += [model.name for model in job.models]
+    pairs = [f"{pair.name}@ALPHA" for pair in job.pairs]
+    body = {"model": names[0], "messages": [{"role": "user", "content": "Hello"}]}
+    lines = [
+        f"serving at {url}/v1: {', '.join(names)}",
+        *([f"and every other alpha, as {', '.join(pairs)}"] if pairs else []),
+        "",
+        f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}",
+        "",
+        "Ctrl-C ends it",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,254 @@
+"""What is certain to fail once engines have started, found out from the files of the models and the prompts alone."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import logging
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from expo_ray.checkpoint.json_file import read_json
+from expo_ray.checkpoint.text_config import text_configs
+from expo_ray.checkpoint.tokenizer import Files, load_tokenizer, tokenizer_files
+from expo_ray.config import PublishedModel, Serving
+from expo_ray.errors import JobError, OutputError, Problems, PromptError, some
+from expo_ray.evaluation.prompts.prompt_set import PromptSet
+from expo_ray.evaluation.records import Prompt
+from expo_ray.extrapolation.plan import PairPlan
+from expo_ray.storage import FileInfo, Store, open_store
+from expo_ray.text import shown
+from expo_ray.time_limit import RENDER_S, time_limit
+
+log = logging.getLogger("expo_ray")
+
+# As vLLM looks for the longest context of a model; the smallest counts.
+_CONTEXTS = (
+    "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length", "max_seq_length", "seq_len",
+)  # fmt: skip
+# For these vLLM has templates of its own.
+_WITH_TEMPLATE = {
+    "blip-2", "clip", "colpali", "deepseek_ocr", "deepseek_ocr2", "unlimited-ocr", "deepseek_vl_v2", "minicpmv", "minicpmv4_6",
+    "paligemma", "siglip", "siglip2",
+}  # fmt: skip
+# Arguments that take other tokenizers, templates or configurations than the model's.
+_OTHER_FILES = {
+    "tokenizer",
+    "tokenizer_mode",
+    "chat_template",
+    "hf_overrides",
+    "trust_remote_code",
+    "hf_config_path",
+    "runner",
+}
+
+
+def check_served(
+    plans: Sequence[PairPlan],
+    models: Sequence[PublishedModel],
+    settings: Serving,
+    sets: Sequence[PromptSet] = (),
+    *,
+    needs_all: bool = False,
+) -> None:
+    """See that engines take their arguments, and models the prompts.
+
+    Args:
+        sets: prompts that are to be asked as chats; none for models that are only served.
+        needs_all: whether one prompt without an answer is a failure; else only a set that no prompt of can be answered is.
+
+    Raises:
+        Problems: with everything that is certain to fail.
+    """
+    problems: list[JobError | PromptError] = [*_unknown_arguments(settings.engine)]
+    for name, files in [
+        *((plan.name, _of_plan(plan)) for plan in plans),
+        *((one.name, _of_model(one.uri)) for one in models),
+    ]:
+        problems += _problems(
+            name, files, settings, [prompt for prompts in sets for prompt in prompts.prompts], needs_all
+        )
+    if problems:
+        raise Problems(problems)
+
+
+def check_writable(uri: str) -> None:
+    """See that a local output folder can be made and written, before anything is.
+
+    Raises:
+        OutputError: if it cannot.
+    """
+    if "://" in uri and not uri.startswith("file://"):
+        return
+    path = Path(open_store(uri).uri)
+    there = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
+    if not there.is_dir():
+        raise OutputError(f"{there}: is a file, and the output {path} is a folder; give another `output`")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise OutputError(
+            f"{there}: cannot be written, and the output {path} is below it; give another `output`"
+        )
+
+
+def longest_context(config: Mapping[str, Any]) -> float:
+    """The longest context that vLLM allows for a configuration, in tokens; infinite where it does not tell."""
+    part = list(text_configs(config))[-1]
+    limits = [part[key] for key in _CONTEXTS if type(part.get(key)) is int and part[key] > 0]
+    if not limits:
+        return math.inf
+    longest = float(min(limits))
+    rope = part.get("rope_parameters") or part.get("rope_scaling")
+    if not isinstance(rope, Mapping) or "gemma3" in str(part.get("model_type")):
+        return longest
+    factor = 1.0
+    for scaling in [rope, *(value for value in rope.values() if isinstance(value, Mapping))]:
+        kind = scaling.get("rope_type", scaling.get("type"))
+        if kind not in {"su", "longrope", "llama3"} and type(scaling.get("factor")) in (int, float):
+            factor = max(factor, scaling["factor"])
+            if kind == "yarn" and type(scaling.get("original_max_position_embeddings")) is int:
+                longest = scaling["original_max_position_embeddings"]
+    return longest * factor
+
+
+def _problems(
+    name: str, files: Files, settings: Serving, prompts: Sequence[Prompt], needs_all: bool
+) -> list[JobError | PromptError]:
+    if _OTHER_FILES & settings.engine.keys():
+        return []
+    config = _json(files, "config.json")
+    asked = settings.engine.get("max_model_len", settings.max_model_len)
+    longest = longest_context(config)
+    problems: list[JobError | PromptError] = []
+    limit = asked if type(asked) is int and asked > 0 else longest
+    own = config.get("model_max_length")
+    allowed = max(longest, own if type(own) is int else 0)
+    if limit > allowed and not os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN"):
+        problems.append(
+            JobError(
+                f"{name}: `serving.max_model_len` is {limit}, and the model's context ends at {longest:.0f} tokens; set it to at most that"
+            )
+        )
+    if not prompts:
+        return problems
+    if not _has_template(files, config):
+        problems.append(
+            PromptError(
+                f"{name}: has no chat template, and prompts are asked as chats; put the one of its training beside the model, as "
+                "chat_template.jinja"
+            )
+        )
+        return problems
+    return problems + _refused(name, files, prompts, min(limit, allowed), needs_all)
+
+
+def _refused(
+    name: str, files: Files, prompts: Sequence[Prompt], limit: float, needs_all: bool
+) -> list[JobError | PromptError]:
+    """Prompts that the template fails on, or that leave no room for a response."""
+    tokenizer = _tokenizer(name, files)
+    if tokenizer is None:
+        return []
+    failed: dict[str, list[str]] = {}
+    long: list[str] = []
+    asked = {prompt.id: prompt for prompt in prompts}
+    for prompt in asked.values():
+        messages = [dict(turn) for turn in prompt.messages]
+        try:
+            with time_limit(RENDER_S):
+                text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template raises whatever it likes
+            failed.setdefault(f"{type(error).__name__}: {shown(error)}", []).append(prompt.label or prompt.id)
+            if isinstance(error, TimeoutError):
+                break  # the other prompts would take as long
+            continue
+        # No tokenizer makes more tokens than there are bytes.
+        if len(text.encode()) >= limit:
+            tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+            if tokens >= limit:
+                long.append(f"{prompt.label or prompt.id} with {tokens} tokens")
+    if not needs_all and sum(map(len, failed.values())) + len(long) < len(asked):
+        return []  # the others are answered, and these named then
+    problems: list[JobError | PromptError] = [
+        PromptError(
+            f"{name}: the chat template fails on {len(ids)} prompt(s), {some(ids)} ({reason}); remove these prompts, or correct "
+            "chat_template.jinja"
+        )
+        for reason, ids in failed.items()
+    ]
+    if long:
+        problems.append(
+            PromptError(
+                f"{name}: {len(long)} prompt(s) leave no room for a response within {limit:.0f} tokens ({some(long)}); remove or shorten "
+                "them, or raise `serving.max_model_len` where it is below the model's"
+            )
+        )
+    return problems
+
+
+def _has_template(files: Files, config: Mapping[str, Any]) -> bool:
+    names = {"chat_template.jinja", "chat_template.json", "tekken.json"}
+    if names & files.keys() or any(key.startswith("additional_chat_templates/") for key in files):
+        return True
+    kinds = {part.get("model_type") for part in text_configs(config)}
+    return bool(_json(files, "tokenizer_config.json").get("chat_template") or kinds & _WITH_TEMPLATE)
+
+
+def _tokenizer(name: str, files: Files) -> Any:
+    """The model's tokenizer; None where it cannot be loaded here, which is for the engine to judge."""
+    if find_spec("transformers") is None:
+        return None
+    try:
+        tokenizer = load_tokenizer(files)
+    except Exception as error:
+        log.debug("%s: its tokenizer cannot be loaded here (%s)", name, shown(error))
+        return None
+    return tokenizer if tokenizer.chat_template else None
+
+
+def _json(files: Files, key: str) -> dict[str, Any]:
+    return read_json(*files[key]) if key in files else {}
+
+
+def _of_plan(plan: PairPlan) -> Files:
+    files: dict[str, tuple[Store, FileInfo]] = {}
+    for key, parent in plan.side_files.items():
+        files |= tokenizer_files(open_store(parent.uri), [parent.files[key]] if key in parent.files else [])
+    return files
+
+
+def _of_model(uri: str) -> Files:
+    store = open_store(uri)
+    return tokenizer_files(store, store.list())
+
+
+def _unknown_arguments(engine: Mapping[str, Any]) -> list[JobError]:
+    """Arguments that the installed vLLM does not have, found without importing it."""
+    known = _engine_arguments() if engine else set()
+    problems = []
+    for name in sorted(engine.keys() - known) if known else ():
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"write `{near[0]}`" if near else "leave it out"
+        problems.append(JobError(f"`serving.engine`: vLLM has no argument `{shown(name)}`; {hint}"))
+    return problems
+
+
+def _engine_arguments() -> set[str]:
+    spec = find_spec("vllm")
+    folders: Iterable[str] = (spec.submodule_search_locations or ()) if spec else ()
+    names = set()
+    for folder in folders:
+        for file in ("engine/arg_utils.py", "entrypoints/openai/cli_args.py"):
+            path = Path(folder, file)
+            tree = ast.parse(path.read_text(encoding="utf-8")) if path.is_file() else ast.Module([], [])
+            names |= {
+                field.target.id
+                for node in tree.body
+                if isinstance(node, ast.ClassDef)
+                for field in node.body
+                if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+            }
+    return names

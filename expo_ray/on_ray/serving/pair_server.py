@@ -1,0 +1,287 @@
+"""One vLLM engine behind Ray Serve: for a published model, or for all alphas of a pair."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import pickle
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.serve.llm import LLMConfig
+from ray.serve.llm.deployment import LLMServer
+from ray.util.placement_group import get_current_placement_group, placement_group_table
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from expo_ray.checkpoint.json_file import added_tokens
+from expo_ray.errors import ArithmeticFault, CheckpointError
+from expo_ray.evaluation.records import digest
+from expo_ray.extrapolation.plan import PairPlan
+from expo_ray.extrapolation.step import DPO, Step, stepped
+from expo_ray.on_ray.serving.engine_adapter import (
+    ErrorInfo,
+    ErrorResponse,
+    engine_version,
+    fit_shared_memory,
+    free_shared_memory,
+    plain_logs,
+    stop_engine,
+)
+from expo_ray.serving.engine_errors import cause_in, own_log
+from expo_ray.serving.lease import Busy, Lease
+from expo_ray.serving.node_cache import engine_folder
+from expo_ray.serving.served_names import ServedName, parse_name
+from expo_ray.untrusted import TOKENIZER_BYTES, parse_json_object
+
+log = logging.getLogger("expo_ray")
+plain_logs()  # the imports above have changed them
+
+SWAP_TIMEOUT_S = 3600.0
+
+# Files of a model that no engine reads for an answer, or whose content the identity of the weights covers.
+_NOT_READ = {
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".md",
+    ".png",
+    ".pdf",
+}
+# Arguments of an engine that decide how fast it is, or that its card names one by one.
+_NEUTRAL = {
+    "allowed_media_domains", "distributed_executor_backend", "dtype", "gpu_memory_utilization", "kv_cache_memory_bytes",
+    "max_model_len", "max_num_batched_tokens", "max_num_seqs", "use_tqdm_on_load", "worker_extension_cls",
+}  # fmt: skip
+
+Method = Callable[[Any, Any], Coroutine[Any, Any, AsyncGenerator[Any, None]]]
+
+
+class ModelServer(LLMServer):
+    """An engine for one published model.
+
+    Args:
+        llm_config: with the model's name as the engine's id of it.
+        fetch: gives the model's folder on the node where it is called.
+        weights: names the weights; see `weights_of`.
+    """
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, llm_config: LLMConfig, *, fetch: Callable[[], Path], weights: str = ""
+    ) -> None:
+        folder = await asyncio.to_thread(_fetch_on_nodes, fetch)
+        self._name, self._weights = llm_config.model_id, weights
+        self._template, self._special_ids = template_of(folder), special_ids_of(folder)
+        self._files, self._settings = files_of(folder), settings_of(llm_config.engine_kwargs)
+        config = _with_source(llm_config, folder)
+        fit_shared_memory(config, free_shared_memory())
+        try:
+            await super().__init__(config)
+        except Exception as error:
+            raise RuntimeError(cause_in(f"{type(error).__name__}: {error}", own_log())) from error
+        self._about = (await self.collective_rpc("expo_describe"))[0]
+
+    async def __del__(self) -> None:
+        # Ray's own leaves the engine's processes to find out for themselves
+        stop_engine(self)
+        await super().__del__()
+
+    async def card(self, name: str) -> dict[str, Any]:
+        """What `/v1/models/<name>` tells of a served name."""
+        return {
+            "engine": f"vllm {engine_version()}",
+            "template": self._template,
+            "files": self._files,
+            "settings": self._settings,
+            "special_ids": self._special_ids,
+            "weights": self._weights_of(parse_name(name)),
+            **self._about,
+        }
+
+    def _weights_of(self, name: ServedName) -> str:
+        return self._weights
+
+    async def chat(self, request: Any, raw_request_info: Any = None) -> AsyncGenerator[Any, None]:
+        return self._answer(super().chat, request, raw_request_info)
+
+    async def completions(self, request: Any, raw_request_info: Any = None) -> AsyncGenerator[Any, None]:
+        return self._answer(super().completions, request, raw_request_info)
+
+    async def tokenize(self, request: Any, raw_request_info: Any = None) -> AsyncGenerator[Any, None]:
+        return await super().tokenize(self._for_engine(request), raw_request_info)
+
+    async def detokenize(self, request: Any, raw_request_info: Any = None) -> AsyncGenerator[Any, None]:
+        return await super().detokenize(self._for_engine(request), raw_request_info)
+
+    def _for_engine(self, request: Any) -> Any:
+        request.model = self._name
+        return request
+
+    async def _answer(self, method: Method, request: Any, raw_request_info: Any) -> AsyncGenerator[Any, None]:
+        """The engine's answer, under the name that was asked for."""
+        served = request.model
+        async for part in await method(self._for_engine(request), raw_request_info):
+            yield _renamed(part, self._name, served)
+
+
+class PairServer(ModelServer):
+    """An engine for all alphas of a pair; it starts with dpo's own weights.
+
+    Each request holds a lease on its step from before the engine sees it until its last token has been sent or the client
+    has gone. A failed swap makes the replica unhealthy, so that Serve replaces it, and it answers nothing meanwhile.
+    """
+
+    async def __init__(self, llm_config: LLMConfig, *, plan: PairPlan) -> None:  # type: ignore[misc]
+        self._plan, holds_dpo = plan, starts_at_dpo(plan)
+        expected = {DPO, *map(Step, plan.outputs)}
+        self._lease = Lease(self._swap, DPO if holds_dpo else None, expected)
+        await super().__init__(llm_config, fetch=lambda: engine_folder(plan))
+        await self.collective_rpc("expo_open", args=(pickle.dumps(plan), holds_dpo))
+
+    def _weights_of(self, name: ServedName) -> str:
+        step = name.step or DPO
+        return stepped(self._plan, step).plan_id(step.alpha)
+
+    async def _answer(self, method: Method, request: Any, raw_request_info: Any) -> AsyncGenerator[Any, None]:
+        try:
+            async with self._lease.on(parse_name(request.model).step or DPO):
+                async for part in super()._answer(method, request, raw_request_info):
+                    yield part
+        except ArithmeticFault as error:
+            yield _error(400, str(error), "bad_alpha")
+        except Busy as error:
+            yield _error(429, str(error), "too_many_alphas")
+        except Exception as error:
+            if error is not self._lease.failure:
+                raise
+            yield _error(503, self._unusable(), "service_unavailable")
+
+    async def _swap(self, step: Step) -> None:
+        """Change the weights of the engine, which no request uses now.
+
+        Requests that were given up may still be in it; the pause throws them out, and clears what is cached of prompts, which
+        belongs to the old weights.
+
+        Raises:
+            ArithmeticFault: if the weights cannot be computed; the engine can take others.
+        """
+        await self.pause(mode="abort", clear_cache=True)
+        faults = await self.collective_rpc("expo_swap", timeout=SWAP_TIMEOUT_S, args=(str(step),))
+        await self.resume()
+        if any(faults):
+            raise ArithmeticFault(next(filter(None, faults)))
+
+    async def check_health(self) -> None:
+        if self._lease.failure:
+            raise RuntimeError(self._unusable())
+        await super().check_health()
+
+    def _unusable(self) -> str:
+        return f"{self._name}: the weights of this replica are not to be trusted ({self._lease.failure}); it is being replaced, ask again"
+
+    async def record_routing_stats(self) -> dict[str, Any]:
+        held = self._lease.held
+        return {} if held is None else {"step": str(held)}
+
+
+def starts_at_dpo(plan: PairPlan) -> bool:
+    """True if an engine that has loaded the pair's folder holds the very weights of alpha 0."""
+    tensors = [tensor for shard in plan.shards for tensor in shard.tensors]
+    return not plan.dpo.adapter and all(tensor.dtype == tensor.dpo.dtype for tensor in tensors)
+
+
+def _with_source(config: LLMConfig, folder: Path) -> LLMConfig:
+    """The same for the model in `folder`; a new one, as the old one remembers an engine without."""
+    fields = {name: getattr(config, name) for name in type(config).model_fields}
+    return LLMConfig(
+        **fields | {"model_loading_config": {"model_id": config.model_id, "model_source": str(folder)}}
+    )
+
+
+def template_of(folder: Path) -> str:
+    """Digest of a model's chat template; empty if it has none."""
+    if (folder / "chat_template.jinja").is_file():
+        return digest((folder / "chat_template.jinja").read_text(encoding="utf-8"))
+    template = _json_of(folder / "tokenizer_config.json").get("chat_template")
+    return digest(template) if template else ""
+
+
+def files_of(folder: Path) -> str:
+    """Digest of the files beside the weights; of those, engines read configurations, vocabularies and tokens that end an answer."""
+    paths = [
+        path
+        for path in folder.rglob("*")
+        if path.is_file()
+        and path.suffix not in _NOT_READ
+        and not path.relative_to(folder).parts[0].startswith(".")
+    ]
+    return digest({str(path.relative_to(folder)): _sha256(path) for path in paths})
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def settings_of(arguments: Mapping[str, Any]) -> str:
+    """Digest of the engine's arguments that decide answers; data type and context are described by the engine itself."""
+    return digest({name: value for name, value in arguments.items() if name not in _NEUTRAL})
+
+
+def special_ids_of(folder: Path) -> list[int]:
+    """Ids of the tokens that a model's tokenizer calls special; none where its files do not tell."""
+    return [token.id for token in added_tokens(_json_of(folder / "tokenizer.json")) if token.special]
+
+
+def _json_of(path: Path) -> dict[str, Any]:
+    try:
+        return parse_json_object(path.read_bytes(), str(path), most_bytes=TOKENIZER_BYTES)
+    except (OSError, CheckpointError):
+        return {}
+
+
+def _error(status: int, message: str, kind: str) -> ErrorResponse:
+    return ErrorResponse(error=ErrorInfo(message=message, type=kind, code=status))
+
+
+def _renamed(part: Any, engine_name: str, served: str) -> Any:
+    """A response or a batch of streamed ones; all name the model."""
+    if isinstance(part, list):
+        return [_renamed(one, engine_name, served) for one in part]
+    if isinstance(part, str):
+        # Quotes inside JSON strings are escaped, so that the first such text is the field itself.
+        return part.replace(f'"model":{json.dumps(engine_name)}', f'"model":{json.dumps(served)}', 1)
+    if hasattr(part, "model"):
+        part.model = served
+    return part
+
+
+def _fetch_on_nodes(fetch: Callable[[], Path]) -> Path:
+    """Fetch on every node that an engine is spread over; the folder is the same on all.
+
+    Raises:
+        ExpoError: if it cannot be fetched.
+    """
+    group = get_current_placement_group()
+    nodes = set(placement_group_table(group)["bundles_to_node_id"].values()) if group else set()
+    others = nodes - {ray.get_runtime_context().get_node_id()}
+    task = ray.remote(num_cpus=0)(_call)
+    ray.get(
+        [
+            task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(fetch)
+            for node in others
+        ]
+    )
+    return fetch()
+
+
+def _call(fetch: Callable[[], Path]) -> Path:
+    return fetch()

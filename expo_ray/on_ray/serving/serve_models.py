@@ -1,0 +1,227 @@
+"""An OpenAI-compatible endpoint for pairs and models, for as long as a `with` block lasts."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import ipaddress
+import logging
+import math
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.llm import build_llm_deployment
+from ray.serve.llm.ingress import make_fastapi_ingress
+
+from expo_ray.config import PublishedModel, Serving
+from expo_ray.errors import JobError
+from expo_ray.evaluation.records import digest
+from expo_ray.evaluation.responses.endpoint import KEY_VARIABLE
+from expo_ray.extrapolation.plan import PairPlan
+from expo_ray.on_ray.serving.engine_adapter import check_version, http_address, shut_serve_down
+from expo_ray.on_ray.serving.engine_settings import engine_config, slots_of
+from expo_ray.on_ray.serving.ingress import ENDPOINTS, Ingress, web_app
+from expo_ray.on_ray.serving.pair_server import ModelServer, PairServer
+from expo_ray.serving.engine_errors import cause_in
+from expo_ray.serving.node_cache import published_folder
+from expo_ray.storage import open_store
+
+log = logging.getLogger("expo_ray")
+
+HOST = "127.0.0.1"
+# Requests at an engine for each that it works on: with none waiting it runs dry while the next is on its way.
+QUEUE = 2
+# Of one request, in which it may wait for other alphas: Ray's own limit of ten minutes is short for an engine on a CPU.
+REQUEST_TIMEOUT_S = 24 * 3600
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where the models answer.
+
+    Attributes:
+        url: without `/v1`.
+        slots: requests worth having in flight, over all engines.
+        key_variable: names the variable with the key that it asks for.
+    """
+
+    url: str
+    slots: int
+    key_variable: str = KEY_VARIABLE
+
+
+@contextlib.contextmanager
+def serving(
+    pairs: Sequence[PairPlan], models: Sequence[PublishedModel], settings: Serving
+) -> Iterator[Endpoint]:
+    """Serve on the connected Ray cluster; every engine answers when the block begins, and none is left when it ends.
+
+    Args:
+        pairs: of whole models, see `served_plans`.
+
+    Raises:
+        JobError: if the port is taken, or an engine does not start.
+    """
+    check_version()
+    key_digest = _key_digest(settings.api_key_env)
+    on_gpu = _on_gpu(settings)
+    slots = slots_of(settings, on_gpu)
+    cpus, threads = _cpus_of_worker(settings, len(pairs) + len(models))
+
+    def deploy(server: type[ModelServer], name: str, **arguments: Any) -> serve.Application:
+        config = engine_config(name, settings, on_gpu, cpus, threads, for_pair=server is PairServer)
+        # Ray's own name would be one for a.b and a_b.
+        own = {"name": f"{server.__name__}:{name}"}
+        return build_llm_deployment(
+            config, bind_kwargs=arguments, deployment_cls=server, override_serve_options=own
+        )
+
+    deployments = {plan.name: deploy(PairServer, plan.name, plan=plan) for plan in pairs}
+    for model in models:
+        fetch = partial(published_folder, model.uri)
+        deployments[model.name] = deploy(ModelServer, model.name, fetch=fetch, weights=weights_of(model))
+    ingress = serve.deployment(
+        name="ingress",
+        num_replicas=1,
+        max_ongoing_requests=1_000_000,
+        ray_actor_options={"num_cpus": 0, "runtime_env": _ingress_environment()},
+    )(make_fastapi_ingress(Ingress, endpoint_map=dict(ENDPOINTS), app=web_app(settings.hosts, key_digest)))
+    alphas = {plan.name: list(plan.outputs) for plan in pairs}
+    # The same job finds what it left behind when it was killed, and two jobs on one cluster do not meet.
+    name = f"expo-ray-{digest([[plan.plan_id(0) for plan in pairs], [[one.name, one.uri] for one in models]], 8)}"
+    with _http(settings.port, name, keyed=bool(key_digest)) as (url, prefix):
+        log.info("starting %d engine(s) of %s", settings.replicas * len(deployments), ", ".join(deployments))
+        with _running(ingress.bind(deployments=deployments, pairs=alphas), name, prefix):
+            yield Endpoint(
+                url,
+                QUEUE * slots * settings.replicas * len(deployments),
+                settings.api_key_env or KEY_VARIABLE,
+            )
+
+
+def weights_of(model: PublishedModel) -> str:
+    """Digest of the files of a published model, as its store names them."""
+    files = open_store(model.uri).list()
+    return digest([[info.key, info.size, info.etag] for info in files if not info.key.startswith(".expo/")])
+
+
+def _key_digest(variable: str) -> str:
+    """SHA-256 of the key that requests need; empty if they need none.
+
+    Raises:
+        JobError: if the variable is not set.
+    """
+    if not variable:
+        return ""
+    key = os.environ.get(variable, "").strip()
+    if not key or not key.isascii() or not key.isprintable():
+        state = "holds characters that no header can" if key else "is not set"
+        raise JobError(
+            f"`api_key_env`: the variable {variable} {state}; set it to the key that clients are to send"
+        )
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def _ingress_environment() -> dict[str, Any]:
+    job = dict(ray.get_runtime_context().runtime_env)
+    timeout = {"RAY_SERVE_LLM_ROUTER_HTTP_TIMEOUT": str(REQUEST_TIMEOUT_S)}
+    return job | {"env_vars": {**(job.get("env_vars") or {}), **timeout}}
+
+
+def _on_gpu(settings: Serving) -> bool:
+    gpus = ray.cluster_resources().get("GPU", 0)
+    if settings.device == "cuda" and not gpus:
+        raise JobError(
+            "`device: cuda` is asked for, and the cluster has no GPU; add GPU nodes, or set `device: auto`"
+        )
+    return settings.device != "cpu" and bool(gpus)
+
+
+def _cpus_of_worker(settings: Serving, deployments: int) -> tuple[float, int]:
+    """CPUs that the cluster sets aside for each worker of an engine on CPUs, and its threads.
+
+    One CPU, or less where a small machine is to run more of them than it has cores; the threads share what there is.
+    """
+    workers = deployments * settings.replicas * settings.tensor_parallel_size
+    on_nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+    share = sum(on_nodes) / workers
+    return min(1.0, max(0.01, math.floor(100 * share) / 100)), max(
+        1, int(min(share, max(on_nodes, default=1)))
+    )
+
+
+@contextlib.contextmanager
+def _http(port: int, name: str, *, keyed: bool) -> Iterator[tuple[str, str]]:
+    """Serve's HTTP proxy, on loopback alone: the URL of the application `name`, and its path."""
+    if address := http_address():  # another job's, or left by one that was killed
+        host, port = address
+        log.info("joining the Ray Serve that listens at %s:%d", host, port)
+        if not _is_loopback(host):
+            log.warning(
+                "that Ray Serve listens at %s:%d, for other machines as well%s",
+                host, port, "" if keyed else "; set `serving.api_key_env` to ask for a key",
+            )  # fmt: skip
+        yield f"http://{HOST if host == '0.0.0.0' else host}:{port}/{name}", f"/{name}"
+        return
+    port = _free(port)
+    serve.start(
+        proxy_location="HeadOnly",
+        http_options={"host": HOST, "port": port},
+        logging_config={"log_level": "WARNING"},
+    )
+    try:
+        yield f"http://{HOST}:{port}", "/"
+    finally:
+        shut_serve_down()
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _free(port: int) -> int:
+    """The port itself, or a free one for 0.
+
+    Raises:
+        JobError: if it is taken.
+    """
+    try:
+        with socket.create_server((HOST, port)) as listener:
+            return int(listener.getsockname()[1])
+    except OSError as error:
+        raise JobError(
+            f"port {port} of {HOST} cannot be had ({os.strerror(error.errno or 0)}); give another with --port or `serving.port`, 0 for any free one"
+        ) from error
+
+
+@contextlib.contextmanager
+def _running(application: serve.Application, name: str, prefix: str) -> Iterator[None]:
+    try:
+        try:
+            serve.run(application, name=name, route_prefix=prefix, logging_config={"log_level": "WARNING"})
+        except RuntimeError as error:
+            raise JobError(f"an engine did not start: {_reasons(name) or error}") from error
+        yield
+    finally:
+        with contextlib.suppress(Exception):
+            serve.delete(name)
+
+
+def _reasons(application: str) -> str:
+    """What Serve says of each deployment that failed: the error itself, below its traceback."""
+    status = serve.status().applications.get(application)
+    if status is None:
+        return ""
+    texts: Mapping[str, str] = {
+        name: one.message.strip() for name, one in status.deployments.items() if one.message.strip()
+    }
+    return "; ".join(f"{name}: {cause_in(text)}" for name, text in texts.items())

@@ -1,0 +1,97 @@
+"""The swap: weights of another step into a running engine."""
+
+from __future__ import annotations
+
+import pickle
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from expo_ray.errors import ArithmeticFault, some
+from expo_ray.extrapolation.step import DPO, SFT, Step, parse_step, stepped
+from expo_ray.serving.weights import extrapolated
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
+
+    from expo_ray.on_ray.serving.weight_check import Comparison
+
+
+class PairWorker:
+    """What vLLM adds to each of its workers (`worker_extension_cls`); its methods are called through `collective_rpc`.
+
+    Tensor-parallel workers compute the same tensors and take their slices of them through vLLM's own loader.
+    """
+
+    if TYPE_CHECKING:  # vLLM's worker has them
+        model_config: ModelConfig
+        reload_weights: Any
+        get_model: Any
+
+    expo_comparison: Comparison
+
+    def expo_describe(self) -> dict[str, Any]:
+        """Describe the engine, as it has resolved its settings."""
+        dtype = str(self.model_config.dtype).removeprefix("torch.")
+        return {"max_model_len": int(self.model_config.max_model_len), "dtype": dtype}
+
+    def expo_open(self, plan: bytes, holds_dpo: bool) -> None:
+        """Learn which pair this engine serves.
+
+        Args:
+            plan: a pickled `PairPlan`; its parents are fetched to this node if they are not on it.
+            holds_dpo: whether the engine holds the weights of alpha 0, loaded from dpo's folder.
+
+        Raises:
+            RuntimeError: if too little of what the engine holds can be compared with the plan.
+            StorageError: if a parent cannot be fetched.
+        """
+        from expo_ray.on_ray.serving.engine_adapter import plain_logs
+        from expo_ray.on_ray.serving.engine_weights import pack_experts_again
+        from expo_ray.on_ray.serving.weight_check import Comparison
+        from expo_ray.serving.node_cache import on_this_node
+
+        plain_logs()
+        self.expo_plan = on_this_node(pickle.loads(plan))
+        dtype = self.model_config.dtype
+        assert isinstance(dtype, torch.dtype)
+        self.expo_comparison = Comparison(self.expo_plan, self.get_model(), dtype)
+        pack_experts_again()
+        if holds_dpo or self.expo_plan.dpo.adapter:  # an engine for an adapter starts with sft's folder
+            self.expo_comparison.leave_out_rearranged(DPO if holds_dpo else SFT)
+        self.expo_comparison.check_coverage()
+
+    def expo_swap(self, text: str) -> str:
+        """Load the weights of a step, given as its text, and compare what the engine then holds with the plan's arithmetic.
+
+        Returns:
+            Why the weights of this step cannot be computed; the engine then holds a mixture, and the next swap makes it whole.
+            Empty if they are loaded. No error, as those that cross processes lose their class.
+
+        Raises:
+            RuntimeError: if the engine holds others than computed.
+            StorageError: if the parents cannot be read; what the engine holds then is unknown.
+        """
+        from expo_ray.on_ray.serving.engine_weights import give_reload_up, repack_heads
+
+        step = parse_step(text)
+        try:
+            self.reload_weights(weights_iterator=extrapolated(stepped(self.expo_plan, step), step.alpha))
+        except ArithmeticFault as fault:
+            give_reload_up(self.get_model())
+            return str(fault)
+        repack_heads(self.get_model())
+        self.expo_compare(step)
+        return ""
+
+    def expo_compare(self, step: Step) -> None:
+        """See that sampled weights are those of `step`.
+
+        Raises:
+            RuntimeError: if they are not.
+        """
+        wrong = self.expo_comparison.differing(step)
+        if wrong:
+            raise RuntimeError(
+                f"the engine does not hold the weights of alpha {step}: {some(wrong)} are others"
+            )

@@ -1,0 +1,106 @@
+"""The weights of a pair at one alpha, computed tensor by tensor and never written to a disk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from expo_ray.arithmetic.sums import TensorStatistics
+from expo_ray.checkpoint.vocabulary import RowRun
+from expo_ray.config import format_alpha
+from expo_ray.errors import ArithmeticFault
+from expo_ray.extrapolation.layout import ShardPlan
+from expo_ray.extrapolation.match import TensorPlan
+from expo_ray.extrapolation.plan import PairPlan
+from expo_ray.extrapolation.stream import computed_pages
+
+TORCH_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
+}  # fmt: skip
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+def extrapolated(plan: PairPlan, alpha: float) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and weights of every tensor at `alpha`, one after another; the bytes that the published shards have.
+
+    Raises:
+        ArithmeticFault: if the result holds NaN or infinities.
+        InputChanged: if a parent is no longer the one that was planned.
+        StorageError: if a parent cannot be read.
+    """
+    for index in range(len(plan.shards)):
+        yield from _tensors_of(plan, index, alpha)
+
+
+def _tensors_of(plan: PairPlan, index: int, alpha: float) -> Iterator[tuple[str, torch.Tensor]]:
+    shard = plan.shards[index]
+    file = _File(plan, index, alpha)
+    file.read_into(np.empty(len(shard.header), np.uint8))
+    for tensor in shard.tensors:
+        dtype = TORCH_DTYPES[tensor.dtype]
+        shape = (sum(run.count for run in tensor.runs), *tensor.shape[1:]) if tensor.runs else tensor.shape
+        # Memory of its own: the loader keeps tensors until all that a layer fuses have come.
+        data = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
+        file.read_into(data.numpy())
+        yield tensor.name, data.view(dtype).reshape(shape)
+
+
+class _File:
+    """The bytes of a shard's file as they are computed, front to back."""
+
+    def __init__(self, plan: PairPlan, index: int, alpha: float) -> None:
+        self._pages = computed_pages(plan, index, [alpha], "cpu")
+        self._alpha = alpha
+        self._page: Bytes = np.empty(0, np.uint8)
+
+    def read_into(self, out: Bytes) -> None:
+        """Fill `out` with the next bytes.
+
+        Raises:
+            ArithmeticFault: if they hold a value that no model can have.
+        """
+        while len(out):
+            if not len(self._page):
+                page = next(self._pages)
+                for name, statistics in page.statistics:
+                    _refuse_broken(name, statistics, self._alpha)
+                self._page = np.frombuffer(page.outs[0], np.uint8)
+            count = min(len(out), len(self._page))
+            out[:count] = self._page[:count]
+            out, self._page = out[count:], self._page[count:]
+
+
+def _refuse_broken(name: str, statistics: Sequence[TensorStatistics], alpha: float) -> None:
+    for one in statistics:
+        if one.nan or one.inf or one.overflow:
+            raise ArithmeticFault(
+                f"{name} at alpha {format_alpha(alpha)}: {one.nan} NaN, {one.inf} infinite and {one.overflow} overflowing "
+                "elements; choose a smaller alpha, or repair the parents"
+            )
+
+
+def rows_of(plan: PairPlan, picked: Mapping[str, Sequence[int]], alpha: float) -> dict[str, torch.Tensor]:
+    """Some rows of some tensors at `alpha`, computed anew: (rows, the tensor's other dimensions) by name."""
+    tensors = [
+        replace(tensor, runs=tuple(RowRun(row, _partner(tensor, row), 1) for row in picked[tensor.name]))
+        for shard in plan.shards
+        for tensor in shard.tensors
+        if tensor.name in picked
+    ]
+    alone = replace(plan, shards=(ShardPlan("", tuple(tensors), 0),))
+    return dict(_tensors_of(alone, 0, alpha))
+
+
+def _partner(tensor: TensorPlan, row: int) -> int | None:
+    """The row of sft that goes with a row of dpo."""
+    for run in tensor.runs:
+        if run.dpo_first <= row < run.dpo_first + run.count:
+            return None if run.sft_first is None else run.sft_first + row - run.dpo_first
+    return row

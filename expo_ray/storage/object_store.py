@@ -1,0 +1,212 @@
+"""S3 and everything that speaks its language."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, TypeVar
+
+from expo_ray.errors import AlreadyExists, InputChanged, NotFound, StorageError, TransientStorageError
+from expo_ray.storage.object_errors import status_of, translate
+from expo_ray.storage.object_writer import S3Writer
+from expo_ray.storage.protocol import MOST_BYTES, FileInfo, check_size
+from expo_ray.storage.retry import copy_pieces, equal_pieces, read_agreed, retry_translated
+from expo_ray.storage.s3_connection import connect
+from expo_ray.storage.uri import check_key, split_bucket
+from expo_ray.text import shown
+
+if TYPE_CHECKING:
+    from obstore import ObjectMeta
+
+PIECE_BYTES = 256 << 10
+RANGE_NOT_SATISFIABLE = 416
+
+# More than any model or run has; a listing that goes on is no listing.
+_MOST_OBJECTS = 1_000_000
+
+T = TypeVar("T")
+
+
+class S3Store:
+    """A folder of a bucket.
+
+    Args:
+        uri: `s3://bucket` or `s3://bucket/folder`.
+    """
+
+    chunk_bytes = 4 << 20
+    concurrency = 8
+
+    def __init__(self, uri: str) -> None:
+        bucket, folder = split_bucket(uri.removeprefix("s3://"))
+        if not bucket:
+            raise StorageError(f"{uri}: the bucket is missing; write s3://bucket/folder")
+        self.uri = f"s3://{bucket}/{folder}".rstrip("/")
+        self._folder = f"{folder}/" if folder else ""
+        self._connection = connect(bucket)
+
+    def __reduce__(self) -> tuple[type[S3Store], tuple[str]]:
+        return S3Store, (self.uri,)
+
+    @property
+    def _guarded(self) -> bool:
+        """True if TLS guards what is read; if not, every range is read twice."""
+        return self._connection.guarded
+
+    def list(self, prefix: str = "") -> list[FileInfo]:
+        import obstore
+
+        # obstore lists by whole path segments; the protocol by characters.
+        folder = (self._folder + prefix).rpartition("/")[0]
+        uri = f"{self.uri}/{prefix}".rstrip("/")
+
+        def ask() -> list[FileInfo]:
+            listed: dict[str, FileInfo] = {}
+            for page in obstore.list(self._connection.reads, folder or None, chunk_size=1000):
+                for info in map(self._info, page):
+                    if info.key in listed or len(listed) == _MOST_OBJECTS:
+                        raise StorageError(
+                            f"{uri}: the listing does not end; after {len(listed)} objects it names {shown(info.key)}. Correct "
+                            "AWS_ENDPOINT_URL, or name a folder with fewer files"
+                        )
+                    listed[info.key] = info
+            return list(listed.values())
+
+        infos = self._retry(ask, uri)
+        folders = {str(folder) for info in infos for folder in PurePosixPath(info.key).parents}
+        return sorted(
+            # An empty object `folder/` is how consoles make a folder.
+            (
+                info
+                for info in infos
+                if info.key and info.key.startswith(prefix) and (info.size or info.key not in folders)
+            ),
+            key=lambda info: info.key,
+        )
+
+    def stat(self, key: str) -> FileInfo:
+        import obstore
+
+        path = self._path(key)
+        return self._retry(
+            lambda: self._info(obstore.head(self._connection.reads, path)), f"{self.uri}/{key}"
+        )
+
+    def read(self, key: str, *, most_bytes: int = MOST_BYTES) -> bytes:
+        import obstore
+
+        path = self._path(key)
+        uri = f"{self.uri}/{key}"
+
+        def ask() -> bytes:
+            answer = obstore.get(self._connection.reads, path)
+            check_size(uri, answer.meta["size"], most_bytes)
+            return bytes(answer.bytes())
+
+        return self._agreed(ask, lambda data: self._retry(ask, uri) == data, uri)
+
+    def read_into(self, key: str, start: int, out: memoryview, *, etag: str) -> None:
+        path = self._path(key)
+        uri = f"{self.uri}/{key}"
+        view = out.cast("B")
+        if not view:
+            return
+
+        fetch = partial(self._range, path, start, len(view), etag, uri)
+        self._agreed(
+            lambda: copy_pieces(fetch(), view, uri),
+            lambda _: self._retry(lambda: equal_pieces(fetch(), view), uri),
+            uri,
+        )
+
+    def put(self, key: str, data: bytes) -> FileInfo:
+        import obstore
+
+        path = self._path(key)
+
+        def ask() -> FileInfo:
+            result = obstore.put(self._connection.puts, path, data, use_multipart=False)
+            return FileInfo(key, len(data), result["e_tag"] or "")
+
+        return self._retry(ask, f"{self.uri}/{key}")
+
+    def put_if_absent(self, key: str, data: bytes) -> FileInfo:
+        import obstore
+        from obstore.exceptions import AlreadyExistsError
+
+        path = self._path(key)
+
+        def ask() -> FileInfo:
+            try:
+                result = obstore.put(self._connection.puts, path, data, mode="create", use_multipart=False)
+            except AlreadyExistsError:
+                return self._taken(key, data)
+            return FileInfo(key, len(data), result["e_tag"] or "")
+
+        return self._retry(ask, f"{self.uri}/{key}")
+
+    def writer(self, key: str, size: int) -> S3Writer:
+        path = self._path(key)
+        return S3Writer(self._connection, path, f"{self.uri}/{key}", size, lambda: self.stat(key))
+
+    def delete(self, key: str) -> None:
+        import obstore
+
+        path = self._path(key)
+        with contextlib.suppress(NotFound):
+            self._retry(lambda: obstore.delete(self._connection.puts, path), f"{self.uri}/{key}")
+
+    def _taken(self, key: str, data: bytes) -> FileInfo:
+        """The object that kept us from writing, if it holds the same bytes."""
+        uri = f"{self.uri}/{key}"
+        try:
+            held = self.read(key)
+        except NotFound as error:  # AWS answers 409 while another request to this key is under way
+            raise TransientStorageError(f"{uri}: another writer was at it, and left nothing") from error
+        if held != data:
+            raise AlreadyExists(f"{uri} already holds something else")
+        return self.stat(key)
+
+    def _range(self, path: str, start: int, size: int, etag: str, uri: str) -> Iterable[bytes]:
+        """A range as it arrives, in pieces: eight whole ranges in flight would take 30 MiB more, and no less time."""
+        import obstore
+        from obstore.exceptions import PreconditionError
+
+        try:
+            answer = obstore.get(
+                self._connection.reads, path, options={"range": (start, start + size), "if_match": etag}
+            )
+        except PreconditionError as error:
+            raise InputChanged(f"{uri} was replaced since it was planned; plan again") from error
+        except Exception as error:
+            if status_of(error) == RANGE_NOT_SATISFIABLE:
+                raise StorageError(f"{uri} ends before byte {start}") from error
+            raise
+        if not _same(answer.meta["e_tag"], etag):  # not every store looks at If-Match
+            raise InputChanged(f"{uri} was replaced since it was planned; plan again")
+        end = answer.range[1]
+        if end < start + size:
+            raise StorageError(f"{uri} ends at byte {end}, before byte {start + size}")
+        return answer.stream(min_chunk_size=PIECE_BYTES)
+
+    def _agreed(self, ask: Callable[[], T], agrees: Callable[[T], bool], uri: str) -> T:
+        def read() -> T:
+            return self._retry(ask, uri)
+
+        return read() if self._guarded else read_agreed(read, agrees, uri)
+
+    def _retry(self, ask: Callable[[], T], uri: str) -> T:
+        return retry_translated(ask, lambda error: translate(error, uri, self._connection))
+
+    def _info(self, meta: ObjectMeta) -> FileInfo:
+        return FileInfo(meta["path"].removeprefix(self._folder), meta["size"], meta["e_tag"] or "")
+
+    def _path(self, key: str) -> str:
+        return self._folder + check_key(key, self.uri)
+
+
+def _same(answered: str | None, planned: str) -> bool:
+    """True if two ETags name the same bytes; a proxy that compresses marks them as weak."""
+    return (answered or "").removeprefix("W/") == planned.removeprefix("W/")

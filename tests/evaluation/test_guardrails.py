@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from expo_ray.config import Guardrails
+from expo_ray.evaluation.records import Response, Reward
+from expo_ray.evaluation.search.evaluated import (
+    Evaluated,
+    EvaluationError,
+    evaluated,
+    is_broken,
+    repetition_of,
+)
+from expo_ray.evaluation.search.guardrails import Check, checks, rejection
+
+PROSE = (
+    "The old lighthouse keeper counted ships all summer, and wrote each name into a book that nobody else was allowed to open. "
+    "When winter came he read the names aloud to the cat, who seemed to remember some of them."
+)
+
+
+def response(
+    prompt: str, sample: int = 0, text: str = PROSE, tokens: int = 50, end: str = "stop"
+) -> Response:
+    return Response(prompt, sample, "pair@0.5", [], text, tokens, 10, end, seed=1)
+
+
+def keyed(rows: list[Response]) -> dict[tuple[str, int], Response]:
+    return {row.key: row for row in rows}
+
+
+def scored(rows: list[Response], reward: float = 1.0) -> dict[str, dict[tuple[str, int], Reward]]:
+    return {"rm": {row.key: Reward(row.prompt_id, row.sample, reward) for row in rows}}
+
+
+def flat(**changes: object) -> Evaluated:
+    """100 prompts: 100 tokens each, nothing cut, repeated or broken."""
+    zero = np.zeros(100)
+    plain = Evaluated(
+        0.0, tuple(map(str, range(100))), {"rm": zero}, np.full(100, 100.0), cut=zero, repetition=zero, broken=zero
+    )  # fmt: skip
+    return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
+
+
+def share(value: float) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """A mean of `value` over 100 prompts."""
+    return (np.arange(100) < round(100 * value)).astype(float)
+
+
+def find(name: str, one: Evaluated, dpo: Evaluated) -> Check:
+    return next(check for check in checks(one, dpo, Guardrails(), 0.95) if check.name == name)
+
+
+def test_samples_are_averaged_within_a_prompt_and_prompts_keep_the_order_of_the_set() -> None:
+    rows = [
+        response("b", 0, tokens=10),
+        response("b", 1, tokens=30, end="length"),
+        response("a", 0, text="", tokens=2),
+        response("a", 1, tokens=4),
+        response("elsewhere", 0),
+    ]
+    rewards = {
+        "rm": {row.key: Reward(row.prompt_id, row.sample, row.num_tokens / 2) for row in rows},
+        "other": {row.key: Reward(row.prompt_id, row.sample, 7.0) for row in rows},
+    }
+    found = evaluated(0.5, ["b", "a"], keyed(rows), rewards)
+    assert found.prompt_ids == ("b", "a")
+    assert list(found.rewards) == ["rm", "other"]
+    assert found.rewards["rm"].tolist() == [10, 1.5]
+    assert found.lengths.tolist() == [20, 3]
+    assert found.cut.tolist() == [0.5, 0]
+    assert found.broken.tolist() == [0, 0.5]
+    assert found.samples == 2
+    assert found.first(1).rewards["rm"].tolist() == [10]
+
+
+def test_rows_that_do_not_fit_are_named() -> None:
+    rows = [response("a"), response("b")]
+    with pytest.raises(EvaluationError, match=r"1 of 3 prompts .*\(c\)"):
+        evaluated(0.5, ["a", "b", "c"], keyed(rows), scored(rows))
+    with pytest.raises(EvaluationError, match=r"rm has not scored 1 of 2 responses \(b/0\)"):
+        evaluated(0.5, ["a", "b"], keyed(rows), scored(rows[:1]))
+    with pytest.raises(EvaluationError, match="no finite number"):
+        evaluated(0.5, ["a", "b"], keyed(rows), scored(rows, float("nan")))
+    with pytest.raises(EvaluationError, match="no rewards"):
+        evaluated(0.5, ["a", "b"], keyed(rows), {})
+
+
+@pytest.mark.parametrize(
+    ("text", "low", "high"),
+    [
+        (PROSE, 0, 0.01),
+        ("C" * 300, 0.99, 1),
+        (PROSE + " again and again" * 30, 0.5, 0.8),
+        (PROSE[:40] * 2, 0.3, 0.7),
+        ("short", 0, 0),
+        ("", 0, 0),
+    ],
+)
+def test_repetition_sees_loops_with_and_without_spaces(text: str, low: float, high: float) -> None:
+    assert low <= repetition_of(text) <= high
+
+
+@given(st.text(max_size=80), st.integers(1, 4))
+def test_repetition_is_a_share_and_grows_with_each_copy(text: str, copies: int) -> None:
+    found = [repetition_of(text * count) for count in range(1, copies + 2)]
+    assert all(0 <= value < 1 for value in found)
+    if len(text) >= 16:
+        assert found == sorted(found)
+
+
+def test_empty_and_leaking_responses_are_broken() -> None:
+    assert is_broken(" \n", ())
+    assert is_broken("Yes.<|im_start|>user", ("<|im_start|>",))
+    assert not is_broken("Yes.", ("<|im_start|>",))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "verdict"),
+    [
+        (100, "ok"),
+        (129, "ok"),
+        (131, "warn"),
+        (161, "reject"),
+        (78, "ok"),
+        (76, "warn"),
+        (62, "reject"),
+        (0, "reject"),
+    ],
+)
+def test_responses_may_neither_grow_nor_shrink_too_far(tokens: int, verdict: str) -> None:
+    check = find("length ratio", flat(lengths=np.full(100, float(tokens))), flat())
+    assert check.verdict == verdict
+    assert check.value == pytest.approx(tokens / 100)
+    assert f"{tokens} tokens where dpo's have 100" in check.text
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after", "verdict"),
+    [
+        ("cut", 0.0, 0.04, "ok"),
+        ("cut", 0.0, 0.06, "warn"),
+        ("cut", 0.0, 0.12, "reject"),
+        ("cut", 0.3, 0.34, "ok"),
+        ("cut", 0.3, 0.1, "ok"),
+        ("repetition", 0.1, 0.3, "reject"),
+        ("broken", 0.0, 0.02, "warn"),
+        ("broken", 0.5, 0.56, "reject"),
+    ],
+)
+def test_shares_may_rise_only_so_far_above_dpos(name: str, before: float, after: float, verdict: str) -> None:
+    check = find(name, flat(**{name: share(after)}), flat(**{name: share(before)}))
+    assert check.verdict == verdict
+    assert check.value == pytest.approx(after - before)
+
+
+def test_divergence_is_per_token_of_dpos_own_responses() -> None:
+    rows = [response("a"), response("b")]
+    dpo = {("a", 0): [-1.0, -1.0], ("b", 0): [-0.5] * 8}
+    moved = {("a", 0): [-2.0, -3.0], ("b", 0): [-1.1] * 8}
+    found = evaluated(0.5, ["a", "b"], keyed(rows), scored(rows), logprobs=(dpo, moved))
+    check = find("kl", found, found)
+    assert check.value == pytest.approx((1 + 2 + 8 * 0.6) / 10)
+    assert check.verdict == "warn"
+    assert all(check.name != "kl" for check in checks(flat(), flat(), Guardrails(), 0.95))
+    with pytest.raises(EvaluationError, match="1 log-probabilities and dpo 2"):
+        evaluated(0.5, ["a"], keyed(rows), scored(rows), logprobs=(dpo, {("a", 0): [-2.0]}))
+
+
+def test_another_reward_model_has_a_veto_where_it_finds_the_responses_worse() -> None:
+    noise = np.random.default_rng(0).normal(0, 1, 100)
+    zero = np.zeros(100)
+
+    def seen_by_second(shift: float) -> tuple[Check, ...]:
+        one = flat(alpha=8.0, rewards={"vader": zero + 5, "rm": noise + shift})
+        return checks(one, flat(rewards={"vader": zero, "rm": zero}), Guardrails(), 0.95)
+
+    assert "rm finds it worse than dpo" in rejection(seen_by_second(-1.0))
+    assert rejection(seen_by_second(0.0)) == ""
+    assert rejection(seen_by_second(1.0)) == ""

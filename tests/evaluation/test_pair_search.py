@@ -1,0 +1,95 @@
+"""The course of a search over real statistics, with an evaluator that knows the true reward curve."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import pairwise
+
+import numpy as np
+
+from expo_ray.config import Search
+from expo_ray.evaluation.progress import SearchProgress
+from expo_ray.evaluation.prompts.prompt_set import PromptSet, prompt_of
+from expo_ray.evaluation.search.evaluated import Evaluated
+from expo_ray.evaluation.search.search_pair import search_pair
+from expo_ray.extrapolation.step import SFT, Step
+from expo_ray.storage import open_store
+
+PROMPTS = PromptSet.of(
+    "numbers", [prompt_of([{"role": "user", "content": f"Name number {i}."}]) for i in range(400)]
+)
+
+
+class Curve:
+    """Rewards with a maximum at alpha 0.8; remembers what it was asked."""
+
+    def __init__(self, height: float) -> None:
+        self.height = height
+        self.asked: list[tuple[float, tuple[str, ...]]] = []
+
+    def __call__(self, step: Step, prompts: PromptSet) -> Evaluated:
+        alpha = step.alpha
+        ids = tuple(prompt.id for prompt in prompts.prompts)
+        self.asked.append((alpha, ids))
+        true = self.height * (1 - (math.log2((alpha + 0.1) / 0.9)) ** 2 / 9) if alpha >= 0 else -1.0
+        noise = [np.random.default_rng([int(one, 16), round(1000 * (alpha + 1))]).normal() for one in ids]
+        shared = [np.random.default_rng(int(one, 16)).normal() for one in ids]
+        ones = np.ones(len(ids))
+        return Evaluated(
+            alpha, ids, {"rm": true + np.array(noise) + np.array(shared)}, 20 * ones, 0 * ones, 0 * ones, 0 * ones
+        )  # fmt: skip
+
+
+def test_a_gain_is_found_and_confirmed_on_prompts_that_did_not_choose_it() -> None:
+    curve, told = Curve(height=3.0), list[str]()
+    history, decision = search_pair(PROMPTS, Search(prompts=(64, 128, 200)), curve, told.append, at_once=2)
+    assert 0.3 <= decision.alpha <= 1.6, decision.reason
+    choose, confirm = ({prompt.id for prompt in half.prompts} for half in PROMPTS.halves())
+    assert not choose & confirm
+    assert set(history.choose.evaluated[decision.alpha].prompt_ids) <= choose
+    assert set(history.confirm.evaluated[decision.alpha].prompt_ids) <= confirm
+    assert SFT.alpha in history.choose.evaluated
+    assert any(one.half == "confirm" and one.gain.low > 0 for one in decision.evidence)
+
+
+def test_without_a_gain_dpo_is_kept() -> None:
+    told: list[str] = []
+    _, decision = search_pair(
+        PROMPTS, Search(prompts=(64, 128, 200)), Curve(height=0.0), told.append, at_once=2
+    )
+    assert decision.alpha == 0
+    assert told[-1] == decision.reason
+    assert told[0] == "ladder, alpha 0, 0.1, 0.2, 0.4 on 64 prompts"
+    assert "keep dpo" in decision.reason
+
+
+def test_a_rung_asks_only_for_alphas_that_need_more_prompts_and_each_set_begins_with_the_last_one() -> None:
+    curve, told = Curve(height=3.0), list[str]()
+    search_pair(PROMPTS, Search(prompts=(64, 128, 200)), curve, told.append, at_once=1)
+    for alpha in {alpha for alpha, _ in curve.asked}:
+        sets = [ids for one, ids in curve.asked if one == alpha and ids]
+        on_choose = [ids for ids in sets if ids[0] == sets[0][0]]
+        assert [len(ids) for ids in on_choose] == sorted({len(ids) for ids in on_choose})
+        for smaller, larger in pairwise(on_choose):
+            assert larger[: len(smaller)] == smaller
+
+
+def test_the_status_of_a_search_tells_what_each_pair_is_at() -> None:
+    store = open_store("memory://status-of-a-search")
+    with SearchProgress(store) as progress:
+        progress.tell("one", "ladder, alpha 0, 0.1 on 64 prompts")
+        progress.begin(128, 64)
+        progress.add(300, 32)
+        progress.rewards.begin(32)
+        progress.rewards.add(0, 16)
+        assert progress.line.startswith("32/128 responses")
+        assert progress.line.endswith("16/32 rewards")
+        progress.tell("two", "keep dpo")
+        progress.finish("done")
+    status = json.loads(store.read("status.json"))
+    assert (status["state"], status["stage"], status["tokens"]) == ("done", "search", 300)
+    assert status["responses"] == {"done": 32, "all": 128, "kept": 64}
+    assert status["rewards"] == {"done": 16, "all": 32}
+    assert status["pairs"] == {"one": "ladder, alpha 0, 0.1 on 64 prompts", "two": "keep dpo"}
+    assert status["seconds_left"] is not None

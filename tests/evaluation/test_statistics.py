@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from numpy.typing import NDArray
+from scipy import stats
+
+from expo_ray.evaluation.search.comparisons import losers
+from expo_ray.evaluation.statistics import (
+    Array,
+    gain,
+    length_controlled_gain,
+    mean_ratio,
+    standard_error,
+    win_rate,
+)
+
+
+def skewed(num_prompts: int, seed: int = 0) -> tuple[Array, Array, Array, Array]:
+    """Rewards and lengths of an alpha and of dpo: skewed, correlated, and longer responses better by 3 per unit of log length."""
+    generator = np.random.default_rng(seed)
+    ease = generator.exponential(2, num_prompts)
+    dpo_lengths = generator.integers(20, 400, num_prompts).astype(float)
+    lengths = np.round(dpo_lengths * np.exp(generator.normal(0.2, 0.3, num_prompts)))
+    dpo = ease + generator.normal(0, 1, num_prompts)
+    longer = np.log1p(lengths) - np.log1p(dpo_lengths)
+    rewards = ease + 0.5 + 3 * longer + generator.exponential(1, num_prompts) - 1
+    return rewards, dpo, lengths, dpo_lengths
+
+
+def test_the_interval_of_the_gain_is_scipys() -> None:
+    rewards, dpo, _, _ = skewed(80)
+    wanted = stats.bootstrap(
+        (rewards - dpo,), np.mean, method="BCa", n_resamples=20_000, rng=np.random.default_rng(1)
+    ).confidence_interval
+    found = gain(rewards, dpo)
+    assert found.value == pytest.approx((rewards - dpo).mean())
+    # Two resamplings of 10,000 and 20,000 agree to a few hundredths of the interval's width.
+    width = wanted.high - wanted.low
+    assert found.low == pytest.approx(wanted.low, abs=0.03 * width)
+    assert found.high == pytest.approx(wanted.high, abs=0.03 * width)
+
+
+def test_the_interval_of_a_ratio_is_scipys() -> None:
+    _, _, lengths, dpo_lengths = skewed(60)
+
+    def ratio(one: Array, other: Array, axis: int = -1) -> Array:
+        return np.asarray(one.mean(axis=axis) / other.mean(axis=axis))
+
+    wanted = stats.bootstrap(
+        (lengths, dpo_lengths), ratio, paired=True, method="BCa", n_resamples=20_000, rng=np.random.default_rng(1)
+    ).confidence_interval  # fmt: skip
+    found = mean_ratio(lengths, dpo_lengths)
+    width = wanted.high - wanted.low
+    assert found.low == pytest.approx(wanted.low, abs=0.03 * width)
+    assert found.high == pytest.approx(wanted.high, abs=0.03 * width)
+
+
+def test_the_length_controlled_gain_is_the_intercept_of_least_squares_refitted_in_each_resample() -> None:
+    rewards, dpo, lengths, dpo_lengths = skewed(120)
+    y, x = rewards - dpo, np.log1p(lengths) - np.log1p(dpo_lengths)
+
+    def intercept(rows: NDArray[np.int64]) -> float:
+        design = np.stack([np.ones(len(rows)), x[rows]], axis=1)
+        return float(np.linalg.lstsq(design, y[rows], rcond=None)[0][0])
+
+    found = length_controlled_gain(rewards, dpo, lengths, dpo_lengths)
+    everything = np.arange(len(y))
+    assert found.value == pytest.approx(intercept(everything), rel=1e-6)
+    generator = np.random.default_rng(5)
+    refitted = [intercept(generator.choice(everything, len(y))) for _ in range(4000)]
+    low, high = np.quantile(refitted, [0.025, 0.975])
+    assert found.low == pytest.approx(low, abs=0.1 * (high - low))
+    assert found.high == pytest.approx(high, abs=0.1 * (high - low))
+    # Half of the raw gain was length: 0.5 is what was put in.
+    assert gain(rewards, dpo).value > 0.9
+    assert found.low < 0.5 < found.high
+
+
+def test_equal_lengths_leave_the_gain_as_it_is() -> None:
+    rewards, dpo, lengths, _ = skewed(50)
+    controlled, raw = length_controlled_gain(rewards, dpo, lengths, lengths), gain(rewards, dpo)
+    assert (controlled.value, controlled.low, controlled.high) == pytest.approx(
+        (raw.value, raw.low, raw.high)
+    )
+
+
+def test_a_tie_is_half_a_win() -> None:
+    dpo = np.zeros(8)
+    assert win_rate(np.array([1, 1, 1, 0, 0, -1, -1, -1.0]), dpo).value == 0.5
+    assert win_rate(np.array([1, 0, 0, 0, 0, 0, 0, 0.0]), dpo).value == (1 + 7 / 2) / 8
+
+
+def test_equal_rewards_have_an_interval_without_width() -> None:
+    rewards = np.linspace(0, 19, 20)
+    found = gain(rewards, rewards.copy())
+    assert (found.value, found.low, found.high) == (0, 0, 0)
+
+
+def test_one_prompt_has_no_interval() -> None:
+    with pytest.raises(ValueError, match="at least 2"):
+        gain(np.ones(1), np.zeros(1))
+
+
+@pytest.mark.parametrize("confidence", [0.8, 0.95])
+def test_the_interval_covers_the_truth_as_often_as_it_says(confidence: float) -> None:
+    generator = np.random.default_rng(11)
+    covered = 0
+    rounds = 300
+    for _ in range(rounds):
+        # Skewed differences of mean 1, where a normal interval is off to one side.
+        found = gain(generator.exponential(1, 128).astype(np.float64), np.zeros(128), confidence)
+        covered += found.low <= 1 <= found.high
+    # The tail beyond is one in a thousand, and BCa at 128 prompts misses by a point.
+    low, high = stats.binom.ppf([0.001, 0.999], rounds, confidence - 0.01)
+    assert low <= covered <= high
+
+
+pairs_of_rewards = st.integers(2, 30).flatmap(
+    lambda size: st.tuples(*(arrays(float, size, elements=st.floats(-100, 100, width=32)) for _ in range(2)))
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(pairs_of_rewards)
+def test_an_interval_holds_its_estimate_and_turns_with_the_sign(found: tuple[Array, Array]) -> None:
+    rewards, dpo = (values.astype(np.float64) for values in found)
+    one, other = gain(rewards, dpo), gain(dpo, rewards)
+    assert one == gain(rewards.copy(), dpo.copy())
+    slack = 1e-4 * (1 + np.abs(rewards).max() + np.abs(dpo).max())
+    assert one.low <= one.high
+    assert one.low >= (rewards - dpo).min() - slack
+    assert one.high <= (rewards - dpo).max() + slack
+    assert other.value == pytest.approx(-one.value, abs=slack)
+    assert other.low == pytest.approx(-one.high, abs=slack + 0.05 * (one.high - one.low))
+    assert win_rate(rewards, dpo).value + win_rate(dpo, rewards).value == pytest.approx(1)
+
+
+def test_the_standard_error_is_that_of_a_paired_t_test() -> None:
+    rewards, dpo, _, _ = skewed(40)
+    test = stats.ttest_rel(rewards, dpo)
+    assert (rewards - dpo).mean() / standard_error(rewards, dpo) == pytest.approx(test.statistic)
+
+
+def test_of_two_alphas_the_loser_is_who_loses_a_one_sided_t_test() -> None:
+    generator = np.random.default_rng(2)
+    dpo = generator.normal(0, 2, 400)
+    level = 0.01
+    for shift in (0.0, 0.1, 0.2, 0.3, 0.5):
+        worse = dpo - shift + generator.normal(0, 1.5, 400)
+        p = stats.ttest_rel(worse, dpo, alternative="less").pvalue
+        if not 0.5 * level < p < 2 * level:
+            assert losers(np.stack([dpo, worse], axis=1), level).tolist() == [False, p < level]
+
+
+def test_the_best_of_many_is_dropped_as_seldom_as_the_level_says() -> None:
+    """Six equal alphas in four looks at growing data: in how many searches does the first one ever fall?"""
+    generator = np.random.default_rng(8)
+    rounds, fell = 300, 0
+    for _ in range(rounds):
+        prompts = generator.normal(0, 2, (512, 1))
+        rewards = prompts + generator.standard_t(5, (512, 6))
+        fell += any(losers(rewards[:size], 0.05 / 3)[0] for size in (128, 256, 512))
+    assert fell <= stats.binom.ppf(0.999, rounds, 0.05)
+    # Nor is the test empty: without the corrections, the same data drop it far more often.
+    assert losers(rewards - np.array([0.5, 0, 0, 0, 0, 0]), 0.05 / 3)[0]
+
+
+def test_identical_alphas_never_lose_to_each_other() -> None:
+    rewards = np.repeat(np.random.default_rng(0).normal(size=(50, 1)), 3, axis=1)
+    assert not losers(rewards, 0.05).any()

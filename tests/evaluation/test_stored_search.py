@@ -1,0 +1,179 @@
+"""What `expo-ray run` publishes and reports of searches that are stored, where inputs changed since they were checked."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+pytest.importorskip("ray")
+pytest.importorskip("peft")
+
+from expo_ray.cli.run import tell
+from expo_ray.config import Pair, load_job
+from expo_ray.errors import InputChanged
+from expo_ray.extrapolation.plan import PairPlan, plan_pair
+from expo_ray.extrapolation.plan_job import JobPlan, inspect_pairs
+from expo_ray.extrapolation.progress import Progress
+from expo_ray.extrapolation.run_job import run_pairs
+from expo_ray.on_ray import pipeline
+from expo_ray.on_ray.check_job import Prepared, prepare
+from expo_ray.on_ray.extrapolation import OnRay
+from expo_ray.on_ray.search_pairs import Searched, drop_replaced
+from expo_ray.published.verify import read_manifest, verify_files
+from expo_ray.report.results import PairResult, Results
+from expo_ray.report.stored import results_json
+from expo_ray.storage import open_store
+from tests.support.chat_models import save_chat_lora, save_chat_pair
+from tests.support.pairs import files_of
+
+pytestmark = [pytest.mark.ray, pytest.mark.s3]
+
+FAILED = 1
+ALPHA = 0.8
+# No product of an alpha above 1.8 and this multiplier is finite.
+LARGE = 1e308
+NAMES = ("adapter", "plain", "replaced", "unplannable", "unsearched")
+
+
+def save_pairs(root: str, folder: Path) -> list[dict[str, Any]]:
+    """The pairs of a job, below `root`."""
+    pairs: list[dict[str, Any]] = []
+    for name in NAMES:
+        folders = (
+            save_chat_lora(folder / name)
+            if name == "adapter"
+            else save_chat_pair(folder / name, tied=False, dtype=torch.bfloat16)
+        )
+        sft, dpo = (copied(parent, f"{root}/{name}/{parent.name}") for parent in folders)
+        pairs.append({"name": name, "sft": sft, "dpo": dpo})
+    pairs[NAMES.index("unplannable")]["multipliers"] = {"norm": LARGE}
+    return pairs
+
+
+def store_searches(prepared: Prepared) -> None:
+    """Store a decision for every pair but the last, as a search that came to its end."""
+    store = open_store(prepared.job.output)
+    for plan in prepared.plans[:-1]:
+        decision = 3.2 if plan.name == "unplannable" else ALPHA
+        result = PairResult(plan.name, plan.sft.uri, plan.dpo.uri, decision, f"alpha {decision:g} is best")
+        key = f"evaluation/searches/{plan.name}-{prepared.search_id(plan)}.json"
+        store.put(key, results_json(Results(store.uri, "", (result,))))
+
+
+@pytest.mark.usefixtures("ray_here")
+@pytest.mark.parametrize("place", ["local", "s3"])
+def test_pairs_that_cannot_be_published_any_more_fail_alone_and_the_report_is_written(
+    place: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    # The session's Ray is connected already. It has one CPU, too few for the engine of a search beside a reward model.
+    monkeypatch.setattr(pipeline, "cluster", contextlib.nullcontext)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "brief.py").write_text("def reward(prompt, response):\n    return -len(response)\n")
+    (tmp_path / "prompts.txt").write_text("".join(f"Spell the number {number}.\n" for number in range(64)))
+    root = str(tmp_path / "store") if place == "local" else request.getfixturevalue("s3_uri")
+    job = {
+        "output": f"{root}/out",
+        "pairs": save_pairs(root, tmp_path / "made"),
+        "prompts": [{"source": str(tmp_path / "prompts.txt")}],
+        "rewards": [{"model": "python:brief:reward"}],
+        "serving": {"max_model_len": 128},
+        "sampling": {"max_tokens": 12},
+    }
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
+    prepared = prepare(load_job(str(tmp_path / "job.yaml")))
+    store_searches(prepared)
+    damage(f"{root}/replaced/dpo")
+
+    searched = Searched()
+    assert [plan.name for plan in drop_replaced(prepared.plans, searched)] == [
+        name for name in NAMES if name != "replaced"
+    ]
+    assert searched.failures.keys() == {"replaced"}
+
+    results = pipeline.run_pipeline(prepared)
+    assert tell(results, prepared.job) == FAILED
+    told = capsys.readouterr()
+
+    output = open_store(f"{root}/out")
+    stored = json.loads(output.read("results.json"))
+    assert {pair["name"]: len(pair["published"]) for pair in stored["pairs"]} == {
+        "adapter": 1, "plain": 1, "replaced": 0, "unplannable": 0,
+    }  # fmt: skip
+    assert stored["failures"].keys() == {"replaced", "unplannable", "unsearched"}
+    assert f"{root}/replaced/dpo" in stored["failures"]["replaced"]
+    assert "model.safetensors (replaced)" in stored["failures"]["replaced"]
+    assert "times the multiplier" in stored["failures"]["unplannable"]
+    assert "add nodes" in stored["failures"]["unsearched"]
+    page = output.read("report/index.html").decode()
+    for name in stored["failures"]:
+        assert f"failed: {name}: " in told.err
+        assert name in page
+
+    for name in ("adapter", "plain"):
+        model = open_store(f"{root}/out/pairs/{name}/alpha={ALPHA}")
+        manifest = read_manifest(model)
+        assert manifest is not None
+        assert verify_files(model, manifest) == []
+        assert manifest["arithmetic"]["adapter"] == ("scale" if name == "adapter" else None)
+        for side, checkpoint in zip(("sft", "dpo"), parents_of(prepared, name), strict=True):
+            etags = {key: info.etag for key, info in checkpoint.files.items()}
+            assert {key: file["etag"] for key, file in manifest["parents"][side]["files"].items()} == etags
+    assert "pairs/replaced" not in " ".join(info.key for info in output.list())
+
+    # The stored search is that of the old parent: the new one is another search's.
+    again = prepare(load_job(str(tmp_path / "job.yaml")))
+    changed = [
+        new.name
+        for old, new in zip(prepared.plans, again.plans, strict=True)
+        if prepared.search_id(old) != again.search_id(new)
+    ]
+    assert changed == ["replaced"]
+
+
+@pytest.mark.usefixtures("ray_here")
+def test_workers_do_not_read_a_parent_that_is_replaced_while_models_are_written(
+    s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = []
+    for name in ("first", "second"):
+        folders = save_chat_pair(tmp_path / name, tied=False, dtype=torch.bfloat16)
+        sft, dpo = (copied(parent, f"{s3_uri}/{name}/{parent.name}") for parent in folders)
+        plans.append(plan_pair(Pair(name=name, sft=sft, dpo=dpo), {ALPHA: f"{s3_uri}/out/{name}"}))
+
+    def inspect_and_replace(pairs: Sequence[PairPlan]) -> tuple[JobPlan, dict[str, Exception]]:
+        inspected = inspect_pairs(pairs)
+        damage(f"{s3_uri}/first/sft")
+        return inspected
+
+    monkeypatch.setattr("expo_ray.extrapolation.run_job.inspect_pairs", inspect_and_replace)
+    with Progress(quiet=True) as progress, OnRay(progress, device="cpu") as executor:
+        outcome = run_pairs(plans, executor, progress)
+    assert [model.pair for model in outcome.published] == ["second"]
+    assert isinstance(outcome.failures["first"], InputChanged)
+
+
+def copied(folder: Path, uri: str) -> str:
+    """Copy a folder to `uri`; returns it."""
+    for key, data in files_of(folder).items():
+        open_store(uri).put(key, data)
+    return uri
+
+
+def damage(uri: str) -> None:
+    """Replace a parent's weights by others of the same size."""
+    store = open_store(uri)
+    store.put("model.safetensors", store.read("model.safetensors")[:-1] + b"\x01")
+
+
+def parents_of(prepared: Prepared, name: str) -> tuple[Any, Any]:
+    """Both checkpoints of a pair as they were checked."""
+    (plan,) = (plan for plan in prepared.plans if plan.name == name)
+    return plan.sft, plan.dpo

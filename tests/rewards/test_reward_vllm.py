@@ -1,0 +1,136 @@
+"""vLLM's rewards through the command: against the head applied by hand, and a real pair's against its published table."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import AutoTokenizer
+
+from expo_ray.evaluation.records import Response
+from expo_ray.evaluation.row_store import rows_text
+from tests.support.paths import ROOT
+from tests.support.ray_cluster import Process, RayBox
+from tests.support.tiny_reward_models import english, last_token_scores, response, save_reward_model
+
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.timeout(600)]
+if find_spec("vllm") is None:
+    pytest.skip("vLLM is not installed", allow_module_level=True)
+
+TEXTS = 200
+STORIES = ROOT.parent / "shared" / "data" / "stories"
+PAIR = "dpo_10pct"
+ALPHAS = ("0", "0.5", "4")
+
+
+@pytest.fixture
+def box() -> Iterator[RayBox]:
+    with RayBox(CUDA_VISIBLE_DEVICES="") as box:
+        yield box
+
+
+def end_of(process: Process) -> int:
+    for _ in range(5):
+        try:
+            return process.wait()
+        except TimeoutError as error:
+            last = error
+    raise last
+
+
+def scored_by_vllm(box: RayBox, model: Path, rows: Sequence[Response], *more: str) -> list[float]:
+    (box.folder / "responses.jsonl").write_text(rows_text(rows))
+    words = ["--responses", "responses.jsonl", "--reward-model", str(model), *more]
+    run = box.run("expo-ray", "reward", *words, "--output", "r.jsonl")
+    assert end_of(run) == 0, run.stderr
+    assert "scored by vllm" in run.stderr
+    written = [json.loads(line) for line in (box.folder / "r.jsonl").read_text().splitlines()]
+    assert [one["prompt_id"] for one in written] == [row.prompt_id for row in rows]
+    return [one["reward"] for one in written]
+
+
+def by_hand(model: Path, rows: Sequence[Response]) -> tuple[list[list[int]], list[float]]:
+    """Token ids as transformers makes them of a chat, and the scores of their last tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    chats = [[*map(dict, row.messages), {"role": "assistant", "content": row.text}] for row in rows]
+    ids = [list(tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)) for chat in chats]
+    return ids, last_token_scores(model, ids)
+
+
+def test_texts_that_end_with_the_padding_token_and_begin_without_bos(box: RayBox) -> None:
+    model = save_reward_model(box.folder / "rm", max_position_embeddings=1024)
+    rows = [*english(TEXTS - 1), response("A long one?", "as long as it may be, " * 44)]
+    ids, expected = by_hand(model, rows)
+    assert {one[-1] for one in ids} == {1}  # eos, which is pad
+    assert 0 not in {one[0] for one in ids}
+    assert max(map(len, ids)) > 900
+    assert scored_by_vllm(box, model, rows) == pytest.approx(expected, abs=1e-4)
+    assert min(expected) < -1  # no sigmoid
+
+
+def test_a_real_reward_model(box: RayBox) -> None:
+    if not STORIES.is_dir():
+        pytest.skip(f"{STORIES} is not there")
+    prompts = json.loads((STORIES / "test_prompts.json").read_text())
+    rows = [response(one["prompt"], one["reference"]) for one in prompts]
+    others = [
+        response(f"{one['prompt']} Then?", two["reference"])
+        for one, two in zip(prompts[:48], prompts[9:], strict=False)
+    ]
+    rows += [*others, response("Nothing?", ""), response("Long?", "One day, a dog saw a cat. " * 42)]
+    assert len(rows) == TEXTS
+    ids, expected = by_hand(STORIES / "rm", rows)
+    assert {tuple(one[:1]) for one in ids} == {(1,)}  # BOS, once
+    assert 1 not in {one[1] for one in ids}
+    assert max(map(len, ids)) > 400
+    assert scored_by_vllm(box, STORIES / "rm", rows, "--backend", "vllm") == pytest.approx(expected, abs=1e-4)
+    assert max(expected) > 2
+
+
+def published() -> dict[str, tuple[float, float]]:
+    """Mean reward and standard error by alpha at temperature 0.7; at an alpha other than 0, that of the paired difference."""
+    lines = (STORIES / "TABLE.md").read_text().split("\nt0.7 ")[1].split("\n\n")[1].splitlines()
+    header = [cell.strip().removeprefix("a=") for cell in lines[0].split("|")]
+    (row,) = (line.split("|") for line in lines if PAIR in line)
+    found = {}
+    for alpha in ALPHAS:
+        numbers = [float(one) for one in re.findall(r"-?\d+\.\d+", row[header.index(alpha)])]
+        found[alpha] = numbers[0], numbers[-1]
+    return found
+
+
+@pytest.mark.slow
+def test_rewards_at_three_alphas_are_those_of_the_table(box: RayBox) -> None:
+    if not STORIES.is_dir():
+        pytest.skip(f"{STORIES} is not there")
+    prompts = json.loads((STORIES / "test_prompts.json").read_text())
+    rows = (json.dumps({"prompt": one["prompt"]}) + "\n" for one in prompts)
+    (box.folder / "openings.jsonl").write_text("".join(rows))
+    job = {
+        "output": str(box.folder / "out"),
+        "pairs": [
+            {"name": "stories", "sft": str(STORIES / "sft"), "dpo": str(STORIES / PAIR), "alphas": [0, 0.5, 4]}
+        ],
+        "prompts": [{"source": "openings.jsonl"}],
+        "sampling": {
+            "temperature": 0.7, "top_p": 1, "top_k": 0, "presence_penalty": 0, "frequency_penalty": 0, "max_tokens": 64,
+            "samples": 4,
+        },
+        "serving": {"port": 0},
+        "rewards": [{"model": str(STORIES / "rm"), "backend": "transformers"}],
+    }  # fmt: skip
+    (box.folder / "job.yaml").write_text(yaml.safe_dump(job))
+    for name in ("respond", "reward"):
+        run = box.run("expo-ray", name, "job.yaml")
+        assert end_of(run) == 0, run.stderr
+    table = {line.split()[1]: line.split() for line in run.stdout.splitlines()[1:]}
+    for alpha, (mean, error) in published().items():
+        _, _, prompts_scored, ours, our_error, *_ = table[f"stories@{alpha}"]
+        assert prompts_scored == str(len({one["prompt"] for one in prompts}))
+        assert abs(float(ours) - mean) <= 2 * math.hypot(float(our_error), error), (alpha, ours, mean)

@@ -1,0 +1,79 @@
+"""The swap against engines that were started on the published folders: the same texts and logprobs to the last bit."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from expo_ray.cli.process import main
+from expo_ray.config import Pair
+from expo_ray.extrapolation.plan import plan_pair
+from tests.support.chat_models import save_chat_pair
+from tests.support.ray_cluster import RayBox
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
+
+# A step, and the flags that publish the same weights.
+STEPS = {"0.5": ["--alpha", "0.5"], "2,mlp=0.25": ["--alpha", "2", "--multiplier", r"\.mlp\.=0.25"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [True, False])
+def test_after_swaps_both_ways_an_engine_answers_as_one_started_on_the_published_folder(
+    tied: bool, tmp_path: Path
+) -> None:
+    sft, dpo = save_chat_pair(tmp_path / "parents", tied=tied, dtype=torch.bfloat16)
+    found = swaps(sft, dpo, tmp_path)
+    first, second = found["started"]
+    assert first != second != found["dpo"]
+    assert found["first"] == first
+    assert found["second"] == second
+    assert found["first again"] == first
+    # and each step is needed
+    assert found["second, cache kept"] != second
+    assert (found["first, head kept"] != first) == tied
+    assert ("refused" in found) == tied
+    if tied:
+        assert (
+            "does not hold the weights of alpha 1: model.embed_tokens.weight are others" in found["refused"]
+        )
+        assert "not to be trusted" in found["health"]
+
+
+def swaps(sft: Path, dpo: Path, folder: Path) -> dict[str, Any]:
+    for step, words in STEPS.items():
+        parents = ["--sft", str(sft), "--dpo", str(dpo)]
+        assert main(["extrapolate", *parents, *words, "--output", str(folder / step)]) == 0
+    plan = plan_pair(Pair(name="pair", sft=str(sft), dpo=str(dpo)), {})
+    (folder / "plan").write_bytes(pickle.dumps(plan))
+    with RayBox() as box:
+        process = box.run(
+            sys.executable,
+            "-m",
+            "tests.support.swap_script",
+            f"{folder}/plan",
+            *(word for step in STEPS for word in (step, f"{folder}/{step}")),
+            f"{folder}/answers",
+            VLLM_CPU_OMP_THREADS_BIND="nobind",
+        )
+        assert process.wait(300) == 0, process.stderr[-3000:]
+    found: dict[str, Any] = json.loads((folder / "answers").read_text())
+    return found
+
+
+def test_experts_are_packed_again_after_a_swap_and_an_engine_where_they_are_not_is_found_out() -> None:
+    command = [sys.executable, "-m", "benchmarks.swap_architectures", "--here", "mixtral"]
+    process = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr[-3000:]
+    result = json.loads(process.stdout.splitlines()[-1])
+    assert result["compared"] == result["of"]
+    assert result["share"] == 1
+    assert max(result["dpo"], result["0.5"], result["2"], result["0"]) < 1e-4
+    assert "experts" in result["not packed again"]
