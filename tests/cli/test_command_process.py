@@ -107,7 +107,7 @@ def test_a_signal_while_modules_are_imported_ends_without_a_traceback(number: si
     code = (
         "import builtins, signal, sys, time\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from expo_ray import cli\n"
+        "from expo_ray.cli import process\n"
         "real = builtins.__import__\n"
         "def slow(name, *rest):\n"
         "    if name == 'expo_ray.cli.commands':\n"
@@ -115,7 +115,7 @@ def test_a_signal_while_modules_are_imported_ends_without_a_traceback(number: si
         "        time.sleep(60)\n"
         "    return real(name, *rest)\n"
         "builtins.__import__ = slow\n"
-        "sys.exit(cli.main(['schema']))\n"
+        "sys.exit(process.main(['schema']))\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE

@@ -415,8 +415,9 @@ def _no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
 KILLED_EVERYWHERE = """
 import os, pathlib, signal, sys
 
-from expo_ray.cli.process import process as cli
-from expo_ray.extrapolation import in_threads, on_cpu  # what a child would load anew each time
+from expo_ray.arithmetic.cpu import kernel  # a child would load it anew each time
+from expo_ray.cli import process
+from expo_ray.extrapolation import in_threads
 
 root, log, words = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
 moment = 0
@@ -462,7 +463,7 @@ while True:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         os.dup2(null, 2)
-        os._exit(cli.main([word.replace("OUT", str(root / f"killed-{deadly}")) for word in words]))
+        os._exit(process.main([word.replace("OUT", str(root / f"killed-{deadly}")) for word in words]))
     status = os.waitpid(child, 0)[1]
     if status == 0:
         break

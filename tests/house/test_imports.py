@@ -13,13 +13,15 @@ import expo_ray
 from expo_ray.cli.extras import EXTRAS
 
 HEAVY = ("ray", "vllm", "transformers")
+ON_A_CLUSTER = tuple(f"expo_ray.cli.{command}" for command in ("run", "serve", "respond", "reward"))
 
 
 def test_only_on_ray_loads_ray_vllm_or_transformers() -> None:
     names = [
         module.name
         for module in pkgutil.walk_packages(expo_ray.__path__, "expo_ray.")
-        if not module.name.startswith("expo_ray.on_ray")
+        if not module.name.startswith(("expo_ray.on_ray", *ON_A_CLUSTER))
+        and not module.name.endswith("__main__")
     ]
     code = f"""
 import importlib, sys
