@@ -1,8 +1,9 @@
-"""What a user can mend. Every message gives the values found, then the remedy."""
+"""Errors that a user can fix. Every message gives the values, then the remedy."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import TracebackType
 from typing import TypeVar
 
 from expo_ray.text import message
@@ -17,7 +18,7 @@ class ExpoError(Exception):
 
     def __init__(self, *arguments: object) -> None:
         super().__init__(
-            *(message(each, lines=self._lines) if isinstance(each, str) else each for each in arguments)
+            *(message(value, lines=self._lines) if isinstance(value, str) else value for value in arguments)
         )
 
 
@@ -78,7 +79,7 @@ class TransientStorageError(StorageError):
 
 
 class Problems(ExpoError):
-    """Several errors found in one look, so that a user mends them all at once."""
+    """Several errors that were found together, so that a user can fix them all at once."""
 
     _lines = True
 
@@ -90,28 +91,42 @@ class Problems(ExpoError):
         return Problems, (self.problems,)
 
 
-class Attempts:
-    """Several things to attempt, and what went wrong with any of them.
+class Collected:
+    """Problems of several steps, collected so that all of them are reported at once.
+
+    A block under `catching` that fails leaves its variables unset. So what depends on them stands in the same block, where a
+    nested `catching` keeps its steps apart, or after `raise_any`.
 
     Example:
-        >>> attempts = Attempts()
-        >>> plans = [plan for pair in pairs for plan in attempts.attempt(partial(plan_pair, pair))]
-        >>> attempts.end()  # raises, unless all pairs could be planned
+        >>> problems = Collected()
+        >>> with problems.catching():
+        ...     plan = plan_pair(pair)
+        ...     with problems.catching():
+        ...         check_disk(plan)
+        ...     with problems.catching():
+        ...         check_memory(plan)
+        >>> with problems.catching():
+        ...     prompts = load_prompts(sources)
+        >>> problems.raise_any()
+        >>> start(plan, prompts)  # both are there: nothing failed
+
+    Attributes:
+        problems: all so far, in the order in which they were found.
     """
 
     def __init__(self) -> None:
         self.problems: list[ExpoError] = []
 
-    def attempt(self, make: Callable[[], T]) -> list[T]:
-        """What `make` makes, alone in a list; or nothing, and its problems are kept."""
-        try:
-            return [make()]
-        except ExpoError as error:
-            self.problems += each(error)
-            return []
+    def catching(self) -> Catching:
+        """Run the `with` block up to its first `ExpoError`, keep that, and go on after the block."""
+        return Catching(self)
 
-    def end(self) -> None:
-        """Tell all problems at once.
+    def add(self, error: ExpoError) -> None:
+        """Keep one more problem; of a `Problems`, each of its own."""
+        self.problems += problems_of(error)
+
+    def raise_any(self) -> None:
+        """Report all problems at once.
 
         Raises:
             Problems: if there are any.
@@ -120,17 +135,48 @@ class Attempts:
             raise Problems(self.problems)
 
 
-def each(error: ExpoError) -> tuple[ExpoError, ...]:
+class Catching:
+    """Context manager of one block of a `Collected`; every other exception passes through.
+
+    A class, because mypy takes a generator with `contextmanager` for one that never swallows an exception.
+    """
+
+    def __init__(self, collected: Collected) -> None:
+        self._collected = collected
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        if not isinstance(error, ExpoError):
+            return False
+        self._collected.add(error)
+        return True
+
+
+class Attempts(Collected):
+    """The older form of `Collected`, until its last caller is gone."""
+
+    def attempt(self, make: Callable[[], T]) -> list[T]:
+        """Return what `make` makes, alone in a list; or nothing, and its problems are kept."""
+        try:
+            return [make()]
+        except ExpoError as error:
+            self.add(error)
+            return []
+
+    def end(self) -> None:
+        """Report all problems at once; see `raise_any`."""
+        self.raise_any()
+
+
+def problems_of(error: ExpoError) -> tuple[ExpoError, ...]:
     """The errors that `error` stands for: itself, or those of a `Problems`."""
     return error.problems if isinstance(error, Problems) else (error,)
 
 
-def some(texts: Sequence[str], shown: int = 5) -> str:
-    """The first few of many texts, and how many more there are."""
-    more = f" and {len(texts) - shown} more" if len(texts) > shown else ""
-    return ", ".join(texts[:shown]) + more
-
-
 def in_one_line(error: Exception) -> str:
-    """The text of an error, that of several joined."""
-    return "; ".join(map(str, each(error))) if isinstance(error, ExpoError) else str(error)
+    """The text of an error on one line; that of a `Problems` joined with semicolons."""
+    return "; ".join(map(str, problems_of(error))) if isinstance(error, ExpoError) else str(error)

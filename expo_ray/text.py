@@ -13,7 +13,7 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from urllib.parse import parse_qsl, quote, unquote
 
@@ -69,6 +69,12 @@ def shown_end(text: object, most: int = 200) -> str:
         else redact(string[:_SEARCHED]) + redact(string[-_SEARCHED:])
     )
     return _escaped(f"{safe[:half]}... ({len(string)} characters) ...{safe[-half:]}", kept="")
+
+
+def first_few(texts: Sequence[str], most: int = 5) -> str:
+    """The first `most` of `texts`, joined with commas, and the number of the others."""
+    others = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return ", ".join(texts[:most]) + others
 
 
 def visible(text: str, *, kept: str = "\n") -> str:

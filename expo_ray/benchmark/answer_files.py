@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from expo_ray.errors import BenchmarkError, PromptError, some
+from expo_ray.errors import BenchmarkError, PromptError
 from expo_ray.storage import open_store, split_file
-from expo_ray.text import shown
+from expo_ray.text import first_few, shown
 from expo_ray.untrusted import kind_of, parse_json
 
 MOST_BYTES = 256 * 2**20
@@ -70,7 +70,7 @@ def answer_set(rows: Sequence[tuple[str, Any]], source: str, instructions: Seque
             datasets[instruction] = row["dataset"]
     if len(names) > 1:
         wrong.append(
-            f"outputs of several models: {some([shown(name, 60) or 'without a name' for name in names])}"
+            f"outputs of several models: {first_few([shown(name, 60) or 'without a name' for name in names])}"
         )
     if not rows:
         wrong.append("holds no rows")

@@ -15,7 +15,7 @@ from expo_ray.benchmark.answer_files import read_file
 from expo_ray.benchmark.judgments import is_number
 from expo_ray.benchmark.length_control import GamedRows, LengthControl
 from expo_ray.benchmark.row_files import read_row_file
-from expo_ray.errors import BenchmarkError, ExpoError, Problems, each
+from expo_ray.errors import BenchmarkError, ExpoError, Problems, problems_of
 from expo_ray.evaluation.statistics import Array
 from expo_ray.storage import join_uri, open_store
 from expo_ray.text import shown
@@ -72,13 +72,13 @@ def load_covariates(folder: str | None) -> Covariates:
     try:
         prompts = _read_prompts(prompts_file)
     except ExpoError as error:
-        problems += each(error)
+        problems += problems_of(error)
         prompts = ()
     try:
         data = read_file(gamed_file)
         gamed, difficulty = _read_gamed(data, gamed_file, len(prompts))
     except ExpoError as error:
-        raise Problems([*problems, *each(error)]) from error
+        raise Problems([*problems, *problems_of(error)]) from error
     if problems:
         raise Problems(problems)
     _check_digest(gamed_file, data)

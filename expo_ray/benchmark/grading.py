@@ -18,9 +18,9 @@ from expo_ray.benchmark.sources import (
     PublicFile,
     fetch,
 )
-from expo_ray.errors import BenchmarkError, NotFound, PromptError, some
+from expo_ray.errors import BenchmarkError, NotFound, PromptError
 from expo_ray.storage import join_uri
-from expo_ray.text import shown
+from expo_ray.text import first_few, shown
 from expo_ray.untrusted import kind_of
 
 # FastChat's categories with a reference answer, and what it asks a judge with.
@@ -97,7 +97,7 @@ def read_mt_bench(folder: str | None) -> MtBench:
     if not questions or not needed <= templates.keys():
         raise PromptError(
             f"{folder or MT_BENCH_PROMPTS.url}: not MT-Bench's files: {len(questions)} question(s), and the judge prompts "
-            f"{some(sorted(needed - templates.keys())) or 'are there'} missing; give FastChat's question.jsonl and judge_prompts.jsonl"
+            f"{first_few(sorted(needed - templates.keys())) or 'are there'} missing; give FastChat's question.jsonl and judge_prompts.jsonl"
         )
     return MtBench(questions, references, templates)
 
@@ -130,9 +130,9 @@ def read_chat_answers(uri: str, bench: MtBench) -> ChatAnswers:
         turns[number] = texts
     missing = [str(number) for number in bench.questions if number not in turns]
     if missing:
-        wrong.append(f"no answer to {len(missing)} question(s): {some(missing)}")
+        wrong.append(f"no answer to {len(missing)} question(s): {first_few(missing)}")
     if len(names) > 1:
-        wrong.append(f"answers of several models: {some([shown(name, 60) for name in names])}")
+        wrong.append(f"answers of several models: {first_few([shown(name, 60) for name in names])}")
     if wrong:
         listed = "\n    ".join(wrong[:20])
         raise PromptError(f"{uri}: {len(wrong)} problem(s), correct the file:\n    {listed}")

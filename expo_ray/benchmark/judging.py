@@ -9,14 +9,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from expo_ray.benchmark.judge import Judge
-from expo_ray.errors import BenchmarkError, EndpointError, ExpoError, StorageError, some
+from expo_ray.errors import BenchmarkError, EndpointError, ExpoError, StorageError
 from expo_ray.evaluation.progress import RowCount
 from expo_ray.evaluation.records import Message, digest
 from expo_ray.evaluation.responses.ask_missing import run_all
 from expo_ray.evaluation.responses.client import Answer, Client, GaveUp, Refused
 from expo_ray.evaluation.row_store import Parts
 from expo_ray.storage import Store
-from expo_ray.text import shown
+from expo_ray.text import first_few, shown
 
 PART_ROWS = 32
 PART_S = 5.0
@@ -241,7 +241,7 @@ class _Asking:
             self._write()
         problems += [
             EndpointError(
-                f"the judge left {len(labels)} question(s) without an answer: {reason} ({some(labels)})"
+                f"the judge left {len(labels)} question(s) without an answer: {reason} ({first_few(labels)})"
             )
             for reason, labels in self._failed.items()
         ]

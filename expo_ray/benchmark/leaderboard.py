@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from expo_ray.benchmark.judgments import is_number
-from expo_ray.errors import BenchmarkError, ExpoError, Problems, each
+from expo_ray.errors import BenchmarkError, ExpoError, Problems, problems_of
 from expo_ray.storage import FileInfo, Store, open_store
 from expo_ray.text import shown
 from expo_ray.untrusted import parse_json
@@ -103,7 +103,7 @@ def read_task_results(folders: Sequence[str]) -> dict[str, ModelTasks]:
             try:
                 models[name] = _read_model(store, name, infos)
             except ExpoError as error:
-                problems += each(error)
+                problems += problems_of(error)
     if problems:
         raise Problems(problems)
     return models
@@ -135,7 +135,7 @@ def _read_model(store: Store, name: str, infos: Iterable[FileInfo]) -> ModelTask
             _take_tasks(model, results, run, uri, places)
             _take_subjects(subjects, results, uri)
         except ExpoError as error:
-            problems += each(error)
+            problems += problems_of(error)
     if len(subjects) == _MMLU_SUBJECTS:
         # The leaderboard's figure is the mean over subjects; 0.4's group weights them by their size.
         model.scores["mmlu"] = sum(subjects.values()) / _MMLU_SUBJECTS

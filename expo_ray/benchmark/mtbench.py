@@ -12,7 +12,7 @@ import numpy as np
 from expo_ray.benchmark.intervals import Estimate, Refit, difference, estimate
 from expo_ray.benchmark.judgments import is_number
 from expo_ray.benchmark.row_files import places, read_row_file
-from expo_ray.errors import BenchmarkError, ExpoError, Problems, each
+from expo_ray.errors import BenchmarkError, ExpoError, Problems, problems_of
 from expo_ray.evaluation.statistics import Array
 from expo_ray.text import shown
 
@@ -103,7 +103,7 @@ def read_ratings(uris: Sequence[str], duplicates: Duplicates = "refuse") -> dict
         try:
             file = read_row_file(uri)
         except BenchmarkError as error:
-            problems += each(error)
+            problems += problems_of(error)
             continue
         rows = [(f"{uri} {place}", row, _fault_of(row)) for place, row in file.rows]
         problems += file.problems

@@ -12,8 +12,8 @@ from expo_ray.benchmark.judge import Judge, preference_from_logprobs, preference
 from expo_ray.benchmark.judge_prompts import Template, alpaca_template, verdict_template
 from expo_ray.benchmark.judging import JudgeAnswer, Question, question_id
 from expo_ray.benchmark.judgments import Judgment
-from expo_ray.errors import BenchmarkError, some
-from expo_ray.text import shown
+from expo_ray.errors import BenchmarkError
+from expo_ray.text import first_few, shown
 
 Orders = Literal["alpaca", "both"]
 DRAW = 1.5
@@ -65,12 +65,12 @@ def align(baseline: AnswerSet, model: AnswerSet, *, allow_missing: bool) -> Side
     if unknown and (not allow_missing or not common):
         raise BenchmarkError(
             f"{model.source}: {len(unknown)} of its {len(model.outputs)} instruction(s) are not in {baseline.source} "
-            f"({some(unknown, 3)}); give outputs for the same instructions"
+            f"({first_few(unknown, 3)}); give outputs for the same instructions"
         )
     if missing and not allow_missing:
         raise BenchmarkError(
             f"{model.source}: {len(missing)} of the {len(baseline.outputs)} instruction(s) of {baseline.source} have no output "
-            f"({some(missing, 3)}); answer them, or compare the others with --allow-missing"
+            f"({first_few(missing, 3)}); answer them, or compare the others with --allow-missing"
         )
     return Sides(baseline, model, common)
 

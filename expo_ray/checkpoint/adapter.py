@@ -15,8 +15,8 @@ from typing import Any
 from expo_ray.checkpoint.renaming import renamed
 from expo_ray.checkpoint.tensors import WEIGHT_DTYPES, Checkpoint, Tensor
 from expo_ray.checkpoint.tied import VocabularyWeights
-from expo_ray.errors import CheckpointError, JobError, some
-from expo_ray.text import shown
+from expo_ray.errors import CheckpointError, JobError
+from expo_ray.text import first_few, shown
 from expo_ray.untrusted import compile_pattern, is_ambiguous
 
 _MERGE_FIRST = "merge the adapter first (`merge_and_unload`, save) and pass the merged folder"
@@ -347,4 +347,4 @@ def _short(value: object) -> str:
 
 
 def _shown(names: Sequence[str]) -> str:
-    return some([shown(name) for name in names])
+    return first_few([shown(name) for name in names])

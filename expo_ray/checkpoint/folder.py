@@ -16,11 +16,11 @@ from expo_ray.checkpoint.weight_files import (
     WeightFiles,
     find_adapter_weights,
     find_weights,
-    some,
 )
 from expo_ray.errors import CheckpointError, ExpoError, Problems, StorageError
 from expo_ray.storage.missing import missing_folder
 from expo_ray.storage.protocol import FileInfo, Store
+from expo_ray.text import first_few
 
 _HEADERS_AT_ONCE = 16
 
@@ -113,7 +113,7 @@ def _find(
     try:
         if is_adapter and whole:
             raise CheckpointError(
-                f"{store.uri}: holds both a model ({some(sorted(whole))}) and adapter_config.json, and programs differ in which "
+                f"{store.uri}: holds both a model ({first_few(sorted(whole))}) and adapter_config.json, and programs differ in which "
                 "they load; move the adapter to its own folder. One that belongs to the model is carried over if config.json says "
                 "`has_lora_adapter: true`"
             )
@@ -134,7 +134,7 @@ def _tensors(
             files = " and ".join(sorted({tensors[name].file for name in twice} | {found[twice[0]].file}))
             problems.append(
                 CheckpointError(
-                    f"{store.uri}: {some(twice)} stands in several files ({files}); remove the stale ones"
+                    f"{store.uri}: {first_few(twice)} stands in several files ({files}); remove the stale ones"
                 )
             )
         tensors |= found
@@ -142,7 +142,7 @@ def _tensors(
         needed = len(weights.keys) + len(weights.missing)
         problems.append(
             CheckpointError(
-                f"{store.uri}: {len(weights.missing)} of the {needed} weight files are missing: {some(weights.missing)}; "
+                f"{store.uri}: {len(weights.missing)} of the {needed} weight files are missing: {first_few(weights.missing)}; "
                 "download or copy them"
             )
         )
@@ -150,7 +150,9 @@ def _tensors(
         problems += _against_index(store, weights, headers)
         if weights.keys and not tensors:
             problems.append(
-                CheckpointError(f"{store.uri}: {some(weights.keys)} holds no tensors; save the model again")
+                CheckpointError(
+                    f"{store.uri}: {first_few(weights.keys)} holds no tensors; save the model again"
+                )
             )
     return tensors
 
@@ -201,7 +203,7 @@ def _against_index(
     if absent:
         problems.append(
             CheckpointError(
-                f"{where}: {len(absent)} tensor(s) are not in the file it names: {some(absent)}; save the checkpoint again"
+                f"{where}: {len(absent)} tensor(s) are not in the file it names: {first_few(absent)}; save the checkpoint again"
             )
         )
     extra = [
@@ -213,7 +215,7 @@ def _against_index(
     if extra:
         problems.append(
             CheckpointError(
-                f"{where}: does not name {len(extra)} tensor(s) where they are: {some(extra)}; save the checkpoint again, or "
+                f"{where}: does not name {len(extra)} tensor(s) where they are: {first_few(extra)}; save the checkpoint again, or "
                 "remove the index if the files are right"
             )
         )

@@ -9,8 +9,8 @@ from typing import Any
 from expo_ray.checkpoint.constants import is_constant
 from expo_ray.checkpoint.tensors import WEIGHT_DTYPES, Checkpoint, Tensor
 from expo_ray.checkpoint.text_config import text_configs
-from expo_ray.errors import CheckpointError, some
-from expo_ray.text import shown
+from expo_ray.errors import CheckpointError
+from expo_ray.text import first_few, shown
 
 _CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
 # The last part of a tensor's name -> the only scheme that writes it.
@@ -52,7 +52,7 @@ def refuse_unusable(checkpoint: Checkpoint) -> Iterator[CheckpointError]:
     empty = empty_weights(checkpoint.tensors)
     if empty:
         yield CheckpointError(
-            f"{checkpoint.uri}: {len(empty)} weight(s) are empty placeholders of shape [0] ({some(list(map(shown, empty)))}), as "
+            f"{checkpoint.uri}: {len(empty)} weight(s) are empty placeholders of shape [0] ({first_few(list(map(shown, empty)))}), as "
             "DeepSpeed ZeRO-3 saves them when it does not gather; run `zero_to_fp32.py` in the folder of the training "
             "checkpoint and pass its result, or train with `stage3_gather_16bit_weights_on_model_save: true`"
         )

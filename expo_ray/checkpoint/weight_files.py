@@ -10,6 +10,7 @@ from expo_ray.checkpoint.json_file import read_json
 from expo_ray.checkpoint.unconverted import unconverted_checkpoint
 from expo_ray.errors import CheckpointError
 from expo_ray.storage.protocol import FileInfo, Store
+from expo_ray.text import first_few
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{1,6})-of-(?P<total>\d{1,6})\.\w+")
 _OTHER_FORMATS = {
@@ -17,7 +18,6 @@ _OTHER_FORMATS = {
     ".ckpt": "PyTorch pickle", ".h5": "TensorFlow", ".msgpack": "Flax", ".onnx": "ONNX", ".npz": "NumPy",
     ".nemo": "NeMo",
 }  # fmt: skip
-_SHOWN = 5
 STEM = "model"
 # What the library `diffusers` names the weights of its models, and looks for.
 DIFFUSERS_STEM = "diffusion_pytorch_model"
@@ -89,13 +89,6 @@ def find_adapter_weights(store: Store, listing: Mapping[str, FileInfo], *, allow
     return WeightFiles(("adapter_model.bin",), pickled=True)
 
 
-def some(texts: Iterable[str]) -> str:
-    """The first few, and how many more there are."""
-    listed = list(texts)
-    more = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
-    return ", ".join(listed[:_SHOWN]) + more
-
-
 def _choose(store: Store, listing: Mapping[str, FileInfo], keys: Sequence[str], single: str) -> WeightFiles:
     """The meant ones among the weight files and indexes of one format, of which `single` is the usual only file."""
     suffix = f".{single.partition('.')[2]}"
@@ -117,7 +110,7 @@ def _choose(store: Store, listing: Mapping[str, FileInfo], keys: Sequence[str], 
         return WeightFiles(present, tuple(key for key in named if key not in listing), index, mapped, pickled)
     if single in files:
         if shards:
-            raise _two_models(store, single, some(shard[0] for shard in shards))
+            raise _two_models(store, single, first_few([shard[0] for shard in shards]))
         return WeightFiles((single,), pickled=pickled)
     if shards:
         return WeightFiles(
@@ -128,7 +121,7 @@ def _choose(store: Store, listing: Mapping[str, FileInfo], keys: Sequence[str], 
 
 def _pickle_refused(store: Store, keys: Sequence[str]) -> CheckpointError:
     return CheckpointError(
-        f"{store.uri}: no safetensors, only PyTorch pickles ({some(keys)}); convert them (load and `save_pretrained` with "
+        f"{store.uri}: no safetensors, only PyTorch pickles ({first_few(keys)}); convert them (load and `save_pretrained` with "
         "transformers), or allow restricted unpickling with `allow_pickle: true`"
     )
 
@@ -144,7 +137,7 @@ def _index_key(store: Store, found: list[str], usual: str) -> str:
         return usual if found else ""
     if len(found) > 1:
         raise CheckpointError(
-            f"{store.uri}: {len(found)} indexes ({some(found)}) and no {usual}; keep one of them"
+            f"{store.uri}: {len(found)} indexes ({first_few(found)}) and no {usual}; keep one of them"
         )
     return found[0]
 
@@ -170,13 +163,13 @@ def _missing_shards(store: Store, shards: Sequence[re.Match[str]], suffix: str) 
     """Without an index only the numbers in the names tell whether all are there."""
     sets = sorted({(shard["stem"], shard["total"]) for shard in shards})
     if len(sets) > 1:
-        names = some(f"{stem}-*-of-{total}{suffix}" for stem, total in sets)
+        names = first_few([f"{stem}-*-of-{total}{suffix}" for stem, total in sets])
         raise CheckpointError(f"{store.uri}: several sets of weights and no index: {names}; keep one of them")
     stem, total = sets[0]
     present = {int(shard["number"]) for shard in shards}
     if not 1 <= min(present) <= max(present) <= int(total):
         raise CheckpointError(
-            f"{store.uri}: {some(shard[0] for shard in shards)}: numbers that are not from 1 to {int(total)}; name the files as "
+            f"{store.uri}: {first_few([shard[0] for shard in shards])}: numbers that are not from 1 to {int(total)}; name the files as "
             "`save_pretrained` does"
         )
     width = len(total)
@@ -199,13 +192,13 @@ def _no_weights(store: Store, listing: Mapping[str, FileInfo]) -> CheckpointErro
                 formats.setdefault(kind, []).append(key)
     if nested and not formats:
         return CheckpointError(
-            f"{store.uri}: no weights at its top level; there are some in {some(nested)}: pass the one you mean, such as "
+            f"{store.uri}: no weights at its top level; there are some in {first_few(nested)}: pass the one you mean, such as "
             f"{store.uri}/{nested[0]}"
         )
     if formats:
-        found = "; ".join(f"{kind}: {some(keys)}" for kind, keys in formats.items())
+        found = "; ".join(f"{kind}: {first_few(keys)}" for kind, keys in formats.items())
         remedy = "pass the original checkpoint in safetensors, or convert this one"
         return CheckpointError(f"{store.uri}: no safetensors, only other formats ({found}); {remedy}")
     return CheckpointError(
-        f"{store.uri}: no weights; there are {some(top) or 'only subfolders'}; pass the folder that holds the *.safetensors"
+        f"{store.uri}: no weights; there are {first_few(top) or 'only subfolders'}; pass the folder that holds the *.safetensors"
     )

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 
 from expo_ray.arithmetic.sums import TensorStatistics
 from expo_ray.config import format_alpha
-from expo_ray.errors import some
 from expo_ray.extrapolation.plan import PairPlan
+from expo_ray.text import first_few
 
 EFFECTIVE_ALPHA_TOLERANCE = 0.05
 # RMS(delta)/RMS(dpo) of DPO and RLHF runs lies around 1e-3 (2.6e-3 on the example pair); supervised fine-tuning of a base
@@ -31,7 +31,7 @@ def warnings_of(plan: PairPlan, alpha: float, statistics: Mapping[str, TensorSta
         off = [name for name, one in statistics.items() if _off(one.moved_delta, wanted[name])]
         yield (
             f"the effective alpha is {total.effective_alpha:.3f} where {nominal:.3g} was asked for: {_CAUSES[plan.options.rounding]} "
-            f"(most in {some(off, 3)})"
+            f"(most in {first_few(off, 3)})"
         )
     if total.relative_delta > LARGEST_ALIGNMENT_DELTA:
         yield (

@@ -8,9 +8,8 @@ from functools import partial
 
 from expo_ray.checkpoint.constants import is_constant
 from expo_ray.checkpoint.tensors import WEIGHT_DTYPES, Checkpoint, Tensor
-from expo_ray.errors import some
 from expo_ray.storage import Store, open_store
-from expo_ray.text import shown
+from expo_ray.text import first_few, shown
 
 # Constants are small, and a large one that differs does so at its beginning. Planning reads no more than this of any.
 _MOST_BYTES = 64 << 10
@@ -38,12 +37,12 @@ def notes_on(tensors: Sequence[Tensor]) -> list[str]:
     if constants:
         notes.append(
             f"{len(constants)} constant(s) and running statistics differ between sft and dpo and are kept as dpo has them: "
-            f"{some(constants)}"
+            f"{first_few(constants)}"
         )
     if others:
         notes.append(
             f"{len(others)} tensor(s) that are no floating-point weights differ between sft and dpo and are kept as dpo has "
-            f"them: {some(others)}"
+            f"them: {first_few(others)}"
         )
     return notes
 

@@ -14,9 +14,9 @@ from expo_ray.checkpoint.tensors import WEIGHT_DTYPES, Checkpoint, Tensor
 from expo_ray.checkpoint.tied import VocabularyWeights
 from expo_ray.checkpoint.vocabulary import RowRun
 from expo_ray.config import PairOptions
-from expo_ray.errors import ExpoError, PairError, each, some
+from expo_ray.errors import ExpoError, PairError, problems_of
 from expo_ray.extrapolation.mismatch import Unmatched, explain
-from expo_ray.text import shown
+from expo_ray.text import first_few, shown
 from expo_ray.untrusted import compile_pattern
 
 OUTPUT_DTYPES: Mapping[str, str] = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
@@ -246,11 +246,11 @@ class _Matcher:
                 )
             )
         if self.unmapped:
-            problems += each(self.unmapped)
+            problems += problems_of(self.unmapped)
         if self.misfits:
             problems.append(
                 PairError(
-                    f"{len(self.misfits)} tensor(s) do not fit: {some(self.misfits)}; name as sft the model that dpo was "
+                    f"{len(self.misfits)} tensor(s) do not fit: {first_few(self.misfits)}; name as sft the model that dpo was "
                     "trained from"
                 )
             )
@@ -268,4 +268,4 @@ class _Matcher:
 
 
 def _names(names: Sequence[str]) -> str:
-    return some([shown(name) for name in names])
+    return first_few([shown(name) for name in names])

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from expo_ray.checkpoint.renaming import wrappers_of
 from expo_ray.checkpoint.tied import VocabularyWeights
-from expo_ray.errors import PairError, some
-from expo_ray.text import shown
+from expo_ray.errors import PairError
+from expo_ray.text import first_few, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ def explain(left: Unmatched, sft: VocabularyWeights, dpo: VocabularyWeights) -> 
 
 
 def _plain(names: Sequence[str], has: str, most: bool) -> PairError:
-    listed = some([shown(name) for name in names])
+    listed = first_few([shown(name) for name in names])
     message = (
         f"sft lacks {len(names)} tensor(s) of dpo: {listed}"
         if has == "dpo"
@@ -66,7 +66,7 @@ def _plain(names: Sequence[str], has: str, most: bool) -> PairError:
 def _untied(names: Sequence[str], has: str, lacks: str) -> PairError:
     """A head or an embedding without a partner, where no tie explains it."""
     return PairError(
-        f"{has} stores {some([shown(name) for name in names])}, and {lacks} neither stores it nor says in config.json that head "
+        f"{has} stores {first_few([shown(name) for name in names])}, and {lacks} neither stores it nor says in config.json that head "
         f"and embedding are one weight (`tie_word_embeddings`); save {lacks} again with it, or set `tie_word_embeddings` to "
         f"true in config.json of {lacks} if its model shares the two"
     )
@@ -81,7 +81,7 @@ def _wrapped(left: Unmatched) -> list[PairError]:
     parts = [part for part in wrappers if part != "base_model"]
     if parts:
         name = f"'.'.join(part for part in {name}.split('.') if part not in {parts})"
-    listed = some([f"`{'base_model.model' if part == 'base_model' else part}.`" for part in wrappers])
+    listed = first_few([f"`{'base_model.model' if part == 'base_model' else part}.`" for part in wrappers])
     return [
         PairError(
             f"dpo's names have {listed}, which a trainer puts around a model and no loader expects (sft's have not); save the "
@@ -99,7 +99,7 @@ def _without_head(left: Unmatched, dpo: VocabularyWeights) -> str:
     if not root or left.missing or not beside or not any(map(dpo.is_head, left.extra)):
         return ""
     return (
-        f"dpo's names lack `{shown(root)}` and it has no {some([shown(name) for name in left.extra])}: it was saved without its "
+        f"dpo's names lack `{shown(root)}` and it has no {first_few([shown(name) for name in left.extra])}: it was saved without its "
         "head, as `AutoModel` does; save it from the class that config.json of sft names under `architectures`"
     )
 

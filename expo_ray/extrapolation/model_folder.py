@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from expo_ray.config import format_alpha
-from expo_ray.errors import AlreadyExists, ExpoError, NotFound, OutputError, some
+from expo_ray.errors import AlreadyExists, ExpoError, NotFound, OutputError
 from expo_ray.extrapolation.layout import index_of
 from expo_ray.extrapolation.manifest import MANIFEST_BYTES, parse_manifest
 from expo_ray.extrapolation.plan import PairPlan
@@ -18,7 +18,7 @@ from expo_ray.extrapolation.receipt import read_receipt
 from expo_ray.storage import FileInfo, Store, open_output, open_store
 from expo_ray.storage.conditional import PROBE_PREFIX
 from expo_ray.storage.local_writer import check_writable, free_bytes
-from expo_ray.text import shown
+from expo_ray.text import first_few, shown
 from expo_ray.untrusted import Foreign, parse_json, validated
 
 CLAIM = ".expo/claim.json"
@@ -69,21 +69,21 @@ def inspect_output(plan: PairPlan, alpha: float, *, overwrite: bool) -> OutputSt
     odd = [f"{shown(key)} ({info.fault})" for key, info in present.items() if info.fault and not info.etag]
     if odd:
         raise OutputError(
-            f"output {uri} holds {some(odd, 3)}; remove what is no file, or choose another output folder"
+            f"output {uri} holds {first_few(odd, 3)}; remove what is no file, or choose another output folder"
         )
     if CLAIM not in present:
         raise OutputError(
-            f"output {uri} holds other files ({some(list(present), 3)}); choose an empty or new folder"
+            f"output {uri} holds other files ({first_few(list(present), 3)}); choose an empty or new folder"
         )
     faulty = [f"{shown(key)} ({info.fault})" for key, info in present.items() if info.fault]
     if faulty and not overwrite:
-        raise OutputError(f"output {uri} holds what is no file of it: {some(faulty, 3)}; remove it")
+        raise OutputError(f"output {uri} holds what is no file of it: {first_few(faulty, 3)}; remove it")
     holder = claimed_by(store)
     if overwrite:
         foreign = sorted(present.keys() - _claimed_files(store, present))
         if foreign:
             raise OutputError(
-                f"output {uri} holds files that expo-ray did not write ({some(foreign, 3)}); move them elsewhere, or choose "
+                f"output {uri} holds files that expo-ray did not write ({first_few(foreign, 3)}); move them elsewhere, or choose "
                 "another output folder"
             )
         return OutputState(stale=True)

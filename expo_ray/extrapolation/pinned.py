@@ -7,12 +7,12 @@ from dataclasses import replace
 
 from expo_ray.checkpoint.tensors import Checkpoint
 from expo_ray.config import Pair
-from expo_ray.errors import ExpoError, InputChanged, Problems, each, some
+from expo_ray.errors import ExpoError, InputChanged, Problems, problems_of
 from expo_ray.extrapolation.match import TensorPlan, matches_other_rows, tied_copies
 from expo_ray.extrapolation.plan import PairPlan, impossible_options, named, plan_parents
 from expo_ray.extrapolation.step import Step, stepped
 from expo_ray.storage import open_store
-from expo_ray.text import shown
+from expo_ray.text import first_few, shown
 
 
 def publication_plan(checked: PairPlan, pair: Pair, step: Step, outputs: Mapping[float, str]) -> PairPlan:
@@ -71,7 +71,7 @@ def refuse_replaced(plan: PairPlan) -> None:
         try:
             _refuse_other_files(parent)
         except ExpoError as error:
-            problems += (named(plan.name, named(side, problem)) for problem in each(error))
+            problems += (named(plan.name, named(side, problem)) for problem in problems_of(error))
     if problems:
         raise Problems(problems)
 
@@ -85,6 +85,6 @@ def _refuse_other_files(parent: Checkpoint) -> None:
     ]
     if other:
         raise InputChanged(
-            f"{parent.uri}: {len(other)} file(s) are no longer those that were checked: {some(other)}; run the job again, which "
+            f"{parent.uri}: {len(other)} file(s) are no longer those that were checked: {first_few(other)}; run the job again, which "
             "checks and searches the pair with its present files"
         )

@@ -26,12 +26,12 @@ from expo_ray.checkpoint.vocabulary import (
 )
 from expo_ray.checkpoint.weight_files import stem_of
 from expo_ray.config import Pair, PairOptions, format_alpha
-from expo_ray.errors import CheckpointError, ExpoError, PairError, Problems, each, some
+from expo_ray.errors import CheckpointError, ExpoError, PairError, Problems, problems_of
 from expo_ray.extrapolation.kept import are_weights, differing, notes_on
 from expo_ray.extrapolation.layout import ShardPlan, lay_out
 from expo_ray.extrapolation.match import Match, TensorPlan, match_tensors, multiplier_of, output_dtype
 from expo_ray.storage import open_store
-from expo_ray.text import shown
+from expo_ray.text import first_few, shown
 
 # Part of every plan id: raised when the same plan would give other bytes than before.
 ARITHMETIC_VERSION = 1
@@ -167,14 +167,14 @@ def _side_file_notes(plan: PairPlan) -> list[str]:
     notes = []
     if left := plan.left_behind:
         notes.append(
-            f"{len(left)} file(s) are not carried over, as nothing in the model names them: {some(list(map(shown, left)))}; copy "
+            f"{len(left)} file(s) are not carried over, as nothing in the model names them: {first_few(list(map(shown, left)))}; copy "
             "those that you need"
         )
     copied = [key for key, parent in plan.side_files.items() if key in parent.side_weights]
     if copied:
         notes.append(
             f"{len(copied)} file(s) with weights of their own are copied as they are, and not extrapolated: "
-            f"{some(list(map(shown, copied)))}"
+            f"{first_few(list(map(shown, copied)))}"
         )
     return notes
 
@@ -217,7 +217,7 @@ def _read_parent(side: str, uri: str, allow_pickle: bool, problems: list[ExpoErr
     try:
         checkpoint = read_checkpoint(open_store(uri), allow_pickle=allow_pickle)
     except ExpoError as error:
-        problems += (named(side, problem) for problem in each(error))
+        problems += (named(side, problem) for problem in problems_of(error))
         return None
     problems += (named(side, problem) for problem in refuse_unusable(checkpoint))
     return checkpoint

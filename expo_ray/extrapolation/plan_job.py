@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from expo_ray.config import Job, Pair, format_alpha
-from expo_ray.errors import ExpoError, JobError, Problems, each
+from expo_ray.errors import ExpoError, JobError, Problems, problems_of
 from expo_ray.extrapolation.model_folder import OutputState, check_space, inspect_output
 from expo_ray.extrapolation.pinned import refuse_replaced
 from expo_ray.extrapolation.plan import PairPlan, named, plan_pair
@@ -146,5 +146,5 @@ def _inspect(
         try:
             states[plan.name, alpha] = inspect_output(plan, alpha, overwrite=overwrite)
         except ExpoError as error:
-            problems += (named(plan.name, problem) for problem in each(error))
+            problems += (named(plan.name, problem) for problem in problems_of(error))
     return states, problems

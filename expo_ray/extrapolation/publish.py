@@ -14,7 +14,7 @@ from expo_ray.arithmetic.sums import TensorStatistics
 from expo_ray.checkpoint.adapter import scaled_adapter_config
 from expo_ray.checkpoint.json_file import read_small
 from expo_ray.checkpoint.tensors import Checkpoint
-from expo_ray.errors import AlreadyExists, ArithmeticFault, NotFound, OutputError, some
+from expo_ray.errors import AlreadyExists, ArithmeticFault, NotFound, OutputError
 from expo_ray.extrapolation.findings import warnings_of
 from expo_ray.extrapolation.layout import index_of
 from expo_ray.extrapolation.manifest import FORMAT
@@ -31,6 +31,7 @@ from expo_ray.extrapolation.receipt import Receipt, read_receipt, read_receipt_o
 from expo_ray.report.model_card import model_card
 from expo_ray.report.results import PairResult
 from expo_ray.storage import Store, open_store
+from expo_ray.text import first_few
 from expo_ray.untrusted import parse_json_object
 
 _TORCH_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -135,7 +136,7 @@ def _receipts(plan: PairPlan, alpha: float) -> list[Receipt]:
     missing = [file for file, receipt in found.items() if receipt is None]
     if missing:
         raise OutputError(
-            f"{store.uri}: {len(missing)} shard(s) are missing or changed ({some(missing)}); run the job again"
+            f"{store.uri}: {len(missing)} shard(s) are missing or changed ({first_few(missing)}); run the job again"
         )
     return [receipt for receipt in found.values() if receipt]
 

@@ -11,13 +11,14 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from expo_ray.config import format_alpha
-from expo_ray.errors import ExpoError, OutputError, TransientStorageError, in_one_line, some
+from expo_ray.errors import ExpoError, OutputError, TransientStorageError, in_one_line
 from expo_ray.extrapolation.model_folder import MANIFEST, claim, clear, release
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.plan_job import JobPlan, inspect_pairs
 from expo_ray.extrapolation.progress import Progress
 from expo_ray.extrapolation.publish import Published
 from expo_ray.storage import check_conditional_writes, open_store
+from expo_ray.text import first_few
 
 log = logging.getLogger("expo_ray")
 
@@ -187,7 +188,7 @@ class _Run:
                 names = sorted({plan.name for plan, _ in self.under_way.values()})
                 log.warning(
                     "nothing has finished for %d s; %d shard(s) are under way (%s): look for a lost node or a stalled store",
-                    STALL_WARNING_S, len(self.under_way), some(names),
+                    STALL_WARNING_S, len(self.under_way), first_few(names),
                 )  # fmt: skip
 
     def _submit(self) -> None:

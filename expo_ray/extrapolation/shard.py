@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 from expo_ray.arithmetic.sums import TensorStatistics
 from expo_ray.config import format_alpha
-from expo_ray.errors import ArithmeticFault, ExpoError, OutputError, some
+from expo_ray.errors import ArithmeticFault, ExpoError, OutputError
 from expo_ray.extrapolation.model_folder import check_claim
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.receipt import Receipt, write_receipt
 from expo_ray.extrapolation.stream import HELD, computed_pages
 from expo_ray.storage import Store, open_store
+from expo_ray.text import first_few
 
 # The bytes of a page of one output, and what becomes of its hashing and its writing.
 _Appended = tuple[int, Future[None], Future[None]]
@@ -124,7 +125,7 @@ def _refuse_broken_weights(total: Mapping[str, TensorStatistics]) -> None:
     ]
     if broken:
         raise ArithmeticFault(
-            f"{len(broken)} tensor(s) of the parents hold values that no alpha can mend: {some(broken)}; "
+            f"{len(broken)} tensor(s) of the parents hold values that no alpha can mend: {first_few(broken)}; "
             "repair or download the parents again, or freeze these tensors with `multipliers: {<pattern>: 0}`"
         )
 
@@ -133,6 +134,6 @@ def _refuse_overflow(alpha: float, total: Mapping[str, TensorStatistics]) -> Non
     over = [f"{name} ({one.overflow} elements)" for name, one in total.items() if one.overflow]
     if over:
         raise ArithmeticFault(
-            f"alpha {format_alpha(alpha)} overflows the output's dtype in {len(over)} tensor(s): {some(over)}; "
+            f"alpha {format_alpha(alpha)} overflows the output's dtype in {len(over)} tensor(s): {first_few(over)}; "
             "choose a smaller alpha, or `dtype: bf16` or `fp32`"
         )

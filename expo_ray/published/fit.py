@@ -15,8 +15,9 @@ from expo_ray.checkpoint.folder import read_checkpoint
 from expo_ray.checkpoint.renaming import renamed
 from expo_ray.checkpoint.tensors import DTYPE_BYTES, WEIGHT_DTYPES, Checkpoint, Tensor
 from expo_ray.checkpoint.tied import VocabularyWeights
-from expo_ray.errors import CheckpointError, some
+from expo_ray.errors import CheckpointError
 from expo_ray.storage import open_store
+from expo_ray.text import first_few
 
 _THREADS = 4
 _ELEMENTS = 2**17
@@ -71,7 +72,7 @@ def fit_alphas(model: str, sft: str, dpo: str, *, allow_pickle: bool = False) ->
     lacking = [name for name in sides[2].checkpoint.tensors if sides[0].find(name) is None]
     if not same:
         raise CheckpointError(
-            f"{model} shares no weight of one shape with both parents ({some(skipped, 3)}); name whole models of one "
+            f"{model} shares no weight of one shape with both parents ({first_few(skipped, 3)}); name whole models of one "
             "architecture, not adapters"
         )
     with ThreadPoolExecutor(_THREADS, "fit") as pool:

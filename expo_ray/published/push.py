@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from expo_ray.config import format_alpha
-from expo_ray.errors import InputChanged, OutputError, StorageError, some
+from expo_ray.errors import InputChanged, OutputError, StorageError
 from expo_ray.extrapolation.manifest import parse_manifest
 from expo_ray.extrapolation.model_folder import CARD, MANIFEST
 from expo_ray.extrapolation.progress import size_text
@@ -21,6 +21,7 @@ from expo_ray.published.verify import read_manifest
 from expo_ray.storage import FileInfo, Store, open_store
 from expo_ray.storage.hub import HubStore
 from expo_ray.storage.hub_push import HubRepository
+from expo_ray.text import first_few
 
 log = logging.getLogger("expo_ray")
 
@@ -122,7 +123,7 @@ def push(plan: Push, *, private: bool = False) -> str:
         there = seen
     lacking, _ = _against(there, plan.manifest)
     if lacking:
-        raise StorageError(f"{there.uri} does not list {some(lacking)} after the commit; push again")
+        raise StorageError(f"{there.uri} does not list {first_few(lacking)} after the commit; push again")
     return repository.url
 
 
@@ -150,7 +151,7 @@ def _checked_files(store: Store, manifest: Mapping[str, Any]) -> dict[str, FileI
     ]
     if wrong:
         raise OutputError(
-            f"{store.uri}: {len(wrong)} file(s) are missing or not of the size in {MANIFEST} ({some(wrong)}); run its job again"
+            f"{store.uri}: {len(wrong)} file(s) are missing or not of the size in {MANIFEST} ({first_few(wrong)}); run its job again"
         )
     return {key: present[key] for key in (*named, MANIFEST)}
 
@@ -171,7 +172,7 @@ def _against(head: HubStore, manifest: Mapping[str, Any]) -> tuple[list[str], tu
         foreign = sorted(present.keys() - _HARMLESS)
         if foreign:
             raise OutputError(
-                f"{head.uri} holds files that expo-ray did not push ({some(foreign, 3)}); choose another repository"
+                f"{head.uri} holds files that expo-ray did not push ({first_few(foreign, 3)}); choose another repository"
             )
         return [*named, MANIFEST], ()
     theirs = _manifest_of(head)
@@ -187,7 +188,7 @@ def _against(head: HubStore, manifest: Mapping[str, Any]) -> tuple[list[str], tu
     foreign = sorted(key for key in present.keys() - old.keys() - named.keys() if key.endswith(_WEIGHTS))
     if foreign:
         raise OutputError(
-            f"{head.uri} holds weights beside the model ({some(foreign, 3)}); delete them there, or choose another repository"
+            f"{head.uri} holds weights beside the model ({first_few(foreign, 3)}); delete them there, or choose another repository"
         )
     return [*named, MANIFEST], tuple(sorted(present.keys() & old.keys() - named.keys()))
 

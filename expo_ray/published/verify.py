@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from expo_ray.config import Pair, parse_pair
-from expo_ray.errors import CheckpointError, ExpoError, NotFound, StorageError, some
+from expo_ray.errors import CheckpointError, ExpoError, NotFound, StorageError
 from expo_ray.extrapolation.manifest import MANIFEST_BYTES, parse_manifest
 from expo_ray.extrapolation.model_folder import CLAIM, MANIFEST
 from expo_ray.extrapolation.plan import PairPlan, plan_pair
@@ -16,7 +16,7 @@ from expo_ray.extrapolation.receipt import sha256_of
 from expo_ray.extrapolation.stream import computed_pages
 from expo_ray.storage import FileInfo, Store
 from expo_ray.storage.missing import missing_folder
-from expo_ray.text import shown
+from expo_ray.text import first_few, shown
 
 _THREADS = 4
 _BOOKKEEPING = (".expo/", ".gitattributes", ".git/", ".cache/huggingface/")
@@ -79,7 +79,7 @@ def refuse_foreign_files(store: Store) -> None:
     if foreign:
         raise StorageError(
             f"{store.uri}: holds {len(foreign)} file(s) that are not part of the published model "
-            f"({some(list(map(shown, foreign)))}); move them elsewhere"
+            f"({first_few(list(map(shown, foreign)))}); move them elsewhere"
         )
 
 

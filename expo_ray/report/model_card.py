@@ -9,10 +9,10 @@ from typing import Any
 import yaml
 
 from expo_ray.config import format_alpha
-from expo_ray.errors import some
 from expo_ray.report.markdown import code, plain, table
 from expo_ray.report.model_index import evaluation_section, model_index
 from expo_ray.report.results import PairResult
+from expo_ray.text import first_few
 
 _HUB = re.compile(r"hf://([\w.-]{1,96}/[\w.-]{1,96})(?=[/@]|$)", re.ASCII)
 _TENSORS_SHOWN = 10
@@ -69,7 +69,7 @@ def _front_matter(manifest: Mapping[str, Any], index: Sequence[Mapping[str, Any]
 def _not_carried_over(keys: Sequence[str]) -> Iterator[str]:
     if keys:
         names = [code(key) for key in keys]
-        yield f"Files of the parents that nothing in the model names, and that were not carried over: {some(names, 20)}.\n"
+        yield f"Files of the parents that nothing in the model names, and that were not carried over: {first_few(names, 20)}.\n"
 
 
 def _changes(statistics: Mapping[str, Any]) -> str:

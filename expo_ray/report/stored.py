@@ -13,10 +13,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from expo_ray import __version__
 from expo_ray.config import format_alpha
-from expo_ray.errors import NotFound, OutputError, some
+from expo_ray.errors import NotFound, OutputError
 from expo_ray.report.results import FORMAT, Results
 from expo_ray.storage import Store
-from expo_ray.text import shown
+from expo_ray.text import first_few, shown
 from expo_ray.untrusted import parse_json_object
 
 RESULTS = "results.json"
@@ -86,7 +86,7 @@ def parse_results(data: bytes, where: str = RESULTS) -> Results:
             for fault in error.errors(include_url=False, include_input=False, include_context=False)
         ]
         raise OutputError(
-            f"{where} does not hold what expo-ray {__version__} writes ({some(problems)}); run the job again, it writes the file anew from "
+            f"{where} does not hold what expo-ray {__version__} writes ({first_few(problems)}); run the job again, it writes the file anew from "
             "what is stored"
         ) from error
 

@@ -14,10 +14,10 @@ from typing import Any
 from expo_ray.checkpoint.json_file import read_json
 from expo_ray.checkpoint.text_config import text_configs
 from expo_ray.config import Serving
-from expo_ray.errors import Attempts, JobError, some
+from expo_ray.errors import Attempts, JobError
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.storage import open_store
-from expo_ray.text import shown
+from expo_ray.text import first_few, shown
 
 _HEADS = ("num_attention_heads", "n_head", "num_heads")
 _CONFIG = "config.json"
@@ -94,5 +94,5 @@ def _check_arguments(engine: Mapping[str, Any]) -> None:
         return  # the engine itself will say
     if problems:
         raise JobError(
-            f"`serving.engine`: {some(list(map(shown, problems)))}; write arguments as vLLM names them"
+            f"`serving.engine`: {first_few(list(map(shown, problems)))}; write arguments as vLLM names them"
         )

@@ -14,13 +14,13 @@ from typing import Any
 
 from expo_ray.checkpoint.json_file import read_small
 from expo_ray.config import PromptSource
-from expo_ray.errors import Attempts, PromptError, some
+from expo_ray.errors import Attempts, PromptError
 from expo_ray.evaluation.prompts.prompt_set import PromptSet
 from expo_ray.evaluation.prompts.row_forms import IGNORED, parse_prompt, unasked
 from expo_ray.evaluation.records import Prompt
 from expo_ray.evaluation.row_store import bad_rows
 from expo_ray.storage import Store, open_store, split_file
-from expo_ray.text import shown
+from expo_ray.text import first_few, shown
 from expo_ray.untrusted import kind_of, parse_json
 
 log = logging.getLogger("expo_ray")
@@ -105,7 +105,7 @@ def _parse(source: str, rows: Iterable[tuple[str, Any]], row_in: Callable[[Any],
     if wrong:
         raise PromptError(f"{source}: {bad_rows(wrong)}")
     if columns := sorted({name for _, texts in first.values() for name in texts}):
-        names = some([f"`{shown(name, 60)}`" for name in columns])
+        names = first_few([f"`{shown(name, 60)}`" for name in columns])
         log.warning(
             "note: %s: the text in %s is not asked; if it belongs to the question, put it there",
             source,

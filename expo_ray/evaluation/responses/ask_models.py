@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from expo_ray.config import Job, Sampling
-from expo_ray.errors import EndpointError, PromptError, some
+from expo_ray.errors import EndpointError, PromptError
 from expo_ray.evaluation.progress import RowProgress
 from expo_ray.evaluation.prompts.prompt_set import PromptSet
 from expo_ray.evaluation.responses.ask_missing import (
@@ -24,7 +24,7 @@ from expo_ray.evaluation.responses.question import origin_of
 from expo_ray.evaluation.responses.response_file import ResponseFile, check_origins
 from expo_ray.serving.served_models import served_by_engine
 from expo_ray.storage import Store, join_uri
-from expo_ray.text import shown
+from expo_ray.text import first_few, shown
 
 
 @dataclass
@@ -146,6 +146,6 @@ async def _only_name(client: Client) -> str:
     if len(names) != 1:
         remedy = "say which with --name" if names else "start one there"
         raise EndpointError(
-            f"{client.url}: serves {some([shown(name) for name in names]) or 'no models'}; {remedy}"
+            f"{client.url}: serves {first_few([shown(name) for name in names]) or 'no models'}; {remedy}"
         )
     return names[0]

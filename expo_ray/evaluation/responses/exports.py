@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from expo_ray.errors import PromptError, some
+from expo_ray.errors import PromptError
 from expo_ray.evaluation.prompts.prompt_set import PromptSet
 from expo_ray.evaluation.records import Prompt, Response, digest
+from expo_ray.text import first_few
 
 # AlpacaEval's own outputs call their only split so.
 _DATASPLIT = "eval"
@@ -27,7 +28,7 @@ def alpaca_eval(prompts: PromptSet, responses: Mapping[tuple[str, int], Response
     if several:
         raise PromptError(
             f"{prompts.name}: {len(several)} prompt(s) have several turns, and AlpacaEval knows single instructions only "
-            f"({some(several)}); export them as jsonl"
+            f"({first_few(several)}); export them as jsonl"
         )
     return [
         {
@@ -58,7 +59,7 @@ def mt_bench(
     if nameless:
         raise PromptError(
             f"{prompts.name}: {len(nameless)} prompt(s) have no `question_id`, by which MT-Bench finds its questions "
-            f"({some(nameless)}); ask those of its question.jsonl"
+            f"({first_few(nameless)}); ask those of its question.jsonl"
         )
     rows = []
     for prompt in prompts.prompts:
@@ -91,7 +92,7 @@ def _check_complete(prompts: PromptSet, responses: Mapping[tuple[str, int], Resp
     if missing:
         raise PromptError(
             f"{prompts.name}: {len(missing)} prompt(s) have no response, and a benchmark's file needs all of them "
-            f"({some(missing)}); run the same command again once they can be answered"
+            f"({first_few(missing)}); run the same command again once they can be answered"
         )
 
 

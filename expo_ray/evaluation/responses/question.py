@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from expo_ray.config import Sampling
-from expo_ray.errors import PromptError, some
+from expo_ray.errors import PromptError
 from expo_ray.evaluation.prompts.prompt_set import PromptSet
 from expo_ray.evaluation.records import Message, Prompt, Response, digest, seed_of
 from expo_ray.evaluation.responses.client import Answer, Client, GaveUp, Refused
 from expo_ray.evaluation.responses.endpoint import Card
+from expo_ray.text import first_few
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def problems_of(
             if one.prompt_id in by_id:
                 by_kind[one.kind].setdefault(one.prompt_id, one.reason)
         for kind, reasons in by_kind.items():
-            named = some([_named(by_id[prompt_id]) for prompt_id in reasons])
+            named = first_few([_named(by_id[prompt_id]) for prompt_id in reasons])
             count, reason = len(reasons), next(iter(reasons.values()))
             problems.append(PromptError(_told(kind, prompts.name, count, card, reason) + f": {named}"))
     return tuple(problems)

@@ -16,12 +16,12 @@ from expo_ray.checkpoint.json_file import read_json
 from expo_ray.checkpoint.text_config import text_configs
 from expo_ray.checkpoint.tokenizer import Files, load_tokenizer, tokenizer_files
 from expo_ray.config import PublishedModel, Serving
-from expo_ray.errors import JobError, OutputError, Problems, PromptError, some
+from expo_ray.errors import JobError, OutputError, Problems, PromptError
 from expo_ray.evaluation.prompts.prompt_set import PromptSet
 from expo_ray.evaluation.records import Prompt
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.storage import FileInfo, Store, open_store
-from expo_ray.text import shown
+from expo_ray.text import first_few, shown
 from expo_ray.time_limit import RENDER_S, time_limit
 
 log = logging.getLogger("expo_ray")
@@ -174,7 +174,7 @@ def _refused(
         return []  # the others are answered, and these named then
     problems: list[JobError | PromptError] = [
         PromptError(
-            f"{name}: the chat template fails on {len(ids)} prompt(s), {some(ids)} ({reason}); remove these prompts, or correct "
+            f"{name}: the chat template fails on {len(ids)} prompt(s), {first_few(ids)} ({reason}); remove these prompts, or correct "
             "chat_template.jinja"
         )
         for reason, ids in failed.items()
@@ -182,7 +182,7 @@ def _refused(
     if long:
         problems.append(
             PromptError(
-                f"{name}: {len(long)} prompt(s) leave no room for a response within {limit:.0f} tokens ({some(long)}); remove or shorten "
+                f"{name}: {len(long)} prompt(s) leave no room for a response within {limit:.0f} tokens ({first_few(long)}); remove or shorten "
                 "them, or raise `serving.max_model_len` where it is below the model's"
             )
         )

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from expo_ray.errors import ExpoError, Problems, RewardError, some
+from expo_ray.errors import ExpoError, Problems, RewardError
 from expo_ray.evaluation.records import Message, Response, scored_digest
+from expo_ray.text import first_few
 from expo_ray.time_limit import RENDER_S, time_limit
 
 _PROBE = [{"role": "user", "content": "a"}]
@@ -148,11 +149,13 @@ def model_inputs(
         kept = tuple(ids[:max_tokens])
         inputs.append(RewardInput(one.prompt_id, one.sample, one.messages, one.text, kept, cut))
     problems: list[ExpoError] = [
-        RewardError(f"{where}: {reason} (prompt {some(list(dict.fromkeys(ids)))}); remove these responses")
+        RewardError(
+            f"{where}: {reason} (prompt {first_few(list(dict.fromkeys(ids)))}); remove these responses"
+        )
         for reason, ids in refused.items()
     ]
     if too_long:
-        shown = some([f"{prompt_id} with {tokens} tokens" for prompt_id, tokens in too_long.items()])
+        shown = first_few([f"{prompt_id} with {tokens} tokens" for prompt_id, tokens in too_long.items()])
         problems.append(
             RewardError(
                 f"{where}: the chats of {len(too_long)} prompt(s) are longer than the {max_tokens} tokens that the model takes ({shown}); "

@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
-from expo_ray.errors import NotFound, OutputError, RewardError, some
+from expo_ray.errors import NotFound, OutputError, RewardError
 from expo_ray.evaluation.records import Response, Reward
 from expo_ray.evaluation.rewards.chat_tokens import parse_response
 from expo_ray.evaluation.rewards.score_missing import parse_reward
 from expo_ray.evaluation.row_store import read_rows, rows_text
 from expo_ray.storage import Store, open_output_file, open_store, split_file
+from expo_ray.text import first_few
 
 
 class RewardFile:
@@ -72,7 +73,7 @@ def read_responses(uri: str) -> list[Response]:
     twice = [f"{prompt_id} sample {sample}" for (prompt_id, sample), count in counts.items() if count > 1]
     if twice:
         raise RewardError(
-            f"{uri}: {len(twice)} pair(s) of prompt_id and sample stand in several rows ({some(twice)}); give each model's "
+            f"{uri}: {len(twice)} pair(s) of prompt_id and sample stand in several rows ({first_few(twice)}); give each model's "
             "responses a file of their own, or number the samples"
         )
     return responses

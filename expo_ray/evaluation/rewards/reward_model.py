@@ -15,11 +15,11 @@ from expo_ray.checkpoint.quantisation import quantisation_of
 from expo_ray.checkpoint.tensors import Checkpoint
 from expo_ray.checkpoint.text_config import text_configs
 from expo_ray.config import RewardModel
-from expo_ray.errors import Problems, RewardError, some
+from expo_ray.errors import Problems, RewardError
 from expo_ray.evaluation.records import digest
 from expo_ray.evaluation.rewards.reward_function import RewardFunction, is_function, load_function
 from expo_ray.storage import Store, open_store
-from expo_ray.text import shown
+from expo_ray.text import first_few, shown
 from expo_ray.untrusted import Foreign, validated
 
 # How tokens are made and scores computed here; another number scores everything anew.
@@ -142,7 +142,7 @@ def _problems(checkpoint: Checkpoint, config: _Config) -> list[str]:
         others = [name for name in names if name.startswith(_OTHER_HEADS)]
         there = f" (there is {_shown(others)}, which transformers does not load)" if others else ""
         problems.append(
-            f"has no score head: none of {some(list(_HEADS))} is among its tensors{there}; it would be filled with random numbers. "
+            f"has no score head: none of {first_few(list(_HEADS))} is among its tensors{there}; it would be filled with random numbers. "
             "Give the folder of the trained reward model, with its head"
         )
     labels = {f"the {heads[0]} of its weights": (*names[heads[0]].shape, 0)[0]} if heads else {}
@@ -183,7 +183,7 @@ def _check_no_code(store: Store, checkpoint: Checkpoint) -> list[RewardError]:
 
 
 def _shown(names: Iterable[str]) -> str:
-    return some([shown(name, 80) for name in names])
+    return first_few([shown(name, 80) for name in names])
 
 
 def _max_tokens(config: Mapping[str, Any]) -> int | None:

@@ -9,9 +9,10 @@ from typing import TypeVar
 import numpy as np
 
 from expo_ray.config import check_alpha, format_alpha
-from expo_ray.errors import ExpoError, some
+from expo_ray.errors import ExpoError
 from expo_ray.evaluation.records import Response, Reward
 from expo_ray.evaluation.statistics import Array
+from expo_ray.text import first_few
 
 # Long enough that prose seldom repeats one by chance, short enough to see a loop of one word.
 _REPEATED_CHARACTERS = 16
@@ -146,7 +147,7 @@ def _check(
     uneven = [prompt for prompt, rows in by_prompt.items() if len(rows) != samples or not rows]
     if uneven or not by_prompt:
         raise EvaluationError(
-            f"{name}: {len(uneven)} of {len(by_prompt)} prompts do not have {max(samples, 1)} response(s) each ({some(uneven)}); run "
+            f"{name}: {len(uneven)} of {len(by_prompt)} prompts do not have {max(samples, 1)} response(s) each ({first_few(uneven)}); run "
             "`respond` again, it asks for what is missing"
         )
     if not rewards:
@@ -156,13 +157,13 @@ def _check(
         missing = [f"{key[0]}/{key[1]}" for key in keys if key not in scored]
         if missing:
             raise EvaluationError(
-                f"{name}: {model} has not scored {len(missing)} of {len(keys)} responses ({some(missing)}); run `reward` again, it "
+                f"{name}: {model} has not scored {len(missing)} of {len(keys)} responses ({first_few(missing)}); run `reward` again, it "
                 "scores what is missing"
             )
         wrong = [f"{key[0]}/{key[1]}" for key in keys if not np.isfinite(scored[key])]
         if wrong:
             raise EvaluationError(
-                f"{name}: {model} gave {len(wrong)} reward(s) that are no finite number ({some(wrong)}); a mean with them says "
+                f"{name}: {model} gave {len(wrong)} reward(s) that are no finite number ({first_few(wrong)}); a mean with them says "
                 "nothing, so mend the reward model and score them again"
             )
 

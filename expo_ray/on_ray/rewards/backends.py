@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from expo_ray.config import RewardModel
-from expo_ray.errors import RewardError, some
+from expo_ray.errors import RewardError
 from expo_ray.evaluation.rewards.reward_model import Classifier
+from expo_ray.text import first_few
 
 _TORCH_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -79,7 +80,7 @@ class TransformersBackend:
         )
         if missing := sorted(loading["missing_keys"]):
             raise RewardError(
-                f"{folder}: transformers misses {some(missing)} and would take random numbers; give the folder of the trained "
+                f"{folder}: transformers misses {first_few(missing)} and would take random numbers; give the folder of the trained "
                 "reward model"
             )
         self._device = "cuda" if cuda else "cpu"
@@ -275,7 +276,7 @@ def check_parity(where: str, dtype: str, vllm: Sequence[float], transformers: Se
     if wrong:
         raise RewardError(
             f"{where}: vLLM and transformers disagree on {len(wrong)} of {len(pairs)} texts by more than {allowed:.2g} in {dtype} "
-            f"({some(wrong)}), and transformers was checked against the model's definition; set `backend: transformers`"
+            f"({first_few(wrong)}), and transformers was checked against the model's definition; set `backend: transformers`"
         )
 
 

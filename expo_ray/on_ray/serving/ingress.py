@@ -12,11 +12,11 @@ from ray.serve.llm.ingress import OpenAiIngress
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from expo_ray.errors import some
 from expo_ray.extrapolation.step import Step
 from expo_ray.on_ray.serving.engine_adapter import ModelCard, ModelList, OpenAIHTTPException
 from expo_ray.serving.request_checks import HEALTH, RETRY_AFTER_S, RequestChecks
 from expo_ray.serving.served_names import NameFault, ServedName, parse_name
+from expo_ray.text import first_few
 
 ENDPOINTS: Mapping[str, Any] = {
     "models": lambda app: app.get("/v1/models"),
@@ -83,7 +83,9 @@ class Ingress(OpenAiIngress):
         return name
 
     def _served(self) -> str:
-        return some([f"`{name}@ALPHA`" if name in self._pairs else f"`{name}`" for name in self._deployments])
+        return first_few(
+            [f"`{name}@ALPHA`" if name in self._pairs else f"`{name}`" for name in self._deployments]
+        )
 
 
 def _card(name: str, metadata: Mapping[str, Any] | None = None) -> ModelCard:
@@ -123,7 +125,7 @@ def web_app(hosts: Collection[str] = (), key_digest: str = "") -> FastAPI:
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         told = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
-        return _error(400, some(told), "invalid_request_error")
+        return _error(400, first_few(told), "invalid_request_error")
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> JSONResponse:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from expo_ray.errors import ArithmeticFault, some
+from expo_ray.errors import ArithmeticFault
 from expo_ray.extrapolation.step import DPO, SFT, Step, parse_step, stepped
 from expo_ray.serving.weights import extrapolated
+from expo_ray.text import first_few
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -93,5 +94,5 @@ class PairWorker:
         wrong = self.expo_comparison.differing(step)
         if wrong:
             raise RuntimeError(
-                f"the engine does not hold the weights of alpha {step}: {some(wrong)} are others"
+                f"the engine does not hold the weights of alpha {step}: {first_few(wrong)} are others"
             )

@@ -14,13 +14,12 @@ from typing import Any
 import torch
 
 from expo_ray.checkpoint.tensors import WEIGHT_DTYPES
-from expo_ray.errors import some
 from expo_ray.extrapolation.match import TensorPlan
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.step import Step, stepped
 from expo_ray.on_ray.serving.engine_weights import Place, Traced, held_values, trace
 from expo_ray.serving.weights import rows_of
-from expo_ray.text import shown
+from expo_ray.text import first_few, shown
 
 log = logging.getLogger("expo_ray")
 
@@ -99,7 +98,7 @@ class Comparison:
             reasons = [f"{name} ({reason})" for name, reason in self.left_out.items()]
             raise RuntimeError(
                 f"{self._plan.name}: {1 - self.share:.0%} of the elements cannot be compared after a swap of weights: "
-                f"{some(reasons)}; publish the model with `expo-ray extrapolate` and serve its folder under `models`"
+                f"{first_few(reasons)}; publish the model with `expo-ray extrapolate` and serve its folder under `models`"
                 + (
                     ""
                     if not torch.cuda.is_available()
