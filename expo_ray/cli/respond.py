@@ -25,7 +25,7 @@ from expo_ray.evaluation.responses.response_file import ResponseFile
 from expo_ray.evaluation.responses.served_checks import check_served, check_writable
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.serving.engine_checks import check_engine
-from expo_ray.serving.served_models import check_model, served_plans
+from expo_ray.serving.served_models import check_model, plan_served_pairs
 from expo_ray.storage import open_store
 
 FAILED = 1
@@ -90,7 +90,7 @@ def check(job: Job) -> tuple[list[PairPlan], list[PromptSet]]:
             )
         )
     sets = [one for found in attempts.attempt(partial(load_prompts, job.prompts)) for one in found]
-    plans = [plan for found in attempts.attempt(partial(served_plans, job)) for plan in found]
+    plans = [plan for found in attempts.attempt(partial(plan_served_pairs, job)) for plan in found]
     attempts.end()
     return plans, sets
 

@@ -11,7 +11,7 @@ from expo_ray.cli.extras import require
 from expo_ray.config import Job, format_alpha, load_job
 from expo_ray.evaluation.responses.served_checks import check_served
 from expo_ray.serving.engine_checks import check_engine
-from expo_ray.serving.served_models import served_plans
+from expo_ray.serving.served_models import plan_served_pairs
 
 
 def command(arguments: argparse.Namespace) -> int:
@@ -21,7 +21,7 @@ def command(arguments: argparse.Namespace) -> int:
     settings = (
         job.serving if arguments.port is None else job.serving.model_copy(update={"port": arguments.port})
     )
-    plans = served_plans(job)
+    plans = plan_served_pairs(job)
     check_served(plans, job.models, settings)
     check_engine(settings, plans)
     from expo_ray.on_ray.cluster import cluster

@@ -22,7 +22,7 @@ _ERROR = re.compile(
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
-def cause_in(text: str, log: str = "") -> str:
+def root_cause(text: str, log: str = "") -> str:
     """The line of an error's text that says why; where that only points to a log, the last error in `log`."""
     lines = [line for line in _ANSI.sub("", text).splitlines() if line.strip()]
     value_errors = [line.partition("Value error, ")[2] for line in lines if "Value error, " in line]
@@ -40,7 +40,7 @@ def cause_in(text: str, log: str = "") -> str:
     return shown(re.sub(r"^(?:ray\.exceptions\.\w+: )?(?:RuntimeError|ValueError): ", "", last), _MOST)
 
 
-def own_log() -> str:
+def read_own_log() -> str:
     """The end of the log of this process and those that it started: the file that Ray gives a worker's standard error."""
     try:
         with Path("/proc/self/fd/2").resolve().open("rb") as file:

@@ -1,4 +1,4 @@
-"""Copies of model folders on the node that serves them, fetched once however many engines want them, and verified."""
+"""Copies of model folders on the node that serves them: downloaded once however many engines ask, and verified."""
 
 from __future__ import annotations
 
@@ -32,40 +32,48 @@ _FILES_AT_ONCE = 4
 
 
 def cache_folder() -> Path:
-    """Where copies are kept: `$EXPO_RAY_CACHE`, else `expo-ray` below `$XDG_CACHE_HOME` or `~/.cache`."""
+    """Folder that copies are kept in: `$EXPO_RAY_CACHE`, else `expo-ray` below `$XDG_CACHE_HOME` or `~/.cache`."""
     if chosen := os.environ.get(CACHE_VARIABLE):
         return Path(os.path.abspath(expand_home(chosen)))
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "expo-ray"
 
 
-def on_this_node(plan: PairPlan) -> PairPlan:
-    """The same plan, reading both parents from this node's disk.
+def download_parents(plan: PairPlan) -> PairPlan:
+    """Download both parents to this node, once and under a lock, and return the plan pointing at the copies.
 
     Raises:
         InputChanged: if a parent is no longer the one that was planned.
-        StorageError: if one cannot be fetched, or has no room here.
+        StorageError: if a parent cannot be fetched, or has no room here.
     """
-    return replace(plan, sft=_local(plan.sft), dpo=_local(plan.dpo))
+    return replace(plan, sft=_download_checkpoint(plan.sft), dpo=_download_checkpoint(plan.dpo))
 
 
-def engine_folder(plan: PairPlan) -> Path:
-    """A folder on this node that an engine for the pair can start from: dpo, or sft with dpo's side files for an adapter."""
-    here = on_this_node(plan)
+def rebuild_engine_folder(plan: PairPlan) -> Path:
+    """Download both parents to this node, and return the folder that an engine for the pair starts from.
+
+    That is dpo's own folder. For an adapter it is a folder that is deleted and rebuilt here, with links to sft's weights and
+    dpo's side files.
+
+    Raises:
+        InputChanged: if a parent is no longer the one that was planned.
+        StorageError: if a parent cannot be fetched, or has no room here.
+    """
+    local = download_parents(plan)
     if not plan.dpo.adapter:
-        return Path(here.dpo.uri)
+        return Path(local.dpo.uri)
     folder = cache_folder() / "engines" / plan.plan_id(0)
-    with _locked(folder):
+    with _lock(folder):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        weights = {key: here.sft for key in here.sft.files if key not in here.sft.side_files}
-        for key, source in {**weights, **here.side_files}.items():
+        weights = {key: local.sft for key in local.sft.files if key not in local.sft.side_files}
+        for key, parent in {**weights, **local.side_files}.items():
             (folder / key).parent.mkdir(parents=True, exist_ok=True)
-            (folder / key).symlink_to(Path(source.uri) / key)
+            (folder / key).symlink_to(Path(parent.uri) / key)
     return folder
 
 
-def published_folder(uri: str) -> Path:
-    """A model folder on this node; a local one where it is.
+def download_model(uri: str) -> Path:
+    """Download a model folder into the node cache and return its path; a local folder is returned as is.
 
     Raises:
         NotFound: if there is no such folder.
@@ -75,35 +83,39 @@ def published_folder(uri: str) -> Path:
     store = open_store(uri)
     refuse_foreign_files(store)
     files = {info.key: info for info in store.list() if not info.key.startswith(".expo/")}
-    return _fetched(store, files) if "://" in store.uri else Path(store.uri)
+    return _download_once(store, files) if "://" in store.uri else Path(store.uri)
 
 
-def _local(checkpoint: Checkpoint) -> Checkpoint:
+def _download_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
+    """Download a parent, unless it is local, and return it with the copy's address and files."""
     if "://" not in checkpoint.uri:
         return checkpoint
-    folder = _fetched(open_store(checkpoint.uri), checkpoint.files)
+    folder = _download_once(open_store(checkpoint.uri), checkpoint.files)
     store = open_store(str(folder))
     return replace(checkpoint, uri=store.uri, files={key: store.stat(key) for key in checkpoint.files})
 
 
-def _fetched(store: Store, files: Mapping[str, FileInfo]) -> Path:
-    """Download these very files, once; the name of their folder says which they are."""
+def _download_once(store: Store, files: Mapping[str, FileInfo]) -> Path:
+    """Download these very files, unless an earlier copy is whole; their folder is named by a digest of what they are."""
     check_listing(files, store.uri)
     if _COMPLETE in files:
         raise StorageError(f"{store.uri}: {_COMPLETE} is a name that copies on a node need; rename this file")
     identity = json.dumps([store.uri, *([info.key, info.size, info.etag] for info in files.values())])
     folder = cache_folder() / "models" / hashlib.sha256(identity.encode()).hexdigest()[:16]
-    with _locked(folder):
+    with _lock(folder):
         if not _is_whole(folder):
             shutil.rmtree(folder, ignore_errors=True)
             _check_space(folder, files)
-            _fetch(store, files, folder)
+            _download_files(store, files, folder)
     return folder
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One process of this node at a time; the kernel lets go of a dead one's lock."""
+def _lock(folder: Path) -> Iterator[None]:
+    """Keep other processes of this node away from `folder`.
+
+    `flock` and not a lock file of our making: the kernel releases it when the process that holds it is killed.
+    """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         file = folder.with_name(f"{folder.name}.lock").open("w")
@@ -116,34 +128,37 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _fetch(store: Store, files: Mapping[str, FileInfo], folder: Path) -> None:
-    promised = _promised(store, files)
+def _download_files(store: Store, files: Mapping[str, FileInfo], folder: Path) -> None:
+    """Download all files, compare them with the manifest, and write the marker of a whole copy last."""
+    expected = _manifest_digests(store, files)
     with ThreadPoolExecutor(_FILES_AT_ONCE, "fetch") as pool:
-        found = dict(
-            zip(files, pool.map(lambda info: _copy(store, info, folder), files.values()), strict=True)
+        digests = dict(
+            zip(
+                files, pool.map(lambda info: _download_file(store, info, folder), files.values()), strict=True
+            )
         )
-    for key, digest in promised.items():
-        if found.get(key, digest) != digest:
+    for key, digest in expected.items():
+        if digests.get(key, digest) != digest:
             raise StorageError(
-                f"{store.uri}/{key}: its sha256 is {found[key]}, and the manifest says {digest}; publish the model again"
+                f"{store.uri}/{key}: its sha256 is {digests[key]}, and the manifest says {digest}; publish the model again"
             )
     state = {
-        key: [found[key], (folder / key).stat().st_size, (folder / key).stat().st_mtime_ns] for key in files
+        key: [digests[key], (folder / key).stat().st_size, (folder / key).stat().st_mtime_ns] for key in files
     }
     (folder / _COMPLETE).write_text(json.dumps(state))
 
 
-def _promised(store: Store, files: Mapping[str, FileInfo]) -> dict[str, str]:
-    """The sha256 of the files that a manifest tells of."""
+def _manifest_digests(store: Store, files: Mapping[str, FileInfo]) -> dict[str, str]:
+    """Read the sha256 of each file that the manifest names; none without a manifest."""
     if MANIFEST not in files:
         return {}
     manifest = read_manifest(store)
     assert manifest is not None
-    shards = {one["file"]: one["sha256"] for one in manifest["shards"]}
-    return shards | {key: one["sha256"] for key, one in manifest["files"].items()}
+    shards = {shard["file"]: shard["sha256"] for shard in manifest["shards"]}
+    return shards | {key: file["sha256"] for key, file in manifest["files"].items()}
 
 
-def _copy(store: Store, info: FileInfo, folder: Path) -> str:
+def _download_file(store: Store, info: FileInfo, folder: Path) -> str:
     """Download one file into `folder` and nowhere else; returns its sha256."""
     path = folder / check_key(info.key, store.uri)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -159,7 +174,7 @@ def _copy(store: Store, info: FileInfo, folder: Path) -> str:
 
 
 def _new_file(path: Path, store: Store, key: str) -> BinaryIO:
-    """Create a file; one that is there already has the same name but for case or the form of its letters.
+    """Create a file; an existing one has the same name but for case or the form of its letters.
 
     Raises:
         StorageError: if this node's file system takes two keys for one name.
@@ -174,7 +189,7 @@ def _new_file(path: Path, store: Store, key: str) -> BinaryIO:
 
 
 def _is_whole(folder: Path) -> bool:
-    """True if all was fetched, and nothing has been touched since; a touched file is hashed again."""
+    """Check that the copy is complete and unchanged; only files whose modification time differs are hashed again."""
     try:
         state = parse_json_object((folder / _COMPLETE).read_bytes(), _COMPLETE, most_bytes=TOKENIZER_BYTES)
         return all(_is_same(folder / key, *known) for key, known in state.items())

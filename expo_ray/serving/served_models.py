@@ -1,25 +1,67 @@
-"""A job's models where they are served: what they are called, and what engines hold."""
+"""A job's models where they are served: their names, and the plans of the engines that hold them.
+
+A served name is `<pair>@<alpha>`, `<pair>` for dpo, or the name of a published model.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from expo_ray.config import Job, Pair, format_alpha
-from expo_ray.errors import Attempts
+from expo_ray.errors import Attempts, ExpoError
 from expo_ray.extrapolation.plan import PairPlan, plan_pair, plan_parents
 from expo_ray.extrapolation.plan_job import outputs_of
+from expo_ray.extrapolation.step import Step, parse_step
 from expo_ray.published.verify import refuse_foreign_files
 from expo_ray.storage import open_store
 
 
+class NameFault(ExpoError):
+    """A request names something that is not served."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServedName:
+    """The model that a request asks for.
+
+    Attributes:
+        base: a pair or a published model.
+        step: None where the name has none; a pair then answers as dpo.
+    """
+
+    base: str
+    step: Step | None
+
+    def __str__(self) -> str:
+        return self.base if self.step is None else f"{self.base}@{self.step}"
+
+
+def parse_name(text: str) -> ServedName:
+    """Split a served name into the pair or model and the step.
+
+    Raises:
+        NameFault: if what follows the `@` is no step.
+    """
+    base, at, step = text.partition("@")
+    if not at:
+        return ServedName(base, None)
+    try:
+        return ServedName(base, parse_step(step))
+    except ValueError as error:
+        raise NameFault(
+            f"model {text!r}: {error}; write `{base}@0.5`, with any finite number of at least -1"
+        ) from error
+
+
 def served_names(job: Job) -> list[str]:
-    """All models that a job evaluates: `<pair>@<alpha>`, and the published ones by name."""
-    return [name for names in served_by_engine(job).values() for name in names]
+    """Names of all models that a job evaluates."""
+    return [name for names in names_by_engine(job).values() for name in names]
 
 
-def served_by_engine(job: Job) -> Mapping[str, Sequence[str]]:
-    """The same, by the pair or model whose engines answer for them; dpo itself, at alpha 0, is always among a pair's."""
+def names_by_engine(job: Job) -> Mapping[str, Sequence[str]]:
+    """Served names, by the pair or model whose engines answer for them; alpha 0, dpo itself, is always among a pair's."""
     pairs = {
         pair.name: [f"{pair.name}@{format_alpha(alpha)}" for alpha in sorted({0.0, *pair.alphas})]
         for pair in job.pairs
@@ -27,14 +69,14 @@ def served_by_engine(job: Job) -> Mapping[str, Sequence[str]]:
     return pairs | {model.name: [model.name] for model in job.models}
 
 
-def served_plans(job: Job) -> list[PairPlan]:
-    """The pairs of a job as engines hold them: whole models, LoRA adapters merged, whatever is published in the end.
+def plan_served_pairs(job: Job) -> list[PairPlan]:
+    """Plan the pairs of a job as engines hold them: whole models, LoRA adapters merged, whatever is published in the end.
 
     Raises:
         Problems: with everything that is wrong with any pair or published model.
     """
     attempts = Attempts()
-    plans = [plan for pair in job.pairs for plan in attempts.attempt(partial(_whole, job, pair))]
+    plans = [plan for pair in job.pairs for plan in attempts.attempt(partial(_plan_whole, job, pair))]
     for model in job.models:
         attempts.attempt(partial(check_model, model.uri))
     attempts.end()
@@ -42,13 +84,18 @@ def served_plans(job: Job) -> list[PairPlan]:
 
 
 def check_model(uri: str) -> None:
-    """See that there is a model at `uri`; errors as of `refuse_foreign_files`, and `NotFound` without a configuration."""
+    """Check that there is a model at `uri`.
+
+    Raises:
+        NotFound: if it has no configuration.
+        ExpoError: as `refuse_foreign_files`.
+    """
     store = open_store(uri)
     refuse_foreign_files(store)
     store.stat("config.json")
 
 
-def _whole(job: Job, pair: Pair) -> PairPlan:
+def _plan_whole(job: Job, pair: Pair) -> PairPlan:
     plan = plan_pair(pair, outputs_of(job, pair))
     if not plan.scaled:
         return plan

@@ -28,7 +28,7 @@ Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 def extrapolated(plan: PairPlan, alpha: float) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and weights of every tensor at `alpha`, one after another; the bytes that the published shards have.
+    """Compute every tensor at `alpha`, one after another: names and weights, with the bytes that the published shards have.
 
     Raises:
         ArithmeticFault: if the result holds NaN or infinities.
@@ -46,7 +46,7 @@ def _tensors_of(plan: PairPlan, index: int, alpha: float) -> Iterator[tuple[str,
     for tensor in shard.tensors:
         dtype = TORCH_DTYPES[tensor.dtype]
         shape = (sum(run.count for run in tensor.runs), *tensor.shape[1:]) if tensor.runs else tensor.shape
-        # Memory of its own: the loader keeps tensors until all that a layer fuses have come.
+        # New memory for each tensor: the loader keeps tensors until all that a layer fuses have come.
         data = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
         file.read_into(data.numpy())
         yield tensor.name, data.view(dtype).reshape(shape)
@@ -78,21 +78,21 @@ class _File:
 
 
 def _refuse_broken(name: str, statistics: Sequence[TensorStatistics], alpha: float) -> None:
-    for one in statistics:
-        if one.nan or one.inf or one.overflow:
+    for sums in statistics:
+        if sums.nan or sums.inf or sums.overflow:
             raise ArithmeticFault(
-                f"{name} at alpha {format_alpha(alpha)}: {one.nan} NaN, {one.inf} infinite and {one.overflow} overflowing "
+                f"{name} at alpha {format_alpha(alpha)}: {sums.nan} NaN, {sums.inf} infinite and {sums.overflow} overflowing "
                 "elements; choose a smaller alpha, or repair the parents"
             )
 
 
-def rows_of(plan: PairPlan, picked: Mapping[str, Sequence[int]], alpha: float) -> dict[str, torch.Tensor]:
-    """Some rows of some tensors at `alpha`, computed anew: (rows, the tensor's other dimensions) by name."""
+def rows_of(plan: PairPlan, rows: Mapping[str, Sequence[int]], alpha: float) -> dict[str, torch.Tensor]:
+    """Compute some rows of some tensors at `alpha`, each (rows, the tensor's other dimensions), by name."""
     tensors = [
-        replace(tensor, runs=tuple(RowRun(row, _partner(tensor, row), 1) for row in picked[tensor.name]))
+        replace(tensor, runs=tuple(RowRun(row, _partner(tensor, row), 1) for row in rows[tensor.name]))
         for shard in plan.shards
         for tensor in shard.tensors
-        if tensor.name in picked
+        if tensor.name in rows
     ]
     alone = replace(plan, shards=(ShardPlan("", tuple(tensors), 0),))
     return dict(_tensors_of(alone, 0, alpha))

@@ -10,7 +10,7 @@ import pytest
 from expo_ray.checkpoint.folder import read_checkpoint
 from expo_ray.errors import CheckpointError, ExpoError, Problems
 from expo_ray.published.verify import read_manifest
-from expo_ray.serving.node_cache import published_folder
+from expo_ray.serving.node_cache import download_model
 from expo_ray.serving.served_models import check_model
 from expo_ray.storage import open_store
 from tests.support.stored_files import stored
@@ -73,9 +73,7 @@ def test_a_place_that_is_no_folder_gets_a_hint(tmp_path: Path, monkeypatch: pyte
         assert part in message(given), given
 
 
-@pytest.mark.parametrize(
-    "look", [lambda path: read_manifest(open_store(path)), check_model, published_folder]
-)
+@pytest.mark.parametrize("look", [lambda path: read_manifest(open_store(path)), check_model, download_model])
 def test_the_hint_is_given_wherever_a_folder_is_asked_for(
     look: Callable[[str], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

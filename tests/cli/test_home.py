@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from expo_ray.errors import StorageError
-from expo_ray.serving.node_cache import CACHE_VARIABLE, published_folder
+from expo_ray.serving.node_cache import CACHE_VARIABLE, download_model
 from tests.support.paths import ROOT
 
 # Prints where caches would go after the preparation, and what `~` is.
@@ -104,4 +104,4 @@ def test_a_cache_that_cannot_be_written_names_its_variable(
     (tmp_path / "file").touch()
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file" / "cache"))
     with pytest.raises(StorageError, match=f"set {CACHE_VARIABLE}"):
-        published_folder("memory://cached/model")
+        download_model("memory://cached/model")

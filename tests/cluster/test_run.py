@@ -18,7 +18,7 @@ pytest.importorskip("peft")
 
 from expo_ray.cli.process import main
 from expo_ray.config import load_job
-from expo_ray.serving.served_models import served_plans
+from expo_ray.serving.served_models import plan_served_pairs
 from tests.support.paths import ROOT
 from tests.support.tiny_models import causal_model, save_lora, tiny_llama
 
@@ -128,9 +128,9 @@ def test_an_engine_argument_that_is_not_the_users_to_set_is_refused(
 def test_engines_hold_a_scaled_adapter_as_the_model_that_merging_writes(
     job: dict[str, Any], tmp_path: Path
 ) -> None:
-    (served,) = served_plans(load_job(str(written(job, tmp_path))))
+    (served,) = plan_served_pairs(load_job(str(written(job, tmp_path))))
     job["pairs"][0]["adapter"] = "merge"
-    (merged,) = served_plans(load_job(str(written(job, tmp_path))))
+    (merged,) = plan_served_pairs(load_job(str(written(job, tmp_path))))
     assert served.shards == merged.shards
     assert served.plan_id(0.5) == merged.plan_id(0.5)
     assert {tensor.dtype for shard in served.shards for tensor in shard.tensors} == {"BF16"}

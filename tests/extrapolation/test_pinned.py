@@ -22,7 +22,7 @@ from expo_ray.extrapolation.progress import Progress
 from expo_ray.extrapolation.run_job import Failures, Outcome, run_pairs
 from expo_ray.extrapolation.step import DPO, Step
 from expo_ray.published.verify import read_manifest, verify_files
-from expo_ray.serving.served_models import served_plans
+from expo_ray.serving.served_models import plan_served_pairs
 from expo_ray.storage import open_store
 from tests.extrapolation.test_extrapolate_vocab import WORDS, word_tokenizer
 from tests.support.pairs import LLAMA, Tensors, files_of, llama_tensors, moved, write_model, write_pair
@@ -96,7 +96,7 @@ def test_the_plan_to_publish_is_the_one_that_planning_anew_would_give(
     chosen = pair.model_copy(update={"alphas": (ALPHA,), "multipliers": step.multipliers(pair.multipliers)})
     outputs = outputs_of(job, chosen)
     anew = plan_pair(chosen, outputs)
-    (searched,) = served_plans(job)
+    (searched,) = plan_served_pairs(job)
     for parent in (pair.sft, pair.dpo):  # nothing is read again
         shutil.rmtree(parent)
     plan = publication_plan(searched, pair, step, outputs)

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from expo_ray.cli.process import main
 from expo_ray.errors import StorageError
-from expo_ray.serving.node_cache import published_folder
+from expo_ray.serving.node_cache import download_model
 from tests.support.pairs import expo, llama_tensors, moved, nearest, read_json, read_weights, write_pair
 
 
@@ -113,7 +113,7 @@ def test_what_the_manifest_does_not_know_is_a_verdict_and_is_not_served(
     assert main(["verify", str(folder)]) == 1
     assert "is not part of the model" in capsys.readouterr().err
     with pytest.raises(StorageError, match="not part of the published model"):
-        published_folder(str(folder))
+        download_model(str(folder))
 
 
 @pytest.mark.parametrize("key", [".expo/claim.json", "README.md", "config.json"])
@@ -134,7 +134,7 @@ def test_what_git_and_the_hubs_client_keep_there_is_let_be(model: Path, tmp_path
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("x")
     assert main(["verify", str(folder)]) == 0
-    assert published_folder(str(folder)) == folder
+    assert download_model(str(folder)) == folder
 
 
 @pytest.mark.parametrize("key", ["model.safetensors", "config.json", "expo.json"])

@@ -12,7 +12,7 @@ from expo_ray.config import Pair, Serving
 from expo_ray.errors import Problems
 from expo_ray.extrapolation.plan import PairPlan, plan_pair
 from expo_ray.serving.engine_checks import check_engine
-from expo_ray.serving.engine_errors import cause_in
+from expo_ray.serving.engine_errors import root_cause
 from tests.support.pairs import write_pair
 
 
@@ -90,4 +90,4 @@ RuntimeError: Engine core initialization failed. See root cause above. Failed co
     ],
 )
 def test_the_line_that_says_why_is_picked_out(text: str, log: str, cause: str) -> None:
-    assert cause_in(text, log) == cause
+    assert root_cause(text, log) == cause

@@ -12,7 +12,13 @@ from expo_ray.cli.process import main
 from expo_ray.config import Pair
 from expo_ray.errors import InputChanged, NotFound, StorageError
 from expo_ray.extrapolation.plan import PairPlan, plan_pair
-from expo_ray.serving.node_cache import _fetched, _new_file, engine_folder, on_this_node, published_folder
+from expo_ray.serving.node_cache import (
+    _download_once,
+    _new_file,
+    download_model,
+    download_parents,
+    rebuild_engine_folder,
+)
 from expo_ray.serving.weights import extrapolated, rows_of
 from expo_ray.storage import FileInfo, open_store
 from expo_ray.storage.memory import MemoryStore
@@ -42,38 +48,38 @@ def plan(tmp_path: Path) -> PairPlan:
 def test_local_parents_are_used_where_they_are(tmp_path: Path, cache: Path) -> None:
     sft, dpo = write_pair(tmp_path)
     plan = plan_pair(Pair(name="pair", sft=str(sft), dpo=str(dpo)), {})
-    assert on_this_node(plan) == plan
-    assert engine_folder(plan) == dpo
+    assert download_parents(plan) == plan
+    assert rebuild_engine_folder(plan) == dpo
     assert not cache.exists()
 
 
-def test_parents_elsewhere_are_fetched_once_by_however_many_ask(
+def test_parents_elsewhere_are_download_once_once_by_however_many_ask(
     plan: PairPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with ThreadPoolExecutor(8) as pool:
-        (folder,) = set(pool.map(engine_folder, [plan] * 8))
+        (folder,) = set(pool.map(rebuild_engine_folder, [plan] * 8))
     fetched = {key: data for key, data in files_of(folder).items() if not key.startswith(".")}
     assert fetched == files_of(tmp_path / "dpo")
     monkeypatch.setattr(MemoryStore, "read_into", lambda *arguments, **options: pytest.fail("fetched again"))
-    assert engine_folder(plan) == folder
-    on_this_node(plan)
+    assert rebuild_engine_folder(plan) == folder
+    download_parents(plan)
 
 
-def test_a_copy_that_was_damaged_is_fetched_again(plan: PairPlan, tmp_path: Path) -> None:
-    weights = engine_folder(plan) / "model.safetensors"
+def test_a_copy_that_was_damaged_is_download_once_again(plan: PairPlan, tmp_path: Path) -> None:
+    weights = rebuild_engine_folder(plan) / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    assert (engine_folder(plan) / "model.safetensors").read_bytes() == whole
+    assert (rebuild_engine_folder(plan) / "model.safetensors").read_bytes() == whole
     weights.write_bytes(whole[:-1])
-    assert (engine_folder(plan) / "model.safetensors").read_bytes() == whole
+    assert (rebuild_engine_folder(plan) / "model.safetensors").read_bytes() == whole
     os.utime(weights)  # touched, and the same: kept
-    assert engine_folder(plan) == weights.parent
+    assert rebuild_engine_folder(plan) == weights.parent
 
 
 def test_a_parent_that_was_replaced_is_refused_by_name(plan: PairPlan) -> None:
     open_store(plan.dpo.uri).put("config.json", b"{}")
     with pytest.raises(InputChanged, match=r"config\.json"):
-        engine_folder(plan)
+        rebuild_engine_folder(plan)
 
 
 def test_a_published_model_is_held_against_its_manifest(tmp_path: Path) -> None:
@@ -83,25 +89,25 @@ def test_a_published_model_is_held_against_its_manifest(tmp_path: Path) -> None:
         main(["extrapolate", "--sft", str(sft), "--dpo", str(dpo), "--alpha", "0.5", "--output", str(out)])
         == 0
     )
-    assert published_folder(str(out)) == out
+    assert download_model(str(out)) == out
     uri = uploaded(out, "out")
-    assert same_bits(read_weights(published_folder(uri)), read_weights(out))
+    assert same_bits(read_weights(download_model(uri)), read_weights(out))
     weights = (out / "model.safetensors").read_bytes()
     open_store(uri).put("model.safetensors", weights[:-1] + bytes([weights[-1] ^ 1]))
     with pytest.raises(StorageError, match=r"model\.safetensors: its sha256 is .* the manifest says"):
-        published_folder(uri)
+        download_model(uri)
     with pytest.raises(NotFound, match="no such folder"):
-        published_folder("memory://nowhere/model")
+        download_model("memory://nowhere/model")
 
 
-def test_a_disk_without_room_is_told_before_anything_is_fetched(
+def test_a_disk_without_room_is_told_before_anything_is_download_once(
     plan: PairPlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("expo_ray.serving.node_cache.free_bytes", lambda folder: 1000)
     with pytest.raises(
         StorageError, match="are to be fetched, 1 kB are free; free space, or set EXPO_RAY_CACHE"
     ):
-        engine_folder(plan)
+        rebuild_engine_folder(plan)
 
 
 @pytest.mark.parametrize("alpha", [-1.0, 0.0, 0.3, 2.0])
@@ -160,7 +166,7 @@ def test_a_listing_writes_nothing_outside_its_folder(
 
     store = Listed("memory://hostile/model")
     with pytest.raises(StorageError):
-        _fetched(store, {info.key: info for info in store.list()})
+        _download_once(store, {info.key: info for info in store.list()})
 
     assert victim.read_text() == "precious"
     assert [path for path in cache.rglob("*") if path.is_file()] == []

@@ -22,7 +22,7 @@ from expo_ray.evaluation.responses.ask_missing import (
 from expo_ray.evaluation.responses.client import Client
 from expo_ray.evaluation.responses.question import origin_of
 from expo_ray.evaluation.responses.response_file import ResponseFile, check_origins
-from expo_ray.serving.served_models import served_by_engine
+from expo_ray.serving.served_models import names_by_engine
 from expo_ray.storage import Store, join_uri
 from expo_ray.text import first_few, shown
 
@@ -57,7 +57,7 @@ def respond_job(
         done = Responded()
         async with client:
             plan_one = partial(plan_asking, client, sets=sets, sampling=job.sampling, store=store)
-            todo = [await _plan(plan_one, names, done) for names in served_by_engine(job).values()]
+            todo = [await _plan(plan_one, names, done) for names in names_by_engine(job).values()]
             for asking in (asking for askings in todo for asking in askings):
                 progress.begin(len(asking.missing), len(asking.present))
                 done.places[asking.card.name] = join_uri(store.uri, "evaluation", asking.card.name)

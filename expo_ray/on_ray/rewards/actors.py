@@ -25,7 +25,7 @@ from expo_ray.evaluation.rewards.chat_tokens import RewardInput
 from expo_ray.evaluation.rewards.reward_function import Failed, RewardFunction, checked, function_scorer
 from expo_ray.evaluation.rewards.reward_model import Classifier, inspect_reward_model
 from expo_ray.on_ray.rewards.backends import load_backend
-from expo_ray.serving.node_cache import published_folder
+from expo_ray.serving.node_cache import download_model
 from expo_ray.text import shown
 
 log = logging.getLogger("expo_ray")
@@ -68,7 +68,7 @@ class RewardActor:
             raise InputChanged(
                 f"{model.uri}: its files are no longer those that were looked at when the job began; run it again"
             )
-        folder = published_folder(model.uri)
+        folder = download_model(model.uri)
         backend = load_backend(
             model, folder, self._dtype, gpu_share=self._gpu_share, probe=probe, compares=compares
         )

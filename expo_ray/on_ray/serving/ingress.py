@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse
 from expo_ray.extrapolation.step import Step
 from expo_ray.on_ray.serving.engine_adapter import ModelCard, ModelList, OpenAIHTTPException
 from expo_ray.serving.request_checks import HEALTH, RETRY_AFTER_S, RequestChecks
-from expo_ray.serving.served_names import NameFault, ServedName, parse_name
+from expo_ray.serving.served_models import NameFault, ServedName, parse_name
 from expo_ray.text import first_few
 
 ENDPOINTS: Mapping[str, Any] = {

@@ -31,10 +31,10 @@ from expo_ray.on_ray.serving.engine_adapter import (
     plain_logs,
     stop_engine,
 )
-from expo_ray.serving.engine_errors import cause_in, own_log
+from expo_ray.serving.engine_errors import read_own_log, root_cause
 from expo_ray.serving.lease import Busy, Lease
-from expo_ray.serving.node_cache import engine_folder
-from expo_ray.serving.served_names import ServedName, parse_name
+from expo_ray.serving.node_cache import rebuild_engine_folder
+from expo_ray.serving.served_models import ServedName, parse_name
 from expo_ray.untrusted import TOKENIZER_BYTES, parse_json_object
 
 log = logging.getLogger("expo_ray")
@@ -86,7 +86,7 @@ class ModelServer(LLMServer):
         try:
             await super().__init__(config)
         except Exception as error:
-            raise RuntimeError(cause_in(f"{type(error).__name__}: {error}", own_log())) from error
+            raise RuntimeError(root_cause(f"{type(error).__name__}: {error}", read_own_log())) from error
         self._about = (await self.collective_rpc("expo_describe"))[0]
 
     async def __del__(self) -> None:
@@ -143,7 +143,7 @@ class PairServer(ModelServer):
         self._plan, holds_dpo = plan, starts_at_dpo(plan)
         expected = {DPO, *map(Step, plan.outputs)}
         self._lease = Lease(self._swap, DPO if holds_dpo else None, expected)
-        await super().__init__(llm_config, fetch=lambda: engine_folder(plan))
+        await super().__init__(llm_config, fetch=lambda: rebuild_engine_folder(plan))
         await self.collective_rpc("expo_open", args=(pickle.dumps(plan), holds_dpo))
 
     def _weights_of(self, name: ServedName) -> str:

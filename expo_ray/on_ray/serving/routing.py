@@ -7,7 +7,7 @@ from typing import Any
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from expo_ray.extrapolation.step import DPO
-from expo_ray.serving.served_names import NameFault, parse_name
+from expo_ray.serving.served_models import NameFault, parse_name
 
 
 class AlphaRouter(RequestRouter):

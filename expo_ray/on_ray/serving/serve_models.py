@@ -28,8 +28,8 @@ from expo_ray.on_ray.serving.engine_adapter import check_version, http_address, 
 from expo_ray.on_ray.serving.engine_settings import engine_config, slots_of
 from expo_ray.on_ray.serving.ingress import ENDPOINTS, Ingress, web_app
 from expo_ray.on_ray.serving.pair_server import ModelServer, PairServer
-from expo_ray.serving.engine_errors import cause_in
-from expo_ray.serving.node_cache import published_folder
+from expo_ray.serving.engine_errors import root_cause
+from expo_ray.serving.node_cache import download_model
 from expo_ray.storage import open_store
 
 log = logging.getLogger("expo_ray")
@@ -63,7 +63,7 @@ def serving(
     """Serve on the connected Ray cluster; every engine answers when the block begins, and none is left when it ends.
 
     Args:
-        pairs: of whole models, see `served_plans`.
+        pairs: of whole models, see `plan_served_pairs`.
 
     Raises:
         JobError: if the port is taken, or an engine does not start.
@@ -84,7 +84,7 @@ def serving(
 
     deployments = {plan.name: deploy(PairServer, plan.name, plan=plan) for plan in pairs}
     for model in models:
-        fetch = partial(published_folder, model.uri)
+        fetch = partial(download_model, model.uri)
         deployments[model.name] = deploy(ModelServer, model.name, fetch=fetch, weights=weights_of(model))
     ingress = serve.deployment(
         name="ingress",
@@ -224,4 +224,4 @@ def _reasons(application: str) -> str:
     texts: Mapping[str, str] = {
         name: one.message.strip() for name, one in status.deployments.items() if one.message.strip()
     }
-    return "; ".join(f"{name}: {cause_in(text)}" for name, text in texts.items())
+    return "; ".join(f"{name}: {root_cause(text)}" for name, text in texts.items())

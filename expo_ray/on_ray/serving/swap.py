@@ -50,10 +50,10 @@ class PairWorker:
         from expo_ray.on_ray.serving.engine_adapter import plain_logs
         from expo_ray.on_ray.serving.engine_weights import pack_experts_again
         from expo_ray.on_ray.serving.weight_check import Comparison
-        from expo_ray.serving.node_cache import on_this_node
+        from expo_ray.serving.node_cache import download_parents
 
         plain_logs()
-        self.expo_plan = on_this_node(pickle.loads(plan))
+        self.expo_plan = download_parents(pickle.loads(plan))
         dtype = self.model_config.dtype
         assert isinstance(dtype, torch.dtype)
         self.expo_comparison = Comparison(self.expo_plan, self.get_model(), dtype)
