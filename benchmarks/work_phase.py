@@ -64,7 +64,8 @@ def main() -> None:
 
 
 def _measure(arguments: argparse.Namespace) -> Work:
-    from expo_ray.arithmetic.rule import Rule, kernel_for
+    from expo_ray.arithmetic.kernels import kernel_for
+    from expo_ray.arithmetic.rule import Rule
     from expo_ray.config import format_alpha, parse_pair
     from expo_ray.extrapolation.in_threads import InThreads
     from expo_ray.extrapolation.plan_job import plan_job

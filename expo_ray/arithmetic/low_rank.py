@@ -22,7 +22,8 @@ def widen(data: memoryview, dtype: str) -> Float64:
 class LowRank:
     """The two factors of one layer, `delta = scale * B @ A`, multiplied out a few rows at a time.
 
-    The products are exact in float64 and are added in the order of the ranks, so the result is the same for any chunk.
+    The products are exact in float64 and are added in the order of the ranks, so the result is the same for any chunk. A matrix
+    product of a BLAS library adds in an order that depends on the processor and on the number of rows.
     """
 
     def __init__(self, a: Float64, b: Float64, layer: LoraLayer) -> None:

@@ -1,7 +1,8 @@
-"""What one pass over a tensor tells about it, kept as sums so that chunks add up."""
+"""Statistics of one tensor, taken in the pass that computes it and kept as sums, so that chunks can be added up."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from math import sqrt
 
@@ -11,8 +12,8 @@ class TensorStatistics:
     """Sums over the elements that were extrapolated (not over those copied).
 
     Attributes:
-        elements: how many there are.
-        changed: how many differ between sft and dpo.
+        elements: number of elements.
+        changed: number of elements that differ between sft and dpo.
         dpo_square: sum of dpo^2.
         delta_square: sum of delta^2, where delta = dpo - sft.
         moved_delta: sum of (out - dpo) * delta, `out` as written.
@@ -35,7 +36,7 @@ class TensorStatistics:
 
     @property
     def effective_alpha(self) -> float:
-        """`<out - dpo, delta> / <delta, delta>`: the alpha that the written weights really carry; 0 without a delta."""
+        """`<out - dpo, delta> / <delta, delta>`: the alpha that the written weights carry; 0 without a delta."""
         return self.moved_delta / self.delta_square if self.delta_square else 0.0
 
     @property
@@ -46,3 +47,29 @@ class TensorStatistics:
     @property
     def changed_share(self) -> float:
         return self.changed / self.elements if self.elements else 0.0
+
+
+def statistics_from_sums(
+    elements: int, shared: Iterable[float], per_alpha: Iterable[Iterable[float]]
+) -> list[TensorStatistics]:
+    """Statistics of each alpha from what a kernel has added up.
+
+    Args:
+        elements: number of elements of the chunk.
+        shared: changed, nan, inf, dpo_square, delta_square.
+        per_alpha: overflow and moved_delta of each alpha.
+    """
+    changed, nan, inf, dpo_square, delta_square = map(float, shared)
+    return [
+        TensorStatistics(
+            elements=elements,
+            changed=int(changed),
+            dpo_square=dpo_square,
+            delta_square=delta_square,
+            moved_delta=float(moved_delta),
+            nan=int(nan),
+            inf=int(inf),
+            overflow=int(overflow),
+        )
+        for overflow, moved_delta in per_alpha
+    ]

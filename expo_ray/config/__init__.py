@@ -7,7 +7,7 @@ from expo_ray.config.evaluation import PromptSource, PublishedModel, RewardModel
 from expo_ray.config.fields import (
     Device,
     OutputDtype,
-    Rounding,
+    RoundingName,
     VocabPolicy,
     check_alpha,
     check_repo_id,
@@ -31,7 +31,7 @@ __all__ = [
     "PromptSource",
     "PublishedModel",
     "RewardModel",
-    "Rounding",
+    "RoundingName",
     "Sampling",
     "Search",
     "Serving",

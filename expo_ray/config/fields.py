@@ -13,7 +13,7 @@ from expo_ray.errors import JobError
 from expo_ray.text import redact, shown
 from expo_ray.untrusted import compile_pattern
 
-Rounding = Literal["nearest", "stochastic", "reference"]
+RoundingName = Literal["nearest", "stochastic", "reference"]
 OutputDtype = Literal["keep", "bf16", "fp16", "fp32"]
 VocabPolicy = Literal["refuse", "by-token", "keep-dpo"]
 AdapterPolicy = Literal["scale", "merge"]

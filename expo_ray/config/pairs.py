@@ -16,7 +16,7 @@ from expo_ray.config.fields import (
     Multiplier,
     OutputDtype,
     Pattern,
-    Rounding,
+    RoundingName,
     VocabPolicy,
     named_after,
 )
@@ -28,7 +28,7 @@ class PairOptions(Frozen):
     alphas: Alphas = ()
     """Steps past dpo, each a finite number of at least -1; every alpha gives one model."""
 
-    rounding: Rounding = "stochastic"
+    rounding: RoundingName = "stochastic"
     """How a weight is rounded to 16 bits. `stochastic` keeps small alphas alive, `nearest` loses them, `reference` repeats
     the paper's script bit for bit. fp32 outputs are rounded to nearest."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from expo_ray.arithmetic.rule import ROUNDINGS
 from expo_ray.arithmetic.sums import TensorStatistics
 from expo_ray.config import format_alpha
 from expo_ray.extrapolation.plan import PairPlan
@@ -13,12 +14,6 @@ EFFECTIVE_ALPHA_TOLERANCE = 0.05
 # RMS(delta)/RMS(dpo) of DPO and RLHF runs lies around 1e-3 (2.6e-3 on the example pair); supervised fine-tuning of a base
 # model moves its weights ten times as far, and extrapolating that is a known failure (paper, section 4.3).
 LARGEST_ALIGNMENT_DELTA = 3e-2
-
-_CAUSES = {
-    "nearest": "rounding to nearest loses small changes; use `rounding: stochastic` or `dtype: fp32`",
-    "reference": "rounding to bf16 at each step loses small changes; use `rounding: stochastic`, or `nearest` with `dtype: fp32`",
-    "stochastic": "stochastic rounding is exact in the mean only, and so few weights differ that its noise shows; use `dtype: fp32`",
-}
 
 
 def warnings_of(plan: PairPlan, alpha: float, statistics: Mapping[str, TensorStatistics]) -> Iterator[str]:
@@ -30,7 +25,7 @@ def warnings_of(plan: PairPlan, alpha: float, statistics: Mapping[str, TensorSta
         nominal = sum(wanted.values()) / total.delta_square
         off = [name for name, one in statistics.items() if _off(one.moved_delta, wanted[name])]
         yield (
-            f"the effective alpha is {total.effective_alpha:.3f} where {nominal:.3g} was asked for: {_CAUSES[plan.options.rounding]} "
+            f"the effective alpha is {total.effective_alpha:.3f} where {nominal:.3g} was asked for: {ROUNDINGS[plan.options.rounding].loss} "
             f"(most in {first_few(off, 3)})"
         )
     if total.relative_delta > LARGEST_ALIGNMENT_DELTA:

@@ -12,7 +12,7 @@ from expo_ray.config.fields import (
     Multiplier,
     OutputDtype,
     Pattern,
-    Rounding,
+    RoundingName,
     VocabPolicy,
     check_alpha,
 )
@@ -56,7 +56,7 @@ class _Shard(_File):
 
 class _Arithmetic(Foreign):
     formula: str
-    rounding: Rounding
+    rounding: RoundingName
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     dtype: OutputDtype
     vocab: VocabPolicy

@@ -7,13 +7,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 
+from expo_ray.arithmetic.rule import ROUNDINGS
 from expo_ray.checkpoint.adapter import LoraLayer
 from expo_ray.checkpoint.constants import is_constant
 from expo_ray.checkpoint.renaming import renamed
 from expo_ray.checkpoint.tensors import WEIGHT_DTYPES, Checkpoint, Tensor
 from expo_ray.checkpoint.tied import VocabularyWeights
 from expo_ray.checkpoint.vocabulary import RowRun
-from expo_ray.config import PairOptions
+from expo_ray.config import OutputDtype, PairOptions
 from expo_ray.errors import ExpoError, PairError, problems_of
 from expo_ray.extrapolation.mismatch import Unmatched, explain
 from expo_ray.text import first_few, shown
@@ -74,9 +75,14 @@ def output_dtype(stored: str, options: PairOptions) -> str:
     """The dtype in which a tensor stored as `stored` is written; tensors other than floats stay as they are."""
     if stored not in WEIGHT_DTYPES:
         return stored
-    if options.rounding == "reference":
-        return "BF16"  # the paper's script loads, computes and saves in bf16
-    return stored if options.dtype == "keep" else OUTPUT_DTYPES[options.dtype]
+    wanted = written_dtype(options)
+    return stored if wanted == "keep" else OUTPUT_DTYPES[wanted]
+
+
+def written_dtype(options: PairOptions) -> OutputDtype:
+    """The dtype that all weights are written in, `keep` if each keeps dpo's: the rounding's own, else the one asked for."""
+    own = ROUNDINGS[options.rounding].output_dtype
+    return options.dtype if own == "keep" else own
 
 
 def multiplier_of(name: str, options: PairOptions) -> float:

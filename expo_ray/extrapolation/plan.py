@@ -29,7 +29,14 @@ from expo_ray.config import Pair, PairOptions, format_alpha
 from expo_ray.errors import CheckpointError, ExpoError, PairError, Problems, problems_of
 from expo_ray.extrapolation.kept import are_weights, differing, notes_on
 from expo_ray.extrapolation.layout import ShardPlan, lay_out
-from expo_ray.extrapolation.match import Match, TensorPlan, match_tensors, multiplier_of, output_dtype
+from expo_ray.extrapolation.match import (
+    Match,
+    TensorPlan,
+    match_tensors,
+    multiplier_of,
+    output_dtype,
+    written_dtype,
+)
 from expo_ray.storage import open_store
 from expo_ray.text import first_few, shown
 
@@ -225,12 +232,15 @@ def _read_parent(side: str, uri: str, allow_pickle: bool, problems: list[ExpoErr
 
 def impossible_options(pair: Pair) -> list[ExpoError]:
     """Options that exclude each other, and multipliers that carry an alpha out of its range."""
-    found: list[ExpoError] = []
-    if pair.rounding == "reference" and pair.dtype not in ("keep", "bf16"):
-        found.append(
-            PairError(f"rounding is reference, which writes bf16, and dtype is {pair.dtype}; drop one")
+    problems: list[ExpoError] = []
+    written = written_dtype(pair)
+    if pair.dtype not in ("keep", written):
+        problems.append(
+            PairError(
+                f"rounding is {pair.rounding}, which writes {written}, and dtype is {pair.dtype}; drop one"
+            )
         )
-    return found + [
+    return problems + [
         PairError(
             f"alpha {format_alpha(alpha)} times the multiplier {multiplier} of `{pattern}` is {alpha * multiplier}; it must be a "
             "finite number of at least -1"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from expo_ray import __version__
-from expo_ray.arithmetic.rule import FORMULAS
+from expo_ray.arithmetic.rule import ROUNDINGS
 from expo_ray.arithmetic.sums import TensorStatistics
 from expo_ray.checkpoint.adapter import scaled_adapter_config
 from expo_ray.checkpoint.json_file import read_small
@@ -18,6 +18,7 @@ from expo_ray.errors import AlreadyExists, ArithmeticFault, NotFound, OutputErro
 from expo_ray.extrapolation.findings import warnings_of
 from expo_ray.extrapolation.layout import index_of
 from expo_ray.extrapolation.manifest import FORMAT
+from expo_ray.extrapolation.match import written_dtype
 from expo_ray.extrapolation.model_folder import (
     ADAPTER_CONFIG,
     CARD,
@@ -175,7 +176,7 @@ def _named(data: bytes) -> dict[str, Any]:
 
 def _with_dtype(config: bytes, plan: PairPlan) -> bytes:
     """`config.json` as it is, unless the weights are written in another dtype than it says."""
-    wanted = "bf16" if plan.options.rounding == "reference" else plan.options.dtype
+    wanted = written_dtype(plan.options)
     if wanted == "keep":
         return config
     data = parse_json_object(config, "config.json of dpo")
@@ -213,7 +214,7 @@ def _manifest(
         "pair": plan.name,
         "alpha": alpha,
         "arithmetic": {
-            "formula": FORMULAS[options.rounding],
+            "formula": ROUNDINGS[options.rounding].formula,
             "rounding": options.rounding,
             "seed": options.seed,
             "dtype": options.dtype,

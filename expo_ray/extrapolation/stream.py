@@ -12,7 +12,8 @@ from functools import lru_cache
 from itertools import cycle
 from typing import TYPE_CHECKING, TypeVar
 
-from expo_ray.arithmetic.rule import Rule, kernel_for, random_key
+from expo_ray.arithmetic.kernels import kernel_for
+from expo_ray.arithmetic.rule import Rule, random_key
 from expo_ray.arithmetic.sums import TensorStatistics
 from expo_ray.checkpoint.adapter import LoraLayer
 from expo_ray.checkpoint.tensors import DTYPE_BYTES, Checkpoint, Tensor

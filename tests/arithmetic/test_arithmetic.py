@@ -12,7 +12,7 @@ from itertools import product
 from pathlib import Path
 from threading import Barrier, Thread
 from time import perf_counter, sleep
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import numba
 import numpy as np
@@ -21,10 +21,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expo_ray.arithmetic.cpu import any_block, loop, machine_code, whole_block, words
+from expo_ray.arithmetic.cpu import blocks, loop, machine_code, words
 from expo_ray.arithmetic.cpu import kernel as cpu_kernel
-from expo_ray.arithmetic.rule import FORMULAS, Rounding, Rule, compute_dtype, kernel_for, random_key
+from expo_ray.arithmetic.kernels import kernel_for
+from expo_ray.arithmetic.rule import ROUNDINGS, Rule, random_key
 from expo_ray.arithmetic.sums import TensorStatistics
+from expo_ray.config import RoundingName
 from tests.support.exact_arithmetic import (
     DTYPES,
     INFINITY,
@@ -151,13 +153,13 @@ def test_no_fused_multiply_add(dtype: str) -> None:
 
 
 def test_the_machine_code_holds_no_fused_multiply_add_and_is_vectorised() -> None:
-    blocks = [np.zeros(any_block.BLOCK, np.float32) for _ in range(4)]
-    halves = [np.zeros(any_block.BLOCK, np.uint16) for _ in range(4)]
+    singles = [np.zeros(blocks.BLOCK, np.float32) for _ in range(4)]
+    halves = [np.zeros(blocks.BLOCK, np.uint16) for _ in range(4)]
     alpha = np.float32(0.3)
     for piece, arguments in (
-        (any_block.step, (*blocks[:3], alpha, False, blocks[3])),
-        (whole_block.measure, (*halves[:2], *blocks[:2])),
-        (whole_block.move_words, (*halves[:2], alpha, True, *halves[2:], blocks[0])),
+        (blocks.apply_formula, (*singles[:3], alpha, False, singles[3])),
+        (blocks.measure, (*halves[:2], *singles[:2])),
+        (blocks.move_words, (*halves[:2], alpha, True, *halves[2:], singles[0])),
     ):
         compiled_piece: Any = numba.njit(cast(Any, piece).py_func, error_model="numpy")
         compiled_piece(*arguments)
@@ -213,7 +215,7 @@ def as_torch(words: Words, dtype: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "reference"])
-def test_a_mask_of_minus_infinities_survives(rounding: Rounding) -> None:
+def test_a_mask_of_minus_infinities_survives(rounding: RoundingName) -> None:
     mask = np.where(np.triu(np.ones((64, 64), bool)), 0xFF80, 0).astype(np.uint16).reshape(-1)
     outs, statistics = run(Rule("BF16", "BF16", "BF16", rounding), mask, mask.copy(), [0.5, -0.5])
     for out, one in zip(outs, statistics, strict=True):
@@ -262,7 +264,7 @@ def test_statistics_are_sums_over_the_written_weights(rule: Rule, scale: float) 
     sft = weights(rule.sft_dtype, 30_000, 15, scale)
     dpo = tuned(sft, rule.sft_dtype, 16, rule.dpo_dtype, scale / 400)
     outs, statistics = run(rule, dpo, sft, ALPHAS, first=700)
-    real: Any = np.float32 if compute_dtype(rule) == "F32" else np.float64
+    real: Any = np.float32 if rule.compute_dtype == "F32" else np.float64
     d, s = values(dpo, rule.dpo_dtype).astype(real), values(sft, rule.sft_dtype).astype(real)
     wide, delta = d.astype(np.float64), (d - s).astype(np.float64)
     for out, one in zip(outs, statistics, strict=True):
@@ -284,7 +286,9 @@ def test_effective_alpha_shows_what_bf16_swallows() -> None:
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("dtypes", [("BF16", "BF16", "BF16"), ("F16", "F16", "F16"), ("F32", "BF16", "F32")])
-def test_any_division_into_chunks_gives_the_same(rounding: Rounding, dtypes: tuple[str, str, str]) -> None:
+def test_any_division_into_chunks_gives_the_same(
+    rounding: RoundingName, dtypes: tuple[str, str, str]
+) -> None:
     rule, first, key = Rule(*dtypes, rounding), 12_345, random_key(1, "a.weight")
     sft, dpo = any_words(rule.sft_dtype, 20_000, 19), any_words(rule.dpo_dtype, 20_000, 20)
     sft[7000:] = weights(rule.sft_dtype, 13_000, 21)
@@ -367,8 +371,9 @@ def test_the_gil_is_released() -> None:
 
 
 def test_the_constants_shared_with_the_compiled_code() -> None:
-    assert {dtype: getattr(words, dtype) for dtype in cpu_kernel.KINDS} == cpu_kernel.KINDS
-    assert {name: getattr(any_block, name.upper()) for name in cpu_kernel.ROUNDINGS} == cpu_kernel.ROUNDINGS
+    dtypes, roundings = cpu_kernel.DTYPE_CODES, cpu_kernel.ROUNDING_CODES
+    assert {dtype: getattr(words, dtype) for dtype in dtypes} == dtypes
+    assert {name: getattr(blocks, name.upper()) for name in roundings} == roundings
     assert cpu_kernel.SCRATCH_BYTES >= loop.SCRATCH_BYTES
 
 
@@ -376,7 +381,8 @@ def test_the_machine_code_is_kept_and_loaded_without_numba() -> None:
     kernel_for(BF16)  # so that it lies in the cache
     code = """
 import sys
-from expo_ray.arithmetic.rule import Rule, kernel_for
+from expo_ray.arithmetic.kernels import kernel_for
+from expo_ray.arithmetic.rule import Rule
 kernel_for(Rule("BF16", "BF16", "BF16", "nearest"))
 print({"numba", "numpy"} & set(sys.modules))
 """
@@ -435,7 +441,7 @@ def test_threads_that_begin_together_compile_once(monkeypatch: pytest.MonkeyPatc
 
     def begin(_: int) -> None:
         together.wait()
-        machine_code.kernel("F32")
+        machine_code.load_machine_code("F32")
 
     monkeypatch.setattr(machine_code, "_load", cache(load_slowly))
     with ThreadPoolExecutor(4) as pool:
@@ -444,8 +450,8 @@ def test_threads_that_begin_together_compile_once(monkeypatch: pytest.MonkeyPatc
 
 
 def test_every_rounding_has_its_formula_in_one_sentence() -> None:
-    assert set(FORMULAS) == {"nearest", "stochastic", "reference"}
-    assert all(text.endswith(".") and "\n" not in text for text in FORMULAS.values())
+    assert set(ROUNDINGS) == set(get_args(RoundingName))
+    assert all(mode.formula.endswith(".") and "\n" not in mode.formula for mode in ROUNDINGS.values())
 
 
 def test_a_rule_that_cannot_be_is_our_own_mistake() -> None:

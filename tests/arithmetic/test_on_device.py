@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from expo_ray.arithmetic import kernels as on_device
+from expo_ray.arithmetic import kernels
 from expo_ray.arithmetic.cpu.kernel import CpuKernel
-from expo_ray.arithmetic.kernels import DeviceKernel, resolve_device
-from expo_ray.arithmetic.rule import Rounding, Rule, kernel_for, random_key
+from expo_ray.arithmetic.gpu.kernel import TorchKernel
+from expo_ray.arithmetic.kernels import kernel_for, resolve_device
+from expo_ray.arithmetic.rule import Rule, random_key
+from expo_ray.config import RoundingName
 from expo_ray.errors import JobError
 from tests.support.exact_arithmetic import DTYPES, any_words, run, tuned, weights
 
-EXACT: tuple[Rounding, ...] = ("nearest", "stochastic")
+EXACT: tuple[RoundingName, ...] = ("nearest", "stochastic")
 RULES = [
     Rule(dpo, sft, out, rounding) for dpo, sft, out, rounding in product(DTYPES, DTYPES, DTYPES, EXACT)
 ] + [Rule(dpo, sft, "BF16", "reference") for dpo, sft in product(DTYPES, repeat=2)]
@@ -37,7 +39,7 @@ def assert_equal_to_the_cpu(rule: Rule, device: str, first: int) -> None:
     if rule.dpo_dtype == rule.sft_dtype:
         dpo[:1000] = sft[:1000]
     expected, statistics = run(rule, dpo, sft, ALPHAS, key=KEY, first=first, kernel=CpuKernel(rule))
-    outs, sums = run(rule, dpo, sft, ALPHAS, key=KEY, first=first, kernel=DeviceKernel(rule, device))
+    outs, sums = run(rule, dpo, sft, ALPHAS, key=KEY, first=first, kernel=TorchKernel(rule, device))
     for out, one in zip(outs, expected, strict=True):
         np.testing.assert_array_equal(out, one)
     assert sums == statistics
@@ -56,12 +58,12 @@ def test_a_gpu_agrees_to_the_bit() -> None:
 
 
 @pytest.mark.parametrize("rounding", EXACT)
-def test_any_division_into_chunks_gives_the_same(rounding: Rounding) -> None:
+def test_any_division_into_chunks_gives_the_same(rounding: RoundingName) -> None:
     rule = Rule("BF16", "BF16", "F16", rounding)
     sft = weights("BF16", 9000, 5)
     dpo = tuned(sft, "BF16", 6)
     (whole,), _ = run(rule, dpo, sft, [0.5], key=KEY, first=77)
-    kernel, parts, start = DeviceKernel(rule, "cpu"), [], 0
+    kernel, parts, start = TorchKernel(rule, "cpu"), [], 0
     for size in (1, 3, 2044, 2048, 1, 4903):
         part = slice(start, start + size)
         (out,), _ = run(rule, dpo[part], sft[part], [0.5], key=KEY, first=77 + start, kernel=kernel)
@@ -73,7 +75,7 @@ def test_any_division_into_chunks_gives_the_same(rounding: Rounding) -> None:
 def test_threads_have_buffers_of_their_own() -> None:
     rule = Rule("BF16", "BF16", "BF16", "stochastic")
     pairs = [(tuned(sft, "BF16", 7), sft) for sft in (weights("BF16", 1000 * k, k) for k in range(1, 21))]
-    kernel = DeviceKernel(rule, "cpu")
+    kernel = TorchKernel(rule, "cpu")
     with ThreadPoolExecutor(4) as pool:
         together = list(
             pool.map(lambda pair: run(rule, pair[0], pair[1], [0.3, 0.5], key=KEY, kernel=kernel), pairs * 3)
@@ -87,7 +89,7 @@ def test_threads_have_buffers_of_their_own() -> None:
 
 def test_nothing_is_nothing() -> None:
     rule, nothing = Rule("BF16", "BF16", "BF16", "stochastic"), np.empty(0, np.uint16)
-    (out,), (one,) = run(rule, nothing, nothing, [0.5], kernel=DeviceKernel(rule, "cpu"))
+    (out,), (one,) = run(rule, nothing, nothing, [0.5], kernel=TorchKernel(rule, "cpu"))
     assert (len(out), one.elements, one.dpo_square) == (0, 0, 0)
 
 
@@ -95,7 +97,7 @@ def test_a_kernel_is_made_once() -> None:
     rule = Rule("BF16", "BF16", "BF16", "nearest")
     assert isinstance(kernel_for(rule), CpuKernel)
     assert kernel_for(rule, "cpu") is kernel_for(Rule("BF16", "BF16", "BF16", "nearest"), "cpu")
-    assert isinstance(kernel_for(rule, "cuda"), DeviceKernel)
+    assert isinstance(kernel_for(rule, "cuda"), TorchKernel)
 
 
 class Machine:
@@ -103,7 +105,7 @@ class Machine:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         self.patch, self.folder = monkeypatch, folder
-        monkeypatch.setattr(on_device, "Path", lambda path: folder / path.lstrip("/"))
+        monkeypatch.setattr(kernels, "Path", lambda path: folder / path.lstrip("/"))
         monkeypatch.setattr(shutil, "which", lambda program: None)
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         (folder / "dev").mkdir()
@@ -166,8 +168,8 @@ def test_choosing_a_device_without_a_driver_does_not_load_torch() -> None:
     code = """
 import os, sys
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-from expo_ray.arithmetic.rule import Rule, kernel_for
-from expo_ray.arithmetic.kernels import resolve_device
+from expo_ray.arithmetic.kernels import kernel_for, resolve_device
+from expo_ray.arithmetic.rule import Rule
 kernel_for(Rule("BF16", "BF16", "BF16", "nearest"), resolve_device("auto"))
 print("torch" in sys.modules)
 """

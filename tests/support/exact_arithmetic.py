@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from expo_ray.arithmetic.rule import Kernel, Rule, kernel_for
+from expo_ray.arithmetic.kernels import Kernel, kernel_for
+from expo_ray.arithmetic.rule import Rule
 from expo_ray.arithmetic.sums import TensorStatistics
 
 Words = npt.NDArray[np.unsignedinteger[Any]]

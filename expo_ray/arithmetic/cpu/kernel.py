@@ -7,14 +7,14 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from expo_ray.arithmetic.cpu import machine_code as compiled
-from expo_ray.arithmetic.rule import Rule, compute_dtype, statistics_from_sums
-from expo_ray.arithmetic.sums import TensorStatistics
+from expo_ray.arithmetic.cpu.machine_code import load_machine_code
+from expo_ray.arithmetic.rule import ROUNDINGS, Rule
+from expo_ray.arithmetic.sums import TensorStatistics, statistics_from_sums
 from expo_ray.checkpoint.tensors import DTYPE_BYTES
 
-# The constants of `words` and `fused`, which are not imported here: numba would come with them.
-KINDS = {dtype: kind for kind, dtype in enumerate(("BF16", "F16", "F32", "F64"))}
-ROUNDINGS = {rounding: kind for kind, rounding in enumerate(("nearest", "stochastic", "reference"))}
+# The constants of `words` and `blocks`, which are not imported here: numba would come with them. A test compares the two.
+DTYPE_CODES = {dtype: code for code, dtype in enumerate(("BF16", "F16", "F32", "F64"))}
+ROUNDING_CODES = {rounding: code for code, rounding in enumerate(ROUNDINGS)}
 SCRATCH_BYTES = 53 * 2048
 
 _threads = threading.local()
@@ -25,9 +25,9 @@ class CpuKernel:
 
     def __init__(self, rule: Rule) -> None:
         self._dtypes = (rule.dpo_dtype, rule.sft_dtype, rule.out_dtype)
-        self._codes = (*(KINDS[dtype] for dtype in self._dtypes), ROUNDINGS[rule.rounding])
-        self._real: Any = ctypes.c_float if compute_dtype(rule) == "F32" else ctypes.c_double
-        self._run = compiled.kernel(compute_dtype(rule))
+        self._codes = (*(DTYPE_CODES[dtype] for dtype in self._dtypes), ROUNDING_CODES[rule.rounding])
+        self._real: Any = ctypes.c_float if rule.compute_dtype == "F32" else ctypes.c_double
+        self._run = load_machine_code(rule.compute_dtype)
 
     def __call__(
         self,
@@ -63,7 +63,7 @@ def _address(buffer: memoryview) -> int:
 
 
 def _aligned(buffer: memoryview, size: int) -> memoryview:
-    """The buffer as bytes, or a copy if its address is no multiple of `size`; read-only ones do not tell theirs."""
+    """The buffer, or a copy of it if its address is no multiple of `size`; ctypes cannot read the address of a read-only one."""
     view = buffer.cast("B")
     if view.readonly or _address(view) % size:
         return memoryview(bytearray(view))

@@ -1,10 +1,8 @@
-"""The arithmetic on the CPU: compiled loops over blocks that stay in the first-level cache.
+"""The arithmetic on the CPU: a loop over the blocks of a chunk.
 
-A block is 2048 elements, aligned to the tensor's element index. Each step is a plain loop that LLVM turns into vector
-code. Nothing here may be compiled with `fastmath`: weights and sums are the same on every machine only without it.
-
-`compiled` turns this file and its pieces, `any_block`, `whole_block` and `words`, into machine code; nothing else imports
-them, as numba takes a quarter of a second.
+Blocks are aligned to the tensor's element index, wherever the chunk begins. `machine_code` compiles this file and its pieces,
+`blocks` and `words`; nothing else imports them, as numba takes a quarter of a second. Each operation is a plain loop that LLVM
+turns into vector code. `fastmath` must stay off: it reorders sums and merges operations, differently on each processor.
 """
 # ruff: noqa: PLR0917 - compiled functions have no keyword-only parameters
 
@@ -16,8 +14,7 @@ from typing import Any
 import numpy as np
 from numba import carray
 
-from expo_ray.arithmetic.cpu.any_block import BLOCK, REFERENCE, STOCHASTIC, any_block
-from expo_ray.arithmetic.cpu.whole_block import whole_block
+from expo_ray.arithmetic.cpu.blocks import BLOCK, REFERENCE, STOCHASTIC, any_block, whole_block
 from expo_ray.arithmetic.cpu.words import BF16, Scalar, bits_per_element, element_bytes, pointer, random_bits
 
 # Six blocks of float64, one of 32 random bits and one of bool.
@@ -34,9 +31,9 @@ def extrapolate_in(real: Any) -> Callable[..., None]:
         dpo_kind, sft_kind, out_kind: dtypes.
         rounding: NEAREST, STOCHASTIC or REFERENCE.
         alphas, num_alphas: address and number of alphas, of type `real`.
-        key, first, count: see `arithmetic.Kernel`.
+        key, first, count: see `arithmetic.kernels.Kernel`.
         shared: address of float64 that are increased by changed, nan, inf, dpo_square, delta_square.
-        per_alpha: address of a row of float64 for each alpha, increased by overflow, moved_delta; the third is lost.
+        per_alpha: address of a row of float64 for each alpha, increased by overflow, moved_delta; the third is scratch.
         scratch: address of `SCRATCH_BYTES`, aligned to 8.
     """
 
@@ -71,7 +68,9 @@ def extrapolate_in(real: Any) -> Callable[..., None]:
         while done < count:
             lo = (first + done) % BLOCK
             hi = min(BLOCK, lo + count - done)
-            if stochastic:
+            if (
+                stochastic
+            ):  # for the whole block, so that an element's bits do not depend on where the chunk begins
                 random = carray(pointer(bits_at), BLOCK * random_bytes // 8, np.uint64)
                 random_bits(key, (first + done - lo) * random_bytes // 8, random)
             if not (

@@ -1,4 +1,4 @@
-"""The machine code of `fused`: compiled once for each kind of processor, then loaded without numba.
+"""The machine code of `loop`: compiled once for each kind of processor, then loaded without numba.
 
 Importing numba and its own cache take half a second, loading an object file a hundredth.
 """
@@ -20,16 +20,20 @@ import llvmlite
 from llvmlite import binding as llvm
 
 NUM_ARGUMENTS = 15
-_SOURCES = ("any_block.py", "loop.py", "machine_code.py", "whole_block.py", "words.py")
+# Every file that decides the machine code; their digest is part of its name in the cache.
+_SOURCES = ("blocks.py", "loop.py", "machine_code.py", "words.py")
 _SYMBOL = "extrapolate"
-_NUMBA = "NRT_MemInfo_call_dtor"
+_NUMBA_DESTRUCTOR = "NRT_MemInfo_call_dtor"
 _DIGEST_BYTES = 32
 
 _loading = threading.Lock()
 
 
-def kernel(compute: str) -> Callable[..., int]:
-    """`fused.extrapolate_in` for one type to compute in, `F32` or `F64`; runs without the GIL."""
+def load_machine_code(compute: str) -> Callable[..., int]:
+    """Load `loop.extrapolate_in` for one type to compute in, `F32` or `F64`, compiling it first if it is not cached.
+
+    The function that is returned runs without the GIL.
+    """
     with _loading:  # or each thread that meets the first chunks would compile it
         return _load(compute)
 
@@ -41,7 +45,7 @@ def _load(compute: str) -> Callable[..., int]:
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target_machine())
     engine.add_object_file(llvm.ObjectFileRef.from_data(_object_code(compute)))
     engine.finalize_object()
-    # As numba calls it: addresses for the result, which is nothing, and for an exception, which never is, then the arguments.
+    # Numba's calling convention: addresses for the result (None) and for an exception (never raised), then the arguments.
     words = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * NUM_ARGUMENTS
     function = ctypes.CFUNCTYPE(ctypes.c_int, *words)(engine.get_function_address(_SYMBOL))
     _engines.append(engine)
@@ -49,7 +53,7 @@ def _load(compute: str) -> Callable[..., int]:
 
 
 _NOTHING = ctypes.c_void_p()
-_engines: list[Any] = []  # the code lives as long as its engine
+_engines: list[Any] = []  # machine code is freed with its engine
 
 
 def _target_machine() -> Any:
@@ -60,7 +64,7 @@ def _target_machine() -> Any:
 
 
 def _object_code(compute: str) -> bytes:
-    name = f"fused-{compute}-{_identity()}.o"
+    name = f"extrapolate-{compute}-{_identity()}.o"
     for folder in _cache_folders():
         with contextlib.suppress(OSError):
             digest, code = _split((folder / name).read_bytes())
@@ -79,15 +83,20 @@ def _split(stored: bytes) -> tuple[bytes, bytes]:
 
 
 def _identity() -> str:
-    """What the machine code depends on."""
+    """Digest of all that the machine code depends on: its sources, the processor and the compiler."""
     sources = [(Path(__file__).parent / name).read_bytes() for name in _SOURCES]
     host = llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
-    told = [text.encode() for text in (*host, llvmlite.__version__)]  # each numba has its own llvmlite
-    return hashlib.sha256(b"\0".join([*sources, *told])).hexdigest()[:16]
+    versions = [
+        text.encode() for text in (*host, llvmlite.__version__)
+    ]  # every numba requires one version of llvmlite
+    return hashlib.sha256(b"\0".join([*sources, *versions])).hexdigest()[:16]
 
 
 def _cache_folders() -> Iterator[Path]:
-    """Beside the source, as Python keeps its own, or the user's. Where neither can be written, nothing is kept."""
+    """Folders that may keep machine code: beside the source, as Python does with its own, then the user's cache.
+
+    If neither can be written, nothing is kept.
+    """
     yield Path(__file__).parent / "__pycache__"
     caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if os.path.isabs(caches):  # else there is no home folder
@@ -95,7 +104,7 @@ def _cache_folders() -> Iterator[Path]:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Whole or not at all, whoever else writes it."""
+    """Write a file whole or not at all; several processes may write the same one."""
     import tempfile
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -114,7 +123,7 @@ def _compile(compute: str) -> bytes:
 
 
 def optimised(compute: str) -> str:
-    """The optimised LLVM code, its entry named `extrapolate`."""
+    """Optimised LLVM code, its entry named `extrapolate`."""
     import numpy as np
     from numba import int64, njit, void
 
@@ -126,6 +135,6 @@ def optimised(compute: str) -> str:
     decorated = njit(signature, no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)(function)
     (compiled,) = decorated.overloads.values()
     code: str = compiled.library.get_llvm_str().replace(compiled.fndesc.llvm_func_name, _SYMBOL)
-    # Never called, as nothing is allocated, and named nevertheless.
-    stub = rf"define internal void @{_NUMBA}(\1 %0) {{ ret void }}"
-    return re.sub(rf"declare void @{_NUMBA}\((\S+)\).*", stub, code)
+    # Numba's runtime is not loaded, so its destructor is defined here; nothing is allocated, and nothing calls it.
+    stub = rf"define internal void @{_NUMBA_DESTRUCTOR}(\1 %0) {{ ret void }}"
+    return re.sub(rf"declare void @{_NUMBA_DESTRUCTOR}\((\S+)\).*", stub, code)

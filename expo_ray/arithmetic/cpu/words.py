@@ -1,4 +1,4 @@
-"""Weights as words: every dtype read and written exactly, each rounding, and the random bits; pieces of `fused`.
+"""Weights as words: every dtype read exactly, rounded and written, and the random bits.
 
 Integers are cast explicitly because numba would widen 32 bits to 64 and halve the speed.
 """
@@ -13,7 +13,7 @@ import numpy as np
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
-# Literal, like all constants here: they are compiled into the cached code.
+# Literals, like all constants of the compiled files: they become part of the machine code, whose cache knows these files only.
 BF16, F16, F32, F64 = range(4)
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -38,7 +38,7 @@ def _pointer(typing_context: Any, address: Any) -> Any:
     return types.voidptr(types.int64), generate
 
 
-# Addresses instead of arrays: numba would compile again for read-only buffers and for every number of outputs.
+# Addresses instead of arrays: for numba, read-only buffers and every number of outputs are other types, compiled anew.
 pointer: Callable[[Scalar], Any] = intrinsic(_pointer)
 
 
@@ -56,12 +56,15 @@ def from_bf16(word: Scalar) -> Scalar:
 
 @compiled
 def from_f16(word: Scalar) -> Scalar:
-    """Re-bias the exponent. A subnormal becomes `(2^-14 + value) - 2^-14`: exact, and free of slow subnormal inputs."""
+    """F16 to float32, exactly: mantissa moved from 10 to 23 bits, exponent from bias 15 to bias 127.
+
+    A subnormal is computed as `(2^-14 + value) - 2^-14`, which is exact and needs no subnormal input: those are slow.
+    """
     shifted = np.uint32(np.uint32(word & np.uint16(0x7FFF)) << np.uint32(13))
-    raised = np.uint32(shifted + np.uint32(113 << 23)).view(np.float32)
+    raised = np.uint32(shifted + np.uint32(113 << 23)).view(np.float32)  # 2^-14 + value
     subnormal = np.float32(raised - np.float32(2.0**-14)).view(np.uint32)
-    normal = np.uint32(shifted + np.uint32(112 << 23))
-    special = np.uint32(shifted + np.uint32(224 << 23))
+    normal = np.uint32(shifted + np.uint32(112 << 23))  # 127 - 15
+    special = np.uint32(shifted + np.uint32(224 << 23))  # infinity and NaN: exponent 31 becomes 255
     magnitude = subnormal if shifted < np.uint32(1 << 23) else normal
     magnitude = special if shifted >= np.uint32(31 << 23) else magnitude
     return np.uint32(magnitude | (np.uint32(word & np.uint16(0x8000)) << np.uint32(16))).view(np.float32)
@@ -69,7 +72,7 @@ def from_f16(word: Scalar) -> Scalar:
 
 @compiled
 def widen(address: Scalar, kind: Scalar, out: Array) -> None:
-    """Read `out.size` elements of dtype `kind`; exact, as `out`'s type holds every dtype it meets."""
+    """Read `out.size` elements of dtype `kind` into `out`; exact, as `out`'s type holds every dtype it meets."""
     count = out.size
     if kind == BF16:
         words = carray(pointer(address), count, np.uint16)
@@ -91,7 +94,11 @@ def widen(address: Scalar, kind: Scalar, out: Array) -> None:
 
 @compiled
 def nearest_bf16(value: Scalar) -> Scalar:
-    """Ties to even: a carry out of the lower half rounds up, into the exponent if need be."""
+    """Float32 to BF16, ties to even.
+
+    BF16 is the upper half of the word. Adding just under half of its last place (0x7FFF), and one more if it is odd, carries into
+    it exactly when the value is to be rounded up; a carry out of the mantissa raises the exponent, up to infinity.
+    """
     pattern = np.float32(value).view(np.uint32)
     below_half = np.uint32(np.uint32(0x7FFF) + ((pattern >> np.uint32(16)) & np.uint32(1)))
     word = np.uint32(pattern + below_half) >> np.uint32(16)
@@ -100,7 +107,7 @@ def nearest_bf16(value: Scalar) -> Scalar:
 
 @compiled
 def stochastic_bf16(value: Scalar, random16: Scalar) -> Scalar:
-    """The lower half carries with a probability of itself in 2^16."""
+    """Float32 to BF16, up with a probability of the dropped half / 2^16: that is how often adding 16 random bits carries."""
     pattern = np.float32(value).view(np.uint32)
     word = np.uint32(pattern + np.uint32(random16)) >> np.uint32(16)
     return np.uint16(np.uint32(0x7FC0) if np.isnan(value) else word)
@@ -113,23 +120,26 @@ def to_16_bits(
     """Round a float64 once to a 16-bit format, by integers: numpy and torch go through float32 and round twice.
 
     The magnitude is shifted until 2^32 is one unit in the target's last place, subnormals included. What is added below
-    that unit decides the direction, and a carry runs into the exponent as it should.
+    that unit decides the direction, and a carry out of the mantissa raises the exponent.
 
     Args:
-        mantissa: stored bits of the target. least: float64's biased exponent of the target's least normal number.
-        infinity: the target's word for it.
+        mantissa: stored bits of the target's mantissa.
+        least: float64's biased exponent of the target's least normal number.
+        infinity: the target's word for infinity.
     """
     pattern = np.float64(value).view(np.uint64)
     magnitude = pattern & np.uint64(0x7FFFFFFFFFFFFFFF)
-    below = max(least - np.int64(magnitude >> np.uint64(52)), 0)
+    below = max(least - np.int64(magnitude >> np.uint64(52)), 0)  # binades under the target's normal numbers
     normal = magnitude - (np.uint64(least - 1) << np.uint64(52))
     subnormal = (magnitude & np.uint64(0xFFFFFFFFFFFFF)) | np.uint64(1 << 52)
     aligned = normal if below == 0 else subnormal
-    drop = np.uint64(min(below + (20 - mantissa), 63))
+    drop = np.uint64(
+        min(below + (20 - mantissa), 63)
+    )  # 52 - 32 = 20; LLVM leaves shifts by 64 and more undefined
     fixed = aligned >> drop
     addend = np.uint64(random32)
     if nearest:
-        fixed |= np.uint64((fixed << drop) != aligned)
+        fixed |= np.uint64((fixed << drop) != aligned)  # a sticky bit: what was shifted out breaks a tie
         addend = np.uint64(0x7FFFFFFF) + ((fixed >> np.uint64(32)) & np.uint64(1))
     word = min((fixed + addend) >> np.uint64(32), np.uint64(infinity))
     word |= (pattern >> np.uint64(48)) & np.uint64(0x8000)
@@ -138,7 +148,12 @@ def to_16_bits(
 
 @compiled
 def narrow(values: Array, kind: Scalar, stochastic: Scalar, bits: Scalar, address: Scalar) -> None:
-    """Write `values` as words of dtype `kind`, every NaN as the canonical one; `bits` is the address of their random bits."""
+    """Write `values` as words of dtype `kind`, every NaN as the canonical one (payloads differ between processors).
+
+    Args:
+        bits: address of the elements' random bits.
+        address: of the output.
+    """
     count = values.size
     if kind == F64:
         quads = carray(pointer(address), count, np.uint64)
@@ -179,13 +194,17 @@ def narrow_to_16_bits(values: Array, kind: Scalar, stochastic: Scalar, bits: Sca
 
 @compiled
 def bits_per_element(kind: Scalar, compute_bytes: Scalar) -> Scalar:
-    """Random bits that rounding takes: 16 decide float32 to BF16 exactly, as 16 bits are dropped; else 32."""
+    """Random bits that rounding an element takes: 16 decide float32 to BF16 exactly, as 16 bits are dropped; else 32."""
     return 16 if kind == BF16 and compute_bytes == 4 else 32
 
 
 @compiled
 def random_bits(key: Scalar, first: Scalar, out: Array) -> None:
-    """SplitMix64's finaliser (Steele, Lea and Flood 2014) of `key + index * golden`, for words `first` and following."""
+    """Write random words `first` and following of the stream `key`.
+
+    SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014) with its counter written as
+    `key + index * golden`: any word can be computed alone, so chunks, threads and devices agree on it.
+    """
     for i in range(out.size):
         z = np.uint64(key) + np.uint64(first + i) * np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -1,7 +1,7 @@
-"""The arithmetic as torch tensor operations, bit for bit that of `fused`: for GPUs, and as its check on the CPU.
+"""The arithmetic as torch tensor operations, bit for bit that of `arithmetic/cpu`: for GPUs, and as its check on the CPU.
 
-No two operations may be merged into one that rounds once, so nothing here uses `add(..., alpha=)`, `addcmul` or `lerp`.
-This module loads torch; only `on_device` imports it, when a kernel is first called.
+Every operation rounds once, as IEEE 754 says. `add(..., alpha=)`, `addcmul` and `lerp` may multiply and add with one rounding on
+a GPU, so nothing here uses them.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expo_ray.arithmetic.rule import Rule, compute_dtype
+from expo_ray.arithmetic.rule import Rule
 
-BLOCK = 2048  # of the sums, as in `fused`
+BLOCK = 2048  # elements of a block of the sums, as in `cpu/blocks.py`
 FLOATS: Mapping[str, torch.dtype] = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
@@ -27,7 +27,7 @@ NAN_WORDS = {"BF16": 0x7FC0, "F16": 0x7E00, "F32": 0x7FC0 << 16, "F64": 0x7FF8 <
 
 @dataclass(frozen=True)
 class Extrapolated:
-    """One chunk.
+    """A computed chunk.
 
     Attributes:
         words: per alpha, the output's elements as integers.
@@ -48,7 +48,7 @@ def extrapolate(
     Args:
         dpo, sft: uint8 vectors of the elements' bytes, on one device.
     """
-    real = FLOATS[compute_dtype(rule)]
+    real = FLOATS[rule.compute_dtype]
     dpo_words, sft_words = dpo.view(WORDS[rule.dpo_dtype]), sft.view(WORDS[rule.sft_dtype])
     d, s = dpo.view(FLOATS[rule.dpo_dtype]).to(real), sft.view(FLOATS[rule.sft_dtype]).to(real)
     delta = d - s
@@ -62,6 +62,7 @@ def extrapolate(
     ]
     d_blocks, delta_blocks = in_blocks(d, first), in_blocks(delta, first)
     sums = [inner_products(d_blocks, d_blocks), inner_products(delta_blocks, delta_blocks)]
+    # The same bits for every alpha: models of two alphas then differ by the step and not by the dice.
     bits = random_bits(rule, key, first, d.numel(), d.device)
     outputs = []
     for alpha in alphas:
@@ -74,12 +75,12 @@ def extrapolate(
         counts.append(finite & ~torch.isfinite(out))
         sums.append(inner_products(in_blocks(out - d, first), delta_blocks))
         outputs.append(words)
-    return Extrapolated(outputs, torch.stack([marked.sum() for marked in counts]), torch.stack(sums, dim=1))
+    return Extrapolated(outputs, torch.stack([marks.sum() for marks in counts]), torch.stack(sums, dim=1))
 
 
 def rounded_alpha(rule: Rule, alpha: float) -> float:
-    """Alpha in the type it is multiplied in."""
-    single = compute_dtype(rule) == "F32" or rule.rounding == "reference"
+    """Alpha, rounded to the type that it is multiplied in."""
+    single = rule.compute_dtype == "F32" or rule.rounding == "reference"
     return float(np.float32(alpha)) if single else alpha
 
 
@@ -92,12 +93,13 @@ def formula(rule: Rule, d: Tensor, s: Tensor, delta: Tensor, alpha: float) -> Te
     """The result before it is rounded to the output's dtype."""
     factor = rounded_alpha(rule, alpha)
     if rule.rounding == "reference":
+        # `float()` first: the compiled kernel, like the paper's script, converts F64 in two steps.
         d16, s16 = d.float().bfloat16(), s.float().bfloat16()
         return (d16 + factor * (d16 - s16)).to(d.dtype)
     if factor in {0, -1}:
         return d if factor == 0 else s
     product = factor * delta
-    return torch.where(delta == 0, d, d + product)
+    return torch.where(delta == 0, d, d + product)  # -0 + 0 would be +0
 
 
 def narrow(value: Tensor, dtype: str, bits: Tensor | None) -> Tensor:
@@ -113,7 +115,7 @@ def narrow(value: Tensor, dtype: str, bits: Tensor | None) -> Tensor:
 
 
 def to_16_bits(value: Tensor, dtype: str, bits: Tensor | None) -> Tensor:
-    """Round float64 once; `words.to_16_bits` explains. `.to(torch.bfloat16)` would round to float32 first."""
+    """Round float64 once; `words.to_16_bits` explains how. `.to(torch.bfloat16)` would round to float32 first."""
     mantissa, least, infinity = (7, 1023 - 126, 0x7F80) if dtype == "BF16" else (10, 1023 - 14, 0x7C00)
     pattern = value.view(torch.int64)
     magnitude = pattern & 0x7FFFFFFFFFFFFFFF
@@ -135,13 +137,14 @@ def random_bits(rule: Rule, key: int, first: int, count: int, device: torch.devi
     """16 random bits per element (float32 to BF16, int32) or 32 (int64); None if nothing is rounded stochastically."""
     if rule.rounding != "stochastic" or rule.out_dtype not in {"BF16", "F16"}:
         return None
-    exact_in_16 = compute_dtype(rule) == "F32" and rule.out_dtype == "BF16"
+    exact_in_16 = rule.compute_dtype == "F32" and rule.out_dtype == "BF16"
     per_word = 4 if exact_in_16 else 2
     begin, end = first // per_word, -(-(first + count) // per_word)
     z = torch.arange(begin, end, dtype=torch.int64, device=device) * signed(0x9E3779B97F4A7C15) + signed(key)
     z = (z ^ shifted(z, 30)) * signed(0xBF58476D1CE4E5B9)
     z = (z ^ shifted(z, 27)) * signed(0x94D049BB133111EB)
     z = z ^ shifted(z, 31)
+    # Torch has no unsigned types to compute in: the words are read as signed ones and masked.
     if exact_in_16:
         bits = z.view(torch.int16).to(torch.int32) & 0xFFFF
     else:
@@ -155,12 +158,12 @@ def signed(word: int) -> int:
 
 
 def shifted(words: Tensor, places: int) -> Tensor:
-    """Shift right without copies of the sign."""
+    """Words shifted right as unsigned numbers: torch's `>>` copies the sign."""
     return (words >> places) & ((1 << (64 - places)) - 1)
 
 
 def in_blocks(values: Tensor, first: int) -> Tensor:
-    """One row per block of the tensor's element index, zero outside the chunk."""
+    """Values as a row for each block of the tensor's element index, zero outside the chunk."""
     lo = first % BLOCK
     blocks = values.new_zeros(max(1, -(-(lo + values.numel()) // BLOCK)) * BLOCK)
     blocks[lo : lo + values.numel()] = values
@@ -168,7 +171,7 @@ def in_blocks(values: Tensor, first: int) -> Tensor:
 
 
 def inner_products(a: Tensor, b: Tensor) -> Tensor:
-    """Sum of `a * b` in every row, float64; `any_block.inner_product` explains."""
+    """Sum of `a * b` in every row, float64; `blocks.inner_product` explains the order."""
     total = fold(a * b).double()
     terms = a.double() * b.double()
     careful = fold(torch.where(torch.isfinite(terms), terms, 0.0))
