@@ -31,11 +31,11 @@ from expo_ray.checkpoint.vocabulary import vocabulary
 from expo_ray.cli.arguments import command_parser
 from expo_ray.config import Pair, PromptSource, RewardModel, load_job
 from expo_ray.errors import ExpoError
-from expo_ray.evaluation.prompts.prompt_files import load_prompt_set
+from expo_ray.evaluation.prompts.load_prompts import load_prompt_set
+from expo_ray.evaluation.records import reward_from_row
 from expo_ray.evaluation.responses.client import Client, GaveUp, Refused
 from expo_ray.evaluation.rewards.reward_file import read_responses
 from expo_ray.evaluation.rewards.reward_model import inspect_reward_model
-from expo_ray.evaluation.rewards.score_missing import parse_reward
 from expo_ray.evaluation.row_store import read_rows
 from expo_ray.extrapolation.model_folder import claimed_by
 from expo_ray.extrapolation.plan import plan_pair
@@ -328,7 +328,7 @@ def _responses(chance: random.Random) -> None:
 def _rewards(chance: random.Random) -> None:
     uri = _store({"r.jsonl": mutated(_REWARDS * 2, chance)})
     try:
-        read_rows(open_store(uri), "r.jsonl", parse_reward)
+        read_rows(open_store(uri), "r.jsonl", reward_from_row)
     finally:
         _forget(uri)
 

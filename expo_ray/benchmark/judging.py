@@ -14,7 +14,7 @@ from expo_ray.evaluation.progress import RowCount
 from expo_ray.evaluation.records import Message, digest
 from expo_ray.evaluation.responses.ask_missing import run_all
 from expo_ray.evaluation.responses.client import Answer, Client, GaveUp, Refused
-from expo_ray.evaluation.row_store import Parts
+from expo_ray.evaluation.row_store import RowStore
 from expo_ray.storage import Store
 from expo_ray.text import first_few, shown
 
@@ -112,7 +112,7 @@ class JudgeRoom:
         self.judge = judge
         self.store = store
         self.prefix = f"judges/{judge.id}"
-        self._parts: Parts[JudgeAnswer] = Parts(store, f"{self.prefix}/answers", _answer_from_row)
+        self._parts: RowStore[JudgeAnswer] = RowStore(store, f"{self.prefix}/answers", _answer_from_row)
 
     def answers(self) -> dict[str, JudgeAnswer]:
         """Read the last stored answer to each question, by question id."""

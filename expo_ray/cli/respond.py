@@ -16,13 +16,13 @@ from expo_ray.config import Job, PromptSource, PublishedModel, Sampling, Serving
 from expo_ray.config.fields import named_after
 from expo_ray.errors import Attempts, JobError, Problems, StorageError
 from expo_ray.evaluation.progress import RowProgress
-from expo_ray.evaluation.prompts.prompt_files import load_prompt_set, load_prompts
-from expo_ray.evaluation.prompts.prompt_set import PromptSet, keep_prompts
+from expo_ray.evaluation.prompts.load_prompts import load_prompt_set, load_prompts
+from expo_ray.evaluation.prompts.prompt_set import PromptSet, store_prompts
 from expo_ray.evaluation.records import Response
-from expo_ray.evaluation.responses.ask_models import Responded, respond_job, respond_to_file
+from expo_ray.evaluation.responses.ask_models import ResponsesByModel, ask_into_file, ask_job_models
+from expo_ray.evaluation.responses.check_served import check_served, check_writable
 from expo_ray.evaluation.responses.client import Client
 from expo_ray.evaluation.responses.response_file import ResponseFile
-from expo_ray.evaluation.responses.served_checks import check_served, check_writable
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.serving.engine_checks import check_engine
 from expo_ray.serving.served_models import check_model, plan_served_pairs
@@ -66,14 +66,14 @@ def respond(job: Job) -> int:
     check_asked(job, plans, sets)
     store = open_store(job.output)
     for prompts in sets:  # an output that cannot be written is found out before engines start
-        keep_prompts(store, prompts)
+        store_prompts(store, prompts)
     from expo_ray.on_ray.cluster import cluster
     from expo_ray.on_ray.serving.serve_models import serving
 
     with cluster(), serving(plans, job.models, job.serving) as endpoint:
         client = Client(endpoint.url, slots=endpoint.slots, key_variable=endpoint.key_variable)
         with RowProgress("respond", "responses", store) as progress:
-            return _finish(partial(respond_job, job, sets, store, client, progress), progress)
+            return _finish(partial(ask_job_models, job, sets, store, client, progress), progress)
 
 
 def check(job: Job) -> tuple[list[PairPlan], list[PromptSet]]:
@@ -141,7 +141,7 @@ def _one_model(arguments: argparse.Namespace) -> int:
     (sampling,), (prompts,), (output,) = samplings, sets, outputs
     name = models[0].name if models else arguments.name or ""
     with _endpoint(arguments.model, models) as client, RowProgress("respond", "responses") as progress:
-        work = partial(respond_to_file, output, name, prompts, sampling, client=client, progress=progress)
+        work = partial(ask_into_file, output, name, prompts, sampling, client=client, progress=progress)
         return _finish(work, progress)
 
 
@@ -158,12 +158,12 @@ def _endpoint(url: str, models: Sequence[PublishedModel]) -> Iterator[Client]:
         yield Client(endpoint.url, slots=endpoint.slots, key_variable=endpoint.key_variable)
 
 
-def _finish(work: Callable[[], Responded], progress: RowProgress) -> int:
+def _finish(work: Callable[[], ResponsesByModel], progress: RowProgress) -> int:
     """Do the work and print what came of it; the exit status."""
     try:
         done = work()
     except StorageError as error:  # what was answered before is stored
-        done = Responded(failures=[str(error)])
+        done = ResponsesByModel(failures=[str(error)])
     progress.finish("failed" if done.failures else "done", done.failures)
     for name, answers in done.answers.items():
         print(_summary(name, list(answers.responses.values()), done.places.get(name, "")))

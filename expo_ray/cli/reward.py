@@ -14,19 +14,18 @@ from expo_ray.cli.flags import given_flags, with_flags
 from expo_ray.config import Job, RewardModel, load_job
 from expo_ray.errors import Attempts, ExpoError, JobError
 from expo_ray.evaluation.progress import RowProgress
-from expo_ray.evaluation.prompts.prompt_files import load_prompts
-from expo_ray.evaluation.records import Response
-from expo_ray.evaluation.responses.stored_responses import StoredResponses, stored_responses
+from expo_ray.evaluation.prompts.load_prompts import load_prompts
+from expo_ray.evaluation.records import Response, reward_from_row
+from expo_ray.evaluation.responses.stored_responses import StoredResponses, read_stored_responses
 from expo_ray.evaluation.rewards.reward_file import RewardFile, read_responses
 from expo_ray.evaluation.rewards.score_missing import (
-    Scored,
-    Todo,
-    parse_reward,
-    plan_rewards,
+    ScoredResponses,
+    UnscoredResponses,
+    find_unscored,
     score_missing,
-    summarise,
+    summarise_rewards,
 )
-from expo_ray.evaluation.row_store import Parts
+from expo_ray.evaluation.row_store import RowStore
 from expo_ray.on_ray.cluster import cluster
 from expo_ray.on_ray.rewards.pool import RewardPool
 from expo_ray.storage import Store, open_output_file, open_store
@@ -42,7 +41,7 @@ class Work:
     pool: RewardPool
     model: str
     responses: Sequence[Response]
-    todo: Todo
+    todo: UnscoredResponses
 
 
 def command(arguments: argparse.Namespace) -> int:
@@ -77,7 +76,7 @@ def reward_job(job: Job) -> int:
     sets = attempts.attempt(partial(load_prompts, job.prompts))
     pools = [pool for spec in job.rewards for pool in attempts.attempt(partial(RewardPool, spec))]
     attempts.end()
-    stored = stored_responses(store, job, sets[0])
+    stored = read_stored_responses(store, job, sets[0])
     if not stored:
         raise JobError(
             f"{store.uri}: holds no responses to the job's prompts, drawn as it says; run `expo-ray respond` on the job first"
@@ -104,18 +103,18 @@ def reward_file(responses: str, spec: RewardModel, output: str) -> int:
     (pool,), (listed,) = pools, rows
     pool.inputs(listed)  # tells what is wrong before a cluster is started
     with cluster():
-        kept_in = RewardFile(output, [one.key for one in listed], _about(pool))
-        todo = plan_rewards(listed, pool, kept_in)
+        reward_store = RewardFile(output, [one.key for one in listed], _about(pool))
+        todo = find_unscored(listed, pool, reward_store)
         with RowProgress("reward", "responses") as progress:
             work = Work(pool, listed[0].model or responses, listed, todo)
             return run([work], progress, flags={"backend", "allow_pickle", "truncate"})
 
 
 def _plan(pool: RewardPool, group: StoredResponses, store: Store) -> Work:
-    folder = f"{group.folder}/rewards/{pool.spec.name}-{pool.id}"
-    kept_in = Parts(store, folder, parse_reward)
-    todo = plan_rewards(group.responses, pool, kept_in)
-    store.put(f"{folder}.about.json", (json.dumps(_about(pool), indent=1) + "\n").encode())
+    names = pool.spec.name, pool.id
+    reward_store = RowStore(store, group.folder.rewards(*names), reward_from_row)
+    todo = find_unscored(group.responses, pool, reward_store)
+    store.put(group.folder.rewards_about(*names), (json.dumps(_about(pool), indent=1) + "\n").encode())
     return Work(pool, group.model, group.responses, todo)
 
 
@@ -170,8 +169,8 @@ _HEADER = (
 )
 
 
-def _row(one: Work, scored: Scored) -> Sequence[str]:
-    summary = summarise(one.responses, scored.rewards)
+def _row(one: Work, scored: ScoredResponses) -> Sequence[str]:
+    summary = summarise_rewards(one.responses, scored.rewards)
     figures = f"{summary.mean:.4f}", f"{summary.standard_error:.4f}", f"{summary.num_tokens:.1f}"
     return (
         one.pool.spec.name,
@@ -183,7 +182,7 @@ def _row(one: Work, scored: Scored) -> Sequence[str]:
     )
 
 
-def _told(one: Work, scored: Scored) -> list[str]:
+def _told(one: Work, scored: ScoredResponses) -> list[str]:
     """What a user should know of responses without a score: one line for each reason."""
     reasons: dict[str, list[str]] = {}
     for failed in scored.failed:

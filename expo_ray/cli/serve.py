@@ -9,7 +9,7 @@ import signal
 
 from expo_ray.cli.extras import require
 from expo_ray.config import Job, format_alpha, load_job
-from expo_ray.evaluation.responses.served_checks import check_served
+from expo_ray.evaluation.responses.check_served import check_served
 from expo_ray.serving.engine_checks import check_engine
 from expo_ray.serving.served_models import plan_served_pairs
 

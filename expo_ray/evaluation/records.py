@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from expo_ray.config import Sampling
 
@@ -102,6 +104,23 @@ class Reward:
     def key(self) -> tuple[str, int]:
         """Names the response that it scores."""
         return self.prompt_id, self.sample
+
+
+def response_from_row(row: Mapping[str, Any]) -> Response:
+    """Make a `Response` from its stored row; the inverse of `dataclasses.asdict`."""
+    return Response(**{**row, "messages": tuple(row["messages"])})
+
+
+def reward_from_row(row: Mapping[str, Any]) -> Reward:
+    """Make a `Reward` from its stored row.
+
+    Raises:
+        TypeError, ValueError: if the row is not a reward.
+    """
+    reward = Reward(**row)
+    if not isinstance(reward.prompt_id, str) or not math.isfinite(reward.reward):
+        raise ValueError("no finite `reward` of a `prompt_id`")
+    return reward
 
 
 def scored_digest(messages: Sequence[Message], text: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any, Generic, Protocol, TypeVar, get_type_hints
 from pydantic import create_model
 
 from expo_ray.errors import StorageError
+from expo_ray.evaluation.paths import part_key
 from expo_ray.evaluation.records import digest
 from expo_ray.storage import Store
 from expo_ray.text import shown
@@ -32,7 +33,7 @@ R = TypeVar("R", bound=Row)
 T = TypeVar("T")
 
 
-class Parts(Generic[R]):
+class RowStore(Generic[R]):
     """The rows below one prefix of a store.
 
     A part is written once and named after its content, so that writers never meet: a row that two of them made, because one was
@@ -58,7 +59,7 @@ class Parts(Generic[R]):
         """Store some rows, all or none."""
         data = rows_text(rows).encode()
         if data:
-            self.store.put(f"{self.prefix}/{digest(data.decode())}.jsonl", data)
+            self.store.put(part_key(self.prefix, digest(data.decode())), data)
 
 
 def rows_text(rows: Iterable[Any]) -> str:

@@ -9,14 +9,15 @@ from dataclasses import dataclass, field
 from expo_ray.checkpoint.json_file import added_tokens, read_json
 from expo_ray.config import Sampling
 from expo_ray.errors import CheckpointError, NotFound, Problems, RewardError
+from expo_ray.evaluation.paths import ResponsesFolder, likelihoods_folder
 from expo_ray.evaluation.progress import SearchProgress
 from expo_ray.evaluation.prompts.prompt_set import PromptSet
-from expo_ray.evaluation.records import Response, Reward
-from expo_ray.evaluation.responses.ask_missing import respond
+from expo_ray.evaluation.records import Response, Reward, reward_from_row
+from expo_ray.evaluation.responses.ask_missing import ask_model
 from expo_ray.evaluation.responses.endpoint import KEY_VARIABLE
-from expo_ray.evaluation.responses.likelihoods import likelihood_from_row, likelihoods
-from expo_ray.evaluation.rewards.score_missing import parse_reward, reward
-from expo_ray.evaluation.row_store import Parts
+from expo_ray.evaluation.responses.likelihoods import likelihood_from_row, measure_likelihoods
+from expo_ray.evaluation.rewards.score_missing import score_responses
+from expo_ray.evaluation.row_store import RowStore
 from expo_ray.evaluation.search.evaluated import Evaluated, LogProbabilities, evaluated
 from expo_ray.evaluation.search.search_pair import first
 from expo_ray.extrapolation.plan import PairPlan
@@ -110,7 +111,7 @@ class PairEvaluator:
         return f"{self._plan.name}@{step}"
 
     def _responses(self, step: Step, prompts: PromptSet) -> dict[Hashable, Response]:
-        answers = respond(
+        answers = ask_model(
             self._url, self._name(step), [prompts], self._sampling, self._store, progress=self._progress, slots=self._slots,
             key_variable=self._key_variable,
         )  # fmt: skip
@@ -129,10 +130,9 @@ class PairEvaluator:
     def _likelihoods(self, step: Step, responses: Sequence[Response]) -> LogProbabilities:
         name, weights = self._name(step), stepped(self._plan, step).plan_id(step.alpha)
         origin = responses[0].origin if responses else ""
-        folder = f"evaluation/{name}/likelihoods-{weights}-{origin}"
-        kept_in = Parts(self._store, folder, likelihood_from_row)
-        return likelihoods(
-            self._url, name, responses, kept_in, slots=self._slots, key_variable=self._key_variable
+        row_store = RowStore(self._store, likelihoods_folder(name, weights, origin), likelihood_from_row)
+        return measure_likelihoods(
+            self._url, name, responses, row_store, slots=self._slots, key_variable=self._key_variable
         )
 
     def _rewards(
@@ -141,9 +141,11 @@ class PairEvaluator:
         found: dict[Hashable, Reward] = {}
         for origin in sorted({one.origin for one in responses.values()}):
             rows = [one for one in responses.values() if one.origin == origin]
-            folder = f"evaluation/{name}/{origin}/rewards/{pool.spec.name}-{pool.id}"
+            folder = ResponsesFolder.of(name, origin).rewards(pool.spec.name, pool.id)
             with self._scorers.locks[pool.spec.name]:
-                scored = reward(rows, pool, Parts(self._store, folder, parse_reward), self._progress.rewards)
+                scored = score_responses(
+                    rows, pool, RowStore(self._store, folder, reward_from_row), self._progress.rewards
+                )
             if scored.failed:
                 first = scored.failed[0]
                 raise RewardError(

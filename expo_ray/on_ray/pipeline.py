@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 import ray
 
 from expo_ray.errors import ExpoError, in_one_line
-from expo_ray.evaluation.prompts.prompt_set import keep_prompts
+from expo_ray.evaluation.prompts.prompt_set import store_prompts
 from expo_ray.extrapolation.pinned import publication_plan
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.plan_job import outputs_of
@@ -47,7 +47,7 @@ def run_pipeline(prepared: Prepared) -> Results:
     job = prepared.job
     store = open_store(job.output)
     for prompts in prepared.sets:  # an output that cannot be written is found out before engines start
-        keep_prompts(store, prompts)
+        store_prompts(store, prompts)
     started = time.monotonic()
     with cluster():
         searched = search_pairs(prepared, store)

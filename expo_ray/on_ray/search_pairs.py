@@ -12,6 +12,7 @@ from functools import partial
 import ray
 
 from expo_ray.errors import ExpoError, JobError, NotFound, OutputError, in_one_line
+from expo_ray.evaluation.paths import search_key
 from expo_ray.evaluation.progress import SearchProgress
 from expo_ray.evaluation.search.groups import search_groups
 from expo_ray.evaluation.search.pair_result import pair_result
@@ -51,7 +52,7 @@ def search_pairs(prepared: Prepared, store: Store) -> Searched:
     """
     searched = Searched()
     for plan in prepared.plans:
-        if stored := _stored(store, _result_key(prepared, plan)):
+        if stored := _stored(store, search_key(plan.name, prepared.search_id(plan))):
             log.info("%s: its search is stored; %s", plan.name, stored.reason)
             searched.found[plan.name] = stored
     todo = [plan for plan in prepared.plans if plan.name not in searched.found]
@@ -154,12 +155,8 @@ def _search_one(
         plan, history, decision, settings, evaluate.texts, generations=evaluate.num_responses, groups=groups
     )
     alone = Results(store.uri, "", (result,))
-    store.put(_result_key(prepared, plan), results_json(alone))
+    store.put(search_key(plan.name, prepared.search_id(plan)), results_json(alone))
     return result
-
-
-def _result_key(prepared: Prepared, plan: PairPlan) -> str:
-    return f"evaluation/searches/{plan.name}-{prepared.search_id(plan)}.json"
 
 
 def _stored(store: Store, key: str) -> PairResult | None:

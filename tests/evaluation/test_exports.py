@@ -13,7 +13,7 @@ from expo_ray.cli.process import main
 from expo_ray.errors import PromptError
 from expo_ray.evaluation.prompts.prompt_set import PromptSet, prompt_of
 from expo_ray.evaluation.records import Response
-from expo_ray.evaluation.responses.exports import alpaca_eval, mt_bench, turns_of
+from expo_ray.evaluation.responses.benchmark_exports import alpaca_eval, mt_bench, turns_of
 from tests.support.fake_endpoint import LINE_ENDS, fake_endpoint, text_for
 from tests.support.paths import SHARED
 
@@ -122,7 +122,7 @@ def test_alpaca_evals_own_order() -> None:
     if not file.is_file():
         pytest.skip("../shared/data/eval/alpaca/prompts.jsonl.gz is not there")
     from expo_ray.config import PromptSource
-    from expo_ray.evaluation.prompts.prompt_files import load_prompt_set
+    from expo_ray.evaluation.prompts.load_prompts import load_prompt_set
 
     prompts = load_prompt_set(PromptSource(source=str(file)))
     with gzip.open(file) as lines:

@@ -20,14 +20,12 @@ import pytest
 from examples.local_s3 import SeaweedFS
 from expo_ray.config import PromptSource
 from expo_ray.errors import ExpoError, Problems, PromptError, StorageError
-from expo_ray.evaluation.prompts import prompt_files as prompt_sources
-from expo_ray.evaluation.prompts.prompt_files import load_prompt_set, load_prompts
+from expo_ray.evaluation.prompts import load_prompts as prompt_sources
+from expo_ray.evaluation.prompts.load_prompts import load_prompt_set, load_prompts
 from expo_ray.evaluation.prompts.prompt_set import (
     PromptSet,
-    keep_prompts,
-    kept_prompts,
-    prompt_from_row,
     prompt_of,
+    store_prompts,
 )
 from expo_ray.storage import open_store, split_file
 from tests.support.paths import SHARED
@@ -91,7 +89,6 @@ def test_every_form_of_a_row(tmp_path: Path) -> None:
     assert [dict(turn) for turn in third.messages] == [{"role": "user", "content": "q"}]
     assert (fourth.follow_ups, fourth.temperature, fourth.label) == (("t2",), 0.0, "81")
     assert fourth.id != prompt_of(fourth.messages).id
-    assert prompt_from_row(json.loads(json.dumps(asdict(fourth)))) == fourth
 
 
 def test_all_bad_rows_are_told_with_file_line_and_reason(tmp_path: Path) -> None:
@@ -407,13 +404,11 @@ def test_a_set_that_was_stored_is_the_same_set() -> None:
     prompts = PromptSet.of(
         "p", [prompt_of([{"role": "user", "content": TEXT}], follow_ups=["b"], temperature=0.1)]
     )
-    keep_prompts(store, prompts)
-    assert kept_prompts(store, "p", prompts.digest) == prompts
-    key = store.list()[0].key
-    for changed in (store.read(key).replace(b"one", b"two"), b""):
-        store.put(key, changed)
-        with pytest.raises(ExpoError, match="was changed"):
-            kept_prompts(store, "p", prompts.digest)
+    store_prompts(store, prompts)
+    (stored,) = store.list()
+    assert stored.key == f"evaluation/prompts/p-{prompts.digest}.jsonl"
+    rows = [json.loads(line) for line in store.read(stored.key).split(b"\n") if line]
+    assert rows == [json.loads(json.dumps(asdict(prompt))) for prompt in prompts.prompts]
 
 
 # --- real sets

@@ -20,14 +20,14 @@ from expo_ray.config import Job, Pair, PublishedModel, Sampling
 from expo_ray.errors import EndpointError
 from expo_ray.evaluation.progress import RowProgress
 from expo_ray.evaluation.prompts.prompt_set import PromptSet, prompt_of
-from expo_ray.evaluation.records import Response, seed_of
+from expo_ray.evaluation.records import Response, response_from_row, seed_of
 from expo_ray.evaluation.responses import client as client_module
-from expo_ray.evaluation.responses.ask_missing import Answers, respond, response_from_row
-from expo_ray.evaluation.responses.ask_models import respond_job
+from expo_ray.evaluation.responses.ask_missing import ModelResponses, ask_model
+from expo_ray.evaluation.responses.ask_models import ask_job_models
+from expo_ray.evaluation.responses.ask_question import origin_fields, origin_of
 from expo_ray.evaluation.responses.client import Client
 from expo_ray.evaluation.responses.endpoint import Card
-from expo_ray.evaluation.responses.question import decided_by, origin_of
-from expo_ray.evaluation.row_store import Parts
+from expo_ray.evaluation.row_store import RowStore
 from expo_ray.storage import open_store
 from tests.support.disks import disk, remount
 from tests.support.fake_endpoint import LINE_ENDS, Body, FakeEndpoint, fake_endpoint, text_for
@@ -54,9 +54,9 @@ def sample_set(count: int, name: str = "s") -> PromptSet:
 
 def answers_of(
     endpoint: FakeEndpoint, prompts: PromptSet, uri: str, sampling: Sampling | None = None, slots: int = 32
-) -> Answers:
+) -> ModelResponses:
     with RowProgress("respond", "responses", quiet=True) as progress:
-        return respond(
+        return ask_model(
             endpoint.url,
             NAME,
             [prompts],
@@ -115,7 +115,7 @@ def test_seeds_are_the_same_for_every_alpha_and_size() -> None:
     with fake_endpoint("p@0", NAME) as endpoint, RowProgress("respond", "responses", quiet=True) as progress:
         for name, part in (("p@0", prompts), (NAME, prompts.limit(20))):
             store = open_store("memory://seeds/out")
-            respond(endpoint.url, name, [part], Sampling(), store, progress=progress, slots=8)
+            ask_model(endpoint.url, name, [part], Sampling(), store, progress=progress, slots=8)
         by_model = {
             name: {
                 body["messages"][0]["content"]: body["seed"]
@@ -168,7 +168,7 @@ def test_a_job_asks_every_alpha_dpo_itself_and_every_model() -> None:
         RowProgress("respond", "responses", store, quiet=True) as progress,
     ):
         endpoint.failing = lambda body: (400, "no") if body["model"] == "p@2" and "q3" in str(body) else None
-        done = respond_job(job, sets, store, Client(endpoint.url, slots=8), progress)
+        done = ask_job_models(job, sets, store, Client(endpoint.url, slots=8), progress)
         progress.finish("failed", done.failures)
     assert Counter(body["model"] for body in endpoint.chats) == {"p@0": 12, "p@0.5": 12, "p@2": 12, "m": 12}
     assert {name: len(answers.responses) for name, answers in done.answers.items()} == {
@@ -303,7 +303,7 @@ def test_whatever_decides_a_response_names_it(
 
 
 def test_no_setting_of_a_response_is_forgotten() -> None:
-    told = decided_by(Card(**CARD), Sampling())
+    told = origin_fields(Card(**CARD), Sampling())
     # Neither what a card says for the asking alone, nor the number of samples, decides a response.
     assert {field.name for field in fields(Card)} - {"name", "vllm", "special_ids"} <= told.keys()
     assert set(Sampling.model_fields) - {"samples"} == told["sampling"].keys()
@@ -359,7 +359,7 @@ def test_a_full_disk_is_told_once_and_nothing_is_torn(
         said = capsys.readouterr().err
         assert said.count("failed: ") == 1
         assert "free space there, or choose another output" in said
-        parts = Parts[Response](open_store(str(folder)), "o.jsonl.parts", response_from_row)
+        parts = RowStore[Response](open_store(str(folder)), "o.jsonl.parts", response_from_row)
         kept = parts.read()  # whole rows alone
         assert 64 <= len(kept) < 600
         remount(folder, "size=4m")
@@ -394,7 +394,7 @@ def test_a_driver_killed_with_500_prompts_in_flight(endpoint: FakeEndpoint, tmp_
         first.send_signal(signal.SIGKILL)
         first.wait()
     assert not output.exists()
-    kept = Parts[Response](open_store(str(tmp_path)), "out.jsonl.parts", response_from_row).read()
+    kept = RowStore[Response](open_store(str(tmp_path)), "out.jsonl.parts", response_from_row).read()
     assert len(kept) >= 128  # answers come in parts of 64
 
     with fake_endpoint(NAME) as another:  # what the killed driver had sent may still arrive at the first one

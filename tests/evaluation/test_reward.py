@@ -14,12 +14,12 @@ import pytest
 
 from expo_ray.errors import ExpoError, OutputError
 from expo_ray.evaluation.progress import RowProgress
-from expo_ray.evaluation.records import Response, Reward, scored_digest
-from expo_ray.evaluation.rewards.chat_tokens import RewardInput, function_inputs
+from expo_ray.evaluation.records import Response, Reward, reward_from_row, scored_digest
 from expo_ray.evaluation.rewards.reward_file import RewardFile, read_responses
-from expo_ray.evaluation.rewards.reward_function import Failed
-from expo_ray.evaluation.rewards.score_missing import Rewards, parse_reward, reward, summarise
-from expo_ray.evaluation.row_store import Parts, rows_text
+from expo_ray.evaluation.rewards.reward_function import ScoreFailure
+from expo_ray.evaluation.rewards.reward_inputs import RewardInput, function_inputs
+from expo_ray.evaluation.rewards.score_missing import RewardStore, score_responses, summarise_rewards
+from expo_ray.evaluation.row_store import RowStore, rows_text
 from expo_ray.storage import open_store
 
 
@@ -38,7 +38,7 @@ class Lengths:
     def inputs(self, responses: Sequence[Response]) -> list[RewardInput]:
         return function_inputs(responses)
 
-    def score(self, inputs: Sequence[RewardInput]) -> Iterator[Sequence[Reward | Failed]]:
+    def score(self, inputs: Sequence[RewardInput]) -> Iterator[Sequence[Reward | ScoreFailure]]:
         for first in range(0, len(inputs), 2):
             if self._left <= 0:
                 raise ExpoError("stopped")
@@ -48,18 +48,18 @@ class Lengths:
             yield [
                 Reward(one.prompt_id, one.sample, float(len(one.text)), scored=one.digest)
                 if one.prompt_id != "p7"
-                else Failed("p7", one.sample, "no 7")
+                else ScoreFailure("p7", one.sample, "no 7")
                 for one in some
             ]
 
 
 def test_what_was_scored_before_a_stop_is_stored_and_not_scored_again(tmp_path: Path) -> None:
-    parts = Parts(open_store(str(tmp_path)), "rewards/rm-1", parse_reward)
+    parts = RowStore(open_store(str(tmp_path)), "rewards/rm-1", reward_from_row)
     rows = [row(number) for number in range(1, 12)]
     first, second = Lengths(stop_after=3), Lengths()
     with pytest.raises(ExpoError, match="stopped"):
-        reward(rows, first, parts, RowProgress("reward", "responses", quiet=True))
-    outcome = reward(rows, second, parts, RowProgress("reward", "responses", quiet=True))
+        score_responses(rows, first, parts, RowProgress("reward", "responses", quiet=True))
+    outcome = score_responses(rows, second, parts, RowProgress("reward", "responses", quiet=True))
     assert first.asked == [f"p{number}" for number in range(1, 7)]
     assert second.asked == [f"p{number}" for number in range(7, 12)]
     assert {key: one.reward for key, one in outcome.rewards.items()} == {
@@ -68,7 +68,7 @@ def test_what_was_scored_before_a_stop_is_stored_and_not_scored_again(tmp_path: 
     assert [one.prompt_id for one in outcome.failed] == ["p7"]
     assert outcome.made == 4
     third = Lengths()
-    reward([*rows, row(12)], third, parts, RowProgress("reward", "responses", quiet=True))
+    score_responses([*rows, row(12)], third, parts, RowProgress("reward", "responses", quiet=True))
     assert third.asked == ["p7", "p12"]  # a failed one is tried again
 
 
@@ -91,22 +91,22 @@ def test_a_reward_is_of_the_very_response_that_was_scored(
 ) -> None:
     first, second = row(1, text="a"), replace(row(1, text="a"), **changed)
 
-    def kept_in() -> Rewards:
+    def reward_store() -> RewardStore:
         if kept_as == "parts":
-            return Parts(open_store(str(tmp_path)), "rewards/rm-1", parse_reward)
+            return RowStore(open_store(str(tmp_path)), "rewards/rm-1", reward_from_row)
         return RewardFile(str(tmp_path / "r.jsonl"), [first.key, second.key], {"model": "a"})
 
     quiet = RowProgress("reward", "responses", quiet=True)
-    reward([first], Lengths(), kept_in(), quiet)
+    score_responses([first], Lengths(), reward_store(), quiet)
     again = Lengths()
-    reward([first], again, kept_in(), quiet)
+    score_responses([first], again, reward_store(), quiet)
     assert again.asked == []
     other = Lengths()
-    outcome = reward([second], other, kept_in(), quiet)
+    outcome = score_responses([second], other, reward_store(), quiet)
     assert other.asked == [second.prompt_id]
     assert outcome.rewards[second.key].reward == len(second.text)
     at_last = Lengths()
-    reward([second], at_last, kept_in(), quiet)
+    score_responses([second], at_last, reward_store(), quiet)
     assert at_last.asked == []
 
 
@@ -116,7 +116,7 @@ def test_the_standard_error_takes_the_samples_of_a_prompt_as_one() -> None:
     rewards: dict[Hashable, Reward] = {
         one.key: Reward(*one.key, value) for one, value in zip(rows, values, strict=True)
     }
-    found = summarise(rows, rewards)
+    found = summarise_rewards(rows, rewards)
     means = [1.0, 3.0, -1.0, 4.5, 1.5]
     assert found.mean == pytest.approx(statistics.mean(means))
     assert found.standard_error == pytest.approx(statistics.stdev(means) / math.sqrt(5))
@@ -134,7 +134,7 @@ def test_a_file_is_completed_in_the_order_of_the_responses(tmp_path: Path) -> No
     ]
     RewardFile(file, order, {"model": "a"}).write(kept)
     scorer = Lengths()
-    reward(
+    score_responses(
         rows, scorer, RewardFile(file, order, {"model": "a"}), RowProgress("reward", "responses", quiet=True)
     )
     assert scorer.asked == ["p1"]

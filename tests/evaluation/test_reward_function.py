@@ -15,8 +15,8 @@ import pytest
 
 from expo_ray.errors import ExpoError, InputChanged
 from expo_ray.evaluation.records import Reward
-from expo_ray.evaluation.rewards.chat_tokens import RewardInput, function_inputs
-from expo_ray.evaluation.rewards.reward_function import Failed, function_scorer, load_function
+from expo_ray.evaluation.rewards.reward_function import ScoreFailure, function_scorer, load_function
+from expo_ray.evaluation.rewards.reward_inputs import RewardInput, function_inputs
 from tests.support.paths import ROOT
 from tests.support.tiny_reward_models import response
 
@@ -93,7 +93,7 @@ def folder(tmp_path: Path) -> Iterator[str]:
         sys.modules.pop(name, None)
 
 
-def scored(name: str, folder: str, asked: RewardInput = ASKED) -> Reward | Failed:
+def scored(name: str, folder: str, asked: RewardInput = ASKED) -> Reward | ScoreFailure:
     return function_scorer(load_function(name, folder))(asked)
 
 
@@ -193,7 +193,7 @@ def test_a_module_that_cannot_be_imported_is_refused(tmp_path: Path, text: str, 
 )
 def test_what_is_no_number_is_no_reward(folder: str, name: str, reason: str) -> None:
     failed = scored(f"python:kept_rewards:{name}", folder)
-    assert isinstance(failed, Failed)
+    assert isinstance(failed, ScoreFailure)
     assert reason.replace("\\", "") in failed.error
 
 
@@ -203,8 +203,8 @@ def test_what_a_function_does_wrong_is_told_with_the_prompt(folder: str) -> None
     inputs = function_inputs(rows)
     good, raised, nan = map(score, inputs)
     assert good == Reward(rows[0].prompt_id, 0, 1.0, scored=inputs[0].digest)
-    assert isinstance(raised, Failed)
-    assert isinstance(nan, Failed)
+    assert isinstance(raised, ScoreFailure)
+    assert isinstance(nan, ScoreFailure)
     assert (raised.prompt_id, "ZeroDivisionError" in raised.error) == (rows[1].prompt_id, True)
     assert (nan.prompt_id, "returned nan" in nan.error) == (rows[2].prompt_id, True)
 

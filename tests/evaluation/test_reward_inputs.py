@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from expo_ray.config import RewardModel
 from expo_ray.errors import ExpoError, Problems
-from expo_ray.evaluation.rewards.chat_tokens import check_tokenizer, model_inputs, parse_response, token_ids
+from expo_ray.evaluation.rewards.reward_inputs import check_tokenizer, model_inputs, parse_response, token_ids
 from expo_ray.evaluation.rewards.reward_model import Classifier, inspect_reward_model
 from tests.support.tiny_models import causal_model, tiny_llama
 from tests.support.tiny_reward_models import (

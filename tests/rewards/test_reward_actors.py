@@ -15,12 +15,17 @@ import yaml
 
 from expo_ray.cli.process import main
 from expo_ray.config import Sampling
-from expo_ray.evaluation.records import Response, Reward, digest, scored_digest
-from expo_ray.evaluation.responses.ask_missing import response_from_row
+from expo_ray.evaluation.records import (
+    Response,
+    Reward,
+    digest,
+    response_from_row,
+    reward_from_row,
+    scored_digest,
+)
 from expo_ray.evaluation.rewards.reward_file import RewardFile
 from expo_ray.evaluation.rewards.reward_function import load_function
-from expo_ray.evaluation.rewards.score_missing import parse_reward
-from expo_ray.evaluation.row_store import Parts, rows_text
+from expo_ray.evaluation.row_store import RowStore, rows_text
 from expo_ray.storage import open_store
 from tests.support.disks import disk, remount
 from tests.support.ray_cluster import Process, RayBox, ended, wait_until
@@ -82,7 +87,7 @@ def job(box: RayBox, rows: list[Response], rewards: list[dict[str, object]]) -> 
     output = box.folder / "out"
     sampling = Sampling().model_dump(mode="json", exclude={"samples"})
     origin = output / "evaluation" / "m" / digest(sampling)
-    Parts(open_store(str(origin)), "responses", response_from_row).write(rows)
+    RowStore(open_store(str(origin)), "responses", response_from_row).write(rows)
     (origin / "about.json").write_text(json.dumps({"sampling": sampling}))
     (box.folder / "prompts.txt").write_text("\n".join(str(row.messages[-1]["content"]) for row in rows))
     data = {
@@ -176,7 +181,7 @@ def test_a_job_prints_the_mean_rewards_of_each_reward_model(box: RayBox) -> None
     assert by_model["rm"][6] == "12"
     assert (origin / "rewards").is_dir()
     (folder,) = (origin / "rewards").glob("rm-*/")
-    found = Parts(open_store(str(folder.parent)), folder.name, parse_reward).read()
+    found = RowStore(open_store(str(folder.parent)), folder.name, reward_from_row).read()
     assert [found[row.key].num_tokens for row in rows] == [len(one) for one in ids]
     again = reward(box, file)
     assert again.wait() == 0, again.stderr

@@ -22,7 +22,7 @@ from transformers import (
 
 from expo_ray.config import RewardModel
 from expo_ray.errors import RewardError
-from expo_ray.evaluation.rewards.chat_tokens import model_inputs
+from expo_ray.evaluation.rewards.reward_inputs import model_inputs
 from expo_ray.evaluation.rewards.reward_model import Classifier, inspect_reward_model
 from expo_ray.on_ray.rewards import backends as reward_models
 from expo_ray.on_ray.rewards.backends import TransformersBackend, check_parity, load_backend

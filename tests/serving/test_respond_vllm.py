@@ -16,9 +16,8 @@ import yaml
 
 from examples.local_s3 import SeaweedFS
 from expo_ray.cli.process import main
-from expo_ray.evaluation.records import Response
-from expo_ray.evaluation.responses.ask_missing import response_from_row
-from expo_ray.evaluation.row_store import Parts
+from expo_ray.evaluation.records import Response, response_from_row
+from expo_ray.evaluation.row_store import RowStore
 from expo_ray.storage import open_store
 from tests.support.ray_cluster import Process, RayBox, wait_until
 from tests.support.stage import upload
@@ -58,7 +57,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 def stored(folder: Path) -> dict[Any, Response]:
-    return Parts[Response](open_store(str(folder)), "o.jsonl.parts", response_from_row).read()
+    return RowStore[Response](open_store(str(folder)), "o.jsonl.parts", response_from_row).read()
 
 
 def assert_each_once(output: Path, count: int) -> None:
@@ -161,7 +160,7 @@ def test_a_job_asks_every_alpha_and_a_published_model_from_a_bucket(
     for name in ("tiny.1@0", "tiny.1@2", "published"):
         (about,) = (one.key for one in out.list(f"evaluation/{name}/") if one.key.endswith("/about.json"))
         folder_of_rows = about.removesuffix("about.json") + "responses"
-        rows = Parts[Response](out, folder_of_rows, response_from_row).read()
+        rows = RowStore[Response](out, folder_of_rows, response_from_row).read()
         assert len(rows) == 24
         texts[name] = [row.text for _, row in sorted(rows.items())]
     assert texts["tiny.1@0"] != texts["tiny.1@2"]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
-from expo_ray.errors import ExpoError
+from expo_ray.evaluation.paths import prompt_set_key
 from expo_ray.evaluation.records import Message, Prompt, digest
-from expo_ray.evaluation.row_store import read_rows, rows_text
+from expo_ray.evaluation.row_store import rows_text
 from expo_ray.storage import Store
 
 
@@ -82,36 +82,14 @@ def prompt_of(
     )
 
 
-def prompt_from_row(row: Mapping[str, Any]) -> Prompt:
-    """The inverse of `dataclasses.asdict`."""
-    return Prompt(**{**row, "messages": tuple(row["messages"]), "follow_ups": tuple(row["follow_ups"])})
-
-
-def keep_prompts(store: Store, prompts: PromptSet) -> None:
-    """Store the set that is asked, as `evaluation/prompts/<name>-<digest>.jsonl`."""
-    store.put(_key(prompts.name, prompts.digest), rows_text(prompts.prompts).encode())
-
-
-def kept_prompts(store: Store, name: str, of_digest: str) -> PromptSet:
-    """A set that `keep_prompts` stored.
-
-    Raises:
-        ExpoError: if it is not the set that was stored.
-    """
-    key = _key(name, of_digest)
-    found = PromptSet.of(name, read_rows(store, key, prompt_from_row))
-    if found.digest != of_digest or any(_id(one.messages, one.follow_ups) != one.id for one in found.prompts):
-        raise ExpoError(f"{store.uri}/{key}: was changed since it was stored; remove it and run again")
-    return found
+def store_prompts(store: Store, prompts: PromptSet) -> None:
+    """Store a set beside the responses to it, for those who read the output later."""
+    store.put(prompt_set_key(prompts.name, prompts.digest), rows_text(prompts.prompts).encode())
 
 
 def _id(messages: Sequence[Message], follow_ups: Sequence[str]) -> str:
     asked: list[Any] = [dict(message) for message in messages]
     return digest([asked, list(follow_ups)] if follow_ups else asked)
-
-
-def _key(name: str, of_digest: str) -> str:
-    return f"evaluation/prompts/{name}-{of_digest}.jsonl"
 
 
 def _confirms(prompt: Prompt) -> bool:

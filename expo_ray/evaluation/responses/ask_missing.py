@@ -13,21 +13,22 @@ from typing import Any, Self
 
 from expo_ray.config import Sampling
 from expo_ray.errors import ExpoError, StorageError
+from expo_ray.evaluation.paths import ResponsesFolder
 from expo_ray.evaluation.progress import RowCount
 from expo_ray.evaluation.prompts.prompt_set import PromptSet
-from expo_ray.evaluation.records import Response
-from expo_ray.evaluation.responses.client import Client
-from expo_ray.evaluation.responses.endpoint import KEY_VARIABLE, Card
-from expo_ray.evaluation.responses.question import (
+from expo_ray.evaluation.records import Response, response_from_row
+from expo_ray.evaluation.responses.ask_question import (
     Question,
     Unanswered,
-    decided_by,
+    origin_fields,
     origin_of,
     problems_of,
     put,
     sampling_of,
 )
-from expo_ray.evaluation.row_store import Parts
+from expo_ray.evaluation.responses.client import Client
+from expo_ray.evaluation.responses.endpoint import KEY_VARIABLE, Card
+from expo_ray.evaluation.row_store import RowStore
 from expo_ray.storage import Store
 
 Key = tuple[str, int]
@@ -37,7 +38,7 @@ PART_S = 10.0
 
 
 @dataclass(frozen=True)
-class Answers:
+class ModelResponses:
     """What came of asking one model.
 
     Attributes:
@@ -50,7 +51,7 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Asking:
+class OpenQuestions:
     """What is still to be asked of one model.
 
     Attributes:
@@ -63,10 +64,10 @@ class Asking:
     sets: Sequence[PromptSet]
     present: Mapping[Key, Response]
     missing: Sequence[Question]
-    parts: Mapping[str, Parts[Response]]
+    parts: Mapping[str, RowStore[Response]]
 
 
-def respond(
+def ask_model(
     url: str,
     name: str,
     sets: Sequence[PromptSet],
@@ -76,7 +77,7 @@ def respond(
     progress: RowCount,
     slots: int,
     key_variable: str = KEY_VARIABLE,
-) -> Answers:
+) -> ModelResponses:
     """The responses of a served model to sets of prompts; those that `store` lacks are asked for and stored.
 
     Args:
@@ -90,35 +91,35 @@ def respond(
         StorageError: if responses cannot be read or written.
     """
 
-    async def run() -> Answers:
+    async def run() -> ModelResponses:
         async with Client(url, slots=slots, key_variable=key_variable) as client:
-            asking = await plan_asking(client, name, sets, sampling, store)
+            asking = await find_open_questions(client, name, sets, sampling, store)
             progress.begin(len(asking.missing), len(asking.present))
             return await answer(client, asking, progress, client.concurrency)
 
     return asyncio.run(run())
 
 
-async def plan_asking(
+async def find_open_questions(
     client: Client, name: str, sets: Sequence[PromptSet], sampling: Sampling, store: Store
-) -> Asking:
+) -> OpenQuestions:
     """What `store` lacks of a model's responses."""
     card = await client.card(name)
     questions = questions_of(card, sets, sampling)
-    parts: dict[str, Parts[Response]] = {}
+    parts: dict[str, RowStore[Response]] = {}
     present: dict[Key, Response] = {}
     for its_sampling in dict.fromkeys(one.sampling for one in questions.values()):
         origin = origin_of(card, its_sampling)
-        folder = f"evaluation/{name}/{origin}"
-        about = json.dumps(decided_by(card, its_sampling), indent=1) + "\n"
-        await asyncio.to_thread(store.put_if_absent, f"{folder}/about.json", about.encode())
-        parts[origin] = Parts(store, f"{folder}/responses", response_from_row)
+        folder = ResponsesFolder.of(name, origin)
+        about = json.dumps(origin_fields(card, its_sampling), indent=1) + "\n"
+        await asyncio.to_thread(store.put_if_absent, folder.about, about.encode())
+        parts[origin] = RowStore(store, folder.responses, response_from_row)
         found = await asyncio.to_thread(parts[origin].read)
         present |= {
             key: found[key] for key, one in questions.items() if one.sampling == its_sampling and key in found
         }
     missing = [question for key, question in questions.items() if key not in present]
-    return Asking(card, sets, present, missing, parts)
+    return OpenQuestions(card, sets, present, missing, parts)
 
 
 def questions_of(card: Card, sets: Sequence[PromptSet], sampling: Sampling) -> dict[Key, Question]:
@@ -131,12 +132,9 @@ def questions_of(card: Card, sets: Sequence[PromptSet], sampling: Sampling) -> d
     }
 
 
-def response_from_row(row: Mapping[str, Any]) -> Response:
-    """The inverse of `dataclasses.asdict`."""
-    return Response(**{**row, "messages": tuple(row["messages"])})
-
-
-async def answer(client: Client, asking: Asking, progress: RowCount, concurrency: int) -> Answers:
+async def answer(
+    client: Client, asking: OpenQuestions, progress: RowCount, concurrency: int
+) -> ModelResponses:
     """Ask for what is missing, and store it in parts as it comes.
 
     Args:
@@ -163,13 +161,13 @@ async def answer(client: Client, asking: Asking, progress: RowCount, concurrency
                     await writer.add(found)
 
         await run_all([work() for _ in range(min(concurrency, len(asking.missing)))])
-    return Answers(responses, problems_of(unanswered, asking.card, asking.sets))
+    return ModelResponses(responses, problems_of(unanswered, asking.card, asking.sets))
 
 
 class _PartWriter:
     """Stores responses in parts, and the rest at its end, however that comes."""
 
-    def __init__(self, parts: Mapping[str, Parts[Response]]) -> None:
+    def __init__(self, parts: Mapping[str, RowStore[Response]]) -> None:
         self._parts = parts
         self._waiting: list[Response] = []
         self._written = time.monotonic()

@@ -9,18 +9,19 @@ from functools import partial
 
 from expo_ray.config import Job, Sampling
 from expo_ray.errors import EndpointError, PromptError
+from expo_ray.evaluation.paths import responses_root
 from expo_ray.evaluation.progress import RowProgress
 from expo_ray.evaluation.prompts.prompt_set import PromptSet
 from expo_ray.evaluation.responses.ask_missing import (
-    Answers,
-    Asking,
+    ModelResponses,
+    OpenQuestions,
     answer,
-    plan_asking,
+    find_open_questions,
     questions_of,
     run_all,
 )
+from expo_ray.evaluation.responses.ask_question import origin_of
 from expo_ray.evaluation.responses.client import Client
-from expo_ray.evaluation.responses.question import origin_of
 from expo_ray.evaluation.responses.response_file import ResponseFile, check_origins
 from expo_ray.serving.served_models import names_by_engine
 from expo_ray.storage import Store, join_uri
@@ -28,7 +29,7 @@ from expo_ray.text import first_few, shown
 
 
 @dataclass
-class Responded:
+class ResponsesByModel:
     """What came of asking.
 
     Attributes:
@@ -37,14 +38,14 @@ class Responded:
         failures: one text for each thing that failed.
     """
 
-    answers: dict[str, Answers] = field(default_factory=dict)
+    answers: dict[str, ModelResponses] = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 
 
-def respond_job(
+def ask_job_models(
     job: Job, sets: Sequence[PromptSet], store: Store, client: Client, progress: RowProgress
-) -> Responded:
+) -> ResponsesByModel:
     """Ask all models of a job for what `store` lacks; the engines of different pairs and models work at the same time.
 
     A model that fails does not stop the others.
@@ -53,14 +54,14 @@ def respond_job(
         StorageError: if responses cannot be read or written.
     """
 
-    async def run() -> Responded:
-        done = Responded()
+    async def run() -> ResponsesByModel:
+        done = ResponsesByModel()
         async with client:
-            plan_one = partial(plan_asking, client, sets=sets, sampling=job.sampling, store=store)
+            plan_one = partial(find_open_questions, client, sets=sets, sampling=job.sampling, store=store)
             todo = [await _plan(plan_one, names, done) for names in names_by_engine(job).values()]
             for asking in (asking for askings in todo for asking in askings):
                 progress.begin(len(asking.missing), len(asking.present))
-                done.places[asking.card.name] = join_uri(store.uri, "evaluation", asking.card.name)
+                done.places[asking.card.name] = join_uri(store.uri, responses_root(asking.card.name))
             busy = sum(any(asking.missing for asking in askings) for askings in todo)
             concurrency = -(-client.concurrency // max(1, busy))
             await run_all([_ask(client, askings, done, progress, concurrency) for askings in todo])
@@ -69,7 +70,7 @@ def respond_job(
     return asyncio.run(run())
 
 
-def respond_to_file(
+def ask_into_file(
     output: ResponseFile,
     name: str,
     prompts: PromptSet,
@@ -77,7 +78,7 @@ def respond_to_file(
     *,
     client: Client,
     progress: RowProgress,
-) -> Responded:
+) -> ResponsesByModel:
     """Ask one model for what a file lacks, and complete the file. Without a name, the endpoint's only model is asked.
 
     Raises:
@@ -86,8 +87,8 @@ def respond_to_file(
         StorageError: if it cannot be read or written.
     """
 
-    async def run() -> Responded:
-        done = Responded()
+    async def run() -> ResponsesByModel:
+        done = ResponsesByModel()
         async with client:
             card = await client.card(name or await _only_name(client))
             questions = questions_of(card, [prompts], sampling)
@@ -96,10 +97,10 @@ def respond_to_file(
             check_origins(output.uri, found, origins)
             present = {key: found[key] for key in questions if key in found}
             missing = [question for key, question in questions.items() if key not in present]
-            asking = Asking(card, [prompts], present, missing, dict.fromkeys(origins, output.parts))
+            asking = OpenQuestions(card, [prompts], present, missing, dict.fromkeys(origins, output.parts))
             progress.begin(len(missing), len(present))
             await _ask(client, [asking], done, progress, client.concurrency)
-        answers = done.answers.get(card.name, Answers(present))
+        answers = done.answers.get(card.name, ModelResponses(present))
         output.write(prompts)
         done.places[card.name] = output.uri
         try:
@@ -112,8 +113,8 @@ def respond_to_file(
 
 
 async def _plan(
-    plan_one: Callable[[str], Awaitable[Asking]], names: Sequence[str], done: Responded
-) -> list[Asking]:
+    plan_one: Callable[[str], Awaitable[OpenQuestions]], names: Sequence[str], done: ResponsesByModel
+) -> list[OpenQuestions]:
     askings = []
     for name in names:
         try:
@@ -124,7 +125,11 @@ async def _plan(
 
 
 async def _ask(
-    client: Client, askings: Sequence[Asking], done: Responded, progress: RowProgress, concurrency: int
+    client: Client,
+    askings: Sequence[OpenQuestions],
+    done: ResponsesByModel,
+    progress: RowProgress,
+    concurrency: int,
 ) -> None:
     """Ask the models of one engine, one after the other: it holds one alpha at a time."""
     failed = False

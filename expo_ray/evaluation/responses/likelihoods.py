@@ -11,7 +11,7 @@ from expo_ray.errors import EndpointError
 from expo_ray.evaluation.records import Response
 from expo_ray.evaluation.responses.client import Client, GaveUp, Refused
 from expo_ray.evaluation.responses.endpoint import KEY_VARIABLE
-from expo_ray.evaluation.row_store import Parts
+from expo_ray.evaluation.row_store import RowStore
 
 # The prompt and response as they are, without a turn that begins after them; nothing is drawn but one token, which no engine leaves out.
 _ONLY_READ = {
@@ -46,11 +46,11 @@ def likelihood_from_row(row: Mapping[str, Any]) -> Likelihood:
     return Likelihood(**{**row, "logprobs": tuple(row["logprobs"])})
 
 
-def likelihoods(
+def measure_likelihoods(
     url: str,
     name: str,
     responses: Sequence[Response],
-    kept_in: Parts[Likelihood],
+    row_store: RowStore[Likelihood],
     *,
     slots: int,
     key_variable: str = KEY_VARIABLE,
@@ -60,11 +60,11 @@ def likelihoods(
     Raises:
         EndpointError: if the endpoint does not tell them all.
     """
-    found = kept_in.read()
+    found = row_store.read()
     missing = [one for one in responses if one.key not in found]
     if missing:
         made = asyncio.run(_ask_all(url, name, missing, slots, key_variable))
-        kept_in.write(made)
+        row_store.write(made)
         found |= {one.key: one for one in made}
     return {one.key: found[one.key].logprobs for one in responses}
 

@@ -11,10 +11,10 @@ from typing import Literal
 
 from expo_ray.errors import NotFound, OutputError
 from expo_ray.evaluation.prompts.prompt_set import PromptSet
-from expo_ray.evaluation.records import Response
-from expo_ray.evaluation.responses.ask_missing import Key, response_from_row
-from expo_ray.evaluation.responses.exports import alpaca_eval, mt_bench
-from expo_ray.evaluation.row_store import Parts, read_rows, rows_text
+from expo_ray.evaluation.records import Response, response_from_row
+from expo_ray.evaluation.responses.ask_missing import Key
+from expo_ray.evaluation.responses.benchmark_exports import alpaca_eval, mt_bench
+from expo_ray.evaluation.row_store import RowStore, read_rows, rows_text
 from expo_ray.storage import open_output_file
 
 Format = Literal["jsonl", "alpaca-eval", "mt-bench"]
@@ -36,7 +36,7 @@ class ResponseFile:
         self._form = form
         self._rows_name = self._name if form == "jsonl" else f"{self._name}.responses.jsonl"
         self.uri = f"{self._store.uri}/{self._rows_name}"
-        self.parts = Parts(self._store, f"{self._rows_name}.parts", response_from_row)
+        self.parts = RowStore(self._store, f"{self._rows_name}.parts", response_from_row)
 
     def read(self) -> dict[Hashable, Response]:
         """The rows of the file and of the parts, by key.

@@ -7,16 +7,14 @@ from dataclasses import dataclass
 
 from expo_ray.config import Job, Sampling
 from expo_ray.errors import StorageError
+from expo_ray.evaluation.paths import ResponsesFolder, responses_folder_at, responses_root
 from expo_ray.evaluation.prompts.prompt_set import PromptSet
-from expo_ray.evaluation.records import Response
-from expo_ray.evaluation.responses.ask_missing import response_from_row
-from expo_ray.evaluation.responses.question import sampling_of
-from expo_ray.evaluation.row_store import Parts
+from expo_ray.evaluation.records import Response, response_from_row
+from expo_ray.evaluation.responses.ask_question import sampling_of
+from expo_ray.evaluation.row_store import RowStore
 from expo_ray.serving.served_models import served_names
 from expo_ray.storage import Store
 from expo_ray.untrusted import CONFIG_BYTES, parse_json_object
-
-_ABOUT = "about.json"
 
 
 @dataclass(frozen=True)
@@ -25,15 +23,14 @@ class StoredResponses:
 
     Attributes:
         model: name as served.
-        folder: `evaluation/<served name>/<responses id>`, below the job's output.
     """
 
     model: str
-    folder: str
+    folder: ResponsesFolder
     responses: Sequence[Response]
 
 
-def stored_responses(store: Store, job: Job, sets: Sequence[PromptSet]) -> list[StoredResponses]:
+def read_stored_responses(store: Store, job: Job, sets: Sequence[PromptSet]) -> list[StoredResponses]:
     """All responses to the job's prompts, drawn as it says, in the order of its models.
 
     Raises:
@@ -47,12 +44,12 @@ def stored_responses(store: Store, job: Job, sets: Sequence[PromptSet]) -> list[
     }
     found = []
     for name in served_names(job):
-        for info in store.list(f"evaluation/{name}/"):
-            folder, _, file = info.key.rpartition("/")
-            if file != _ABOUT:
+        for info in store.list(f"{responses_root(name)}/"):
+            folder = responses_folder_at(info.key)
+            if folder is None:
                 continue
             drawn = _sampling(store, info.key)
-            rows = Parts(store, f"{folder}/responses", response_from_row).read()
+            rows = RowStore(store, folder.responses, response_from_row).read()
             responses = [rows[key] for key, how in wanted.items() if how == drawn and key in rows]
             if responses:
                 found.append(StoredResponses(name, folder, responses))

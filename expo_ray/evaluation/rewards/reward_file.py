@@ -8,9 +8,8 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from expo_ray.errors import NotFound, OutputError, RewardError
-from expo_ray.evaluation.records import Response, Reward
-from expo_ray.evaluation.rewards.chat_tokens import parse_response
-from expo_ray.evaluation.rewards.score_missing import parse_reward
+from expo_ray.evaluation.records import Response, Reward, reward_from_row
+from expo_ray.evaluation.rewards.reward_inputs import parse_response
 from expo_ray.evaluation.row_store import read_rows, rows_text
 from expo_ray.storage import Store, open_output_file, open_store, split_file
 from expo_ray.text import first_few
@@ -42,7 +41,7 @@ class RewardFile:
             raise OutputError(
                 f"{uri}: there is a file already, {told} ({self._key}.about.json tells); give another --output, or remove both"
             )
-        self._rows = {row.key: row for row in read_rows(self._store, self._key, parse_reward)}
+        self._rows = {row.key: row for row in read_rows(self._store, self._key, reward_from_row)}
 
     def read(self, wanted: Callable[[Reward], bool] = lambda row: True) -> dict[Hashable, Reward]:
         """The wanted rewards that are there."""

@@ -18,8 +18,8 @@ from typing import Any
 
 from expo_ray.errors import InputChanged, RewardError
 from expo_ray.evaluation.records import Reward, digest
-from expo_ray.evaluation.rewards.chat_tokens import RewardInput
 from expo_ray.evaluation.rewards.function_identity import Sources, function_identity, sources_of
+from expo_ray.evaluation.rewards.reward_inputs import RewardInput
 from expo_ray.text import shown
 
 _SCHEME = "python:"
@@ -35,7 +35,7 @@ _WRAP = "write `def score(prompt, response): ...` that calls it, and name that"
 
 
 @dataclass(frozen=True)
-class Failed:
+class ScoreFailure:
     """A response that got no score, and why."""
 
     prompt_id: str
@@ -85,7 +85,7 @@ def load_function(uri: str, folder: str | None = None) -> RewardFunction:
     return RewardFunction(uri, folder, function_identity(uri, function, sources), _digest(sources))
 
 
-def function_scorer(described: RewardFunction) -> Callable[[RewardInput], Reward | Failed]:
+def function_scorer(described: RewardFunction) -> Callable[[RewardInput], Reward | ScoreFailure]:
     """Import the function again and return what scores one response with it, whatever the function does.
 
     A function whose first parameter is called `messages` gets the turns before the response, any other the text of the last
@@ -103,11 +103,11 @@ def function_scorer(described: RewardFunction) -> Callable[[RewardInput], Reward
         )
     wants_messages = _first_parameter(function) == "messages"
 
-    def score(asked: RewardInput) -> Reward | Failed:
+    def score(asked: RewardInput) -> Reward | ScoreFailure:
         prompt: Any = (
             [dict(turn) for turn in asked.messages] if wants_messages else asked.messages[-1]["content"]
         )
-        failed = partial(Failed, asked.prompt_id, asked.sample)
+        failed = partial(ScoreFailure, asked.prompt_id, asked.sample)
         try:
             reward = _number(function(prompt, asked.text))
         except KeyboardInterrupt:
@@ -118,15 +118,17 @@ def function_scorer(described: RewardFunction) -> Callable[[RewardInput], Reward
             )
         except BaseException as error:
             return failed(f"{described.uri} raised {type(error).__name__}: {shown(error, 300)}")
-        return checked(asked, reward, described.uri)
+        return checked_reward(asked, reward, described.uri)
 
     return score
 
 
-def checked(asked: RewardInput, reward: float, source: str) -> Reward | Failed:
+def checked_reward(asked: RewardInput, reward: float, source: str) -> Reward | ScoreFailure:
     """The score of `asked`, unless it is no number."""
     if not math.isfinite(reward):
-        return Failed(asked.prompt_id, asked.sample, f"{source} returned {reward}; a reward must be finite")
+        return ScoreFailure(
+            asked.prompt_id, asked.sample, f"{source} returned {reward}; a reward must be finite"
+        )
     return Reward(asked.prompt_id, asked.sample, reward, len(asked.ids), asked.truncated, asked.digest)
 
 

@@ -6,12 +6,12 @@ import math
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from expo_ray.evaluation.progress import RowCount
 from expo_ray.evaluation.records import Response, Reward, scored_digest
-from expo_ray.evaluation.rewards.chat_tokens import RewardInput
-from expo_ray.evaluation.rewards.reward_function import Failed
+from expo_ray.evaluation.rewards.reward_function import ScoreFailure
+from expo_ray.evaluation.rewards.reward_inputs import RewardInput
 
 # Scores kept in memory at most this long: what a killed driver has to do again.
 _STORE_EVERY_S = 5.0
@@ -27,7 +27,7 @@ class Scorer(Protocol):
             Problems: with everything that cannot be scored.
         """
 
-    def score(self, inputs: Sequence[RewardInput]) -> Iterator[Sequence[Reward | Failed]]:
+    def score(self, inputs: Sequence[RewardInput]) -> Iterator[Sequence[Reward | ScoreFailure]]:
         """The scores, some at a time, in any order, each exactly once.
 
         Raises:
@@ -35,8 +35,8 @@ class Scorer(Protocol):
         """
 
 
-class Rewards(Protocol):
-    """Where the rewards of one model's responses by one reward model are kept: `Parts`, or a file."""
+class RewardStore(Protocol):
+    """Where the rewards of one model's responses by one reward model are kept: `RowStore`, or a file."""
 
     def read(self, wanted: Callable[[Reward], bool]) -> Mapping[Hashable, Reward]: ...
 
@@ -44,7 +44,7 @@ class Rewards(Protocol):
 
 
 @dataclass
-class Scored:
+class ScoredResponses:
     """What came of scoring.
 
     Attributes:
@@ -54,26 +54,28 @@ class Scored:
     """
 
     rewards: dict[Hashable, Reward] = field(default_factory=dict)
-    failed: list[Failed] = field(default_factory=list)
+    failed: list[ScoreFailure] = field(default_factory=list)
     made: int = 0
 
 
 @dataclass(frozen=True)
-class Todo:
+class UnscoredResponses:
     """What is to be scored for one model's responses.
 
     Attributes:
         stored: rewards of the responses that have one.
         inputs: the responses without.
-        kept_in: where the rewards are, and will be.
+        reward_store: where the rewards are, and will be.
     """
 
     stored: Mapping[Hashable, Reward]
     inputs: Sequence[RewardInput]
-    kept_in: Rewards
+    reward_store: RewardStore
 
 
-def plan_rewards(responses: Sequence[Response], scorer: Scorer, kept_in: Rewards) -> Todo:
+def find_unscored(
+    responses: Sequence[Response], scorer: Scorer, reward_store: RewardStore
+) -> UnscoredResponses:
     """Find out which responses have no reward yet.
 
     Raises:
@@ -83,12 +85,12 @@ def plan_rewards(responses: Sequence[Response], scorer: Scorer, kept_in: Rewards
     wanted = {response.key: response for response in responses}
     # A response may have been made anew under the same name since it was scored.
     current = {key: scored_digest(response.messages, response.text) for key, response in wanted.items()}
-    stored = kept_in.read(lambda reward: reward.scored == current.get(reward.key))
+    stored = reward_store.read(lambda reward: reward.scored == current.get(reward.key))
     missing = [response for key, response in wanted.items() if key not in stored]
-    return Todo(stored, scorer.inputs(missing), kept_in)
+    return UnscoredResponses(stored, scorer.inputs(missing), reward_store)
 
 
-def score_missing(todo: Todo, scorer: Scorer, progress: RowCount) -> Scored:
+def score_missing(todo: UnscoredResponses, scorer: Scorer, progress: RowCount) -> ScoredResponses:
     """Score what is missing and store it as it comes.
 
     Args:
@@ -97,13 +99,13 @@ def score_missing(todo: Todo, scorer: Scorer, progress: RowCount) -> Scored:
     Raises:
         ExpoError: if the reward model cannot score at all; what was scored before is stored.
     """
-    outcome = Scored(dict(todo.stored))
+    outcome = ScoredResponses(dict(todo.stored))
     unsaved: list[Reward] = []
     saved_at = time.monotonic()
     try:
         for batch in scorer.score(todo.inputs) if todo.inputs else ():
             for one in batch:
-                if isinstance(one, Failed):
+                if isinstance(one, ScoreFailure):
                     outcome.failed.append(one)
                 else:
                     outcome.rewards[one.key] = one
@@ -111,32 +113,32 @@ def score_missing(todo: Todo, scorer: Scorer, progress: RowCount) -> Scored:
                     outcome.made += 1
             progress.add(sum(one.num_tokens for one in batch if isinstance(one, Reward)), len(batch))
             if time.monotonic() - saved_at > _STORE_EVERY_S:
-                todo.kept_in.write(unsaved)
+                todo.reward_store.write(unsaved)
                 unsaved, saved_at = [], time.monotonic()
     finally:
-        todo.kept_in.write(unsaved)
+        todo.reward_store.write(unsaved)
     return outcome
 
 
-def reward(
+def score_responses(
     responses: Sequence[Response],
     scorer: Scorer,
-    kept_in: Rewards,
+    reward_store: RewardStore,
     progress: RowCount,
-) -> Scored:
+) -> ScoredResponses:
     """The rewards of some responses: stored ones are read, missing ones made and stored.
 
     Raises:
         Problems: with every response that cannot be scored; nothing has been scored then.
         ExpoError: if the reward model cannot score at all.
     """
-    todo = plan_rewards(responses, scorer, kept_in)
+    todo = find_unscored(responses, scorer, reward_store)
     progress.begin(len(todo.inputs), len(todo.stored))
     return score_missing(todo, scorer, progress)
 
 
 @dataclass(frozen=True)
-class Summary:
+class RewardSummary:
     """One row of a table of rewards.
 
     Attributes:
@@ -154,7 +156,7 @@ class Summary:
     truncated: int
 
 
-def summarise(responses: Sequence[Response], rewards: Mapping[Hashable, Reward]) -> Summary:
+def summarise_rewards(responses: Sequence[Response], rewards: Mapping[Hashable, Reward]) -> RewardSummary:
     """Mean reward and its standard error; the samples of a prompt count as one draw, as they are no independent ones."""
     by_prompt: dict[str, list[float]] = {}
     for one in responses:
@@ -164,22 +166,10 @@ def summarise(responses: Sequence[Response], rewards: Mapping[Hashable, Reward])
     count = len(means)
     mean = math.fsum(means) / count if count else math.nan
     spread = math.fsum((one - mean) ** 2 for one in means)
-    return Summary(
+    return RewardSummary(
         prompts=count,
         mean=mean,
         standard_error=math.sqrt(spread / (count - 1) / count) if count > 1 else math.nan,
         num_tokens=math.fsum(one.num_tokens for one in responses) / len(responses) if responses else math.nan,
         truncated=sum(found.truncated for found in rewards.values()),
     )
-
-
-def parse_reward(data: Mapping[str, Any]) -> Reward:
-    """A `Reward` from one stored row.
-
-    Raises:
-        TypeError, ValueError: if it is none.
-    """
-    row = Reward(**data)
-    if not isinstance(row.prompt_id, str) or not math.isfinite(row.reward):
-        raise ValueError("no finite `reward` of a `prompt_id`")
-    return row

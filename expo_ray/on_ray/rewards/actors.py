@@ -21,8 +21,13 @@ from ray.exceptions import (
 from expo_ray.config import RewardModel
 from expo_ray.errors import ExpoError, InputChanged, RewardError
 from expo_ray.evaluation.records import Reward
-from expo_ray.evaluation.rewards.chat_tokens import RewardInput
-from expo_ray.evaluation.rewards.reward_function import Failed, RewardFunction, checked, function_scorer
+from expo_ray.evaluation.rewards.reward_function import (
+    RewardFunction,
+    ScoreFailure,
+    checked_reward,
+    function_scorer,
+)
+from expo_ray.evaluation.rewards.reward_inputs import RewardInput
 from expo_ray.evaluation.rewards.reward_model import Classifier, inspect_reward_model
 from expo_ray.on_ray.rewards.backends import load_backend
 from expo_ray.serving.node_cache import download_model
@@ -73,16 +78,16 @@ class RewardActor:
             model, folder, self._dtype, gpu_share=self._gpu_share, probe=probe, compares=compares
         )
         self._score = lambda inputs: [
-            checked(one, score, model.uri)
+            checked_reward(one, score, model.uri)
             for one, score in zip(inputs, backend.score([one.ids for one in inputs]), strict=True)
         ]
         return backend.name
 
-    def score(self, inputs: Sequence[RewardInput]) -> list[Reward | Failed]:
+    def score(self, inputs: Sequence[RewardInput]) -> list[Reward | ScoreFailure]:
         """The scores of some inputs, in their order."""
         if self._score is None:
             self.load(())
-        scored: list[Reward | Failed] = self._score(inputs)
+        scored: list[Reward | ScoreFailure] = self._score(inputs)
         return scored
 
 
@@ -140,7 +145,7 @@ class Crew:
         self._died_loading = 0
         self._slots = [self._start(checks=number == 0) for number in range(spec.replicas)]
 
-    def work_off(self, batches: Iterable[Sequence[RewardInput]]) -> Iterator[Sequence[Reward | Failed]]:
+    def work_off(self, batches: Iterable[Sequence[RewardInput]]) -> Iterator[Sequence[Reward | ScoreFailure]]:
         """The scores of each batch, as they come.
 
         Raises:

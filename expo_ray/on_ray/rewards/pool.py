@@ -11,14 +11,14 @@ from expo_ray.checkpoint.tokenizer import load_tokenizer, tokenizer_files
 from expo_ray.config import RewardModel
 from expo_ray.errors import ExpoError, RewardError
 from expo_ray.evaluation.records import Response, Reward
-from expo_ray.evaluation.rewards.chat_tokens import (
+from expo_ray.evaluation.rewards.reward_function import RewardFunction, ScoreFailure
+from expo_ray.evaluation.rewards.reward_inputs import (
     RewardInput,
     Tokenizer,
     check_tokenizer,
     function_inputs,
     model_inputs,
 )
-from expo_ray.evaluation.rewards.reward_function import Failed, RewardFunction
 from expo_ray.evaluation.rewards.reward_model import Classifier, inspect_reward_model, reward_id
 from expo_ray.on_ray.rewards.actors import Crew
 from expo_ray.on_ray.rewards.backends import PARITY_TEXTS
@@ -82,7 +82,7 @@ class RewardPool:
             truncate=self.spec.truncate,
         )
 
-    def score(self, inputs: Sequence[RewardInput]) -> Iterator[Sequence[Reward | Failed]]:
+    def score(self, inputs: Sequence[RewardInput]) -> Iterator[Sequence[Reward | ScoreFailure]]:
         if not inputs:
             return
         # The longest first: what does not fit into memory fails early, and no long batch is left to run alone at the end.

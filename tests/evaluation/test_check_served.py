@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 from expo_ray.config import PublishedModel, Serving
 from expo_ray.errors import ExpoError, OutputError, Problems
 from expo_ray.evaluation.prompts.prompt_set import PromptSet, prompt_of
-from expo_ray.evaluation.responses.served_checks import check_served, check_writable, longest_context
+from expo_ray.evaluation.responses.check_served import check_served, check_writable, longest_context
 from tests.support.tiny_reward_models import TURNS, byte_tokenizer
 
 NO_SYSTEM = (

@@ -15,8 +15,8 @@ from typing import Any
 from expo_ray.checkpoint.json_file import read_small
 from expo_ray.config import PromptSource
 from expo_ray.errors import Attempts, PromptError
+from expo_ray.evaluation.prompts.prompt_rows import IGNORED, parse_prompt, unasked
 from expo_ray.evaluation.prompts.prompt_set import PromptSet
-from expo_ray.evaluation.prompts.row_forms import IGNORED, parse_prompt, unasked
 from expo_ray.evaluation.records import Prompt
 from expo_ray.evaluation.row_store import bad_rows
 from expo_ray.storage import Store, open_store, split_file

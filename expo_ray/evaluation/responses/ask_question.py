@@ -51,7 +51,7 @@ def sampling_of(prompt: Prompt, sampling: Sampling) -> Sampling:
     return sampling if own is None else sampling.model_copy(update={"temperature": own})
 
 
-def decided_by(card: Card, sampling: Sampling) -> dict[str, Any]:
+def origin_fields(card: Card, sampling: Sampling) -> dict[str, Any]:
     """All that decides a response beside prompt and sample; where an endpoint tells nothing of its weights, their name."""
     return {
         "weights": card.weights or f"of {card.name}",
@@ -67,8 +67,8 @@ def decided_by(card: Card, sampling: Sampling) -> dict[str, Any]:
 
 
 def origin_of(card: Card, sampling: Sampling) -> str:
-    """The responses id: digest of `decided_by`."""
-    return digest(decided_by(card, sampling))
+    """The responses id: digest of `origin_fields`."""
+    return digest(origin_fields(card, sampling))
 
 
 async def put(client: Client, question: Question) -> Response | Unanswered:
