@@ -18,7 +18,8 @@ from typing import Any, Self
 
 from benchmarks.result import TARGET_HEADER, report, table, target
 from benchmarks.work_phase import resident_bytes
-from expo_ray.checkpoint.tensors import Checkpoint, Tensor
+from expo_ray.checkpoint.folder import Checkpoint
+from expo_ray.checkpoint.tensors import Tensor
 from expo_ray.config import Pair
 from expo_ray.extrapolation.layout import lay_out
 from expo_ray.extrapolation.match import TensorPlan

@@ -27,7 +27,7 @@ import httpx
 import yaml
 
 from expo_ray.checkpoint.folder import read_checkpoint
-from expo_ray.checkpoint.vocabulary import vocabulary
+from expo_ray.checkpoint.vocabulary import read_vocabulary
 from expo_ray.cli.arguments import command_parser
 from expo_ray.config import Pair, PromptSource, RewardModel, load_job
 from expo_ray.errors import ExpoError
@@ -209,7 +209,7 @@ def _pair(dpo: Mapping[str, bytes], chance: random.Random) -> None:
     try:
         checkpoint = read_checkpoint(open_store(dpo_uri))
         if not checkpoint.adapter:
-            vocabulary(open_store(dpo_uri), checkpoint)
+            read_vocabulary(open_store(dpo_uri), checkpoint)
     except ExpoError:
         pass
     try:

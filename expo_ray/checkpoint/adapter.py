@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from math import isfinite, sqrt
 from typing import Any
 
+from expo_ray.checkpoint.folder import Checkpoint
 from expo_ray.checkpoint.renaming import renamed
-from expo_ray.checkpoint.tensors import WEIGHT_DTYPES, Checkpoint, Tensor
+from expo_ray.checkpoint.tensors import WEIGHT_DTYPES, Tensor
 from expo_ray.checkpoint.tied import VocabularyWeights
 from expo_ray.errors import CheckpointError, JobError
 from expo_ray.text import first_few, shown

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 from expo_ray.checkpoint.constants import is_constant
 from expo_ray.checkpoint.header import read_header
-from expo_ray.checkpoint.json_file import read_json, refuse_fault
 from expo_ray.checkpoint.side_files import find_side_files
-from expo_ray.checkpoint.tensors import Checkpoint, Tensor
+from expo_ray.checkpoint.small_files import read_json, refuse_fault
+from expo_ray.checkpoint.tensors import Tensor
 from expo_ray.checkpoint.weight_files import (
     DIFFUSERS_STEM,
     WeightFiles,
@@ -23,6 +24,33 @@ from expo_ray.storage.protocol import FileInfo, Store
 from expo_ray.text import first_few
 
 _HEADERS_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder of weights and side files, read from headers.
+
+    Attributes:
+        uri: the folder as the user named it.
+        revision: commit of a Hub repository, else empty.
+        config: `config.json`, parsed; empty for a bare adapter.
+        tensors: by name, in the order they are stored: file by file, front to back.
+        files: every weight file and side file, by key; pins what later reads must find.
+        side_files: keys to copy byte for byte beside new weights.
+        adapter: `adapter_config.json`, parsed, if the folder is a PEFT adapter, else empty.
+        side_weights: those of `side_files` that hold weights, which are copied and not extrapolated.
+        left_behind: keys of files that are neither weights nor side files, nor of a training run.
+    """
+
+    uri: str
+    revision: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    files: Mapping[str, FileInfo]
+    side_files: tuple[str, ...] = ()
+    adapter: Mapping[str, Any] = field(default_factory=dict)
+    side_weights: tuple[str, ...] = ()
+    left_behind: tuple[str, ...] = ()
 
 
 def read_checkpoint(store: Store, *, allow_pickle: bool = False) -> Checkpoint:

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from expo_ray.checkpoint.constants import is_constant
-from expo_ray.checkpoint.tensors import WEIGHT_DTYPES, Checkpoint, Tensor
-from expo_ray.checkpoint.text_config import text_configs
+from expo_ray.checkpoint.folder import Checkpoint
+from expo_ray.checkpoint.small_files import text_configs
+from expo_ray.checkpoint.tensors import WEIGHT_DTYPES, Tensor
 from expo_ray.errors import CheckpointError
 from expo_ray.text import first_few, shown
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from expo_ray.checkpoint.json_file import read_small, refuse_fault
+from expo_ray.checkpoint.small_files import read_small, refuse_fault
 from expo_ray.errors import CheckpointError, ExpoError, StorageError
 from expo_ray.storage.protocol import FileInfo, Store
 from expo_ray.text import shown

@@ -1,13 +1,10 @@
-"""What a checkpoint is, known from headers alone: names, dtypes, shapes and where the bytes lie."""
+"""A stored tensor as its file's header describes it: name, dtype, shape and where its bytes lie."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
-from typing import Any
-
-from expo_ray.storage.protocol import FileInfo
 
 # safetensors' dtype names and the bytes of one element (format specification, "dtype" field).
 DTYPE_BYTES: Mapping[str, int] = {
@@ -43,34 +40,3 @@ class Tensor:
     @property
     def nbytes(self) -> int:
         return self.numel * DTYPE_BYTES[self.dtype]
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A folder of weights and side files, read from headers.
-
-    Attributes:
-        uri: the folder as the user named it.
-        revision: commit of a Hub repository, else empty.
-        config: `config.json`, parsed; empty for a bare adapter.
-        tensors: by name, in the order they are stored: file by file, front to back.
-        files: every weight file and side file, by key; pins what later reads must find.
-        side_files: keys to copy byte for byte beside new weights.
-        adapter: `adapter_config.json`, parsed, if the folder is a PEFT adapter, else empty.
-        side_weights: those of `side_files` that hold weights, which are copied and not extrapolated.
-        left_behind: keys of files that are neither weights nor side files, nor of a training run.
-    """
-
-    uri: str
-    revision: str
-    config: Mapping[str, Any]
-    tensors: Mapping[str, Tensor]
-    files: Mapping[str, FileInfo]
-    side_files: tuple[str, ...] = ()
-    adapter: Mapping[str, Any] = field(default_factory=dict)
-    side_weights: tuple[str, ...] = ()
-    left_behind: tuple[str, ...] = ()
-
-    @property
-    def weight_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())

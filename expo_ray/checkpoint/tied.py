@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
-from expo_ray.checkpoint.tensors import WEIGHT_DTYPES, Checkpoint, Tensor
-from expo_ray.checkpoint.text_config import text_configs
+from expo_ray.checkpoint.folder import Checkpoint
+from expo_ray.checkpoint.small_files import text_configs
+from expo_ray.checkpoint.tensors import WEIGHT_DTYPES, Tensor
 
 # Last parts of the names of input embeddings, as the architectures of `transformers` have them.
 _EMBEDDINGS = (

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from expo_ray.checkpoint.json_file import read_json
+from expo_ray.checkpoint.small_files import read_json
 from expo_ray.checkpoint.unconverted import unconverted_checkpoint
 from expo_ray.errors import CheckpointError
 from expo_ray.storage.protocol import FileInfo, Store

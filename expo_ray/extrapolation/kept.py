@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from expo_ray.checkpoint.constants import is_constant
-from expo_ray.checkpoint.tensors import WEIGHT_DTYPES, Checkpoint, Tensor
+from expo_ray.checkpoint.folder import Checkpoint
+from expo_ray.checkpoint.tensors import WEIGHT_DTYPES, Tensor
 from expo_ray.storage import Store, open_store
 from expo_ray.text import first_few, shown
 

@@ -10,8 +10,9 @@ from functools import cache
 from expo_ray.arithmetic.rule import ROUNDINGS
 from expo_ray.checkpoint.adapter import LoraLayer
 from expo_ray.checkpoint.constants import is_constant
+from expo_ray.checkpoint.folder import Checkpoint
 from expo_ray.checkpoint.renaming import renamed
-from expo_ray.checkpoint.tensors import WEIGHT_DTYPES, Checkpoint, Tensor
+from expo_ray.checkpoint.tensors import WEIGHT_DTYPES, Tensor
 from expo_ray.checkpoint.tied import VocabularyWeights
 from expo_ray.checkpoint.vocabulary import RowRun
 from expo_ray.config import OutputDtype, PairOptions

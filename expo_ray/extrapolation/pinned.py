@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from expo_ray.checkpoint.tensors import Checkpoint
+from expo_ray.checkpoint.folder import Checkpoint
 from expo_ray.config import Pair
 from expo_ray.errors import ExpoError, InputChanged, Problems, problems_of
 from expo_ray.extrapolation.match import TensorPlan, matches_other_rows, tied_copies

@@ -12,17 +12,17 @@ from dataclasses import dataclass, replace
 from math import isfinite
 
 from expo_ray.checkpoint.adapter import lora_layers
-from expo_ray.checkpoint.folder import read_checkpoint
+from expo_ray.checkpoint.folder import Checkpoint, read_checkpoint
 from expo_ray.checkpoint.quantisation import refuse_unusable
-from expo_ray.checkpoint.tensors import Checkpoint, Tensor
+from expo_ray.checkpoint.tensors import Tensor
 from expo_ray.checkpoint.tied import VocabularyWeights
 from expo_ray.checkpoint.vocabulary import (
     RowRun,
-    has_tokenizer,
-    other_rows,
-    row_map,
-    same_tokenizer,
-    vocabulary,
+    differing_rows,
+    has_vocabulary,
+    is_same_vocabulary_file,
+    match_rows,
+    read_vocabulary,
 )
 from expo_ray.checkpoint.weight_files import stem_of
 from expo_ray.config import Pair, PairOptions, format_alpha
@@ -200,17 +200,17 @@ def _revised(match: Match, others: Sequence[Tensor], dpo: Checkpoint, pair: Pair
 
 def _vocabulary_notes(sft: Checkpoint, dpo: Checkpoint, pair: Pair) -> list[str]:
     """Tell that rows matched by position stand for other tokens, as far as both tokenizers can be read."""
-    if dpo.adapter or pair.vocab == "by-token" or not (has_tokenizer(sft) and has_tokenizer(dpo)):
+    if dpo.adapter or pair.vocab == "by-token" or not (has_vocabulary(sft) and has_vocabulary(dpo)):
         return []
     stores = open_store(dpo.uri), open_store(sft.uri)
     try:
-        if same_tokenizer(stores[0], dpo, stores[1], sft):
+        if is_same_vocabulary_file(stores[0], dpo, stores[1], sft):
             return []
-        vocabularies = vocabulary(stores[0], dpo), vocabulary(stores[1], sft)
+        vocabularies = read_vocabulary(stores[0], dpo), read_vocabulary(stores[1], sft)
     except CheckpointError:
         return []
     rows = min(VocabularyWeights(checkpoint).rows for checkpoint in (dpo, sft))
-    differ = [entry for entry in other_rows(*vocabularies, rows) if entry[1] and entry[2]]
+    differ = [entry for entry in differing_rows(*vocabularies, rows) if entry[1] and entry[2]]
     if not differ:
         return []
     row, mine, theirs = differ[0]
@@ -286,9 +286,9 @@ def _grown_vocabulary(sft: Checkpoint, dpo: Checkpoint) -> list[ExpoError]:
     """An adapter whose tokenizer, or configuration, knows rows that sft does not have."""
     rows, declared = VocabularyWeights(sft).rows, VocabularyWeights(dpo).rows
     where = "config.json"
-    if has_tokenizer(dpo):
+    if has_vocabulary(dpo):
         with suppress(CheckpointError):
-            tokens = vocabulary(open_store(dpo.uri), dpo)
+            tokens = read_vocabulary(open_store(dpo.uri), dpo)
             declared, where = max(declared, 1 + max(tokens.values(), default=-1)), "tokenizer or config.json"
     if not rows or declared <= rows:
         return []
@@ -304,14 +304,14 @@ def _grown_vocabulary(sft: Checkpoint, dpo: Checkpoint) -> list[ExpoError]:
 def _map_rows(sft: Checkpoint, dpo: Checkpoint, pair: Pair, dpo_rows: int, sft_rows: int) -> Sequence[RowRun]:
     if pair.vocab == "by-token":
         dpo_vocab, sft_vocab = _vocabularies(dpo, sft)
-        if dpo_rows == sft_rows and not other_rows(dpo_vocab, sft_vocab, dpo_rows):
+        if dpo_rows == sft_rows and not differing_rows(dpo_vocab, sft_vocab, dpo_rows):
             return []
         if dpo_vocab.keys().isdisjoint(sft_vocab):
             raise PairError(
                 "the tokenizers of sft and dpo have no token in common, so no row can be matched by token; pass the tokenizer that "
                 "each model was trained with, or set `vocab: keep-dpo` to match rows by position"
             )
-        return row_map(dpo_vocab, sft_vocab, dpo_rows, sft_rows)
+        return match_rows(dpo_vocab, sft_vocab, dpo_rows, sft_rows)
     shared = min(dpo_rows, sft_rows)
     runs = [RowRun(0, 0, shared)]
     return runs if dpo_rows == shared else [*runs, RowRun(shared, None, dpo_rows - shared)]
@@ -322,7 +322,7 @@ def _vocabularies(*checkpoints: Checkpoint) -> list[dict[str, int]]:
     problems: list[ExpoError] = []
     for checkpoint in checkpoints:
         try:
-            found.append(vocabulary(open_store(checkpoint.uri), checkpoint))
+            found.append(read_vocabulary(open_store(checkpoint.uri), checkpoint))
         except CheckpointError as error:
             problems.append(error)
     if problems:

@@ -12,8 +12,8 @@ from expo_ray import __version__
 from expo_ray.arithmetic.rule import ROUNDINGS
 from expo_ray.arithmetic.sums import TensorStatistics
 from expo_ray.checkpoint.adapter import scaled_adapter_config
-from expo_ray.checkpoint.json_file import read_small
-from expo_ray.checkpoint.tensors import Checkpoint
+from expo_ray.checkpoint.folder import Checkpoint
+from expo_ray.checkpoint.small_files import read_small
 from expo_ray.errors import AlreadyExists, ArithmeticFault, NotFound, OutputError
 from expo_ray.extrapolation.findings import warnings_of
 from expo_ray.extrapolation.layout import index_of

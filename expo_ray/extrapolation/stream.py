@@ -16,7 +16,8 @@ from expo_ray.arithmetic.kernels import kernel_for
 from expo_ray.arithmetic.rule import Rule, random_key
 from expo_ray.arithmetic.sums import TensorStatistics
 from expo_ray.checkpoint.adapter import LoraLayer
-from expo_ray.checkpoint.tensors import DTYPE_BYTES, Checkpoint, Tensor
+from expo_ray.checkpoint.folder import Checkpoint
+from expo_ray.checkpoint.tensors import DTYPE_BYTES, Tensor
 from expo_ray.extrapolation.pages import Chunk, Page, pages_of
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.storage import open_store

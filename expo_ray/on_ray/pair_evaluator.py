@@ -6,9 +6,9 @@ import threading
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from expo_ray.checkpoint.json_file import added_tokens, read_json
+from expo_ray.checkpoint.tokenizer import read_special_tokens, tokenizer_files
 from expo_ray.config import Sampling
-from expo_ray.errors import CheckpointError, NotFound, Problems, RewardError
+from expo_ray.errors import Problems, RewardError
 from expo_ray.evaluation.paths import ResponsesFolder, likelihoods_folder
 from expo_ray.evaluation.progress import SearchProgress
 from expo_ray.evaluation.prompts.prompt_set import PromptSet
@@ -157,10 +157,9 @@ class PairEvaluator:
 
 
 def special_tokens(plan: PairPlan) -> list[str]:
-    """The strings of the tokens that the pair's tokenizer calls special; none where its files do not tell."""
-    try:
-        parent = plan.side_files["tokenizer.json"]
-        tokenizer = read_json(open_store(parent.uri), parent.files["tokenizer.json"])
-    except (NotFound, CheckpointError, KeyError):
+    """Texts of the tokens that the pair's tokenizer calls special; empty where its files do not say."""
+    parent = plan.side_files.get("tokenizer.json")
+    if parent is None or "tokenizer.json" not in parent.files:
         return []
-    return [token.content for token in added_tokens(tokenizer) if token.special]
+    files = tokenizer_files(open_store(parent.uri), [parent.files["tokenizer.json"]])
+    return [token.content for token in read_special_tokens(files)]

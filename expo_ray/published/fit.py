@@ -11,9 +11,9 @@ import numpy as np
 
 from expo_ray.arithmetic.low_rank import Float64, widen
 from expo_ray.checkpoint.constants import is_constant
-from expo_ray.checkpoint.folder import read_checkpoint
+from expo_ray.checkpoint.folder import Checkpoint, read_checkpoint
 from expo_ray.checkpoint.renaming import renamed
-from expo_ray.checkpoint.tensors import DTYPE_BYTES, WEIGHT_DTYPES, Checkpoint, Tensor
+from expo_ray.checkpoint.tensors import DTYPE_BYTES, WEIGHT_DTYPES, Tensor
 from expo_ray.checkpoint.tied import VocabularyWeights
 from expo_ray.errors import CheckpointError
 from expo_ray.storage import open_store

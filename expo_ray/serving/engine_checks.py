@@ -11,8 +11,7 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
-from expo_ray.checkpoint.json_file import read_json
-from expo_ray.checkpoint.text_config import text_configs
+from expo_ray.checkpoint.small_files import read_json, text_configs
 from expo_ray.config import Serving
 from expo_ray.errors import Attempts, JobError
 from expo_ray.extrapolation.plan import PairPlan

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
-from expo_ray.checkpoint.tensors import Checkpoint
+from expo_ray.checkpoint.folder import Checkpoint
 from expo_ray.errors import CheckpointError, StorageError
 from expo_ray.extrapolation.model_folder import MANIFEST
 from expo_ray.extrapolation.plan import PairPlan

@@ -11,8 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from expo_ray.checkpoint.adapter import LoraLayer, lora_layers, scaled_adapter_config
-from expo_ray.checkpoint.folder import read_checkpoint
-from expo_ray.checkpoint.tensors import Checkpoint
+from expo_ray.checkpoint.folder import Checkpoint, read_checkpoint
 from expo_ray.errors import CheckpointError
 from tests.support.stored_files import stored_folder
 

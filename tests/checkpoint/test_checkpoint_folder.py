@@ -60,7 +60,9 @@ def test_a_saved_model_is_read_as_transformers_names_it(tmp_path: Path) -> None:
             torch.frombuffer(raw, dtype=torch.bfloat16).view(tensor.shape), model.state_dict()[name]
         )
     assert found.config["hidden_size"] == 16
-    assert found.weight_bytes == 2 * sum(tensor.numel() for tensor in model.state_dict().values())
+    assert sum(tensor.nbytes for tensor in found.tensors.values()) == 2 * sum(
+        tensor.numel() for tensor in model.state_dict().values()
+    )
     assert found.side_files == ("config.json", "generation_config.json")
     assert set(found.files) == {*found.side_files, INDEX, *(tensor.file for tensor in found.tensors.values())}
     assert found.files["config.json"] == store.stat("config.json")

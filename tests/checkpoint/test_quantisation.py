@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
+from expo_ray.checkpoint.folder import Checkpoint
 from expo_ray.checkpoint.quantisation import quantisation_of
-from expo_ray.checkpoint.tensors import Checkpoint, Tensor
+from expo_ray.checkpoint.tensors import Tensor
 
 
 def checkpoint(config: dict[str, Any], **dtypes: str) -> Checkpoint:

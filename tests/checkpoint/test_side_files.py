@@ -12,8 +12,7 @@ import pytest
 import transformers
 
 from expo_ray.checkpoint import side_files
-from expo_ray.checkpoint.folder import read_checkpoint
-from expo_ray.checkpoint.tensors import Checkpoint
+from expo_ray.checkpoint.folder import Checkpoint, read_checkpoint
 from expo_ray.errors import CheckpointError, Problems, StorageError
 from expo_ray.storage import open_store
 from tests.support.stored_files import stored, weights

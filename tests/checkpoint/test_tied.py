@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, GemmaConfig, GPT2Config, LlamaConfig, PreTrainedConfig
 
-from expo_ray.checkpoint.folder import read_checkpoint
+from expo_ray.checkpoint.folder import Checkpoint, read_checkpoint
 from expo_ray.checkpoint.renaming import renamed
-from expo_ray.checkpoint.tensors import Checkpoint, Tensor
+from expo_ray.checkpoint.tensors import Tensor
 from expo_ray.checkpoint.tied import VocabularyWeights
 from tests.support.stored_files import stored_folder
 

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel
 
 from expo_ray.checkpoint.folder import read_checkpoint
-from expo_ray.checkpoint.vocabulary import RowRun, row_map, vocabulary
+from expo_ray.checkpoint.vocabulary import RowRun, match_rows, read_vocabulary
 from expo_ray.errors import CheckpointError
 from tests.support.paths import SHARED
 from tests.support.stored_files import stored, weights
@@ -27,7 +27,7 @@ def read(**files: bytes | Mapping[str, Any]) -> dict[str, int]:
     """The vocabulary of a checkpoint with these files; `__` stands for a dot in their names."""
     named = {name.replace("__", "."): content for name, content in files.items()}
     store = stored({"config.json": {}, "model.safetensors": weights("w"), **named})
-    return vocabulary(store, read_checkpoint(store))
+    return read_vocabulary(store, read_checkpoint(store))
 
 
 def trained(kind: str) -> Tokenizer:
@@ -193,7 +193,7 @@ VOCABS = st.dictionaries(st.sampled_from("abcdefghijkl"), st.integers(0, 11))
 def test_row_map_is_what_one_finds_row_by_row(
     dpo: dict[str, int], sft: dict[str, int], dpo_rows: int, sft_rows: int
 ) -> None:
-    runs = row_map(dpo, sft, dpo_rows, sft_rows)
+    runs = match_rows(dpo, sft, dpo_rows, sft_rows)
     assert expanded(runs) == by_hand(dpo, sft, dpo_rows, sft_rows)
     assert [run.dpo_first for run in runs] == [sum(run.count for run in runs[:i]) for i in range(len(runs))]
     for one, other in pairwise(runs):  # maximal: no two runs could be one
@@ -208,20 +208,20 @@ def test_row_map_of_what_is_met_in_practice() -> None:
     """An added pad token in dpo, a moved one, and rows padded to a multiple of 64 on either side."""
     base = {f"t{i}": i for i in range(100)}
     dpo, sft = base | {"<pad>": 100, "<s>": 101}, base | {"<s>": 100}
-    assert row_map(dpo, sft, 128, 104) == [
+    assert match_rows(dpo, sft, 128, 104) == [
         RowRun(0, 0, 100), RowRun(100, None, 1), RowRun(101, 100, 1), RowRun(102, None, 26),
     ]  # fmt: skip
-    assert row_map(base, base, 100, 100) == [RowRun(0, 0, 100)]
-    assert row_map(base, base, 100, 60) == [RowRun(0, 0, 60), RowRun(60, None, 40)]
-    assert row_map(base, base, 60, 100) == [RowRun(0, 0, 60)]
-    assert row_map({}, {}, 3, 3) == [RowRun(0, None, 3)]
+    assert match_rows(base, base, 100, 100) == [RowRun(0, 0, 100)]
+    assert match_rows(base, base, 100, 60) == [RowRun(0, 0, 60), RowRun(60, None, 40)]
+    assert match_rows(base, base, 60, 100) == [RowRun(0, 0, 60)]
+    assert match_rows({}, {}, 3, 3) == [RowRun(0, None, 3)]
 
 
 def test_a_large_vocabulary_in_another_order() -> None:
     count = 300_000
     dpo = {f"t{i}": i for i in range(count)}
     sft = {f"t{i}": count - 1 - i for i in range(count)}
-    runs = row_map(dpo, sft, count, count)
+    runs = match_rows(dpo, sft, count, count)
     assert len(runs) == count
     assert runs[7] == RowRun(7, count - 8, 1)
 

@@ -17,7 +17,8 @@ import transformers
 from transformers.models.auto import modeling_auto
 
 from expo_ray.checkpoint.constants import is_constant
-from expo_ray.checkpoint.tensors import Checkpoint, Tensor
+from expo_ray.checkpoint.folder import Checkpoint
+from expo_ray.checkpoint.tensors import Tensor
 from expo_ray.checkpoint.tied import VocabularyWeights
 
 MAPPINGS = (

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from expo_ray.checkpoint.json_file import read_small
+from expo_ray.checkpoint.small_files import read_small
 from expo_ray.config import PromptSource
 from expo_ray.errors import Attempts, PromptError
 from expo_ray.evaluation.prompts.prompt_rows import IGNORED, parse_prompt, unasked

@@ -12,9 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from expo_ray.checkpoint.json_file import read_json
-from expo_ray.checkpoint.text_config import text_configs
-from expo_ray.checkpoint.tokenizer import Files, load_tokenizer, tokenizer_files
+from expo_ray.checkpoint.small_files import read_json, text_configs
+from expo_ray.checkpoint.tokenizer import TokenizerFiles, load_tokenizer, tokenizer_files
 from expo_ray.config import PublishedModel, Serving
 from expo_ray.errors import JobError, OutputError, Problems, PromptError
 from expo_ray.evaluation.prompts.prompt_set import PromptSet
@@ -115,7 +114,7 @@ def longest_context(config: Mapping[str, Any]) -> float:
 
 
 def _problems(
-    name: str, files: Files, settings: Serving, prompts: Sequence[Prompt], needs_all: bool
+    name: str, files: TokenizerFiles, settings: Serving, prompts: Sequence[Prompt], needs_all: bool
 ) -> list[JobError | PromptError]:
     if _OTHER_FILES & settings.engine.keys():
         return []
@@ -146,7 +145,7 @@ def _problems(
 
 
 def _refused(
-    name: str, files: Files, prompts: Sequence[Prompt], limit: float, needs_all: bool
+    name: str, files: TokenizerFiles, prompts: Sequence[Prompt], limit: float, needs_all: bool
 ) -> list[JobError | PromptError]:
     """Prompts that the template fails on, or that leave no room for a response."""
     tokenizer = _tokenizer(name, files)
@@ -189,7 +188,7 @@ def _refused(
     return problems
 
 
-def _has_template(files: Files, config: Mapping[str, Any]) -> bool:
+def _has_template(files: TokenizerFiles, config: Mapping[str, Any]) -> bool:
     names = {"chat_template.jinja", "chat_template.json", "tekken.json"}
     if names & files.keys() or any(key.startswith("additional_chat_templates/") for key in files):
         return True
@@ -197,7 +196,7 @@ def _has_template(files: Files, config: Mapping[str, Any]) -> bool:
     return bool(_json(files, "tokenizer_config.json").get("chat_template") or kinds & _WITH_TEMPLATE)
 
 
-def _tokenizer(name: str, files: Files) -> Any:
+def _tokenizer(name: str, files: TokenizerFiles) -> Any:
     """The model's tokenizer; None where it cannot be loaded here, which is for the engine to judge."""
     if find_spec("transformers") is None:
         return None
@@ -209,18 +208,18 @@ def _tokenizer(name: str, files: Files) -> Any:
     return tokenizer if tokenizer.chat_template else None
 
 
-def _json(files: Files, key: str) -> dict[str, Any]:
+def _json(files: TokenizerFiles, key: str) -> dict[str, Any]:
     return read_json(*files[key]) if key in files else {}
 
 
-def _of_plan(plan: PairPlan) -> Files:
+def _of_plan(plan: PairPlan) -> TokenizerFiles:
     files: dict[str, tuple[Store, FileInfo]] = {}
     for key, parent in plan.side_files.items():
         files |= tokenizer_files(open_store(parent.uri), [parent.files[key]] if key in parent.files else [])
     return files
 
 
-def _of_model(uri: str) -> Files:
+def _of_model(uri: str) -> TokenizerFiles:
     store = open_store(uri)
     return tokenizer_files(store, store.list())
 

@@ -9,11 +9,9 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from expo_ray.checkpoint.folder import read_checkpoint
-from expo_ray.checkpoint.json_file import read_json
+from expo_ray.checkpoint.folder import Checkpoint, read_checkpoint
 from expo_ray.checkpoint.quantisation import quantisation_of
-from expo_ray.checkpoint.tensors import Checkpoint
-from expo_ray.checkpoint.text_config import text_configs
+from expo_ray.checkpoint.small_files import read_json, text_configs
 from expo_ray.config import RewardModel
 from expo_ray.errors import Problems, RewardError
 from expo_ray.evaluation.records import digest

@@ -17,8 +17,8 @@ from ray.serve.llm.deployment import LLMServer
 from ray.util.placement_group import get_current_placement_group, placement_group_table
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from expo_ray.checkpoint.json_file import added_tokens
-from expo_ray.errors import ArithmeticFault, CheckpointError
+from expo_ray.checkpoint.tokenizer import local_tokenizer_files, read_chat_template, read_special_tokens
+from expo_ray.errors import ArithmeticFault
 from expo_ray.evaluation.records import digest
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.step import DPO, Step, stepped
@@ -35,7 +35,6 @@ from expo_ray.serving.engine_errors import read_own_log, root_cause
 from expo_ray.serving.lease import Busy, Lease
 from expo_ray.serving.node_cache import rebuild_engine_folder
 from expo_ray.serving.served_models import ServedName, parse_name
-from expo_ray.untrusted import TOKENIZER_BYTES, parse_json_object
 
 log = logging.getLogger("expo_ray")
 plain_logs()  # the imports above have changed them
@@ -79,7 +78,10 @@ class ModelServer(LLMServer):
     ) -> None:
         folder = await asyncio.to_thread(_fetch_on_nodes, fetch)
         self._name, self._weights = llm_config.model_id, weights
-        self._template, self._special_ids = template_of(folder), special_ids_of(folder)
+        tokenizer = local_tokenizer_files(folder)
+        template = read_chat_template(tokenizer)
+        self._template = digest(template) if template else ""
+        self._special_ids = [token.id for token in read_special_tokens(tokenizer)]
         self._files, self._settings = files_of(folder), settings_of(llm_config.engine_kwargs)
         config = _with_source(llm_config, folder)
         fit_shared_memory(config, free_shared_memory())
@@ -206,14 +208,6 @@ def _with_source(config: LLMConfig, folder: Path) -> LLMConfig:
     )
 
 
-def template_of(folder: Path) -> str:
-    """Digest of a model's chat template; empty if it has none."""
-    if (folder / "chat_template.jinja").is_file():
-        return digest((folder / "chat_template.jinja").read_text(encoding="utf-8"))
-    template = _json_of(folder / "tokenizer_config.json").get("chat_template")
-    return digest(template) if template else ""
-
-
 def files_of(folder: Path) -> str:
     """Digest of the files beside the weights; of those, engines read configurations, vocabularies and tokens that end an answer."""
     paths = [
@@ -234,18 +228,6 @@ def _sha256(path: Path) -> str:
 def settings_of(arguments: Mapping[str, Any]) -> str:
     """Digest of the engine's arguments that decide answers; data type and context are described by the engine itself."""
     return digest({name: value for name, value in arguments.items() if name not in _NEUTRAL})
-
-
-def special_ids_of(folder: Path) -> list[int]:
-    """Ids of the tokens that a model's tokenizer calls special; none where its files do not tell."""
-    return [token.id for token in added_tokens(_json_of(folder / "tokenizer.json")) if token.special]
-
-
-def _json_of(path: Path) -> dict[str, Any]:
-    try:
-        return parse_json_object(path.read_bytes(), str(path), most_bytes=TOKENIZER_BYTES)
-    except (OSError, CheckpointError):
-        return {}
 
 
 def _error(status: int, message: str, kind: str) -> ErrorResponse:
