@@ -26,11 +26,11 @@ from expo_ray.extrapolation.match import TensorPlan
 from expo_ray.extrapolation.model_folder import OutputState
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.plan_job import JobPlan
-from expo_ray.extrapolation.progress import Progress
 from expo_ray.extrapolation.publish import Published
 from expo_ray.extrapolation.run_job import run_job
 from expo_ray.on_ray.cluster import cluster
 from expo_ray.on_ray.extrapolation import Made, OnRay
+from expo_ray.progress import Progress
 from expo_ray.storage.protocol import FileInfo
 
 SHARDS = 100_000
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=SHARDS, help="%(default)s")
     arguments = parser.parse_args()
     shards = 2_000 if arguments.quick else arguments.shards
-    with tempfile.TemporaryDirectory() as folder, cluster(), Progress(quiet=True) as progress:
+    with tempfile.TemporaryDirectory() as folder, cluster(), Progress("extrapolate", quiet=True) as progress:
         job = simulated_job(shards, Path(folder))
         with Simulated(progress, shards) as executor:
             before = Memory.now()

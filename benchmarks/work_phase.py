@@ -69,8 +69,8 @@ def _measure(arguments: argparse.Namespace) -> Work:
     from expo_ray.config import format_alpha, parse_pair
     from expo_ray.extrapolation.in_threads import InThreads
     from expo_ray.extrapolation.plan_job import plan_job
-    from expo_ray.extrapolation.progress import Progress
     from expo_ray.extrapolation.run_job import run_job
+    from expo_ray.progress import Progress
     from expo_ray.storage import join_uri
 
     if arguments.read_once:
@@ -87,7 +87,7 @@ def _measure(arguments: argparse.Namespace) -> Work:
     outputs = {alpha: join_uri(arguments.output, f"alpha={format_alpha(alpha)}") for alpha in pair.alphas}
     job = plan_job([pair], [outputs])
     kernel_for(Rule("BF16", "BF16", "BF16", pair.rounding))
-    with Progress(quiet=True) as progress, InThreads(progress) as executor:
+    with Progress("extrapolate", quiet=True) as progress, InThreads(progress) as executor:
         idle = resident_bytes()
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         started, cpu = time.monotonic(), time.process_time()

@@ -1,4 +1,4 @@
-"""How far some work is: a bar on a terminal, a line every few seconds in a log, and `status.json` for operators."""
+"""Progress of some work: a bar on a terminal, a line every few seconds in a log, and `status.json` for operators."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import logging
 import sys
 import threading
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Self
@@ -24,47 +24,137 @@ from expo_ray.text import message
 log = logging.getLogger("expo_ray")
 
 LINE_PERIOD_S = 5.0
+BAR_PERIOD_S = 0.2
+# Below this, only headers may have been written, which say nothing of the pace.
+_TELLING_BYTES = 1_000_000
 
 
-class Progress(ABC):
-    """Counts work and shows it from a thread of its own while used as a context manager; a subclass says what is counted.
+@dataclass(frozen=True)
+class Counts:
+    """One moment of some work: what is done and what is expected, which may still grow. Sizes are in bytes.
+
+    Attributes:
+        kept: rows of an earlier run, which are not asked for or scored again.
+    """
+
+    shards: int = 0
+    shards_done: int = 0
+    bytes: int = 0
+    bytes_done: int = 0
+    rows: int = 0
+    rows_done: int = 0
+    kept: int = 0
+    tokens_done: int = 0
+
+
+class Counters:
+    """Counts of work that any thread may raise; nothing is shown."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts = Counts()
+
+    @property
+    def counts(self) -> Counts:
+        """The counts of this moment."""
+        with self._lock:
+            return self._counts
+
+    def expect(self, *, shards: int = 0, bytes: int = 0, rows: int = 0, kept: int = 0) -> None:
+        """Expect this much work, beside what was expected before."""
+        with self._lock:
+            old = self._counts
+            self._counts = replace(
+                old,
+                shards=old.shards + shards,
+                bytes=old.bytes + bytes,
+                rows=old.rows + rows,
+                kept=old.kept + kept,
+            )
+
+    def add(self, *, shards: int = 0, bytes: int = 0, rows: int = 0, tokens: int = 0) -> None:
+        """Count work that is done; bytes of a shard that is written again are taken back with a negative number."""
+        with self._lock:
+            old = self._counts
+            self._counts = replace(
+                old,
+                shards_done=old.shards_done + shards,
+                bytes_done=old.bytes_done + bytes,
+                rows_done=old.rows_done + rows,
+                tokens_done=old.tokens_done + tokens,
+            )
+
+
+class Progress(Counters):
+    """Counts of work that a thread shows, while used as a context manager: as a bar on a terminal, else as a line in the log.
 
     Args:
         stage: name of the work on the bar and in `status.json`.
         status: store that receives `status.json`; None for none.
+        rows: name of the rows that are counted, such as `responses`; without one, shards and bytes are counted.
         quiet: show nothing.
+
+    Attributes:
+        rewards: the rewards of a search, counted beside its responses.
     """
 
-    def __init__(self, stage: str, status: Store | None = None, *, quiet: bool = False) -> None:
-        self.stage = stage
-        self._status, self._quiet = status, quiet
-        self._lock = threading.Lock()
+    def __init__(
+        self, stage: str, status: Store | None = None, *, rows: str = "", quiet: bool = False
+    ) -> None:
+        super().__init__()
+        self.stage, self.rewards = stage, Counters()
+        self._status, self._rows, self._quiet = status, rows, quiet
+        self._pairs: dict[str, str] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._show, name="progress", daemon=True)
-        self._started = time.monotonic()
+        self._started: float | None = None
         self._bar: tqdm[None] | None = None
-        self._shown = ExitStack()
+
+    def expect(self, *, shards: int = 0, bytes: int = 0, rows: int = 0, kept: int = 0) -> None:
+        """Expect this much work, beside what was expected before; the clock starts at the first."""
+        super().expect(shards=shards, bytes=bytes, rows=rows, kept=kept)
+        with self._lock:
+            if self._started is None and (shards or bytes or rows):
+                self._started = time.monotonic()
+
+    def note(self, pair: str, text: str) -> None:
+        """Report what a pair is at from now on, or its result, in the log and in `status.json`."""
+        log.info("%s: %s", pair, text)
+        with self._lock:
+            self._pairs[pair] = text
+
+    def finish(self, failures: Iterable[str] = (), *, published: int | None = None) -> None:
+        """Write the last `status.json`, after which it stays as it is.
+
+        Args:
+            failures: names of what failed.
+            published: number of models that are complete; None where none is made.
+        """
+        failed = list(failures)
+        models = {} if published is None else {"published": published}
+        self._write_last("failed" if failed else "done", models | {"failed": failed})
 
     @property
-    @abstractmethod
     def line(self) -> str:
-        """What a log shows; empty before the work has begun."""
-
-    @abstractmethod
-    def counts(self) -> Mapping[str, Any]:
-        """What `status.json` tells beside the state and the time."""
-
-    def seconds(self) -> float:
-        """Since the work began."""
-        return time.monotonic() - self._started
-
-    def _open_bar(self, total: int, unit: str) -> None:
-        """Start the clock, and on a terminal show a bar; the caller holds the lock."""
-        self._started = time.monotonic()
-        if total and not self._quiet and sys.stderr.isatty():
-            bar = tqdm(total=total, unit=unit, unit_scale=unit == "B", desc=self.stage, mininterval=0.2)
-            self._bar = self._shown.enter_context(bar)
-            self._shown.enter_context(logging_redirect_tqdm())
+        """The line of a log; empty before the work has begun."""
+        counts, seconds = self.counts, self._seconds()
+        if not (counts.rows if self._rows else counts.shards):
+            return ""
+        if self._rows:
+            parts = [
+                f"{counts.rows_done}/{counts.rows} {self._rows}",
+                f"{per_second(counts.tokens_done, seconds):.0f} tokens/s",
+            ]
+        else:
+            parts = [
+                f"{counts.shards_done}/{counts.shards} shards",
+                f"{size_text(counts.bytes_done)} of {size_text(counts.bytes)}",
+                f"{size_text(per_second(counts.bytes_done, seconds))}/s",
+            ]
+        rewards, left = self.rewards.counts, self._seconds_left(counts, seconds)
+        parts += [] if left is None else [f"{clock(left)} left"]
+        parts += [f"{rewards.rows_done}/{rewards.rows} rewards"] if rewards.rows else []
+        return ", ".join(parts)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -74,15 +164,44 @@ class Progress(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            self._write_last("failed" if isinstance(error, Exception) else "interrupted")
+            self._write_last("failed" if isinstance(error, Exception) else "interrupted", {})
         self._end()
-        self._shown.close()
         self._log_line()
 
-    def _write_last(self, state: str, more: Mapping[str, Any] | None = None) -> None:
-        """Write the last `status.json`, after which it stays as it is."""
+    def _status_counts(self) -> dict[str, Any]:
+        counts, seconds = self.counts, self._seconds()
+        left = self._seconds_left(counts, seconds)
+        data: dict[str, Any] = {}
+        if self._rows:
+            data[self._rows] = {"done": counts.rows_done, "all": counts.rows, "kept": counts.kept}
+            data["tokens"] = counts.tokens_done
+            data["tokens_per_s"] = round(per_second(counts.tokens_done, seconds), 1)
+        else:
+            data["shards"] = {"done": counts.shards_done, "all": counts.shards}
+            data["bytes"] = {"done": counts.bytes_done, "all": counts.bytes}
+        data["seconds"] = round(seconds, 1)
+        data["seconds_left"] = None if left is None else round(left, 1)
+        with self._lock:
+            pairs = dict(self._pairs)
+        if pairs:
+            rewards = self.rewards.counts
+            data |= {"rewards": {"done": rewards.rows_done, "all": rewards.rows}, "pairs": pairs}
+        return data
+
+    def _seconds(self) -> float:
+        return 0.0 if self._started is None else time.monotonic() - self._started
+
+    def _seconds_left(self, counts: Counts, seconds: float) -> float | None:
+        """Time that the rest takes at the pace so far; None while that says nothing. A search's later rungs are not known yet."""
+        if self._rows:
+            done, expected, least = counts.rows_done, counts.rows, 1
+        else:
+            done, expected, least = counts.bytes_done, counts.bytes, _TELLING_BYTES
+        return seconds * (expected - done) / done if done >= least else None
+
+    def _write_last(self, state: str, more: Mapping[str, Any]) -> None:
         self._end()
-        self._write_status(state, more or {})
+        self._write_status(state, more)
 
     def _end(self) -> None:
         """Stop showing; a last `running` must not overtake the final state on its way to the store."""
@@ -90,9 +209,37 @@ class Progress(ABC):
         self._thread.join()
 
     def _show(self) -> None:
-        while not self._stop.wait(LINE_PERIOD_S):
-            self._log_line()
-            self._write_status("running", {})
+        """Refresh the bar often, and the line and `status.json` every few seconds, until the end."""
+        on_terminal = not self._quiet and sys.stderr.isatty()
+        next_line = time.monotonic() + LINE_PERIOD_S
+        with ExitStack() as stack:
+            while not self._stop.wait(BAR_PERIOD_S if on_terminal else LINE_PERIOD_S):
+                if on_terminal:
+                    self._move_bar(stack)
+                if time.monotonic() >= next_line:
+                    next_line = time.monotonic() + LINE_PERIOD_S
+                    self._log_line()
+                    self._write_status("running", {})
+            if on_terminal:
+                self._move_bar(stack)
+
+    def _move_bar(self, stack: ExitStack) -> None:
+        """Bring the bar to the counts of this moment; it is opened, and closed by `stack`, once there is work."""
+        counts = self.counts
+        done, expected = (counts.rows_done, counts.rows) if self._rows else (counts.bytes_done, counts.bytes)
+        if self._bar is None:
+            if not expected:
+                return
+            bar = tqdm(total=expected, unit=self._rows or "B", unit_scale=not self._rows, desc=self.stage)
+            self._bar = stack.enter_context(bar)
+            stack.enter_context(logging_redirect_tqdm())
+        self._bar.total = expected
+        if self._rows:
+            speed = per_second(counts.tokens_done, self._seconds())
+            self._bar.set_postfix_str(f"{speed:.0f} tokens/s", refresh=False)
+        else:
+            self._bar.set_postfix_str(f"{counts.shards_done}/{counts.shards} shards", refresh=False)
+        self._bar.update(done - self._bar.n)
 
     def _log_line(self) -> None:
         if self._bar is None and not self._quiet and (line := self.line):
@@ -104,7 +251,7 @@ class Progress(ABC):
         data = {
             "state": state,
             "stage": self.stage,
-            **self.counts(),
+            **self._status_counts(),
             "updated": datetime.now(UTC).isoformat(timespec="seconds"),
             **{key: redacted(value) for key, value in more.items()},
         }
@@ -112,6 +259,11 @@ class Progress(ABC):
             self._status.put("status.json", (json.dumps(data, indent=1) + "\n").encode())
         except ExpoError as error:  # a lost status line must not cost the job
             log.warning("status.json could not be written: %s", error)
+
+
+def per_second(count: float, seconds: float) -> float:
+    """The pace of `count` things in `seconds`; 0 before the clock has started."""
+    return count / seconds if seconds else 0.0
 
 
 def redacted(value: Any) -> Any:

@@ -10,8 +10,8 @@ from expo_ray.cli.commands import plan_of, report
 from expo_ray.cli.plan_table import describe
 from expo_ray.cli.process import guarded
 from expo_ray.config import load_job, parse_bytes
-from expo_ray.extrapolation.progress import Progress
 from expo_ray.extrapolation.run_job import run_job
+from expo_ray.progress import Progress
 from expo_ray.storage import open_store
 
 
@@ -37,13 +37,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     with (
         cluster(),
-        Progress(open_store(job.output)) as progress,
+        Progress("extrapolate", open_store(job.output)) as progress,
         OnRay(progress, device=job.device) as executor,
     ):
         outcome = run_job(plan, executor, progress)
-        progress.finish(
-            "failed" if outcome.failures else "done", len(outcome.published), sorted(outcome.failures)
-        )
+        progress.finish(sorted(outcome.failures), published=len(outcome.published))
     return report(outcome)
 
 

@@ -40,7 +40,7 @@ from expo_ray.benchmark.pairwise import (
 )
 from expo_ray.benchmark.sources import ALPACA_BASELINE, ALPACA_CONCISE, ALPACA_VERBOSE, PublicFile, fetch
 from expo_ray.errors import Attempts, BenchmarkError, ExpoError, Problems
-from expo_ray.evaluation.progress import RowCount
+from expo_ray.progress import Counters
 from expo_ray.storage import Store, join_uri, open_output, open_store
 
 log = logging.getLogger("expo_ray")
@@ -268,7 +268,7 @@ def expected(prepared: Prepared) -> Estimate:
     return wanted
 
 
-def judge_all(prepared: Prepared, progress: RowCount) -> Judged:
+def judge_all(prepared: Prepared, progress: Counters) -> Judged:
     """Ask the judge everything that has no stored answer; errors as of `ask`."""
     request = prepared.request
     room = JudgeRoom(prepared.store, request.judge)

@@ -10,11 +10,11 @@ from typing import Any
 
 from expo_ray.benchmark.judge import Judge
 from expo_ray.errors import BenchmarkError, EndpointError, ExpoError, StorageError
-from expo_ray.evaluation.progress import RowCount
 from expo_ray.evaluation.records import Message, digest
 from expo_ray.evaluation.responses.ask_missing import run_all
 from expo_ray.evaluation.responses.client import Answer, Client, GaveUp, Refused
 from expo_ray.evaluation.row_store import RowStore
+from expo_ray.progress import Counters
 from expo_ray.storage import Store
 from expo_ray.text import first_few, shown
 
@@ -177,7 +177,7 @@ def ask(
     room: JudgeRoom,
     questions: Sequence[Question],
     *,
-    progress: RowCount,
+    progress: Counters,
     max_cost: float | None = None,
     again: frozenset[str] = frozenset(),
 ) -> Judged:
@@ -194,7 +194,7 @@ def ask(
     missing = [
         question for question in _unique(questions) if question.id not in answers or question.id in again
     ]
-    progress.begin(len(missing), len(questions) - len(missing))
+    progress.expect(rows=len(missing), kept=len(questions) - len(missing))
     return asyncio.run(_Asking(room, missing, answers, progress, max_cost).run())
 
 
@@ -206,7 +206,7 @@ class _Asking:
         room: JudgeRoom,
         missing: Sequence[Question],
         answers: dict[str, JudgeAnswer],
-        progress: RowCount,
+        progress: Counters,
         max_cost: float | None,
     ) -> None:
         self._room, self._judge, self._missing = room, room.judge, missing
@@ -270,7 +270,7 @@ class _Asking:
             if row is not None:
                 self._answers[row.question] = row
                 self._asked += 1
-                self._progress.add(row.num_tokens)
+                self._progress.add(rows=1, tokens=row.num_tokens)
                 await self._keep(row)
 
     async def _put(self, client: Client, question: Question) -> JudgeAnswer:

@@ -39,7 +39,7 @@ from expo_ray.benchmark.tables import (
     markdown,
 )
 from expo_ray.errors import BenchmarkError, ExpoError, JobError
-from expo_ray.evaluation.progress import RowProgress
+from expo_ray.progress import Progress
 from expo_ray.report.benchmark_page import Table, benchmark_page
 from expo_ray.storage import join_uri, open_output
 from expo_ray.untrusted import parse_json_object
@@ -175,8 +175,8 @@ def examine_judge(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _asked(stage: str, work: Callable[[RowProgress], Judged]) -> Judged:
-    with RowProgress(stage, "judgments") as progress:
+def _asked(stage: str, work: Callable[[Progress], Judged]) -> Judged:
+    with Progress(stage, rows="judgments") as progress:
         return work(progress)
 
 

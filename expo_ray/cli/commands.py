@@ -27,8 +27,8 @@ from expo_ray.config import (
 from expo_ray.errors import ExpoError, JobError
 from expo_ray.extrapolation.in_threads import InThreads
 from expo_ray.extrapolation.plan_job import JobPlan, outputs_of, plan_job
-from expo_ray.extrapolation.progress import Progress, size_text
 from expo_ray.extrapolation.run_job import Outcome, run_job
+from expo_ray.progress import Progress, size_text
 from expo_ray.published.verify import read_manifest, rederive, verify_files
 from expo_ray.storage import join_uri, open_store
 from expo_ray.storage.uri import check_utf8, expand_home
@@ -88,7 +88,7 @@ def _extrapolate(arguments: argparse.Namespace) -> int:
         return 0
     for note in (note for plan in job.pairs for note in plan.notes):
         print(f"note: {with_flags(note, flags)}", file=sys.stderr)
-    with Progress() as progress, InThreads(progress, device=arguments.device) as executor:
+    with Progress("extrapolate") as progress, InThreads(progress, device=arguments.device) as executor:
         outcome = run_job(job, executor, progress)
     return report(outcome, flags)
 

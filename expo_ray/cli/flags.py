@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pydantic import BaseModel
 
 from expo_ray.config import check_repo_id, parse_bytes
-from expo_ray.extrapolation.progress import size_text
+from expo_ray.progress import size_text
 
 # Where a flag that may be repeated is not called as its key.
 _SINGULAR = {"alphas": "alpha", "multipliers": "multiplier"}

@@ -6,7 +6,7 @@ from math import ceil
 
 from expo_ray.config import format_alpha
 from expo_ray.extrapolation.plan_job import JobPlan
-from expo_ray.extrapolation.progress import clock, size_text
+from expo_ray.progress import clock, size_text
 from expo_ray.text import shown_end
 
 

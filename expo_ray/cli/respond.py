@@ -15,7 +15,6 @@ from expo_ray.cli.flags import given_flags
 from expo_ray.config import Job, PromptSource, PublishedModel, Sampling, Serving, load_job
 from expo_ray.config.fields import named_after
 from expo_ray.errors import Attempts, JobError, Problems, StorageError
-from expo_ray.evaluation.progress import RowProgress
 from expo_ray.evaluation.prompts.load_prompts import load_prompt_set, load_prompts
 from expo_ray.evaluation.prompts.prompt_set import PromptSet, store_prompts
 from expo_ray.evaluation.records import Response
@@ -24,6 +23,7 @@ from expo_ray.evaluation.responses.check_served import check_served, check_writa
 from expo_ray.evaluation.responses.client import Client
 from expo_ray.evaluation.responses.response_file import ResponseFile
 from expo_ray.extrapolation.plan import PairPlan
+from expo_ray.progress import Progress
 from expo_ray.serving.engine_checks import check_engine
 from expo_ray.serving.served_models import check_model, plan_served_pairs
 from expo_ray.storage import open_store
@@ -72,7 +72,7 @@ def respond(job: Job) -> int:
 
     with cluster(), serving(plans, job.models, job.serving) as endpoint:
         client = Client(endpoint.url, slots=endpoint.slots, key_variable=endpoint.key_variable)
-        with RowProgress("respond", "responses", store) as progress:
+        with Progress("respond", store, rows="responses") as progress:
             return _finish(partial(ask_job_models, job, sets, store, client, progress), progress)
 
 
@@ -140,7 +140,7 @@ def _one_model(arguments: argparse.Namespace) -> int:
     attempts.end()
     (sampling,), (prompts,), (output,) = samplings, sets, outputs
     name = models[0].name if models else arguments.name or ""
-    with _endpoint(arguments.model, models) as client, RowProgress("respond", "responses") as progress:
+    with _endpoint(arguments.model, models) as client, Progress("respond", rows="responses") as progress:
         work = partial(ask_into_file, output, name, prompts, sampling, client=client, progress=progress)
         return _finish(work, progress)
 
@@ -158,13 +158,13 @@ def _endpoint(url: str, models: Sequence[PublishedModel]) -> Iterator[Client]:
         yield Client(endpoint.url, slots=endpoint.slots, key_variable=endpoint.key_variable)
 
 
-def _finish(work: Callable[[], ResponsesByModel], progress: RowProgress) -> int:
+def _finish(work: Callable[[], ResponsesByModel], progress: Progress) -> int:
     """Do the work and print what came of it; the exit status."""
     try:
         done = work()
     except StorageError as error:  # what was answered before is stored
         done = ResponsesByModel(failures=[str(error)])
-    progress.finish("failed" if done.failures else "done", done.failures)
+    progress.finish(done.failures)
     for name, answers in done.answers.items():
         print(_summary(name, list(answers.responses.values()), done.places.get(name, "")))
     for text in done.failures:

@@ -13,7 +13,6 @@ from typing import Any
 from expo_ray.cli.flags import given_flags, with_flags
 from expo_ray.config import Job, RewardModel, load_job
 from expo_ray.errors import Attempts, ExpoError, JobError
-from expo_ray.evaluation.progress import RowProgress
 from expo_ray.evaluation.prompts.load_prompts import load_prompts
 from expo_ray.evaluation.records import Response, reward_from_row
 from expo_ray.evaluation.responses.stored_responses import StoredResponses, read_stored_responses
@@ -28,6 +27,7 @@ from expo_ray.evaluation.rewards.score_missing import (
 from expo_ray.evaluation.row_store import RowStore
 from expo_ray.on_ray.cluster import cluster
 from expo_ray.on_ray.rewards.pool import RewardPool
+from expo_ray.progress import Progress
 from expo_ray.storage import Store, open_output_file, open_store
 
 FAILED = 1
@@ -89,7 +89,7 @@ def reward_job(job: Job) -> int:
             for one in attempts.attempt(partial(_plan, pool, group, store))
         ]
         attempts.end()
-        with RowProgress("reward", "responses", store) as progress:
+        with Progress("reward", store, rows="responses") as progress:
             return run(work, progress)
 
 
@@ -105,7 +105,7 @@ def reward_file(responses: str, spec: RewardModel, output: str) -> int:
     with cluster():
         reward_store = RewardFile(output, [one.key for one in listed], _about(pool))
         todo = find_unscored(listed, pool, reward_store)
-        with RowProgress("reward", "responses") as progress:
+        with Progress("reward", rows="responses") as progress:
             work = Work(pool, listed[0].model or responses, listed, todo)
             return run([work], progress, flags={"backend", "allow_pickle", "truncate"})
 
@@ -130,13 +130,15 @@ def _about(pool: RewardPool) -> Mapping[str, Any]:
     }
 
 
-def run(work: Sequence[Work], progress: RowProgress, flags: Collection[str] = ()) -> int:
+def run(work: Sequence[Work], progress: Progress, flags: Collection[str] = ()) -> int:
     """Score it all, one reward model after the other, and print a table; the exit status.
 
     Args:
         flags: see `with_flags`.
     """
-    progress.begin(sum(len(one.todo.inputs) for one in work), sum(len(one.todo.stored) for one in work))
+    progress.expect(
+        rows=sum(len(each.todo.inputs) for each in work), kept=sum(len(each.todo.stored) for each in work)
+    )
     rows: list[Sequence[str]] = []
     failures: list[str] = []
     for pool in dict.fromkeys(one.pool for one in work):
@@ -153,7 +155,7 @@ def run(work: Sequence[Work], progress: RowProgress, flags: Collection[str] = ()
         print(_table(rows))
     for text in failures:
         print(f"failed: {text}", file=sys.stderr)
-    progress.finish("failed" if failures else "done", failures)
+    progress.finish(failures)
     return FAILED if failures else 0
 
 

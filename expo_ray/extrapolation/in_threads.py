@@ -11,10 +11,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from expo_ray.arithmetic.kernels import resolve_device
 from expo_ray.errors import TransientStorageError
 from expo_ray.extrapolation.plan import PairPlan
-from expo_ray.extrapolation.progress import Progress
 from expo_ray.extrapolation.publish import Published, publish
 from expo_ray.extrapolation.run_job import Executor, Failures
 from expo_ray.extrapolation.shard import extrapolate_shard
+from expo_ray.progress import Progress
 
 # One shard keeps about four cores busy: two with arithmetic, one hashing, one writing.
 _CORES_PER_SHARD = 4
@@ -58,12 +58,12 @@ class InThreads(Executor):
                 if self._cancelled.is_set():
                     raise Cancelled
                 written += size
-                self._progress.add(size)
+                self._progress.add(bytes=size)
 
             try:
                 return extrapolate_shard(plan, index, alphas, device=self._device, on_bytes=count).failures
             except TransientStorageError as error:
-                self._progress.add(-written)
+                self._progress.add(bytes=-written)
                 attempt += 1
                 if attempt > MAX_RETRIES:
                     raise

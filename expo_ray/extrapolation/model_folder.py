@@ -13,8 +13,8 @@ from expo_ray.errors import AlreadyExists, ExpoError, NotFound, OutputError
 from expo_ray.extrapolation.layout import index_of
 from expo_ray.extrapolation.manifest import MANIFEST_BYTES, parse_manifest
 from expo_ray.extrapolation.plan import PairPlan
-from expo_ray.extrapolation.progress import size_text
 from expo_ray.extrapolation.receipt import read_receipt
+from expo_ray.progress import size_text
 from expo_ray.storage import FileInfo, Store, open_output, open_store
 from expo_ray.storage.conditional import PROBE_PREFIX
 from expo_ray.storage.local_writer import check_writable, free_bytes

@@ -15,8 +15,8 @@ from expo_ray.errors import ExpoError, OutputError, TransientStorageError, in_on
 from expo_ray.extrapolation.model_folder import MANIFEST, claim, clear, release
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.plan_job import JobPlan, inspect_pairs
-from expo_ray.extrapolation.progress import Progress
 from expo_ray.extrapolation.publish import Published
+from expo_ray.progress import Progress
 from expo_ray.storage import check_conditional_writes, open_store
 from expo_ray.text import first_few
 
@@ -173,7 +173,7 @@ class _Run:
         self.queue = sorted(work, key=lambda item: item[0].shards[item[1]].size)
         self.owed = {plan.name: sum(one is plan for one, _ in work) for plan in job.pairs}
         self.under_way: dict[Future[Any], tuple[PairPlan, float | None]] = {}
-        progress.begin(len(work), job.bytes_to_write)
+        progress.expect(shards=len(work), bytes=job.bytes_to_write)
 
     def work_off(self) -> None:
         for plan in self.job.pairs:
@@ -216,7 +216,7 @@ class _Run:
         else:
             for failed, reason in future.result().items():
                 self._fail(_model(plan, failed), reason)
-            self.progress.shard_done()
+            self.progress.add(shards=1)
         self._settled(plan)
 
     def _settled(self, plan: PairPlan) -> None:

@@ -20,11 +20,11 @@ from expo_ray.config import Device
 from expo_ray.errors import TransientStorageError
 from expo_ray.extrapolation.in_threads import Cancelled
 from expo_ray.extrapolation.plan import PairPlan
-from expo_ray.extrapolation.progress import Progress, size_text
 from expo_ray.extrapolation.publish import Published, publish
 from expo_ray.extrapolation.run_job import Executor, Failures
 from expo_ray.extrapolation.shard import extrapolate_shard
 from expo_ray.on_ray.cluster import SHARD_IO
+from expo_ray.progress import Progress, size_text
 
 log = logging.getLogger("expo_ray")
 
@@ -94,7 +94,7 @@ class OnRay(Executor):
 
     def extrapolate(self, plan: PairPlan, index: int, alphas: Sequence[float]) -> Future[Failures]:
         def done(made: Made) -> Failures:
-            self._progress.add(made.size)
+            self._progress.add(bytes=made.size)
             name = f"{plan.name} {plan.shards[index].file}"
             log.info("%s: %s in %.1f s on %s", name, size_text(made.size), made.seconds, made.node)
             return made.failures

@@ -10,7 +10,6 @@ from expo_ray.checkpoint.tokenizer import read_special_tokens, tokenizer_files
 from expo_ray.config import Sampling
 from expo_ray.errors import Problems, RewardError
 from expo_ray.evaluation.paths import ResponsesFolder, likelihoods_folder
-from expo_ray.evaluation.progress import SearchProgress
 from expo_ray.evaluation.prompts.prompt_set import PromptSet
 from expo_ray.evaluation.records import Response, Reward, reward_from_row
 from expo_ray.evaluation.responses.ask_missing import ask_model
@@ -23,6 +22,7 @@ from expo_ray.evaluation.search.search_pair import first
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.step import DPO, Step, stepped
 from expo_ray.on_ray.rewards.pool import RewardPool
+from expo_ray.progress import Progress
 from expo_ray.storage import Store, open_store
 
 # Prompts on which KL divergence from dpo is measured: a few hundred tokens tell it well enough for a guardrail.
@@ -64,7 +64,7 @@ class PairEvaluator:
         *,
         sampling: Sampling,
         store: Store,
-        progress: SearchProgress,
+        progress: Progress,
         slots: int,
         at_once: int,
         key_variable: str = KEY_VARIABLE,

@@ -18,7 +18,6 @@ from expo_ray.evaluation.prompts.prompt_set import store_prompts
 from expo_ray.extrapolation.pinned import publication_plan
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.plan_job import outputs_of
-from expo_ray.extrapolation.progress import Progress
 from expo_ray.extrapolation.publish import Published, publish
 from expo_ray.extrapolation.run_job import run_pairs
 from expo_ray.extrapolation.step import GROUPS, Step
@@ -26,6 +25,7 @@ from expo_ray.on_ray.check_job import Prepared, versions
 from expo_ray.on_ray.cluster import cluster
 from expo_ray.on_ray.extrapolation import OnRay
 from expo_ray.on_ray.search_pairs import search_pairs
+from expo_ray.progress import Progress
 from expo_ray.published.push_job import push_winners
 from expo_ray.report.page import write_report
 from expo_ray.report.results import PairResult, Results
@@ -101,12 +101,12 @@ def _publish(
         return publish(plan, alpha, found[plan.name])
 
     with (
-        Progress(store) as progress,
+        Progress("extrapolate", store) as progress,
         OnRay(progress, device=prepared.job.device, publish_task=publish_with_result) as executor,
     ):
         outcome = run_pairs(plans, executor, progress)
         failures |= {name: in_one_line(error) for name, error in outcome.failures.items()}
-        progress.finish("failed" if failures else "done", len(outcome.published), sorted(failures))
+        progress.finish(sorted(failures), published=len(outcome.published))
     published: dict[str, dict[float, Published]] = {}
     for model in outcome.published:
         published.setdefault(model.pair, {})[model.alpha] = model

@@ -13,7 +13,6 @@ import ray
 
 from expo_ray.errors import ExpoError, JobError, NotFound, OutputError, in_one_line
 from expo_ray.evaluation.paths import search_key
-from expo_ray.evaluation.progress import SearchProgress
 from expo_ray.evaluation.search.groups import search_groups
 from expo_ray.evaluation.search.pair_result import pair_result
 from expo_ray.evaluation.search.search_pair import search_pair
@@ -22,6 +21,7 @@ from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.on_ray.check_job import Prepared
 from expo_ray.on_ray.pair_evaluator import PairEvaluator, Scorers
 from expo_ray.on_ray.serving.serve_models import serving
+from expo_ray.progress import Progress
 from expo_ray.report.results import PairResult, Results
 from expo_ray.report.stored import RESULTS_BYTES, parse_results, results_json
 from expo_ray.storage import Store
@@ -71,7 +71,7 @@ def search_pairs(prepared: Prepared, store: Store) -> Searched:
 def _search_missing(prepared: Prepared, store: Store, todo: Sequence[PairPlan], searched: Searched) -> None:
     """Search pairs in waves, and add what comes of it to `searched`; a wave whose engines do not start fails alone."""
     waves = _waves(todo, prepared)
-    with ExitStack() as stack, SearchProgress(store) as progress:
+    with ExitStack() as stack, Progress("search", store, rows="responses") as progress:
         for pool in prepared.pools:
             stack.enter_context(pool)
         scorers = Scorers(prepared.pools)
@@ -83,7 +83,7 @@ def _search_missing(prepared: Prepared, store: Store, todo: Sequence[PairPlan], 
                 _search_wave(prepared, store, wave, scorers=scorers, progress=progress, searched=searched)
             except ExpoError as error:
                 _fail(searched, wave, error)
-        progress.finish("failed" if searched.failures else "done", sorted(searched.failures))
+        progress.finish(sorted(searched.failures))
 
 
 def drop_replaced(plans: Sequence[PairPlan], searched: Searched) -> list[PairPlan]:
@@ -108,7 +108,7 @@ def _search_wave(
     wave: Sequence[PairPlan],
     *,
     scorers: Scorers,
-    progress: SearchProgress,
+    progress: Progress,
     searched: Searched,
 ) -> None:
     with serving(wave, (), prepared.job.serving) as endpoint, ThreadPoolExecutor(len(wave)) as threads:
@@ -138,10 +138,10 @@ def _fail(searched: Searched, plans: Sequence[PairPlan], error: ExpoError) -> No
 
 
 def _search_one(
-    prepared: Prepared, store: Store, progress: SearchProgress, plan: PairPlan, evaluate: PairEvaluator
+    prepared: Prepared, store: Store, progress: Progress, plan: PairPlan, evaluate: PairEvaluator
 ) -> PairResult | ExpoError:
     settings, prompts = prepared.job.search, prepared.prompts
-    told, at_once = partial(progress.tell, plan.name), prepared.job.serving.replicas + 1
+    told, at_once = partial(progress.note, plan.name), prepared.job.serving.replicas + 1
     try:
         history, decision = search_pair(prompts, settings, evaluate, told, at_once=at_once)
         groups = (

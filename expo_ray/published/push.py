@@ -16,7 +16,7 @@ from expo_ray.config import format_alpha
 from expo_ray.errors import InputChanged, OutputError, StorageError
 from expo_ray.extrapolation.manifest import parse_manifest
 from expo_ray.extrapolation.model_folder import CARD, MANIFEST
-from expo_ray.extrapolation.progress import size_text
+from expo_ray.progress import size_text
 from expo_ray.published.verify import read_manifest
 from expo_ray.storage import FileInfo, Store, open_store
 from expo_ray.storage.hub import HubStore

@@ -19,7 +19,7 @@ from expo_ray.benchmark.judge import (
 from expo_ray.benchmark.judge_prompts import parse_chatml, verdict_template
 from expo_ray.benchmark.judging import Judged, JudgeRoom, ask
 from expo_ray.benchmark.pairwise import align, comparisons_of, judgments_in, questions_of, unparsed_ids
-from expo_ray.evaluation.progress import RowProgress
+from expo_ray.progress import Counters
 from expo_ray.storage import open_store
 from tests.support.judge_server import JudgeServer, judge_server
 
@@ -38,9 +38,8 @@ def judged(
     judge = Judge(server.url, "judge", **{"protocol": "verdict", "concurrency": 2, **options})  # type: ignore[arg-type]
     aligned = align(*sides, allow_missing=False)
     comparisons = comparisons_of(judge, verdict_template(), aligned, "both")
-    with RowProgress("judge", "judgments", quiet=True) as progress:
-        room = JudgeRoom(open_store(str(folder)), judge)
-        return ask(room, questions_of(comparisons), progress=progress, max_cost=max_cost, again=again)  # type: ignore[arg-type]
+    room = JudgeRoom(open_store(str(folder)), judge)
+    return ask(room, questions_of(comparisons), progress=Counters(), max_cost=max_cost, again=again)  # type: ignore[arg-type]
 
 
 def test_preferences_from_log_probabilities_are_those_of_alpaca_eval() -> None:

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from expo_ray.cli import commands
 from expo_ray.cli.process import main
 from expo_ray.extrapolation import stream
-from expo_ray.extrapolation.progress import Progress
 from expo_ray.extrapolation.run_job import run_job
+from expo_ray.progress import Progress
 from expo_ray.storage.local import LocalStore
 from tests.support.disks import remount
 from tests.support.pairs import (
@@ -470,8 +470,8 @@ def at_first_bytes(monkeypatch: pytest.MonkeyPatch, action: Callable[[], object]
     add = Progress.add
     done: list[object] = []
 
-    def watch(self: Progress, written: int) -> None:
-        add(self, written)
+    def watch(self: Progress, **counts: int) -> None:
+        add(self, **counts)
         if not done:
             done.append(action())
 

@@ -20,8 +20,8 @@ from examples.local_s3 import SeaweedFS
 from expo_ray.config import load_job
 from expo_ray.errors import ArithmeticFault, TransientStorageError
 from expo_ray.extrapolation.plan_job import outputs_of, plan_job
-from expo_ray.extrapolation.progress import Progress
 from expo_ray.extrapolation.run_job import Outcome, run_job
+from expo_ray.progress import Progress
 from tests.support.fault_proxy import Action, Fault
 from tests.support.pairs import llama_tensors, moved, write_both
 from tests.support.paths import ROOT
@@ -182,7 +182,7 @@ def run_here(ray_here: None, aws_environment: dict[str, str]) -> Callable[[Path]
     def run(file: Path) -> Outcome:
         job = load_job(file)
         plan = plan_job(job.pairs, [outputs_of(job, pair) for pair in job.pairs])
-        with Progress(quiet=True) as progress, OnRay(progress, device="cpu") as executor:
+        with Progress("extrapolate", quiet=True) as progress, OnRay(progress, device="cpu") as executor:
             return run_job(plan, executor, progress)
 
     return run
@@ -264,7 +264,7 @@ def test_a_cluster_without_nodes_is_waited_for(
     caplog.set_level("INFO", "expo_ray")
     seen = iter([{}, {"CPU": 640.0, "shard_io": 160.0}])
     monkeypatch.setattr(ray, "cluster_resources", lambda: next(seen))
-    with OnRay(Progress(quiet=True)) as executor:
+    with OnRay(Progress("extrapolate", quiet=True)) as executor:
         assert executor.slots == 160
     assert caplog.messages == ["waiting for the cluster's first worker node"]
 

@@ -9,11 +9,11 @@ from itertools import pairwise
 import numpy as np
 
 from expo_ray.config import Search
-from expo_ray.evaluation.progress import SearchProgress
 from expo_ray.evaluation.prompts.prompt_set import PromptSet, prompt_of
 from expo_ray.evaluation.search.evaluated import Evaluated
 from expo_ray.evaluation.search.search_pair import search_pair
 from expo_ray.extrapolation.step import SFT, Step
+from expo_ray.progress import Progress
 from expo_ray.storage import open_store
 
 PROMPTS = PromptSet.of(
@@ -77,16 +77,16 @@ def test_a_rung_asks_only_for_alphas_that_need_more_prompts_and_each_set_begins_
 
 def test_the_status_of_a_search_tells_what_each_pair_is_at() -> None:
     store = open_store("memory://status-of-a-search")
-    with SearchProgress(store) as progress:
-        progress.tell("one", "ladder, alpha 0, 0.1 on 64 prompts")
-        progress.begin(128, 64)
-        progress.add(300, 32)
-        progress.rewards.begin(32)
-        progress.rewards.add(0, 16)
+    with Progress("search", store, rows="responses") as progress:
+        progress.note("one", "ladder, alpha 0, 0.1 on 64 prompts")
+        progress.expect(rows=128, kept=64)
+        progress.add(rows=32, tokens=300)
+        progress.rewards.expect(rows=32)
+        progress.rewards.add(rows=16)
         assert progress.line.startswith("32/128 responses")
         assert progress.line.endswith("16/32 rewards")
-        progress.tell("two", "keep dpo")
-        progress.finish("done")
+        progress.note("two", "keep dpo")
+        progress.finish()
     status = json.loads(store.read("status.json"))
     assert (status["state"], status["stage"], status["tokens"]) == ("done", "search", 300)
     assert status["responses"] == {"done": 32, "all": 128, "kept": 64}

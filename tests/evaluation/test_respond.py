@@ -18,7 +18,6 @@ import pytest
 from expo_ray.cli.process import main
 from expo_ray.config import Job, Pair, PublishedModel, Sampling
 from expo_ray.errors import EndpointError
-from expo_ray.evaluation.progress import RowProgress
 from expo_ray.evaluation.prompts.prompt_set import PromptSet, prompt_of
 from expo_ray.evaluation.records import Response, response_from_row, seed_of
 from expo_ray.evaluation.responses import client as client_module
@@ -28,6 +27,7 @@ from expo_ray.evaluation.responses.ask_question import origin_fields, origin_of
 from expo_ray.evaluation.responses.client import Client
 from expo_ray.evaluation.responses.endpoint import Card
 from expo_ray.evaluation.row_store import RowStore
+from expo_ray.progress import Counters, Progress
 from expo_ray.storage import open_store
 from tests.support.disks import disk, remount
 from tests.support.fake_endpoint import LINE_ENDS, Body, FakeEndpoint, fake_endpoint, text_for
@@ -55,16 +55,8 @@ def sample_set(count: int, name: str = "s") -> PromptSet:
 def answers_of(
     endpoint: FakeEndpoint, prompts: PromptSet, uri: str, sampling: Sampling | None = None, slots: int = 32
 ) -> ModelResponses:
-    with RowProgress("respond", "responses", quiet=True) as progress:
-        return ask_model(
-            endpoint.url,
-            NAME,
-            [prompts],
-            sampling or Sampling(),
-            open_store(uri),
-            progress=progress,
-            slots=slots,
-        )
+    settings, store = sampling or Sampling(), open_store(uri)
+    return ask_model(endpoint.url, NAME, [prompts], settings, store, progress=Counters(), slots=slots)
 
 
 def prompt_file(folder: Path, count: int) -> Path:
@@ -112,10 +104,10 @@ def test_seeds_are_the_same_for_every_alpha_and_size() -> None:
     prompts = sample_set(200)
     seeds = {seed_of(Sampling(), prompt.id, sample) for prompt in prompts.prompts for sample in range(5)}
     assert len(seeds) == 1000
-    with fake_endpoint("p@0", NAME) as endpoint, RowProgress("respond", "responses", quiet=True) as progress:
+    with fake_endpoint("p@0", NAME) as endpoint:
         for name, part in (("p@0", prompts), (NAME, prompts.limit(20))):
             store = open_store("memory://seeds/out")
-            ask_model(endpoint.url, name, [part], Sampling(), store, progress=progress, slots=8)
+            ask_model(endpoint.url, name, [part], Sampling(), store, progress=Counters(), slots=8)
         by_model = {
             name: {
                 body["messages"][0]["content"]: body["seed"]
@@ -165,11 +157,11 @@ def test_a_job_asks_every_alpha_dpo_itself_and_every_model() -> None:
     store = open_store(job.output)
     with (
         fake_endpoint("p@0", "p@0.5", "p@2", "m") as endpoint,
-        RowProgress("respond", "responses", store, quiet=True) as progress,
+        Progress("respond", store, rows="responses", quiet=True) as progress,
     ):
         endpoint.failing = lambda body: (400, "no") if body["model"] == "p@2" and "q3" in str(body) else None
         done = ask_job_models(job, sets, store, Client(endpoint.url, slots=8), progress)
-        progress.finish("failed", done.failures)
+        progress.finish(done.failures)
     assert Counter(body["model"] for body in endpoint.chats) == {"p@0": 12, "p@0.5": 12, "p@2": 12, "m": 12}
     assert {name: len(answers.responses) for name, answers in done.answers.items()} == {
         "p@0": 12, "p@0.5": 12, "p@2": 11, "m": 12,

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 
 from expo_ray.errors import ExpoError, OutputError
-from expo_ray.evaluation.progress import RowProgress
 from expo_ray.evaluation.records import Response, Reward, reward_from_row, scored_digest
 from expo_ray.evaluation.rewards.reward_file import RewardFile, read_responses
 from expo_ray.evaluation.rewards.reward_function import ScoreFailure
 from expo_ray.evaluation.rewards.reward_inputs import RewardInput, function_inputs
 from expo_ray.evaluation.rewards.score_missing import RewardStore, score_responses, summarise_rewards
 from expo_ray.evaluation.row_store import RowStore, rows_text
+from expo_ray.progress import Counters
 from expo_ray.storage import open_store
 
 
@@ -58,8 +58,8 @@ def test_what_was_scored_before_a_stop_is_stored_and_not_scored_again(tmp_path: 
     rows = [row(number) for number in range(1, 12)]
     first, second = Lengths(stop_after=3), Lengths()
     with pytest.raises(ExpoError, match="stopped"):
-        score_responses(rows, first, parts, RowProgress("reward", "responses", quiet=True))
-    outcome = score_responses(rows, second, parts, RowProgress("reward", "responses", quiet=True))
+        score_responses(rows, first, parts, Counters())
+    outcome = score_responses(rows, second, parts, Counters())
     assert first.asked == [f"p{number}" for number in range(1, 7)]
     assert second.asked == [f"p{number}" for number in range(7, 12)]
     assert {key: one.reward for key, one in outcome.rewards.items()} == {
@@ -68,7 +68,7 @@ def test_what_was_scored_before_a_stop_is_stored_and_not_scored_again(tmp_path: 
     assert [one.prompt_id for one in outcome.failed] == ["p7"]
     assert outcome.made == 4
     third = Lengths()
-    score_responses([*rows, row(12)], third, parts, RowProgress("reward", "responses", quiet=True))
+    score_responses([*rows, row(12)], third, parts, Counters())
     assert third.asked == ["p7", "p12"]  # a failed one is tried again
 
 
@@ -96,7 +96,7 @@ def test_a_reward_is_of_the_very_response_that_was_scored(
             return RowStore(open_store(str(tmp_path)), "rewards/rm-1", reward_from_row)
         return RewardFile(str(tmp_path / "r.jsonl"), [first.key, second.key], {"model": "a"})
 
-    quiet = RowProgress("reward", "responses", quiet=True)
+    quiet = Counters()
     score_responses([first], Lengths(), reward_store(), quiet)
     again = Lengths()
     score_responses([first], again, reward_store(), quiet)
@@ -134,9 +134,7 @@ def test_a_file_is_completed_in_the_order_of_the_responses(tmp_path: Path) -> No
     ]
     RewardFile(file, order, {"model": "a"}).write(kept)
     scorer = Lengths()
-    score_responses(
-        rows, scorer, RewardFile(file, order, {"model": "a"}), RowProgress("reward", "responses", quiet=True)
-    )
+    score_responses(rows, scorer, RewardFile(file, order, {"model": "a"}), Counters())
     assert scorer.asked == ["p1"]
     written = [json.loads(line) for line in (tmp_path / "rewards.jsonl").read_text().splitlines()]
     assert [(one["prompt_id"], one["reward"]) for one in written] == [("p3", 3.0), ("p1", 1.0), ("p2", 2.0)]

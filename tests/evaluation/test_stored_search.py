@@ -20,12 +20,12 @@ from expo_ray.config import Pair, load_job
 from expo_ray.errors import InputChanged
 from expo_ray.extrapolation.plan import PairPlan, plan_pair
 from expo_ray.extrapolation.plan_job import JobPlan, inspect_pairs
-from expo_ray.extrapolation.progress import Progress
 from expo_ray.extrapolation.run_job import run_pairs
 from expo_ray.on_ray import pipeline
 from expo_ray.on_ray.check_job import Prepared, prepare
 from expo_ray.on_ray.extrapolation import OnRay
 from expo_ray.on_ray.search_pairs import Searched, drop_replaced
+from expo_ray.progress import Progress
 from expo_ray.published.verify import read_manifest, verify_files
 from expo_ray.report.results import PairResult, Results
 from expo_ray.report.stored import results_json
@@ -154,7 +154,7 @@ def test_workers_do_not_read_a_parent_that_is_replaced_while_models_are_written(
         return inspected
 
     monkeypatch.setattr("expo_ray.extrapolation.run_job.inspect_pairs", inspect_and_replace)
-    with Progress(quiet=True) as progress, OnRay(progress, device="cpu") as executor:
+    with Progress("extrapolate", quiet=True) as progress, OnRay(progress, device="cpu") as executor:
         outcome = run_pairs(plans, executor, progress)
     assert [model.pair for model in outcome.published] == ["second"]
     assert isinstance(outcome.failures["first"], InputChanged)

@@ -18,9 +18,9 @@ from expo_ray.extrapolation.model_folder import MANIFEST, claim
 from expo_ray.extrapolation.pinned import publication_plan
 from expo_ray.extrapolation.plan import PairPlan, plan_pair
 from expo_ray.extrapolation.plan_job import outputs_of
-from expo_ray.extrapolation.progress import Progress
 from expo_ray.extrapolation.run_job import Failures, Outcome, run_pairs
 from expo_ray.extrapolation.step import DPO, Step
+from expo_ray.progress import Progress
 from expo_ray.published.verify import read_manifest, verify_files
 from expo_ray.serving.served_models import plan_served_pairs
 from expo_ray.storage import open_store
@@ -176,7 +176,7 @@ def run(plans: Sequence[PairPlan], before_shards: Callable[[], None] = lambda: N
             self.waiting = False
             return super().extrapolate(plan, index, alphas)
 
-    with Progress(quiet=True) as progress, Executor(progress, device="cpu") as executor:
+    with Progress("extrapolate", quiet=True) as progress, Executor(progress, device="cpu") as executor:
         return run_pairs(plans, executor, progress)
 
 

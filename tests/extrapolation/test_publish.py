@@ -21,10 +21,10 @@ from expo_ray.extrapolation import in_threads, stream
 from expo_ray.extrapolation.in_threads import InThreads
 from expo_ray.extrapolation.model_folder import claim, release
 from expo_ray.extrapolation.plan_job import JobPlan, plan_job
-from expo_ray.extrapolation.progress import Progress
 from expo_ray.extrapolation.publish import publish
 from expo_ray.extrapolation.run_job import Outcome, run_job
 from expo_ray.extrapolation.shard import extrapolate_shard
+from expo_ray.progress import Progress
 from expo_ray.published.verify import read_manifest, verify_files
 from expo_ray.storage import open_store
 from expo_ray.storage.local import LocalStore
@@ -49,7 +49,7 @@ def planned(
 
 
 def run(job: JobPlan) -> Outcome:
-    with Progress(quiet=True) as progress, InThreads(progress, device="cpu") as executor:
+    with Progress("extrapolate", quiet=True) as progress, InThreads(progress, device="cpu") as executor:
         return run_job(job, executor, progress)
 
 
@@ -296,8 +296,8 @@ def test_a_run_that_lives_on_does_not_write_into_the_model_that_replaces_its_own
     add = Progress.add
     begun = threading.Event()
 
-    def replacing(self: Progress, written: int) -> None:
-        add(self, written)
+    def replacing(self: Progress, **counts: int) -> None:
+        add(self, **counts)
         if not begun.is_set() and shard_names(out):
             begun.set()
             assert not run(planned(pair, out, 1, overwrite=True)).failures
@@ -318,8 +318,8 @@ def test_a_claim_that_a_failed_twin_takes_back_is_renewed_unless_another_plan_is
     add = Progress.add
     begun = threading.Event()
 
-    def losing(self: Progress, written: int) -> None:
-        add(self, written)
+    def losing(self: Progress, **counts: int) -> None:
+        add(self, **counts)
         if not begun.is_set():
             begun.set()
             release(job.pairs[0], 0.5)
@@ -507,7 +507,7 @@ def test_a_job_killed_at_any_moment_leaves_no_torn_model_and_is_finished_by_a_se
         assert expo(*pair, out, 0.5, more=SHARDS) == 0
         assert model_of(out) == model_of(fresh)
         twice = begun + written.total() - shards
-        assert 0 <= twice <= InThreads(Progress(quiet=True), device="cpu").slots
+        assert 0 <= twice <= InThreads(Progress("extrapolate", quiet=True), device="cpu").slots
     assert published <= 2  # the manifest comes last: only a kill right after it finds it there
 
 
@@ -549,8 +549,8 @@ def test_a_job_that_is_told_to_stop_removes_what_it_had_begun(
     add = Progress.add
     told = threading.Event()
 
-    def stopping(self: Progress, written: int) -> None:
-        add(self, written)
+    def stopping(self: Progress, **counts: int) -> None:
+        add(self, **counts)
         if not told.is_set() and list(out.glob(f"{TEMP_PREFIX}*")):
             told.set()
             os.kill(os.getpid(), signal.SIGTERM)

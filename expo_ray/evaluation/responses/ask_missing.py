@@ -14,7 +14,6 @@ from typing import Any, Self
 from expo_ray.config import Sampling
 from expo_ray.errors import ExpoError, StorageError
 from expo_ray.evaluation.paths import ResponsesFolder
-from expo_ray.evaluation.progress import RowCount
 from expo_ray.evaluation.prompts.prompt_set import PromptSet
 from expo_ray.evaluation.records import Response, response_from_row
 from expo_ray.evaluation.responses.ask_question import (
@@ -29,6 +28,7 @@ from expo_ray.evaluation.responses.ask_question import (
 from expo_ray.evaluation.responses.client import Client
 from expo_ray.evaluation.responses.endpoint import KEY_VARIABLE, Card
 from expo_ray.evaluation.row_store import RowStore
+from expo_ray.progress import Counters
 from expo_ray.storage import Store
 
 Key = tuple[str, int]
@@ -74,7 +74,7 @@ def ask_model(
     sampling: Sampling,
     store: Store,
     *,
-    progress: RowCount,
+    progress: Counters,
     slots: int,
     key_variable: str = KEY_VARIABLE,
 ) -> ModelResponses:
@@ -94,7 +94,7 @@ def ask_model(
     async def run() -> ModelResponses:
         async with Client(url, slots=slots, key_variable=key_variable) as client:
             asking = await find_open_questions(client, name, sets, sampling, store)
-            progress.begin(len(asking.missing), len(asking.present))
+            progress.expect(rows=len(asking.missing), kept=len(asking.present))
             return await answer(client, asking, progress, client.concurrency)
 
     return asyncio.run(run())
@@ -133,7 +133,7 @@ def questions_of(card: Card, sets: Sequence[PromptSet], sampling: Sampling) -> d
 
 
 async def answer(
-    client: Client, asking: OpenQuestions, progress: RowCount, concurrency: int
+    client: Client, asking: OpenQuestions, progress: Counters, concurrency: int
 ) -> ModelResponses:
     """Ask for what is missing, and store it in parts as it comes.
 
@@ -157,7 +157,7 @@ async def answer(
                     unanswered.append(found)
                 else:
                     responses[found.key] = found
-                    progress.add(found.num_tokens)
+                    progress.add(rows=1, tokens=found.num_tokens)
                     await writer.add(found)
 
         await run_all([work() for _ in range(min(concurrency, len(asking.missing)))])

@@ -10,7 +10,6 @@ from functools import partial
 from expo_ray.config import Job, Sampling
 from expo_ray.errors import EndpointError, PromptError
 from expo_ray.evaluation.paths import responses_root
-from expo_ray.evaluation.progress import RowProgress
 from expo_ray.evaluation.prompts.prompt_set import PromptSet
 from expo_ray.evaluation.responses.ask_missing import (
     ModelResponses,
@@ -23,6 +22,7 @@ from expo_ray.evaluation.responses.ask_missing import (
 from expo_ray.evaluation.responses.ask_question import origin_of
 from expo_ray.evaluation.responses.client import Client
 from expo_ray.evaluation.responses.response_file import ResponseFile, check_origins
+from expo_ray.progress import Counters
 from expo_ray.serving.served_models import names_by_engine
 from expo_ray.storage import Store, join_uri
 from expo_ray.text import first_few, shown
@@ -44,7 +44,7 @@ class ResponsesByModel:
 
 
 def ask_job_models(
-    job: Job, sets: Sequence[PromptSet], store: Store, client: Client, progress: RowProgress
+    job: Job, sets: Sequence[PromptSet], store: Store, client: Client, progress: Counters
 ) -> ResponsesByModel:
     """Ask all models of a job for what `store` lacks; the engines of different pairs and models work at the same time.
 
@@ -60,7 +60,7 @@ def ask_job_models(
             plan_one = partial(find_open_questions, client, sets=sets, sampling=job.sampling, store=store)
             todo = [await _plan(plan_one, names, done) for names in names_by_engine(job).values()]
             for asking in (asking for askings in todo for asking in askings):
-                progress.begin(len(asking.missing), len(asking.present))
+                progress.expect(rows=len(asking.missing), kept=len(asking.present))
                 done.places[asking.card.name] = join_uri(store.uri, responses_root(asking.card.name))
             busy = sum(any(asking.missing for asking in askings) for askings in todo)
             concurrency = -(-client.concurrency // max(1, busy))
@@ -77,7 +77,7 @@ def ask_into_file(
     sampling: Sampling,
     *,
     client: Client,
-    progress: RowProgress,
+    progress: Counters,
 ) -> ResponsesByModel:
     """Ask one model for what a file lacks, and complete the file. Without a name, the endpoint's only model is asked.
 
@@ -98,7 +98,7 @@ def ask_into_file(
             present = {key: found[key] for key in questions if key in found}
             missing = [question for key, question in questions.items() if key not in present]
             asking = OpenQuestions(card, [prompts], present, missing, dict.fromkeys(origins, output.parts))
-            progress.begin(len(missing), len(present))
+            progress.expect(rows=len(missing), kept=len(present))
             await _ask(client, [asking], done, progress, client.concurrency)
         answers = done.answers.get(card.name, ModelResponses(present))
         output.write(prompts)
@@ -128,7 +128,7 @@ async def _ask(
     client: Client,
     askings: Sequence[OpenQuestions],
     done: ResponsesByModel,
-    progress: RowProgress,
+    progress: Counters,
     concurrency: int,
 ) -> None:
     """Ask the models of one engine, one after the other: it holds one alpha at a time."""

@@ -8,10 +8,10 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from expo_ray.evaluation.progress import RowCount
 from expo_ray.evaluation.records import Response, Reward, scored_digest
 from expo_ray.evaluation.rewards.reward_function import ScoreFailure
 from expo_ray.evaluation.rewards.reward_inputs import RewardInput
+from expo_ray.progress import Counters
 
 # Scores kept in memory at most this long: what a killed driver has to do again.
 _STORE_EVERY_S = 5.0
@@ -90,11 +90,11 @@ def find_unscored(
     return UnscoredResponses(stored, scorer.inputs(missing), reward_store)
 
 
-def score_missing(todo: UnscoredResponses, scorer: Scorer, progress: RowCount) -> ScoredResponses:
+def score_missing(todo: UnscoredResponses, scorer: Scorer, progress: Counters) -> ScoredResponses:
     """Score what is missing and store it as it comes.
 
     Args:
-        progress: has been told to expect these inputs.
+        progress: expects these inputs already.
 
     Raises:
         ExpoError: if the reward model cannot score at all; what was scored before is stored.
@@ -111,7 +111,9 @@ def score_missing(todo: UnscoredResponses, scorer: Scorer, progress: RowCount) -
                     outcome.rewards[one.key] = one
                     unsaved.append(one)
                     outcome.made += 1
-            progress.add(sum(one.num_tokens for one in batch if isinstance(one, Reward)), len(batch))
+            progress.add(
+                rows=len(batch), tokens=sum(one.num_tokens for one in batch if isinstance(one, Reward))
+            )
             if time.monotonic() - saved_at > _STORE_EVERY_S:
                 todo.reward_store.write(unsaved)
                 unsaved, saved_at = [], time.monotonic()
@@ -124,7 +126,7 @@ def score_responses(
     responses: Sequence[Response],
     scorer: Scorer,
     reward_store: RewardStore,
-    progress: RowCount,
+    progress: Counters,
 ) -> ScoredResponses:
     """The rewards of some responses: stored ones are read, missing ones made and stored.
 
@@ -133,7 +135,7 @@ def score_responses(
         ExpoError: if the reward model cannot score at all.
     """
     todo = find_unscored(responses, scorer, reward_store)
-    progress.begin(len(todo.inputs), len(todo.stored))
+    progress.expect(rows=len(todo.inputs), kept=len(todo.stored))
     return score_missing(todo, scorer, progress)
 
 
