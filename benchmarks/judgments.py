@@ -31,7 +31,8 @@ from expo_ray.benchmark.length_control import (
     controlled_win_rate,
     rejudged,
 )
-from expo_ray.evaluation.statistics import Array, Interval
+from expo_ray.evaluation.statistics import Array
+from expo_ray.report.results import Interval
 
 PROMPTS, POPULATION = 805, 60_000
 FIGURES = (

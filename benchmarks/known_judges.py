@@ -127,7 +127,7 @@ def judged(
             verdicts = read_annotations(str(file), covariates.prompts).verdicts
             controlled = score_arm(verdicts, covariates.official).controlled
             assert controlled is not None
-            rates.append(controlled.interval.value)
+            rates.append(controlled.interval.mean)
     return json.loads(done.stdout), rates[0] - rates[1]
 
 

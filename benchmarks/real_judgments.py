@@ -108,7 +108,7 @@ def _judges(folder: Path, covariates: Covariates) -> list[str]:
             raw = 100 * (expo.wins.mean() - dpo.wins.mean())
             rows.append(
                 (label, name, f"{direct.length_ratio:.2f}", f"{raw:+.2f}", *(f"{each:+.2f}" for each in changes),
-                 f"{direct.win_rate.interval.value:.2f}", f"{direct.controlled.interval.value:.2f}")
+                 f"{direct.win_rate.interval.mean:.2f}", f"{direct.controlled.interval.mean:.2f}")
             )  # fmt: skip
     header = (
         "judge",

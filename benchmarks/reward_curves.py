@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from expo_ray.evaluation.search.evaluated import Evaluated
+from expo_ray.evaluation.search.alpha_scores import AlphaScores
 from expo_ray.evaluation.search.history import Half, HalfName, History, Rung
 
 # Standard deviations of the reward: between prompts, the same for every alpha; and of each response.
@@ -100,11 +100,11 @@ class Pair:
 
     def evaluate(self, rung: Rung) -> None:
         half = self.history.half(rung.half)
-        found = dict(half.evaluated)
+        found = dict(half.scores)
         for alpha in rung.alphas:
             if alpha not in found or len(found[alpha].prompt_ids) < rung.num_prompts:
                 found[alpha] = self._respond(rung.half, alpha).first(rung.num_prompts)
-        self.history = replace(self.history, **{rung.half: replace(half, evaluated=found)})
+        self.history = replace(self.history, **{rung.half: replace(half, scores=found)})
 
     def gain(self, alpha: float) -> float:
         """The true gain of an alpha; what is below 0 by either reward model counts as it."""
@@ -119,9 +119,9 @@ class Pair:
     def mean(self, alpha: float, num_prompts: int = NUM_PROMPTS) -> float:
         """Mean reward on the choosing half, asked for where it is missing."""
         self.evaluate(Rung("choose", (alpha,), num_prompts, ""))
-        return float(self.history.choose.evaluated[alpha].rewards["reward"].mean())
+        return float(self.history.choose.scores[alpha].rewards["reward"].mean())
 
-    def _respond(self, half: HalfName, alpha: float) -> Evaluated:
+    def _respond(self, half: HalfName, alpha: float) -> AlphaScores:
         side = 0 if half == "choose" else 1
         by_prompt = np.random.default_rng([self.seed, 2, side])
         by_response = np.random.default_rng([self.seed, 3, side, round(alpha * 1e6)])
@@ -132,4 +132,4 @@ class Pair:
             for name, curve in (("reward", self.curve), ("second", self.other))
             if curve
         }
-        return Evaluated(alpha, _IDS, rewards, _ONE, cut=_ZERO, repetition=_ZERO, broken=_ZERO)
+        return AlphaScores(alpha, _IDS, rewards, _ONE, cut=_ZERO, repetition=_ZERO, broken=_ZERO)

@@ -41,7 +41,7 @@ from expo_ray.extrapolation.model_folder import claimed_by
 from expo_ray.extrapolation.plan import plan_pair
 from expo_ray.extrapolation.receipt import read_receipt
 from expo_ray.published.verify import read_manifest, verify_files
-from expo_ray.report.stored import parse_results
+from expo_ray.report.results_file import parse_results
 from expo_ray.storage import open_store
 from expo_ray.untrusted import compile_pattern
 from tests.support.paths import DATA

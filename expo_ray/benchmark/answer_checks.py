@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from expo_ray.evaluation.search.evaluated import repetition_of
+from expo_ray.evaluation.search.alpha_scores import repetition_of
 
 # A beginning of so many characters is hardly shared by chance.
 _PREFIX = 48

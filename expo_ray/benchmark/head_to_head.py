@@ -53,7 +53,7 @@ class HeadToHead:
     def p_value(self) -> float:
         """Two-sided, of the length-controlled win rate against 50, by its log-odds and their bootstrap standard error."""
         spread = float(_log_odds(self.controlled.replicates).std(ddof=1))
-        return p_value(float(_log_odds(np.array(self.controlled.interval.value))), spread)
+        return p_value(float(_log_odds(np.array(self.controlled.interval.mean))), spread)
 
 
 def head_to_head(verdicts: Verdicts) -> HeadToHead:

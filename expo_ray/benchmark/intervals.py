@@ -14,7 +14,8 @@ from typing import Literal
 import numpy as np
 
 from expo_ray.errors import BenchmarkError
-from expo_ray.evaluation.statistics import NORMAL, Array, Interval, bca, resample_counts
+from expo_ray.evaluation.statistics import NORMAL, Array, bca, resample_counts
+from expo_ray.report.results import Interval
 
 # A refit for each; the ends of a 95 % interval are then good to a tenth of the standard error.
 REFITS = 2_000
@@ -50,7 +51,7 @@ class Estimate:
 
     def moved_to(self, value: float, low: float = -math.inf, high: float = math.inf) -> Estimate:
         """Shift the whole figure to `value`, the result of another method, and cut its interval at the figure's limits."""
-        shift = value - self.interval.value
+        shift = value - self.interval.mean
         ends = [min(max(end + shift, low), high) for end in (self.interval.low, self.interval.high)]
         return Estimate(Interval(value, ends[0], ends[1]), self.replicates + shift, self.without_one + shift)
 
@@ -80,7 +81,7 @@ def mean_of(values: Array) -> Refit:
 def difference(figure: Estimate, reference: Estimate) -> Estimate:
     """Paired difference of two figures on the same prompts in the same order."""
     return _joined(
-        figure.interval.value - reference.interval.value,
+        figure.interval.mean - reference.interval.mean,
         figure.replicates - reference.replicates,
         figure.without_one - reference.without_one,
     )
@@ -97,7 +98,7 @@ def pooled(estimates: Sequence[Estimate]) -> Estimate:
     if len({len(each.without_one) for each in estimates}) != 1:
         raise BenchmarkError("pairs on different prompts cannot be pooled; compare all on the same ones")
     return _joined(
-        float(np.mean([each.interval.value for each in estimates])),
+        float(np.mean([each.interval.mean for each in estimates])),
         np.asarray(np.mean([each.replicates for each in estimates], axis=0)),
         np.asarray(np.mean([each.without_one for each in estimates], axis=0)),
     )

@@ -14,8 +14,8 @@ from expo_ray.benchmark.intervals import Estimate, holm, outcome, pooled
 from expo_ray.benchmark.leaderboard import TASKS, ModelTasks
 from expo_ray.benchmark.length_control import Kind
 from expo_ray.benchmark.mtbench import ModelRatings, score_ratings
-from expo_ray.evaluation.statistics import Interval
 from expo_ray.report.benchmark_page import Forest, ForestRow, Table
+from expo_ray.report.results import Interval
 from expo_ray.text import shown
 
 CONTROLS: Mapping[Kind, str] = {
@@ -113,7 +113,7 @@ def _duel_row(duel: HeadToHead, p: float) -> tuple[str, ...]:
         rate(duel.controlled),
         f"{duel.controlled.detectable:.1f}",
         _p_text(p),
-        outcome(duel.controlled.interval.value - 50, p),
+        outcome(duel.controlled.interval.mean - 50, p),
         _two_decimals(duel.length_ratio),
         str(duel.prompts),
         str(duel.unparsed),
@@ -153,7 +153,7 @@ def ratings_table(models: Sequence[ModelRatings]) -> Table:
         turns = (model.mean(0), model.mean(1))
         rows.append((
             model.model,
-            f"{figure.value:.2f} [{figure.low:.2f}, {figure.high:.2f}]",
+            f"{figure.mean:.2f} [{figure.low:.2f}, {figure.high:.2f}]",
             *("" if turn is None else f"{turn:.2f}" for turn in turns),
             *(f"{model.categories()[name]:.1f}" if name in model.categories() else "" for name in _categories(models)),
             str(model.num_ratings),
@@ -178,7 +178,7 @@ def ratings_difference_table(model: str, reference: str, figure: Estimate, quest
         ("models", "difference", "detectable", "at 5 %", "questions"),
         ((
             f"{model} - {reference}",
-            f"{interval.value:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]",
+            f"{interval.mean:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]",
             f"{figure.detectable:.2f}",
             verdict_of(interval),
             str(questions),
@@ -243,7 +243,7 @@ def interval_json(interval: Interval) -> list[float]:
 def estimate_json(figure: Estimate) -> dict[str, Any]:
     """A figure, its interval, its standard error and what it could have shown, unrounded."""
     return {
-        "value": figure.interval.value,
+        "value": figure.interval.mean,
         "interval": interval_json(figure.interval),
         "standard_error": figure.standard_error,
         "detectable": figure.detectable,
@@ -254,7 +254,7 @@ def arm_json(score: ArmScore) -> dict[str, Any]:
     """A model's win rates against the baseline, unrounded, in percent."""
     figures = {"win_rate": score.win_rate, "length_controlled_winrate": score.controlled}
     return {
-        **{name: figure.interval.value if figure else None for name, figure in figures.items()},
+        **{name: figure.interval.mean if figure else None for name, figure in figures.items()},
         "intervals": {
             name: interval_json(figure.interval) if figure else None for name, figure in figures.items()
         },
@@ -278,7 +278,7 @@ def duel_json(duel: HeadToHead) -> dict[str, Any]:
     """The head-to-head figures of one pair in the form of `arm_json`."""
     figures = {"win_rate": duel.win_rate, "length_controlled_winrate": duel.controlled}
     return {
-        **{name: figure.interval.value for name, figure in figures.items()},
+        **{name: figure.interval.mean for name, figure in figures.items()},
         "intervals": {name: interval_json(figure.interval) for name, figure in figures.items()},
         "n": duel.prompts,
         "unparsed": duel.unparsed,
@@ -299,7 +299,7 @@ def head_to_head_json(duels: Sequence[HeadToHead]) -> dict[str, Any]:
                 "length_controlled_winrate": estimate_json(duel.controlled),
                 "p": duel.p_value,
                 "p_holm": p,
-                "outcome": outcome(duel.controlled.interval.value - 50, p),
+                "outcome": outcome(duel.controlled.interval.mean - 50, p),
                 "length_ratio": duel.length_ratio,
                 "n": duel.prompts,
                 "unparsed": duel.unparsed,
@@ -315,13 +315,13 @@ def rate(figure: Estimate | None) -> str:
     if figure is None:
         return ""
     interval = figure.interval
-    return f"{interval.value:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+    return f"{interval.mean:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
 
 
 def points(figure: Estimate) -> str:
     """`+1.23 [-0.40, +2.91]`."""
     interval = figure.interval
-    return f"{interval.value:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]"
+    return f"{interval.mean:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]"
 
 
 def verdict_of(interval: Interval) -> str:
@@ -334,11 +334,11 @@ def _same_prompts(pairs: Sequence[HeadToHead] | Sequence[ArmDifference]) -> bool
 
 
 def _forest_row(label: str, interval: Interval, *, pooled: bool = False) -> ForestRow:
-    return ForestRow(label, interval.value, interval.low, interval.high, pooled)
+    return ForestRow(label, interval.mean, interval.low, interval.high, pooled)
 
 
 def _minus_half(interval: Interval) -> Interval:
-    return Interval(interval.value - 50, interval.low - 50, interval.high - 50)
+    return Interval(interval.mean - 50, interval.low - 50, interval.high - 50)
 
 
 def _p_text(p: float) -> str:

@@ -9,7 +9,7 @@ import sys
 from expo_ray.config import Job, load_job
 from expo_ray.on_ray.check_job import Prepared, prepare
 from expo_ray.on_ray.pipeline import run_pipeline
-from expo_ray.report.page import PAGE
+from expo_ray.report.report_page import PAGE
 from expo_ray.report.results import PairResult, Results
 from expo_ray.storage import join_uri
 from expo_ray.storage.uri import expand_home

@@ -8,12 +8,13 @@ are resampled together.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
+
+from expo_ray.report.results import Interval
 
 Array = NDArray[np.float64]
 # Takes means of columns, (..., columns), and gives the statistic, (...).
@@ -23,18 +24,6 @@ RESAMPLES = 10_000
 _SEED = 20_240_425
 _BLOCK = 1_000
 NORMAL = NormalDist()
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate with its two-sided confidence interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 
 
 def bootstrap(columns: Array, statistic: Statistic, confidence: float = 0.95) -> Interval:

@@ -17,7 +17,7 @@ from expo_ray.evaluation.responses.endpoint import KEY_VARIABLE
 from expo_ray.evaluation.responses.likelihoods import likelihood_from_row, measure_likelihoods
 from expo_ray.evaluation.rewards.score_missing import score_responses
 from expo_ray.evaluation.row_store import RowStore
-from expo_ray.evaluation.search.evaluated import Evaluated, LogProbabilities, evaluated
+from expo_ray.evaluation.search.alpha_scores import AlphaScores, LogProbabilities, alpha_scores
 from expo_ray.evaluation.search.search_pair import first
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.step import DPO, Step, stepped
@@ -87,7 +87,7 @@ class PairEvaluator:
     def num_tokens(self) -> int:
         return sum(self._counted.values())
 
-    def __call__(self, step: Step, prompts: PromptSet) -> Evaluated:
+    def __call__(self, step: Step, prompts: PromptSet) -> AlphaScores:
         """One step on some prompts.
 
         Raises:
@@ -103,7 +103,7 @@ class PairEvaluator:
         self._counted |= {(step, key): one.num_tokens for key, one in responses.items()}
         rewards = {pool.spec.name: self._rewards(name, responses, pool) for pool in self._scorers.pools}
         ids = [prompt.id for prompt in prompts.prompts]
-        return evaluated(
+        return alpha_scores(
             step.alpha, ids, responses, rewards, special_tokens=self._special_tokens, logprobs=logprobs
         )
 

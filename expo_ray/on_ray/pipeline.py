@@ -27,9 +27,9 @@ from expo_ray.on_ray.extrapolation import OnRay
 from expo_ray.on_ray.search_pairs import search_pairs
 from expo_ray.progress import Progress
 from expo_ray.published.push_job import push_winners
-from expo_ray.report.page import write_report
+from expo_ray.report.report_page import write_report
 from expo_ray.report.results import PairResult, Results
-from expo_ray.report.stored import write_results
+from expo_ray.report.results_file import write_results
 from expo_ray.storage import Store, open_store
 
 log = logging.getLogger("expo_ray")

@@ -23,7 +23,7 @@ from expo_ray.on_ray.pair_evaluator import PairEvaluator, Scorers
 from expo_ray.on_ray.serving.serve_models import serving
 from expo_ray.progress import Progress
 from expo_ray.report.results import PairResult, Results
-from expo_ray.report.stored import RESULTS_BYTES, parse_results, results_json
+from expo_ray.report.results_file import RESULTS_BYTES, parse_results, results_json
 from expo_ray.storage import Store
 
 log = logging.getLogger("expo_ray")

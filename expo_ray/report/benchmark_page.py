@@ -60,7 +60,7 @@ def benchmark_page(title: str, tables: Sequence[Table], forests: Sequence[Forest
         JobError: if what draws the page is not installed.
     """
     try:
-        from expo_ray.report.page import template_environment
+        from expo_ray.report.report_page import template_environment
 
         template = template_environment().get_template("benchmark.html")
         drawings = [

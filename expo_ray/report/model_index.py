@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from expo_ray.config import format_alpha
+from expo_ray.report.formatting import interval, share, signed
 from expo_ray.report.markdown import plain, table
-from expo_ray.report.results import Estimate, Measured, PairResult
-from expo_ray.report.texts import interval, share, signed
+from expo_ray.report.results import Interval, Measurement, PairResult
 from expo_ray.text import shown
 
 _HALVES = {"confirm": "Prompts that alpha was not chosen on", "choose": "Prompts that alpha was chosen on"}
@@ -77,7 +77,7 @@ def evaluation_section(result: PairResult, alpha: float) -> list[str]:
     ]
 
 
-def _rows(result: PairResult, alpha: float) -> Iterator[tuple[str, str, list[Measured]]]:
+def _rows(result: PairResult, alpha: float) -> Iterator[tuple[str, str, list[Measurement]]]:
     for half, name in _HALVES.items():
         measured = result.chosen if alpha == result.decision else result.measured
         rows = [one for one in measured if (one.alpha, one.half) == (alpha, half)]
@@ -85,18 +85,18 @@ def _rows(result: PairResult, alpha: float) -> Iterator[tuple[str, str, list[Mea
             yield half, name, rows
 
 
-def _metrics(one: Measured) -> Iterator[dict[str, Any]]:
+def _metrics(one: Measurement) -> Iterator[dict[str, Any]]:
     for kind, name, value in (
         ("reward", "Mean reward", one.reward),
         ("reward_gain", "Gain in reward over dpo", one.gain),
         ("length_controlled_reward_gain", "Gain in reward over dpo, length-controlled", one.controlled_gain),
         ("win_rate", "Win rate over dpo", one.win_rate),
     ):
-        mean = value.mean if isinstance(value, Estimate) else value
+        mean = value.mean if isinstance(value, Interval) else value
         if mean is None or not math.isfinite(mean):
             continue
         metric: dict[str, Any] = {"type": kind, "value": mean, "name": f"{name}, {shown(one.reward_model)}"}
-        if isinstance(value, Estimate) and math.isfinite(value.low) and math.isfinite(value.high):
+        if isinstance(value, Interval) and math.isfinite(value.low) and math.isfinite(value.high):
             metric["args"] = {"low": value.low, "high": value.high}
         yield metric
 

@@ -31,16 +31,19 @@ class Recorded:
 
 
 @dataclass(frozen=True)
-class Estimate(Recorded):
-    """A mean over prompts with its confidence interval."""
+class Interval(Recorded):
+    """An estimate from means over prompts, with the ends of its two-sided confidence interval."""
 
     mean: Number
     low: Number
     high: Number
 
+    def __str__(self) -> str:
+        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+
 
 @dataclass(frozen=True)
-class Measured(Recorded):
+class Measurement(Recorded):
     """One alpha of one pair on one half of the prompts, by one reward model.
 
     Attributes:
@@ -55,14 +58,14 @@ class Measured(Recorded):
     half: HalfName
     reward_model: str
     prompts: int
-    reward: Estimate
-    gain: Estimate
-    controlled_gain: Estimate | None
+    reward: Interval
+    gain: Interval
+    controlled_gain: Interval | None
     win_rate: Number
 
 
 @dataclass(frozen=True)
-class Guardrail(Recorded):
+class GuardrailCheck(Recorded):
     """One measure of one alpha against its limit.
 
     Attributes:
@@ -110,7 +113,7 @@ class GroupTrial(Recorded):
 
     multipliers: Mapping[str, Number]
     prompts: int
-    gain: Estimate
+    gain: Interval
     reason: str
 
 
@@ -127,7 +130,7 @@ class Groups(Recorded):
     multipliers: Mapping[str, Number]
     reason: str
     trials: tuple[GroupTrial, ...] = ()
-    measured: tuple[Measured, ...] = ()
+    measured: tuple[Measurement, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -157,8 +160,8 @@ class PairResult(Recorded):
     dpo: str
     decision: Number
     reason: str
-    measured: tuple[Measured, ...] = ()
-    guardrails: tuple[Guardrail, ...] = ()
+    measured: tuple[Measurement, ...] = ()
+    guardrails: tuple[GuardrailCheck, ...] = ()
     rejected: Mapping[AlphaKey, str] = field(default_factory=dict)
     effective_alphas: Mapping[AlphaKey, Number] = field(default_factory=dict)
     mean_tokens: Mapping[AlphaKey, Number] = field(default_factory=dict)
@@ -177,7 +180,7 @@ class PairResult(Recorded):
         return self.groups.multipliers if self.groups else {}
 
     @property
-    def chosen(self) -> tuple[Measured, ...]:
+    def chosen(self) -> tuple[Measurement, ...]:
         """What was measured of the chosen model, its multipliers among it; empty where dpo is kept."""
         if self.groups and self.groups.multipliers:
             return self.groups.measured
@@ -198,7 +201,7 @@ class PairResult(Recorded):
         best = max(confirmed or tried, key=lambda one: one.gain.mean, default=None)
         return best.alpha if best else None
 
-    def find(self, alpha: float | None, half: HalfName, reward_model: str) -> Measured | None:
+    def find(self, alpha: float | None, half: HalfName, reward_model: str) -> Measurement | None:
         """What was measured there, if anything was."""
         for one in self.measured:
             if (one.alpha, one.half, one.reward_model) == (alpha, half, reward_model):
@@ -206,7 +209,7 @@ class PairResult(Recorded):
         return None
 
     @property
-    def headline(self) -> Measured | None:
+    def headline(self) -> Measurement | None:
         """The gain to compare pairs by: of the chosen alpha, by the choosing model, on prompts that did not choose it if there are any."""
         by_half = {one.half: one for one in self.chosen if one.reward_model == self.reward_models[0]}
         return by_half.get("confirm") or by_half.get("choose")

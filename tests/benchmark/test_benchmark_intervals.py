@@ -26,7 +26,7 @@ def test_the_interval_of_a_mean_is_scipys() -> None:
         (values,), np.mean, method="BCa", n_resamples=20_000, rng=np.random.default_rng(1)
     ).confidence_interval
     width = wanted.high - wanted.low
-    assert figure.interval.value == pytest.approx(values.mean())
+    assert figure.interval.mean == pytest.approx(values.mean())
     assert figure.interval.low == pytest.approx(wanted.low, abs=0.06 * width)
     assert figure.interval.high == pytest.approx(wanted.high, abs=0.06 * width)
     assert figure.standard_error == pytest.approx(stats.sem(values), rel=0.05)
@@ -38,8 +38,8 @@ def test_a_difference_is_paired() -> None:
     dpo, expo = ease + generator.normal(0, 1, 200), ease + 0.5 + generator.normal(0, 1, 200)
     figure = difference(estimate(mean_of(expo), 200), estimate(mean_of(dpo), 200))
     test = stats.ttest_rel(expo, dpo)
-    assert figure.interval.value == pytest.approx((expo - dpo).mean())
-    assert figure.interval.value / figure.standard_error == pytest.approx(test.statistic, rel=0.06)
+    assert figure.interval.mean == pytest.approx((expo - dpo).mean())
+    assert figure.interval.mean / figure.standard_error == pytest.approx(test.statistic, rel=0.06)
 
 
 def test_pairs_on_the_same_prompts_are_pooled_jointly() -> None:

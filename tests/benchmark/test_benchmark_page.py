@@ -53,7 +53,7 @@ def test_head_to_head_is_adjusted_over_pairs_and_pooled() -> None:
     for pair, each in zip(result["pairs"], duels, strict=True):
         assert each.p_value <= pair["p_holm"] <= min(1, 4 * each.p_value)
     assert len(table.rows) == 5
-    mean = np.mean([each.controlled.interval.value for each in duels])
+    mean = np.mean([each.controlled.interval.mean for each in duels])
     assert result["pooled"]["value"] == pytest.approx(mean)
     json.dumps(result, allow_nan=False)
 

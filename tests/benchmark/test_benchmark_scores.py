@@ -288,7 +288,7 @@ def test_a_few_rows_without_a_verdict_are_counted(tmp_path: Path, caplog: pytest
     score = score_arm(arm, None)
     assert (len(score.verdicts.index), score.unparsed) == (59, 1)
     kept = [row["preference"] - 1 for row in rows if row["preference"] is not None]
-    assert score.win_rate.interval.value == pytest.approx(100 * np.mean(kept))
+    assert score.win_rate.interval.mean == pytest.approx(100 * np.mean(kept))
     assert "1 of 60" in caplog.text
 
 

@@ -72,21 +72,21 @@ def test_verdicts_that_are_all_the_same_have_a_finite_fit() -> None:
     for value, rate in ((1.0, 100), (0.0, 0), (0.5, 50)):
         same = verdicts(np.full(40, value), arm.lengths, arm.opponent_lengths)
         result = head_to_head(same)
-        assert result.controlled.interval.value == pytest.approx(rate, abs=0.1)
-        assert result.win_rate.interval.value == 100 * value
+        assert result.controlled.interval.mean == pytest.approx(rate, abs=0.1)
+        assert result.win_rate.interval.mean == 100 * value
     assert head_to_head(verdicts(np.full(40, 0.5), arm.lengths, arm.opponent_lengths)).p_value == 1
 
 
 def test_verdicts_that_length_alone_decides_have_a_finite_fit() -> None:
     lengths = np.arange(1, 41).astype(np.float64)
     result = head_to_head(verdicts((lengths > 20).astype(np.float64), lengths, np.full(40, 20.5)))
-    assert result.controlled.interval.value == pytest.approx(50, abs=2)
+    assert result.controlled.interval.mean == pytest.approx(50, abs=2)
 
 
 def test_equal_lengths_leave_the_win_rate_as_it_is() -> None:
     arm, _, _ = simulated()
     result = head_to_head(verdicts(arm.wins, arm.lengths, arm.lengths + 7))
-    assert result.controlled.interval.value == pytest.approx(result.win_rate.interval.value, abs=1e-2)
+    assert result.controlled.interval.mean == pytest.approx(result.win_rate.interval.mean, abs=1e-2)
 
 
 def test_better_answers_that_are_longer_too_keep_their_lead() -> None:
@@ -99,7 +99,7 @@ def test_better_answers_that_are_longer_too_keep_their_lead() -> None:
     result = head_to_head(verdicts(wins, lengths, opponent))
     truth = 100 / (1 + np.exp(-0.4))
     assert result.controlled.interval.low < truth < result.controlled.interval.high
-    assert result.win_rate.interval.value > result.controlled.interval.value
+    assert result.win_rate.interval.mean > result.controlled.interval.mean
     assert result.p_value < 0.001
 
 
@@ -145,7 +145,7 @@ def test_an_indifferent_judge_finds_no_difference_on_real_lengths_and_official_l
         assert change == pytest.approx(0, abs=0.3), expo
         assert official < -1, expo
         direct = head_to_head(verdicts(half, lengths[expo], lengths[dpo]))
-        assert direct.controlled.interval.value == pytest.approx(50, abs=0.3)
+        assert direct.controlled.interval.mean == pytest.approx(50, abs=0.3)
 
 
 def test_a_judge_who_likes_length_is_set_right_on_real_lengths() -> None:
@@ -158,8 +158,8 @@ def test_a_judge_who_likes_length_is_set_right_on_real_lengths() -> None:
     own = rejudged([judged(each, baseline) for each in gamed], covariates.difficulty)
     for dpo, expo in pairs:
         direct = head_to_head(judged(lengths[expo], lengths[dpo]))
-        assert direct.win_rate.interval.value > 51
-        assert direct.controlled.interval.value == pytest.approx(50, abs=1.5), expo
+        assert direct.win_rate.interval.mean > 51
+        assert direct.controlled.interval.mean == pytest.approx(50, abs=1.5), expo
         rates = [controlled_win_rate(judged(lengths[name], baseline), own) for name in (dpo, expo)]
         change = np.diff([rate(np.ones((1, len(baseline))))[0] for rate in rates])[0]
         assert change == pytest.approx(0, abs=1), expo
@@ -209,9 +209,9 @@ def test_arms_with_different_gaps_are_compared_on_the_prompts_they_share() -> No
     result = compare_arms(first, second, control)
     assert result.prompts == 110
     assert first.unparsed == 10
-    assert result.win_rate.interval.value == 0
+    assert result.win_rate.interval.mean == 0
     assert result.controlled is not None
-    assert result.controlled.interval.value == 0
+    assert result.controlled.interval.mean == 0
 
 
 def test_a_regression_without_gamed_rows_ignores_what_its_difficulty_would_share() -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from examples.local_s3 import ACCESS_KEY, SECRET_KEY, SeaweedFS
 from expo_ray.config.fields import named_after
-from expo_ray.report.stored import results_json
+from expo_ray.report.results_file import results_json
 from tests.support.fake_endpoint import FakeEndpoint, fake_endpoint
 from tests.support.hub_server import TOKEN, HubServer, Repository
 from tests.support.pairs import files_of, write_pair

@@ -11,7 +11,7 @@ import torch
 
 from expo_ray.config import Group, Pair, Search
 from expo_ray.evaluation.prompts.prompt_set import PromptSet, prompt_of
-from expo_ray.evaluation.search.evaluated import Evaluated
+from expo_ray.evaluation.search.alpha_scores import AlphaScores
 from expo_ray.evaluation.search.groups import GroupDecision, search_groups
 from expo_ray.evaluation.search.search_pair import halves_of
 from expo_ray.extrapolation.plan import plan_pair
@@ -33,7 +33,7 @@ class Truth:
         self.worth, self.other, self.lengthens = worth, other, lengthens
         self.asked: list[tuple[Step, int]] = []
 
-    def __call__(self, step: Step, prompts: PromptSet) -> Evaluated:
+    def __call__(self, step: Step, prompts: PromptSet) -> AlphaScores:
         ids = tuple(prompt.id for prompt in prompts.prompts)
         self.asked.append((step, len(ids)))
         parts = [f"{group}={factor:g}" for group, factor in step.factors]
@@ -43,7 +43,7 @@ class Truth:
         ones = np.ones(len(ids))
         lengths = ones * (400 if self.lengthens in parts else 200)
         second = true + noise[::-1] if step == DPO or not step.factors else self.other + noise[::-1]
-        return Evaluated(
+        return AlphaScores(
             step.alpha, ids, {"rm": true + noise, "second": second}, lengths, 0 * ones, 0 * ones, 0 * ones
         )
 

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from expo_ray.config import Guardrails
 from expo_ray.evaluation.records import Response, Reward
-from expo_ray.evaluation.search.evaluated import (
-    Evaluated,
+from expo_ray.evaluation.search.alpha_scores import (
+    AlphaScores,
     EvaluationError,
-    evaluated,
+    alpha_scores,
     is_broken,
     repetition_of,
 )
@@ -38,10 +38,10 @@ def scored(rows: list[Response], reward: float = 1.0) -> dict[str, dict[tuple[st
     return {"rm": {row.key: Reward(row.prompt_id, row.sample, reward) for row in rows}}
 
 
-def flat(**changes: object) -> Evaluated:
+def flat(**changes: object) -> AlphaScores:
     """100 prompts: 100 tokens each, nothing cut, repeated or broken."""
     zero = np.zeros(100)
-    plain = Evaluated(
+    plain = AlphaScores(
         0.0, tuple(map(str, range(100))), {"rm": zero}, np.full(100, 100.0), cut=zero, repetition=zero, broken=zero
     )  # fmt: skip
     return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
@@ -52,7 +52,7 @@ def share(value: float) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     return (np.arange(100) < round(100 * value)).astype(float)
 
 
-def find(name: str, one: Evaluated, dpo: Evaluated) -> Check:
+def find(name: str, one: AlphaScores, dpo: AlphaScores) -> Check:
     return next(check for check in checks(one, dpo, Guardrails(), 0.95) if check.name == name)
 
 
@@ -68,7 +68,7 @@ def test_samples_are_averaged_within_a_prompt_and_prompts_keep_the_order_of_the_
         "rm": {row.key: Reward(row.prompt_id, row.sample, row.num_tokens / 2) for row in rows},
         "other": {row.key: Reward(row.prompt_id, row.sample, 7.0) for row in rows},
     }
-    found = evaluated(0.5, ["b", "a"], keyed(rows), rewards)
+    found = alpha_scores(0.5, ["b", "a"], keyed(rows), rewards)
     assert found.prompt_ids == ("b", "a")
     assert list(found.rewards) == ["rm", "other"]
     assert found.rewards["rm"].tolist() == [10, 1.5]
@@ -82,13 +82,13 @@ def test_samples_are_averaged_within_a_prompt_and_prompts_keep_the_order_of_the_
 def test_rows_that_do_not_fit_are_named() -> None:
     rows = [response("a"), response("b")]
     with pytest.raises(EvaluationError, match=r"1 of 3 prompts .*\(c\)"):
-        evaluated(0.5, ["a", "b", "c"], keyed(rows), scored(rows))
+        alpha_scores(0.5, ["a", "b", "c"], keyed(rows), scored(rows))
     with pytest.raises(EvaluationError, match=r"rm has not scored 1 of 2 responses \(b/0\)"):
-        evaluated(0.5, ["a", "b"], keyed(rows), scored(rows[:1]))
+        alpha_scores(0.5, ["a", "b"], keyed(rows), scored(rows[:1]))
     with pytest.raises(EvaluationError, match="no finite number"):
-        evaluated(0.5, ["a", "b"], keyed(rows), scored(rows, float("nan")))
+        alpha_scores(0.5, ["a", "b"], keyed(rows), scored(rows, float("nan")))
     with pytest.raises(EvaluationError, match="no rewards"):
-        evaluated(0.5, ["a", "b"], keyed(rows), {})
+        alpha_scores(0.5, ["a", "b"], keyed(rows), {})
 
 
 @pytest.mark.parametrize(
@@ -163,13 +163,13 @@ def test_divergence_is_per_token_of_dpos_own_responses() -> None:
     rows = [response("a"), response("b")]
     dpo = {("a", 0): [-1.0, -1.0], ("b", 0): [-0.5] * 8}
     moved = {("a", 0): [-2.0, -3.0], ("b", 0): [-1.1] * 8}
-    found = evaluated(0.5, ["a", "b"], keyed(rows), scored(rows), logprobs=(dpo, moved))
+    found = alpha_scores(0.5, ["a", "b"], keyed(rows), scored(rows), logprobs=(dpo, moved))
     check = find("kl", found, found)
     assert check.value == pytest.approx((1 + 2 + 8 * 0.6) / 10)
     assert check.verdict == "warn"
     assert all(check.name != "kl" for check in checks(flat(), flat(), Guardrails(), 0.95))
     with pytest.raises(EvaluationError, match="1 log-probabilities and dpo 2"):
-        evaluated(0.5, ["a"], keyed(rows), scored(rows), logprobs=(dpo, {("a", 0): [-2.0]}))
+        alpha_scores(0.5, ["a"], keyed(rows), scored(rows), logprobs=(dpo, {("a", 0): [-2.0]}))
 
 
 def test_another_reward_model_has_a_veto_where_it_finds_the_responses_worse() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from expo_ray.config import Search
 from expo_ray.evaluation.prompts.prompt_set import PromptSet, prompt_of
-from expo_ray.evaluation.search.evaluated import Evaluated
+from expo_ray.evaluation.search.alpha_scores import AlphaScores
 from expo_ray.evaluation.search.search_pair import search_pair
 from expo_ray.extrapolation.step import SFT, Step
 from expo_ray.progress import Progress
@@ -28,7 +28,7 @@ class Curve:
         self.height = height
         self.asked: list[tuple[float, tuple[str, ...]]] = []
 
-    def __call__(self, step: Step, prompts: PromptSet) -> Evaluated:
+    def __call__(self, step: Step, prompts: PromptSet) -> AlphaScores:
         alpha = step.alpha
         ids = tuple(prompt.id for prompt in prompts.prompts)
         self.asked.append((alpha, ids))
@@ -36,7 +36,7 @@ class Curve:
         noise = [np.random.default_rng([int(one, 16), round(1000 * (alpha + 1))]).normal() for one in ids]
         shared = [np.random.default_rng(int(one, 16)).normal() for one in ids]
         ones = np.ones(len(ids))
-        return Evaluated(
+        return AlphaScores(
             alpha, ids, {"rm": true + np.array(noise) + np.array(shared)}, 20 * ones, 0 * ones, 0 * ones, 0 * ones
         )  # fmt: skip
 
@@ -47,9 +47,9 @@ def test_a_gain_is_found_and_confirmed_on_prompts_that_did_not_choose_it() -> No
     assert 0.3 <= decision.alpha <= 1.6, decision.reason
     choose, confirm = ({prompt.id for prompt in half.prompts} for half in PROMPTS.halves())
     assert not choose & confirm
-    assert set(history.choose.evaluated[decision.alpha].prompt_ids) <= choose
-    assert set(history.confirm.evaluated[decision.alpha].prompt_ids) <= confirm
-    assert SFT.alpha in history.choose.evaluated
+    assert set(history.choose.scores[decision.alpha].prompt_ids) <= choose
+    assert set(history.confirm.scores[decision.alpha].prompt_ids) <= confirm
+    assert SFT.alpha in history.choose.scores
     assert any(one.half == "confirm" and one.gain.low > 0 for one in decision.evidence)
 
 

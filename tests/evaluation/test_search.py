@@ -11,8 +11,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from expo_ray.config import Search
+from expo_ray.evaluation.search.alpha_scores import AlphaScores, EvaluationError
 from expo_ray.evaluation.search.decision import Decision, decide
-from expo_ray.evaluation.search.evaluated import Evaluated, EvaluationError
 from expo_ray.evaluation.search.history import Half, HalfName, History, Rung
 from expo_ray.evaluation.search.methods import SearchError, next_rung
 from expo_ray.evaluation.search.top import top_of
@@ -38,18 +38,18 @@ class Pair:
     def evaluate(self, rung: Rung) -> None:
         """As the pipeline does: each alpha that is missing, on the prompts asked for."""
         half = self.history.half(rung.half)
-        found = dict(half.evaluated)
+        found = dict(half.scores)
         for alpha in rung.alphas:
             if alpha not in found or len(found[alpha].prompt_ids) < rung.num_prompts:
                 found[alpha] = self.respond(rung.half, alpha, half.num_prompts).first(rung.num_prompts)
-        self.history = replace(self.history, **{rung.half: replace(half, evaluated=found)})
+        self.history = replace(self.history, **{rung.half: replace(half, scores=found)})
 
-    def respond(self, half: HalfName, alpha: float, count: int) -> Evaluated:
+    def respond(self, half: HalfName, alpha: float, count: int) -> AlphaScores:
         side = 0 if half == "choose" else 1
         ease = np.random.default_rng([self.seed, side]).normal(0, 2, count)
         generator = np.random.default_rng([self.seed, side, round((alpha + 1) * 1e6)])
         zero = np.zeros(count)
-        return Evaluated(
+        return AlphaScores(
             alpha,
             tuple(f"{half}-{number}" for number in range(count)),
             {
@@ -118,7 +118,7 @@ def test_no_gain_keeps_dpo_and_says_so() -> None:
 
 def test_a_gain_that_untouched_prompts_do_not_confirm_is_none() -> None:
     class Overfitted(Pair):
-        def respond(self, half: HalfName, alpha: float, count: int) -> Evaluated:
+        def respond(self, half: HalfName, alpha: float, count: int) -> AlphaScores:
             self.curves = (hill(1.0) if half == "choose" else flat,)
             return super().respond(half, alpha, count)
 
@@ -132,7 +132,7 @@ def test_a_gain_that_untouched_prompts_do_not_confirm_is_none() -> None:
 def test_a_climb_that_only_the_choosing_reward_likes_is_stopped_by_the_second_model() -> None:
     hacked = Pair(lambda alpha: alpha, lambda alpha: 0.1 * alpha - 0.1 * alpha**2)
     found = hacked.search(Search())
-    tried = set(hacked.history.choose.evaluated)
+    tried = set(hacked.history.choose.scores)
     assert max(tried) < 12, "the climb goes on past what the second model finds worse"
     assert found.alpha == 0
     assert "by rm1" in found.reason
@@ -162,7 +162,7 @@ def test_a_guardrail_ends_the_climb_and_bounds_the_race() -> None:
     pair = Pair(lambda alpha: alpha, length=lambda alpha: 200 * (1 + alpha / 3))
     found = pair.search(Search())
     # x1.6 is reached at alpha 1.8: the step at 3.2 trips, and nothing beyond is tried.
-    assert max(pair.history.choose.evaluated) == 3.2
+    assert max(pair.history.choose.scores) == 3.2
     assert 0.8 <= found.alpha <= 1.8
     tripped = next(one for one in found.rejected if one.alpha == 3.2)
     assert tripped.stage == "ladder"
@@ -174,7 +174,7 @@ def test_a_guardrail_that_trips_late_leaves_the_alphas_below_it() -> None:
     class Longer(Pair):
         """Past alpha 0.5, responses to the later prompts are three times as long: 128 prompts do not show it."""
 
-        def respond(self, half: HalfName, alpha: float, count: int) -> Evaluated:
+        def respond(self, half: HalfName, alpha: float, count: int) -> AlphaScores:
             found = super().respond(half, alpha, count)
             late = np.arange(count) >= 128
             return replace(found, lengths=np.where(late & (alpha > 0.5), 3, 1) * found.lengths)
@@ -195,7 +195,7 @@ def test_every_alpha_that_was_tried_is_chosen_or_has_a_reason() -> None:
     for curve in (hill(0.3), hill(5.0, 0.3), flat, lambda alpha: alpha):
         pair = Pair(curve, seed=3)
         found = pair.search(Search())
-        tried = set(pair.history.choose.evaluated) - {0.0}
+        tried = set(pair.history.choose.scores) - {0.0}
         assert {one.alpha for one in found.rejected} == tried - {found.alpha}
         assert all(one.reason for one in found.rejected)
 
@@ -233,11 +233,11 @@ def test_any_set_and_any_settings_come_to_an_end(
 ) -> None:
     pair = Pair(curve, halves=(choose, confirm))
     found = pair.search(Search(prompts=prompts, largest_alpha=largest))
-    assert max(pair.history.choose.evaluated) <= max(largest, 0.4)
+    assert max(pair.history.choose.scores) <= max(largest, 0.4)
     assert len(pair.asked) < 20
-    assert {one.alpha for one in found.rejected} | {found.alpha, 0.0} == set(
-        pair.history.choose.evaluated
-    ) | {0.0}
+    assert {one.alpha for one in found.rejected} | {found.alpha, 0.0} == set(pair.history.choose.scores) | {
+        0.0
+    }
 
 
 def test_the_grid_tries_the_list_and_never_chooses_an_interpolation() -> None:
@@ -280,7 +280,7 @@ def test_a_decision_before_the_end_and_too_few_prompts_are_refused() -> None:
 def test_alphas_on_other_prompts_are_not_compared() -> None:
     pair = Pair(hill(1.0))
     pair.evaluate(Rung("choose", (0.0, 0.1, 0.2, 0.4), 128, "ladder"))
-    known = dict(pair.history.choose.evaluated)
+    known = dict(pair.history.choose.scores)
     known[0.2] = replace(known[0.2], prompt_ids=known[0.2].prompt_ids[::-1])
     with pytest.raises(EvaluationError, match=r"alpha 0\.2 was evaluated on other prompts"):
         next_rung(History(Half(1000, known)), Search())

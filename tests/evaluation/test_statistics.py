@@ -37,7 +37,7 @@ def test_the_interval_of_the_gain_is_scipys() -> None:
         (rewards - dpo,), np.mean, method="BCa", n_resamples=20_000, rng=np.random.default_rng(1)
     ).confidence_interval
     found = gain(rewards, dpo)
-    assert found.value == pytest.approx((rewards - dpo).mean())
+    assert found.mean == pytest.approx((rewards - dpo).mean())
     # Two resamplings of 10,000 and 20,000 agree to a few hundredths of the interval's width.
     width = wanted.high - wanted.low
     assert found.low == pytest.approx(wanted.low, abs=0.03 * width)
@@ -69,35 +69,33 @@ def test_the_length_controlled_gain_is_the_intercept_of_least_squares_refitted_i
 
     found = length_controlled_gain(rewards, dpo, lengths, dpo_lengths)
     everything = np.arange(len(y))
-    assert found.value == pytest.approx(intercept(everything), rel=1e-6)
+    assert found.mean == pytest.approx(intercept(everything), rel=1e-6)
     generator = np.random.default_rng(5)
     refitted = [intercept(generator.choice(everything, len(y))) for _ in range(4000)]
     low, high = np.quantile(refitted, [0.025, 0.975])
     assert found.low == pytest.approx(low, abs=0.1 * (high - low))
     assert found.high == pytest.approx(high, abs=0.1 * (high - low))
     # Half of the raw gain was length: 0.5 is what was put in.
-    assert gain(rewards, dpo).value > 0.9
+    assert gain(rewards, dpo).mean > 0.9
     assert found.low < 0.5 < found.high
 
 
 def test_equal_lengths_leave_the_gain_as_it_is() -> None:
     rewards, dpo, lengths, _ = skewed(50)
     controlled, raw = length_controlled_gain(rewards, dpo, lengths, lengths), gain(rewards, dpo)
-    assert (controlled.value, controlled.low, controlled.high) == pytest.approx(
-        (raw.value, raw.low, raw.high)
-    )
+    assert (controlled.mean, controlled.low, controlled.high) == pytest.approx((raw.mean, raw.low, raw.high))
 
 
 def test_a_tie_is_half_a_win() -> None:
     dpo = np.zeros(8)
-    assert win_rate(np.array([1, 1, 1, 0, 0, -1, -1, -1.0]), dpo).value == 0.5
-    assert win_rate(np.array([1, 0, 0, 0, 0, 0, 0, 0.0]), dpo).value == (1 + 7 / 2) / 8
+    assert win_rate(np.array([1, 1, 1, 0, 0, -1, -1, -1.0]), dpo).mean == 0.5
+    assert win_rate(np.array([1, 0, 0, 0, 0, 0, 0, 0.0]), dpo).mean == (1 + 7 / 2) / 8
 
 
 def test_equal_rewards_have_an_interval_without_width() -> None:
     rewards = np.linspace(0, 19, 20)
     found = gain(rewards, rewards.copy())
-    assert (found.value, found.low, found.high) == (0, 0, 0)
+    assert (found.mean, found.low, found.high) == (0, 0, 0)
 
 
 def test_one_prompt_has_no_interval() -> None:
@@ -134,9 +132,9 @@ def test_an_interval_holds_its_estimate_and_turns_with_the_sign(found: tuple[Arr
     assert one.low <= one.high
     assert one.low >= (rewards - dpo).min() - slack
     assert one.high <= (rewards - dpo).max() + slack
-    assert other.value == pytest.approx(-one.value, abs=slack)
+    assert other.mean == pytest.approx(-one.mean, abs=slack)
     assert other.low == pytest.approx(-one.high, abs=slack + 0.05 * (one.high - one.low))
-    assert win_rate(rewards, dpo).value + win_rate(dpo, rewards).value == pytest.approx(1)
+    assert win_rate(rewards, dpo).mean + win_rate(dpo, rewards).mean == pytest.approx(1)
 
 
 def test_the_standard_error_is_that_of_a_paired_t_test() -> None:

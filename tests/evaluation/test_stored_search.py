@@ -28,7 +28,7 @@ from expo_ray.on_ray.search_pairs import Searched, drop_replaced
 from expo_ray.progress import Progress
 from expo_ray.published.verify import read_manifest, verify_files
 from expo_ray.report.results import PairResult, Results
-from expo_ray.report.stored import results_json
+from expo_ray.report.results_file import results_json
 from expo_ray.storage import open_store
 from tests.support.chat_models import save_chat_lora, save_chat_pair
 from tests.support.pairs import files_of

@@ -12,7 +12,7 @@ from expo_ray.errors import CheckpointError, OutputError
 from expo_ray.extrapolation.manifest import parse_manifest
 from expo_ray.extrapolation.model_folder import claimed_by
 from expo_ray.extrapolation.receipt import read_receipt
-from expo_ray.report.stored import parse_results
+from expo_ray.report.results_file import parse_results
 from expo_ray.storage import open_store
 from tests.support.paths import DATA
 from tests.support.sample_results import sample_results

@@ -16,9 +16,9 @@ import yaml
 from expo_ray.cli.process import main
 from expo_ray.errors import OutputError
 from expo_ray.report.model_card import model_card
-from expo_ray.report.page import page_of, write_report
-from expo_ray.report.results import Estimate, Guardrail, Measured, PairResult, Results
-from expo_ray.report.stored import RESULTS, parse_results, read_results, results_json, write_results
+from expo_ray.report.report_page import page_of, write_report
+from expo_ray.report.results import GuardrailCheck, Interval, Measurement, PairResult, Results
+from expo_ray.report.results_file import RESULTS, parse_results, read_results, results_json, write_results
 from expo_ray.storage import open_store
 from tests.support.browser import Tab
 from tests.support.sample_results import HOSTILE, LONG_WORD, MODELS, sample_results
@@ -109,13 +109,13 @@ def pair_of(results: Results, name: str) -> PairResult:
     return next(pair for pair in results.pairs if pair.name == name)
 
 
-def measured(pair: PairResult, alpha: float, half: str, model: str) -> Measured:
+def measured(pair: PairResult, alpha: float, half: str, model: str) -> Measurement:
     found = [one for one in pair.measured if (one.alpha, one.half, one.reward_model) == (alpha, half, model)]
     assert len(found) == 1
     return found[0]
 
 
-def shown(estimate: Estimate) -> str:
+def shown(estimate: Interval) -> str:
     return f"{estimate.mean:+.3f} [{estimate.low:+.3f}, {estimate.high:+.3f}]".replace("-", "\u2212")
 
 
@@ -129,7 +129,7 @@ def test_alphas_and_numbers_that_json_lacks_survive(results: Results) -> None:
     pair = replace(
         results.pairs[0],
         rejected={-1.0: "a", 0.1: "b", 1e-7: "c", 1 / 3: "d"},
-        guardrails=(Guardrail(0.1, "length ratio", math.inf, 1.6, "reject", "no end"),),
+        guardrails=(GuardrailCheck(0.1, "length ratio", math.inf, 1.6, "reject", "no end"),),
         examples=(replace(results.pairs[0].examples[0], prompt="half a pair: \ud800"),),
     )
     data = results_json(replace(results, pairs=(pair,)))
@@ -175,7 +175,7 @@ def test_the_overview_sorts_pairs_by_gain_and_shows_the_numbers_of_results(
         shown(measured(pair, 0.4, "choose", MODELS[0]).gain),
         shown(measured(pair, 0.4, "confirm", MODELS[0]).gain),
         shown(measured(pair, 0.4, "confirm", MODELS[1]).gain),
-        shown(cast("Estimate", measured(pair, 0.4, "confirm", MODELS[0]).controlled_gain)),
+        shown(cast("Interval", measured(pair, 0.4, "confirm", MODELS[0]).controlled_gain)),
     ]
     assert rows[2][6] == f"{measured(pair, 0.4, 'confirm', MODELS[0]).win_rate:.1%}"
     assert rows[2][7] == f"\u00d7{pair.mean_tokens[0.4] / pair.mean_tokens[0.0]:.2f}"
@@ -326,11 +326,11 @@ def test_the_same_results_give_the_same_page(results: Results, text: str) -> Non
 
 @pytest.mark.parametrize("alphas", [(), (0.0,), (0.5,), (0.0, 300.0)])
 def test_a_run_that_hardly_began_has_a_page(alphas: tuple[float, ...]) -> None:
-    nothing = Estimate(math.nan, -math.inf, math.inf)
+    nothing = Interval(math.nan, -math.inf, math.inf)
     pair = PairResult(
         "a $x$ <b>pair</b>", "sft", "dpo", 0.0, "too early to tell",
-        measured=tuple(Measured(alpha, "choose", "by $length$", 1, nothing, nothing, None, 0.5) for alpha in alphas),
-        guardrails=tuple(Guardrail(alpha, "length ratio", math.inf, 1.6, "reject", "endless") for alpha in alphas),
+        measured=tuple(Measurement(alpha, "choose", "by $length$", 1, nothing, nothing, None, 0.5) for alpha in alphas),
+        guardrails=tuple(GuardrailCheck(alpha, "length ratio", math.inf, 1.6, "reject", "endless") for alpha in alphas),
         mean_tokens=dict.fromkeys(alphas, 0.0),
     )  # fmt: skip
     page = Page(page_of(Results("out", "2026-11-24", (pair,))))

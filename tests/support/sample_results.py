@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from expo_ray.report.results import (
-    Estimate,
     Example,
     Groups,
     GroupTrial,
-    Guardrail,
+    GuardrailCheck,
     HalfName,
-    Measured,
+    Interval,
+    Measurement,
     PairResult,
     Results,
     Verdict,
@@ -143,7 +143,7 @@ def _pair(
     )  # fmt: skip
 
 
-def _groups(measured: Sequence[Measured]) -> Groups:
+def _groups(measured: Sequence[Measurement]) -> Groups:
     """Multipliers that were tried on the chosen alpha: one combination is better than alpha alone."""
     chosen = {"attention": 0.5, "mlp": 2.0}
     return Groups(
@@ -153,13 +153,13 @@ def _groups(measured: Sequence[Measured]) -> Groups:
             GroupTrial(
                 {"embeddings": 0.0},
                 128,
-                Estimate(-0.02, -0.13, 0.09),
+                Interval(-0.02, -0.13, 0.09),
                 "its gain over alpha alone is not above 0.056",
             ),
             GroupTrial(
-                {"attention": 0.5}, 512, Estimate(0.12, -0.02, 0.25), "attention x0.5, mlp x2 is better"
+                {"attention": 0.5}, 512, Interval(0.12, -0.02, 0.25), "attention x0.5, mlp x2 is better"
             ),
-            GroupTrial(chosen, 512, Estimate(0.24, 0.1, 0.39), ""),
+            GroupTrial(chosen, 512, Interval(0.24, 0.1, 0.39), ""),
         ),
         measured=tuple(
             replace(one, gain=replace(one.gain, mean=one.gain.mean + 0.2, high=one.gain.high + 0.2))
@@ -171,7 +171,7 @@ def _groups(measured: Sequence[Measured]) -> Groups:
 
 def _measured(
     chance: random.Random, at: tuple[str, float, HalfName, int], hill: tuple[float, float, float]
-) -> Measured:
+) -> Measurement:
     model, alpha, half, prompts = at
     second = model != MODELS[0]
     gain = _gain(alpha, *hill) * (0.55 if second else 1.0)
@@ -180,16 +180,16 @@ def _measured(
     base += 0.07 * (half == "confirm")
     width *= 0.0 if alpha == 0 else math.sqrt(512 / prompts) * (1 + 0.3 * math.asinh(abs(alpha)))
     controlled = gain - 0.06 * math.asinh(alpha)
-    return Measured(
+    return Measurement(
         alpha=alpha,
         half=half,
         reward_model=model,
         prompts=prompts,
-        reward=Estimate(base + gain, base + gain - 0.2, base + gain + 0.2),
-        gain=Estimate(gain, gain - width, gain + width),
+        reward=Interval(base + gain, base + gain - 0.2, base + gain + 0.2),
+        gain=Interval(gain, gain - width, gain + width),
         controlled_gain=None
         if alpha > hill[2]
-        else Estimate(controlled, controlled - width * 1.2, controlled + width * 1.2),
+        else Interval(controlled, controlled - width * 1.2, controlled + width * 1.2),
         win_rate=0.5 if alpha == 0 else 0.5 + 0.4 * math.tanh(gain),
     )
 
@@ -204,7 +204,7 @@ def _gain(alpha: float, optimum: float, height: float, collapse: float) -> float
     return hill - 1.2 * max(0.0, math.log(alpha / collapse) + 0.4)
 
 
-def _guards(alpha: float, collapse: float, lengths: dict[float, float]) -> list[Guardrail]:
+def _guards(alpha: float, collapse: float, lengths: dict[float, float]) -> list[GuardrailCheck]:
     strain = alpha / collapse
     values = {
         "length ratio": (lengths[alpha] / lengths[0.0], 1.3, 1.6),
@@ -214,7 +214,7 @@ def _guards(alpha: float, collapse: float, lengths: dict[float, float]) -> list[
         "kl": (0.11 * alpha**1.2, 0.5, 2.0),
     }
     return [
-        Guardrail(
+        GuardrailCheck(
             alpha,
             name,
             value,

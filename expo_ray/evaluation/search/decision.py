@@ -10,7 +10,8 @@ from expo_ray.evaluation.search.guardrails import Check, checks, rejection
 from expo_ray.evaluation.search.history import HalfName, History
 from expo_ray.evaluation.search.methods import looks_better, picked_alpha
 from expo_ray.evaluation.search.picked import Picked, Rejected
-from expo_ray.evaluation.statistics import Interval, gain, length_controlled_gain, win_rate
+from expo_ray.evaluation.statistics import gain, length_controlled_gain, win_rate
+from expo_ray.report.results import Interval
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,9 @@ def _evidence(history: History, settings: Search, picked: Picked) -> Iterator[Ev
     names: tuple[HalfName, ...] = ("choose", "confirm")
     for name in names:
         half = history.half(name)
-        if picked.alpha not in half.evaluated or 0.0 not in half.evaluated:
+        if picked.alpha not in half.scores or 0.0 not in half.scores:
             continue
-        size = min(len(half.evaluated[alpha].prompt_ids) for alpha in (0.0, picked.alpha))
+        size = min(len(half.scores[alpha].prompt_ids) for alpha in (0.0, picked.alpha))
         one, dpo = half.at(picked.alpha, size), half.at(0.0, size)
         for reward, values in one.rewards.items():
             before = dpo.rewards[reward]
@@ -115,8 +116,8 @@ def _evidence(history: History, settings: Search, picked: Picked) -> Iterator[Ev
 def _guardrails(history: History, settings: Search, picked: Picked) -> tuple[Check, ...]:
     if not picked.alpha:
         return ()
-    half = history.confirm if picked.alpha in history.confirm.evaluated else history.choose
-    size = min(len(half.evaluated[alpha].prompt_ids) for alpha in (0.0, picked.alpha))
+    half = history.confirm if picked.alpha in history.confirm.scores else history.choose
+    size = min(len(half.scores[alpha].prompt_ids) for alpha in (0.0, picked.alpha))
     return checks(half.at(picked.alpha, size), half.at(0.0, size), settings.guardrails, settings.confidence)
 
 
@@ -139,7 +140,7 @@ def _fault(
 
 def _corrected_fault(history: History, settings: Search, picked: Picked) -> str:
     """The test on the choosing half alone: the alpha was picked on it, from among many (Bonferroni)."""
-    tried = sum(alpha > 0 for alpha in history.choose.evaluated)
+    tried = sum(alpha > 0 for alpha in history.choose.scores)
     confidence = 1 - (1 - settings.confidence) / tried
     rewards = history.choose.rewards((picked.alpha, 0.0), picked.num_prompts)
     bound = gain(rewards[:, 0], rewards[:, 1], confidence)

@@ -12,18 +12,19 @@ from dataclasses import dataclass, field, replace
 
 from expo_ray.config import Group, Search, format_alpha
 from expo_ray.evaluation.prompts.prompt_set import PromptSet
-from expo_ray.evaluation.search.evaluated import Evaluated
+from expo_ray.evaluation.search.alpha_scores import AlphaScores
 from expo_ray.evaluation.search.guardrails import checks, rejection
 from expo_ray.evaluation.search.history import HalfName
 from expo_ray.evaluation.search.methods import FEWEST_PROMPTS
 from expo_ray.evaluation.search.search_pair import Evaluate, Tell, first, halves_of
-from expo_ray.evaluation.statistics import Interval, gain, standard_error
+from expo_ray.evaluation.statistics import gain, standard_error
 from expo_ray.extrapolation.step import DPO, Step
+from expo_ray.report.results import Interval
 
 # Of alpha, in one group. 1 is alpha alone.
 FACTORS = (0.0, 0.5, 2.0)
 
-Found = Mapping[Step, Evaluated]
+Found = Mapping[Step, AlphaScores]
 
 
 @dataclass(frozen=True)
@@ -163,11 +164,11 @@ class _Course:
         }
         for step in steps:
             fault = self._veto(step, found, self.settings.confidence)
-            if not fault and self.trials[step].gain.value <= limits[step]:
+            if not fault and self.trials[step].gain.mean <= limits[step]:
                 fault = f"its gain over alpha alone is not above {limits[step]:.3f}"
             self.trials[step] = replace(self.trials[step], fell=fault)
         passed = [step for step in steps if not self.trials[step].fell]
-        best = max(passed, key=lambda step: self.trials[step].gain.value, default=None)
+        best = max(passed, key=lambda step: self.trials[step].gain.mean, default=None)
         for step in passed:
             if step != best:
                 self.trials[step] = replace(self.trials[step], fell=f"{self._text(best)} is better")

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from expo_ray.config.search import Guardrails, Limit
-from expo_ray.evaluation.search.evaluated import Evaluated
+from expo_ray.evaluation.search.alpha_scores import AlphaScores
 from expo_ray.evaluation.statistics import Array, gain
 
 Verdict = Literal["ok", "warn", "reject"]
@@ -38,7 +38,7 @@ class Check:
     text: str
 
 
-def checks(one: Evaluated, dpo: Evaluated, limits: Guardrails, confidence: float) -> tuple[Check, ...]:
+def checks(one: AlphaScores, dpo: AlphaScores, limits: Guardrails, confidence: float) -> tuple[Check, ...]:
     """All guardrails of an alpha, against dpo on the same prompts.
 
     Args:
@@ -77,7 +77,7 @@ def _verdict(value: float, limit: Limit) -> tuple[Verdict, float]:
     return ("warn" if value > limit.warn else "ok"), limit.warn
 
 
-def _length(one: Evaluated, dpo: Evaluated, limit: Limit) -> Check:
+def _length(one: AlphaScores, dpo: AlphaScores, limit: Limit) -> Check:
     before, after = float(dpo.lengths.mean()), float(one.lengths.mean())
     # Twice as short is as suspicious as twice as long.
     ratio = after / before if before else np.inf if after else 1.0
@@ -104,7 +104,7 @@ def _rise(name: str, what: str, dpo: Array, one: Array, limit: Limit) -> Check:
     )
 
 
-def _divergence(one: Evaluated, limit: Limit) -> Iterator[Check]:
+def _divergence(one: AlphaScores, limit: Limit) -> Iterator[Check]:
     if one.divergence is not None and one.divergence[:, 1].sum() > 0:
         total, count = one.divergence.sum(axis=0)
         verdict, at = _verdict(float(total / count), limit)
@@ -117,13 +117,13 @@ def _divergence(one: Evaluated, limit: Limit) -> Iterator[Check]:
         )
 
 
-def _other_rewards(one: Evaluated, dpo: Evaluated, confidence: float) -> Iterator[Check]:
+def _other_rewards(one: AlphaScores, dpo: AlphaScores, confidence: float) -> Iterator[Check]:
     """The reward models that do not choose: an alpha that one of them finds worse than dpo has not improved the model."""
     for name in list(one.rewards)[1:]:
         found = gain(one.rewards[name], dpo.rewards[name], confidence)
         worse = found.high < 0
         text = f"{name} finds it {'worse than' if worse else 'no worse than'} dpo, by {found}"
-        yield Check(f"reward of {name}", found.value, 0.0, "reject" if worse else "ok", text)
+        yield Check(f"reward of {name}", found.mean, 0.0, "reject" if worse else "ok", text)
 
 
 def _against(verdict: Verdict, limit: str) -> str:

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from expo_ray.config import format_alpha
-from expo_ray.evaluation.search.evaluated import Evaluated, EvaluationError
+from expo_ray.evaluation.search.alpha_scores import AlphaScores, EvaluationError
 from expo_ray.evaluation.statistics import Array
 
 HalfName = Literal["choose", "confirm"]
@@ -38,26 +38,26 @@ class Half:
 
     Attributes:
         num_prompts: of the half; 0 if there is none.
-        evaluated: by alpha, each on the first prompts of the half, as many as were asked.
+        scores: by alpha, each on the first prompts of the half, as many as were asked.
     """
 
     num_prompts: int
-    evaluated: Mapping[float, Evaluated]
+    scores: Mapping[float, AlphaScores]
 
     def has(self, rung: Rung) -> bool:
         """True if the half knows all that `rung` asks for."""
         return all(
-            alpha in self.evaluated and len(self.evaluated[alpha].prompt_ids) >= rung.num_prompts
+            alpha in self.scores and len(self.scores[alpha].prompt_ids) >= rung.num_prompts
             for alpha in rung.alphas
         )
 
-    def at(self, alpha: float, num_prompts: int) -> Evaluated:
+    def at(self, alpha: float, num_prompts: int) -> AlphaScores:
         """One alpha on the first `num_prompts` prompts.
 
         Raises:
             EvaluationError: if its prompts are not those of dpo; a paired difference would then mean nothing.
         """
-        found, dpo = self.evaluated[alpha].first(num_prompts), self.evaluated[0.0].first(num_prompts)
+        found, dpo = self.scores[alpha].first(num_prompts), self.scores[0.0].first(num_prompts)
         if found.prompt_ids != dpo.prompt_ids or list(found.rewards) != list(dpo.rewards):
             raise EvaluationError(
                 f"alpha {format_alpha(alpha)} was evaluated on other prompts or reward models than dpo; evaluate both on the "
@@ -88,5 +88,5 @@ class History:
         return sum(
             len(one.prompt_ids) * one.samples
             for half in (self.choose, self.confirm)
-            for one in half.evaluated.values()
+            for one in half.scores.values()
         )

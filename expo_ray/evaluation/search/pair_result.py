@@ -10,14 +10,13 @@ import numpy as np
 from expo_ray.config import Search
 from expo_ray.config.search import Limit
 from expo_ray.evaluation.records import Response
+from expo_ray.evaluation.search.alpha_scores import AlphaScores
 from expo_ray.evaluation.search.decision import Decision
-from expo_ray.evaluation.search.evaluated import Evaluated
 from expo_ray.evaluation.search.groups import GroupDecision
 from expo_ray.evaluation.search.guardrails import checks
 from expo_ray.evaluation.search.history import Half, HalfName, History
 from expo_ray.evaluation.statistics import (
     Array,
-    Interval,
     bootstrap,
     gain,
     length_controlled_gain,
@@ -25,7 +24,15 @@ from expo_ray.evaluation.statistics import (
 )
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.step import DPO, SFT, Step
-from expo_ray.report.results import Estimate, Example, Groups, GroupTrial, Guardrail, Measured, PairResult
+from expo_ray.report.results import (
+    Example,
+    Groups,
+    GroupTrial,
+    GuardrailCheck,
+    Interval,
+    Measurement,
+    PairResult,
+)
 
 # Prompts shown in full: half of those that gained most, half of those that lost most.
 NUM_EXAMPLES = 6
@@ -62,13 +69,13 @@ def pair_result(
         measured=tuple(
             one
             for half in halves
-            for alpha in sorted(history.half(half).evaluated)
+            for alpha in sorted(history.half(half).scores)
             for one in _measured(half, *_compared(history.half(half), alpha), settings.confidence)
         ),
         guardrails=tuple(_guardrails(history.choose, settings)),
         rejected={one.alpha: f"{one.stage}: {one.reason}" for one in decision.rejected},
         mean_tokens={
-            alpha: float(one.lengths.mean()) for alpha, one in sorted(history.choose.evaluated.items())
+            alpha: float(one.lengths.mean()) for alpha, one in sorted(history.choose.scores.items())
         },
         examples=tuple(_examples(history, decision, texts, groups)),
         generations=generations,
@@ -82,20 +89,18 @@ def _named(uri: str, revision: str) -> str:
     return f"{uri}@{revision}" if revision and "@" not in uri else uri
 
 
-def _measured(half: HalfName, one: Evaluated, dpo: Evaluated, confidence: float) -> Iterator[Measured]:
+def _measured(half: HalfName, one: AlphaScores, dpo: AlphaScores, confidence: float) -> Iterator[Measurement]:
     for model, rewards in one.rewards.items():
         before = dpo.rewards[model]
-        yield Measured(
+        yield Measurement(
             alpha=one.alpha,
             half=half,
             reward_model=model,
             prompts=len(one.prompt_ids),
-            reward=_estimate(_mean(rewards, confidence)),
-            gain=_estimate(gain(rewards, before, confidence)),
-            controlled_gain=_estimate(
-                length_controlled_gain(rewards, before, one.lengths, dpo.lengths, confidence)
-            ),
-            win_rate=win_rate(rewards, before, confidence).value,
+            reward=_mean(rewards, confidence),
+            gain=gain(rewards, before, confidence),
+            controlled_gain=length_controlled_gain(rewards, before, one.lengths, dpo.lengths, confidence),
+            win_rate=win_rate(rewards, before, confidence).mean,
         )
 
 
@@ -105,8 +110,7 @@ def _groups(groups: GroupDecision, confidence: float) -> Groups:
         multipliers=dict(groups.step.factors),
         reason=groups.reason,
         trials=tuple(
-            GroupTrial(dict(one.step.factors), one.num_prompts, _estimate(one.gain), one.fell)
-            for one in groups.trials
+            GroupTrial(dict(one.step.factors), one.num_prompts, one.gain, one.fell) for one in groups.trials
         ),
         measured=tuple(
             one
@@ -118,20 +122,20 @@ def _groups(groups: GroupDecision, confidence: float) -> Groups:
     )
 
 
-def _guardrails(half: Half, settings: Search) -> Iterator[Guardrail]:
-    for alpha in sorted(half.evaluated):
+def _guardrails(half: Half, settings: Search) -> Iterator[GuardrailCheck]:
+    for alpha in sorted(half.scores):
         if alpha in (DPO.alpha, SFT.alpha):
             continue
         one, dpo = _compared(half, alpha)
         for check in checks(one, dpo, settings.guardrails, settings.confidence):
             limit: Limit | None = getattr(settings.guardrails, check.name.replace(" ", "_"), None)
             rejects, warns = (limit.reject, limit.warn) if limit else (check.limit, None)
-            yield Guardrail(alpha, check.name, check.value, rejects, check.verdict, check.text, warns)
+            yield GuardrailCheck(alpha, check.name, check.value, rejects, check.verdict, check.text, warns)
 
 
-def _compared(half: Half, alpha: float) -> tuple[Evaluated, Evaluated]:
+def _compared(half: Half, alpha: float) -> tuple[AlphaScores, AlphaScores]:
     """An alpha and dpo on all prompts that both were evaluated on."""
-    size = min(len(half.evaluated[one].prompt_ids) for one in (0.0, alpha))
+    size = min(len(half.scores[one].prompt_ids) for one in (0.0, alpha))
     return half.at(alpha, size), half.at(0.0, size)
 
 
@@ -139,16 +143,12 @@ def _mean(rewards: Array, confidence: float) -> Interval:
     return bootstrap(rewards[:, None], lambda means: means[..., 0], confidence)
 
 
-def _estimate(interval: Interval) -> Estimate:
-    return Estimate(interval.value, interval.low, interval.high)
-
-
 def _examples(
     history: History, decision: Decision, texts: Texts, groups: GroupDecision | None
 ) -> Iterator[Example]:
     """The prompts whose reward changed most, either way, between dpo and the step that was chosen or came closest."""
     half, shown = history.choose, Step(decision.considered)
-    if shown == DPO or shown.alpha not in half.evaluated:
+    if shown == DPO or shown.alpha not in half.scores:
         return
     one, dpo = _compared(half, shown.alpha)
     if groups and groups.step.factors:
@@ -157,7 +157,7 @@ def _examples(
     model = next(iter(one.rewards))
     change = one.rewards[model] - dpo.rewards[model]
     key: Literal["chosen", "candidate"] = "chosen" if decision.alpha else "candidate"
-    named = {"sft": (SFT, half.evaluated.get(SFT.alpha)), "dpo": (DPO, dpo), key: (shown, one)}
+    named = {"sft": (SFT, half.scores.get(SFT.alpha)), "dpo": (DPO, dpo), key: (shown, one)}
     order = np.argsort(change, kind="stable")
     ends = min(NUM_EXAMPLES, len(order)) // 2
     for row in [*order[::-1][:ends], *order[:ends]]:
@@ -177,5 +177,5 @@ def _examples(
         )
 
 
-def _reward_at(one: Evaluated, prompt_id: str, model: str) -> float:
+def _reward_at(one: AlphaScores, prompt_id: str, model: str) -> float:
     return float(one.rewards[model][one.prompt_ids.index(prompt_id)])

@@ -8,14 +8,14 @@ from dataclasses import replace
 
 from expo_ray.config import Search, format_alpha
 from expo_ray.evaluation.prompts.prompt_set import PromptSet
+from expo_ray.evaluation.search.alpha_scores import AlphaScores
 from expo_ray.evaluation.search.decision import Decision, decide
-from expo_ray.evaluation.search.evaluated import Evaluated
 from expo_ray.evaluation.search.history import Half, HalfName, History, Rung
 from expo_ray.evaluation.search.methods import next_rung
 from expo_ray.extrapolation.step import SFT, Step
 
 # Answers and rewards of one step on some prompts; those that are stored are not made again.
-Evaluate = Callable[[Step, PromptSet], Evaluated]
+Evaluate = Callable[[Step, PromptSet], AlphaScores]
 # Takes what a search does next, or has come to, in a few words.
 Tell = Callable[[str], None]
 
@@ -66,7 +66,7 @@ def first(prompts: PromptSet, count: int) -> PromptSet:
 
 
 def _missing(history: History, rung: Rung) -> list[float]:
-    known = history.half(rung.half).evaluated
+    known = history.half(rung.half).scores
     return [
         alpha
         for alpha in rung.alphas
@@ -74,7 +74,7 @@ def _missing(history: History, rung: Rung) -> list[float]:
     ]
 
 
-def _with(history: History, rung: Rung, found: Iterable[Evaluated]) -> History:
+def _with(history: History, rung: Rung, found: Iterable[AlphaScores]) -> History:
     half = history.half(rung.half)
-    grown = replace(half, evaluated={**half.evaluated, **{one.alpha: one for one in found}})
+    grown = replace(half, scores={**half.scores, **{one.alpha: one for one in found}})
     return replace(history, **{rung.half: grown})

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from expo_ray.errors import JobError
-from expo_ray.report.figures import drawings_of
-from expo_ray.report.results import PairResult, Results
-from expo_ray.report.rows import (
+from expo_ray.report.formatting import alpha_text, bounded, cost_name, cost_value, visible
+from expo_ray.report.page_figures import drawings_of
+from expo_ray.report.page_tables import (
     AlphaRow,
     EvidenceRow,
     ExampleView,
@@ -23,9 +23,9 @@ from expo_ray.report.rows import (
     overview_row,
     sorted_pairs,
 )
-from expo_ray.report.stored import read_results
+from expo_ray.report.results import PairResult, Results
+from expo_ray.report.results_file import read_results
 from expo_ray.report.svg import Drawing
-from expo_ray.report.texts import alpha_text, bounded, cost_name, cost_value, visible
 from expo_ray.storage import Store, join_uri
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from expo_ray.report.results import Example, Measured, PairResult, Results
-from expo_ray.report.texts import alpha_text, count, interval, share, signed
+from expo_ray.report.formatting import alpha_text, count, interval, share, signed
+from expo_ray.report.results import Example, Measurement, PairResult, Results
 
 NONE = "\u2013"
 # Beyond this share, rounding has changed what alpha means.
@@ -245,5 +245,5 @@ def _change(one: Example) -> float | None:
     return None if after is None or "dpo" not in one.rewards else after - one.rewards["dpo"]
 
 
-def _controlled(one: Measured | None) -> str:
+def _controlled(one: Measurement | None) -> str:
     return interval(one.controlled_gain) if one and one.controlled_gain else NONE

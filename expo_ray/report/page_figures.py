@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from expo_ray.config import format_alpha
 from expo_ray.report.alpha_axis import draw_alpha_axis
-from expo_ray.report.results import Guardrail, HalfName, Measured, PairResult, Verdict
+from expo_ray.report.formatting import GUARDRAILS, LENGTH, count, guardrail_value, interval, signed
+from expo_ray.report.results import GuardrailCheck, HalfName, Measurement, PairResult, Verdict
 from expo_ray.report.svg import BLUE, GREEN, GREY, ORANGE, Drawing, figure_style, inline_svg
-from expo_ray.report.texts import GUARDRAILS, LENGTH, count, guardrail_value, interval, signed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,7 +80,7 @@ def _drawn(name: str, draw: Callable[[Figure], tuple[str, str, str]], height: fl
 
 def _reward(figure: Figure, pair: PairResult, model: str, confidence: float) -> tuple[str, str, str]:
     axes = figure.add_subplot()
-    halves: Mapping[HalfName, list[Measured]] = {
+    halves: Mapping[HalfName, list[Measurement]] = {
         half: sorted(
             (one for one in pair.measured if (one.half, one.reward_model) == (half, model)),
             key=lambda one: one.alpha,
@@ -111,7 +111,7 @@ def _reward(figure: Figure, pair: PairResult, model: str, confidence: float) -> 
     )
 
 
-def _curve(axes: Axes, rows: Sequence[Measured]) -> None:
+def _curve(axes: Axes, rows: Sequence[Measurement]) -> None:
     if rows:
         alphas = [one.alpha for one in rows]
         axes.fill_between(
@@ -122,7 +122,7 @@ def _curve(axes: Axes, rows: Sequence[Measured]) -> None:
         )
 
 
-def _points(axes: Axes, rows: Sequence[Measured]) -> None:
+def _points(axes: Axes, rows: Sequence[Measurement]) -> None:
     box: dict[str, Any] = {
         "markersize": 8,
         "markerfacecolor": "white",
@@ -137,7 +137,7 @@ def _points(axes: Axes, rows: Sequence[Measured]) -> None:
     axes.plot([], [], "s", label=_HALVES["confirm"], **box)
 
 
-def _halves(halves: Mapping[HalfName, Sequence[Measured]]) -> str:
+def _halves(halves: Mapping[HalfName, Sequence[Measurement]]) -> str:
     """The reward of dpo itself, from which the figure counts."""
     texts = []
     for half, rows in halves.items():
@@ -174,7 +174,7 @@ def _length(figure: Figure, pair: PairResult) -> tuple[str, str, str]:
     )
 
 
-def _limits(axes: Axes, guard: Guardrail, scale: float = 1.0) -> None:
+def _limits(axes: Axes, guard: GuardrailCheck, scale: float = 1.0) -> None:
     if guard.warn is not None:
         axes.axhline(guard.warn * scale, color=ORANGE, linewidth=1.2, linestyle=":", label="warns")
     axes.axhline(guard.limit * scale, color="#000000", linewidth=1.2, linestyle=(0, (6, 3)), label="rejects")

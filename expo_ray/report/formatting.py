@@ -9,7 +9,7 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar, cast
 
 from expo_ray.config import format_alpha
-from expo_ray.report.results import Estimate, Example
+from expo_ray.report.results import Example, Interval
 
 # Characters. Three examples of three answers each for a hundred pairs stay below 20 MB.
 _LONGEST_EXAMPLE = 20_000
@@ -42,7 +42,7 @@ def signed(value: float) -> str:
     return _minus(f"{value:+.3f}")
 
 
-def interval(estimate: Estimate) -> str:
+def interval(estimate: Interval) -> str:
     """Mean and ends of its interval."""
     return f"{signed(estimate.mean)} [{signed(estimate.low)}, {signed(estimate.high)}]"
 

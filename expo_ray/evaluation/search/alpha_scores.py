@@ -28,7 +28,7 @@ class EvaluationError(ExpoError):
 
 
 @dataclass(frozen=True, eq=False)
-class Evaluated:
+class AlphaScores:
     """One alpha on some prompts. All arrays have a row for each prompt, and are means over its samples.
 
     Attributes:
@@ -54,7 +54,7 @@ class Evaluated:
     divergence: Array | None = None
     samples: int = 1
 
-    def first(self, num_prompts: int) -> Evaluated:
+    def first(self, num_prompts: int) -> AlphaScores:
         """The same on the first prompts only."""
         if num_prompts == len(self.prompt_ids):
             return self
@@ -71,7 +71,7 @@ class Evaluated:
         )
 
 
-def evaluated(
+def alpha_scores(
     alpha: float,
     prompt_ids: Sequence[str],
     responses: Mapping[Key, Response],
@@ -79,7 +79,7 @@ def evaluated(
     *,
     special_tokens: Sequence[str] = (),
     logprobs: tuple[LogProbabilities, LogProbabilities] | None = None,
-) -> Evaluated:
+) -> AlphaScores:
     """Gather the stored rows of one alpha.
 
     Args:
@@ -108,7 +108,7 @@ def evaluated(
 
     taken = [row for rows in by_prompt.values() for row in rows]
     tokens = [token for token in special_tokens if token]
-    return Evaluated(
+    return AlphaScores(
         alpha=alpha,
         prompt_ids=tuple(prompt_ids),
         rewards={name: per_prompt(values) for name, values in scored.items()},
