@@ -32,7 +32,7 @@ lint: install ## ruff (lint and format) and mypy
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
 
-format: install ## let ruff mend what it can
+format: install ## let ruff fix what it can
 	@$(RUN) -m ruff check --fix-only .
 	@$(RUN) -m ruff format .
 

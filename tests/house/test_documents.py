@@ -105,6 +105,11 @@ def test_targets_of_make_and_questions_of_benchmarks_exist(document: Path) -> No
     assert set(re.findall(r"python -m benchmarks ([a-z]\w*)", text)) <= QUESTIONS.keys()
 
 
+def test_every_question_of_the_benchmarks_is_listed() -> None:
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    assert not [name for name in QUESTIONS if f"| `{name}.py` |" not in text]
+
+
 def test_yaml_in_a_document_is_a_job(document: Path) -> None:
     for indent, language, text in _FENCE.findall(document.read_text()):
         if language == "yaml":
