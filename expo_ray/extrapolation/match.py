@@ -1,4 +1,4 @@
-"""Which tensor of sft belongs to which tensor of dpo, and what each output tensor is made from."""
+"""Match every tensor of dpo with its partner in sft, and plan the output tensor that comes from the two."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from expo_ray.untrusted import compile_pattern
 
 OUTPUT_DTYPES: Mapping[str, str] = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
-# Heads of these embeddings have had the random bits of their embedding from the beginning.
+# Heads of these embeddings shared their random bits from the first version on. Other tied copies came later, and a plan with one
+# says so in its id (`copies`), because its bytes changed then.
 _FIRST_HEADS = re.compile(r"(^|\.)(lm_head|output_layer|output|embed_out)\.weight$")
 _FIRST_EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|tok_embeddings|embed_in)\.weight$")
 
@@ -35,32 +36,35 @@ class TensorPlan:
     Attributes:
         dtype: safetensors' name of the output's dtype.
         shape: dpo's.
-        dpo: the tensor of dpo; of sft's where `lora` is set.
-        sft: its partner, or None where dpo is kept as it is.
+        base: the tensor that the output has at alpha 0, before an adapter is merged: dpo's, or sft's where `low_rank` is set.
+        sft: dpo's partner in sft; None where dpo is kept as it is, and where `low_rank` is set.
         multiplier: alpha times this is the alpha of the tensor; tied copies share one, so that they stay equal.
         runs: rows of dpo and their rows in sft, where the vocabularies differ; empty if elements match one to one.
         random_name: name that seeds its random bits; tied copies share one, so that they stay equal.
-        lora: the low-rank delta to merge.
+        low_rank: the adapter's layer that is merged into `base`, which then is sft's tensor.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    dpo: Tensor
+    base: Tensor
     sft: Tensor | None
     multiplier: float = 1.0
     runs: tuple[RowRun, ...] = ()
     random_name: str = ""
-    lora: LoraLayer | None = None
+    low_rank: LoraLayer | None = None
 
 
 @dataclass
 class Match:
-    """The outcome of matching: tensors in dpo's order, what is wrong, and what is worth telling.
+    """The outcome of matching.
 
     Attributes:
+        tensors: in dpo's order.
+        problems: everything that is wrong.
+        notes: what a user should know and nothing is wrong with.
         kept: tensors that both parents have and that are no weights, each dpo's and sft's; dpo's are kept.
-        other_rows: whether rows of equally large vocabularies are matched by token, and not one to one.
+        other_rows: True if rows of equally large vocabularies are matched by token, and not one to one.
         copies: names of tied copies stored beside their original, other than an output head's.
     """
 
@@ -73,7 +77,7 @@ class Match:
 
 
 def output_dtype(stored: str, options: PairOptions) -> str:
-    """The dtype in which a tensor stored as `stored` is written; tensors other than floats stay as they are."""
+    """The safetensors dtype in which a tensor stored as `stored` is written; other than weights stay as they are."""
     if stored not in WEIGHT_DTYPES:
         return stored
     wanted = written_dtype(options)
@@ -103,10 +107,11 @@ def match_tensors(
         sft: parent before alignment.
         dpo: parent after alignment; decides which tensors the output has.
         options: of the pair.
-        map_rows: `(dpo_rows, sft_rows) -> runs`, empty if rows match one to one; asked only where `vocab` allows it.
+        map_rows: `(dpo_rows, sft_rows) -> runs`, empty if rows match one to one; called only where `vocab` allows it, as it reads
+            both tokenizers.
     """
     matcher = _Matcher(sft, dpo, options, map_rows)
-    tensors = [matcher.plan(tensor) for tensor in dpo.tensors.values()]
+    tensors = [matcher.plan_tensor(tensor) for tensor in dpo.tensors.values()]
     return Match(
         tensors,
         matcher.problems(),
@@ -119,22 +124,24 @@ def match_tensors(
 
 def matches_other_rows(tensors: Sequence[TensorPlan]) -> bool:
     """True if rows of a vocabulary that is equally large in both parents are matched by token, and not one to one."""
-    return any(plan.runs and plan.sft is not None and plan.shape == plan.sft.shape for plan in tensors)
+    return any(
+        tensor.runs and tensor.sft is not None and tensor.shape == tensor.sft.shape for tensor in tensors
+    )
 
 
 def tied_copies(tensors: Sequence[TensorPlan]) -> list[str]:
     """Tied copies stored beside their original, but for the heads that have always been known as such."""
     return [
-        plan.name
-        for plan in tensors
-        if plan.random_name != plan.name
-        and plan.sft is not None
-        and not (_FIRST_HEADS.search(plan.name) and _FIRST_EMBEDDINGS.search(plan.random_name))
+        tensor.name
+        for tensor in tensors
+        if tensor.random_name != tensor.name
+        and tensor.sft is not None
+        and not (_FIRST_HEADS.search(tensor.name) and _FIRST_EMBEDDINGS.search(tensor.random_name))
     ]
 
 
 class _Matcher:
-    """Both parents, and what has been found wrong with them so far."""
+    """Both parents, and the problems with them so far."""
 
     def __init__(
         self,
@@ -158,15 +165,15 @@ class _Matcher:
         self.kept: list[tuple[Tensor, Tensor]] = []
         self.unmapped: ExpoError | None = None
 
-    def plan(self, tensor: Tensor) -> TensorPlan:
-        """Plan one tensor of dpo; a problem is noted and dpo's tensor stands in."""
+    def plan_tensor(self, tensor: Tensor) -> TensorPlan:
+        """Plan the output of a tensor of dpo; if there is a problem, record it and keep dpo's tensor."""
         name = tensor.name
         weight = self.dpo_vocabulary.owner(name)
         alone = TensorPlan(
             name=name,
             dtype=output_dtype(tensor.dtype, self.options),
             shape=tensor.shape,
-            dpo=tensor,
+            base=tensor,
             sft=None,
             multiplier=multiplier_of(weight, self.options),
             random_name=weight,
@@ -207,7 +214,7 @@ class _Matcher:
         return (dpo.shape[0], sft.shape[0]) == self.rows or self.dpo_vocabulary.is_vocabulary(dpo.name)
 
     def _with_rows(self, alone: TensorPlan, partner: Tensor) -> TensorPlan:
-        """The plan of a vocabulary tensor, matched row by row."""
+        """Plan of a vocabulary tensor, matched row by row; `alone` if rows cannot be matched."""
         if self.unmapped is not None:
             return alone
         try:
@@ -218,7 +225,7 @@ class _Matcher:
         return replace(alone, sft=partner, runs=runs)
 
     def notes(self) -> list[str]:
-        """What is worth telling and not wrong."""
+        """What a user should know and nothing is wrong with."""
         names = [*self.dpo.tensors, *self.sft.tensors]
         idle = [
             pattern
@@ -241,7 +248,7 @@ class _Matcher:
         return notes
 
     def problems(self) -> list[ExpoError]:
-        """Everything wrong, one error for each cause."""
+        """Everything that is wrong, as one error for each cause."""
         left = Unmatched(self.missing, self._extra(), self.names, len(self.dpo.tensors))
         problems: list[ExpoError] = [*explain(left, self.sft_vocabulary, self.dpo_vocabulary)]
         if self.resized:

@@ -100,9 +100,9 @@ class PairPlan:
     def bytes_read(self) -> int:
         """What one pass reads from both parents, whatever the number of alphas."""
         return sum(
-            plan.dpo.nbytes + (plan.sft.nbytes if plan.sft else 0)
+            tensor.base.nbytes + (tensor.sft.nbytes if tensor.sft else 0)
             for shard in self.shards
-            for plan in shard.tensors
+            for tensor in shard.tensors
         )
 
     def plan_id(self, alpha: float) -> str:
@@ -260,16 +260,16 @@ def _match(sft: Checkpoint, dpo: Checkpoint, pair: Pair) -> Match:
         return Match(problems=[error])
     layers = {layer.base_name: layer for layer in fitted.layers}
     source = sft if pair.adapter == "merge" else dpo
-    plans = [
+    tensors = [
         TensorPlan(
             name=name,
             dtype=output_dtype(tensor.dtype, pair) if pair.adapter == "merge" else tensor.dtype,
             shape=tensor.shape,
-            dpo=tensor,
+            base=tensor,
             sft=None,
             multiplier=multiplier_of(name, pair),
             random_name=name,
-            lora=layers.get(name) if pair.adapter == "merge" else None,
+            low_rank=layers.get(name) if pair.adapter == "merge" else None,
         )
         for name, tensor in source.tensors.items()
     ]
@@ -279,7 +279,7 @@ def _match(sft: Checkpoint, dpo: Checkpoint, pair: Pair) -> Match:
             PairError("dpo is an adapter and only its scale is changed, so `multipliers` and `dtype` cannot be kept; "
                       "set `adapter: merge` to write a whole model")
         )  # fmt: skip
-    return Match(plans, problems, list(fitted.notes))
+    return Match(tensors, problems, list(fitted.notes))
 
 
 def _grown_vocabulary(sft: Checkpoint, dpo: Checkpoint) -> list[ExpoError]:

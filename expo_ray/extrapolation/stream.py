@@ -1,4 +1,8 @@
-"""The pages of a shard, read and computed in a few threads and handed back in file order."""
+"""The pages of a shard, read and computed in a few threads and handed back in file order.
+
+Threads, because reading, the kernels and hashing all release the GIL. File order, because sha256 and a local file take the bytes
+front to back.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +22,14 @@ from expo_ray.arithmetic.sums import TensorStatistics
 from expo_ray.checkpoint.adapter import LoraLayer
 from expo_ray.checkpoint.folder import Checkpoint
 from expo_ray.checkpoint.tensors import DTYPE_BYTES, Tensor
-from expo_ray.extrapolation.pages import Chunk, Page, pages_of
+from expo_ray.extrapolation.layout import Chunk, Page, pages_of
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.storage import open_store
 
 if TYPE_CHECKING:
     from expo_ray.arithmetic.low_rank import Float64, LowRank
 
-# What is hashed and written at a time: each hand-over between threads costs, and a disk likes large writes.
+# Hashed and written at a time: each hand-over between threads costs, and a disk likes large writes.
 PAGE_BYTES = 4 << 20
 # The page buffers of one shard together stay below this, whatever the number of alphas.
 BUFFER_BYTES = 64 << 20
@@ -38,11 +42,11 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, slots=True)
 class Computed:
-    """One page of every output.
+    """A computed page of every output.
 
     Attributes:
         outs: the bytes to append to the output of each alpha; valid until `HELD` more pages have been asked for.
-        statistics: by tensor, one for each alpha; none where dpo was kept.
+        statistics: name of a tensor, and its statistics for each alpha; empty where dpo was kept.
     """
 
     outs: Sequence[memoryview]
@@ -52,28 +56,30 @@ class Computed:
 def computed_pages(plan: PairPlan, index: int, alphas: Sequence[float], device: str) -> Iterator[Computed]:
     """Compute shard `index` for all `alphas` in one pass over both parents, its header included.
 
-    A fixed number of pages exists at any time, so memory knows neither the tensor's size nor the shard's.
+    A fixed number of pages exists at any time, so memory does not grow with the tensor's or the shard's size.
     """
     parents = _Parents(plan)
+    # Two pages more than threads, so that none waits while the caller takes a page that was finished out of order.
     window = parents.threads + 2 + HELD
     page_bytes = max(PAGE_BYTES, parents.chunk_bytes)
     while page_bytes * window * len(alphas) > BUFFER_BYTES and page_bytes > mmap.PAGESIZE:
         page_bytes //= 2
+    # A slot is filled again only after `window` pages, when the caller has let go of what it held: `_in_order` begins a page
+    # only while fewer than `window - HELD` are pending, and the caller keeps at most `HELD`.
     slots = cycle([[_buffer(page_bytes) for _ in alphas] for _ in range(window)])
     pages = pages_of(plan.shards[index], page_bytes, min(parents.chunk_bytes, page_bytes))
+
+    def compute(work: tuple[Page, Sequence[memoryview]]) -> Computed:
+        return _compute_page(parents, *work, alphas, device)
+
     with ThreadPoolExecutor(parents.threads, "page") as pool:
-        yield from _in_order(
-            pool,
-            lambda work: _compute(parents, *work, alphas, device),
-            zip(pages, slots, strict=False),
-            window - HELD,
-        )
+        yield from _in_order(pool, compute, zip(pages, slots, strict=False), window - HELD)
 
 
 def _in_order(
     pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], window: int
 ) -> Iterator[R]:
-    """Results in the order of the items; fewer than `window` are begun and not yet consumed when one begins."""
+    """Results in the order of the items. An item is begun while fewer than `window` are begun and not yet consumed."""
     pending: deque[Future[R]] = deque()
     for item in items:
         if len(pending) == window:
@@ -84,19 +90,22 @@ def _in_order(
 
 
 def _buffer(size: int) -> memoryview:
-    """Memory at the start of a page, so that a file can be written past the page cache."""
+    """Memory that begins at a memory page: O_DIRECT, which writes past the page cache, takes no other."""
     return memoryview(mmap.mmap(-1, size))
 
 
 class _Parents:
     """Both parents, opened for reading."""
 
+    # Layers whose factors are kept: threads at the border of two layers need both.
+    _KEPT_LAYERS = 2
+
     def __init__(self, plan: PairPlan) -> None:
         self.plan = plan
         self.stores = {plan.sft.uri: open_store(plan.sft.uri), plan.dpo.uri: open_store(plan.dpo.uri)}
         self.chunk_bytes = max(store.chunk_bytes for store in self.stores.values())
         self.threads = max(store.concurrency for store in self.stores.values())
-        self.low_rank = lru_cache(maxsize=2)(self._load_low_rank)
+        self.low_rank = lru_cache(maxsize=self._KEPT_LAYERS)(self._load_low_rank)
         self._threads = threading.local()
 
     def read(self, checkpoint: Checkpoint, tensor: Tensor, first: int, out: memoryview) -> memoryview:
@@ -107,7 +116,7 @@ class _Parents:
         return out
 
     def scratch(self, side: str, size: int) -> memoryview:
-        """The same memory for every chunk of one thread, so that it stays in the processor's cache."""
+        """Memory of the calling thread, the same for every chunk, so that it stays in the processor's cache."""
         buffers: dict[str, memoryview] = self._threads.__dict__
         if side not in buffers or buffers[side].nbytes < size:
             buffers[side] = _buffer(max(size, self.chunk_bytes))
@@ -116,55 +125,60 @@ class _Parents:
     def _load_low_rank(self, layer: LoraLayer) -> LowRank:
         from expo_ray.arithmetic.low_rank import LowRank
 
-        a, b = (self._load(self.plan.dpo, tensor) for tensor in (layer.a, layer.b))
-        return LowRank(a, b, layer)
+        return LowRank(self._load_factor(layer.a), self._load_factor(layer.b), layer)
 
-    def _load(self, checkpoint: Checkpoint, tensor: Tensor) -> Float64:
+    def _load_factor(self, tensor: Tensor) -> Float64:
         from expo_ray.arithmetic.low_rank import widen
 
-        data = self.read(checkpoint, tensor, 0, memoryview(bytearray(tensor.nbytes)))
+        data = self.read(self.plan.dpo, tensor, 0, memoryview(bytearray(tensor.nbytes)))
         return widen(data, tensor.dtype).reshape(tensor.shape)
 
 
-def _compute(
+def _compute_page(
     parents: _Parents, page: Page, slot: Sequence[memoryview], alphas: Sequence[float], device: str
 ) -> Computed:
-    at = len(page.head)
+    """Fill `slot`, a buffer for each alpha, with a page of every output."""
+    start = len(page.head)
     for out in slot:
-        out[:at] = page.head
+        out[:start] = page.head
     statistics = []
     for chunk in page.chunks:
-        outs = [out[at : at + chunk.out_bytes] for out in slot]
-        statistics.append((chunk.plan.name, _compute_chunk(parents, chunk, outs, alphas, device)))
-        at += chunk.out_bytes
-    return Computed([out[:at] for out in slot], statistics)
+        outs = [out[start : start + chunk.out_bytes] for out in slot]
+        statistics.append((chunk.tensor.name, _compute_chunk(parents, chunk, outs, alphas, device)))
+        start += chunk.out_bytes
+    return Computed([out[:start] for out in slot], statistics)
 
 
 def _compute_chunk(
     parents: _Parents, chunk: Chunk, outs: Sequence[memoryview], alphas: Sequence[float], device: str
 ) -> Sequence[TensorStatistics]:
-    plan, first, count = chunk.plan, chunk.first, chunk.count
-    if plan.lora is None and chunk.sft_first is None and plan.dtype == plan.dpo.dtype:
-        parents.read(parents.plan.base, plan.dpo, first, outs[0])
+    """Fill `outs`, a buffer for each alpha; returns the statistics, none where dpo is kept."""
+    tensor, first, options = chunk.tensor, chunk.first, parents.plan.options
+    kept = tensor.low_rank is None and chunk.sft_first is None
+    if kept and tensor.dtype == tensor.base.dtype:
+        parents.read(parents.plan.base, tensor.base, first, outs[0])
         for out in outs[1:]:
             out[:] = outs[0]
         return ()
-    kept = False
-    scratch = parents.scratch("dpo", count * DTYPE_BYTES[plan.dpo.dtype])
-    dpo = parents.read(parents.plan.base, plan.dpo, first, scratch)
-    if plan.lora is not None:
-        dpo, sft = parents.low_rank(plan.lora).merged(dpo, plan.dpo.dtype, first)
-        rule = Rule("F64", "F64", plan.dtype, parents.plan.options.rounding)
-    elif plan.sft is not None and chunk.sft_first is not None:
-        scratch = parents.scratch("sft", count * DTYPE_BYTES[plan.sft.dtype])
-        sft = parents.read(parents.plan.sft, plan.sft, chunk.sft_first, scratch)
-        rule = Rule(plan.dpo.dtype, plan.sft.dtype, plan.dtype, parents.plan.options.rounding)
-    else:  # dpo is kept, in another dtype
-        kept, sft = True, dpo
-        rule = Rule(plan.dpo.dtype, plan.dpo.dtype, plan.dtype, parents.plan.options.rounding)
+    dpo, sft, rule = _operands(parents, chunk)
     statistics = kernel_for(rule, device)(
         dpo, sft, outs,
-        alphas=[0.0 if kept else alpha * plan.multiplier for alpha in alphas],
-        key=random_key(parents.plan.options.seed, plan.random_name), first=first,
+        alphas=[0.0 if kept else alpha * tensor.multiplier for alpha in alphas],
+        key=random_key(options.seed, tensor.random_name), first=first,
     )  # fmt: skip
     return () if kept else statistics
+
+
+def _operands(parents: _Parents, chunk: Chunk) -> tuple[memoryview, memoryview, Rule]:
+    """Read a chunk of both parents; the same elements twice where dpo is kept and only its dtype changes."""
+    tensor, rounding = chunk.tensor, parents.plan.options.rounding
+    scratch = parents.scratch("base", chunk.count * DTYPE_BYTES[tensor.base.dtype])
+    base = parents.read(parents.plan.base, tensor.base, chunk.first, scratch)
+    if tensor.low_rank is not None:  # the base is sft, and dpo is sft with the adapter merged
+        dpo, sft = parents.low_rank(tensor.low_rank).merged(base, tensor.base.dtype, chunk.first)
+        return dpo, sft, Rule("F64", "F64", tensor.dtype, rounding)
+    if tensor.sft is None or chunk.sft_first is None:
+        return base, base, Rule(tensor.base.dtype, tensor.base.dtype, tensor.dtype, rounding)
+    scratch = parents.scratch("sft", chunk.count * DTYPE_BYTES[tensor.sft.dtype])
+    sft = parents.read(parents.plan.sft, tensor.sft, chunk.sft_first, scratch)
+    return base, sft, Rule(tensor.base.dtype, tensor.sft.dtype, tensor.dtype, rounding)

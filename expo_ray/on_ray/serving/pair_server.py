@@ -197,7 +197,7 @@ class PairServer(ModelServer):
 def starts_at_dpo(plan: PairPlan) -> bool:
     """True if an engine that has loaded the pair's folder holds the very weights of alpha 0."""
     tensors = [tensor for shard in plan.shards for tensor in shard.tensors]
-    return not plan.dpo.adapter and all(tensor.dtype == tensor.dpo.dtype for tensor in tensors)
+    return not plan.dpo.adapter and all(tensor.dtype == tensor.base.dtype for tensor in tensors)
 
 
 def _with_source(config: LLMConfig, folder: Path) -> LLMConfig:
