@@ -37,11 +37,12 @@ def main() -> None:
     build(model, ["rm"])
     sets = [responses(texts, seed) for seed in range(rounds + 1)]  # the first one warms up
 
+    from expo_ray.evaluation.rewards.reward_model import check_reward
     from expo_ray.on_ray.cluster import cluster
     from expo_ray.on_ray.rewards.pool import RewardPool
 
     spec = RewardModel(model=str(model / "rm"), backend="vllm", dtype="fp32", num_cpus=2)
-    with cluster(), RewardPool(spec) as pool:
+    with cluster(), RewardPool(check_reward(spec)) as pool:
 
         def by_vllm(rows: Sequence[Response]) -> list[float]:
             found = [one for batch in pool.score(pool.inputs(rows)) for one in batch]

@@ -6,25 +6,34 @@ import argparse
 import sys
 
 from expo_ray.cli.process import guarded
-from expo_ray.config import load_job
+from expo_ray.config import Job, load_job
+
+
+def run(job: Job) -> int:
+    # Imported here, as it takes seconds: after the arguments are known to be right and signals are handled.
+    from expo_ray.cli.respond import print_responses
+    from expo_ray.cli.reward import print_rewards
+    from expo_ray.evaluation.check_job import check_evaluation, store_job_prompts
+    from expo_ray.evaluation.evaluate_job import load_responses, respond, reward
+    from expo_ray.on_ray.cluster import cluster
+    from expo_ray.on_ray.rewards.pool import RewardPool
+    from expo_ray.on_ray.serving.serve_models import serving
+
+    checked = check_evaluation(job)  # everything wrong with it, before anything starts
+    store_job_prompts(checked)
+    with cluster():
+        with serving(checked.plans, job.models, job.serving) as endpoint:
+            status = print_responses(respond(checked, endpoint.client()))
+        # The engines are gone, so that the reward models have the cluster for themselves.
+        rewarded = reward(checked, load_responses(checked), [RewardPool(model) for model in checked.rewards])
+    return max(status, print_rewards(rewarded))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("job", metavar="JOB.yaml")
+    parser.add_argument("job", metavar="JOB.yaml", help="the job file")
     arguments = parser.parse_args()
-    return guarded(lambda: run(arguments))
-
-
-def run(arguments: argparse.Namespace) -> int:
-    # Seconds to import, so not before the arguments are known to be right.
-    from expo_ray.cli.respond import respond
-    from expo_ray.cli.reward import reward_job
-
-    job = load_job(arguments.job)
-    answered = respond(job)
-    scored = reward_job(job)
-    return max(answered, scored)
+    return guarded(lambda: run(load_job(arguments.job)))
 
 
 if __name__ == "__main__":

@@ -6,31 +6,37 @@ import argparse
 import sys
 
 from expo_ray.cli.process import guarded
-from expo_ray.config import load_job
+from expo_ray.config import Job, load_job
+
+
+def run(job: Job, *, dry_run: bool) -> int:
+    # Imported here, as it takes seconds: after the arguments are known to be right and signals are handled.
+    from expo_ray.cli.run import describe, print_results
+    from expo_ray.evaluation.check_job import check_job
+    from expo_ray.evaluation.job_report import push_winners, write_report
+    from expo_ray.on_ray.cluster import cluster
+    from expo_ray.on_ray.pipeline import publish_winners, search_pairs
+
+    checked = check_job(job)  # everything wrong with it, before anything starts
+    print(describe(checked), flush=True)
+    if dry_run:
+        return 0
+    with cluster():
+        searches = search_pairs(checked)  # respond, score, climb, decide: pair by pair, resumable
+        winners = publish_winners(checked, searches)
+    results = write_report(checked, searches, winners)
+    # Last: sending whole models may take longer than anybody waits for the report.
+    return print_results(push_winners(results, job), job)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("job", metavar="JOB.yaml")
+    parser.add_argument("job", metavar="JOB.yaml", help="the job file")
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything and stop; nothing is written"
     )
     arguments = parser.parse_args()
-    return guarded(lambda: run(arguments))
-
-
-def run(arguments: argparse.Namespace) -> int:
-    # Seconds to import, so not before the arguments are known to be right.
-    from expo_ray.cli.run import described, tell
-    from expo_ray.on_ray.check_job import prepare
-    from expo_ray.on_ray.pipeline import run_pipeline
-
-    prepared = prepare(load_job(arguments.job))
-    print(described(prepared), flush=True)
-    if arguments.dry_run:
-        return 0
-    results = run_pipeline(prepared)  # plan, search by in-place swap, publish, report
-    return tell(results, prepared.job)
+    return guarded(lambda: run(load_job(arguments.job), dry_run=arguments.dry_run))
 
 
 if __name__ == "__main__":

@@ -6,15 +6,15 @@ import argparse
 import os
 import sys
 
+from expo_ray.cli.extras import require
+from expo_ray.cli.process import FAILED
 from expo_ray.config import Job, load_job
-from expo_ray.on_ray.check_job import Prepared, prepare
-from expo_ray.on_ray.pipeline import run_pipeline
+from expo_ray.evaluation.check_job import CheckedJob, check_job
+from expo_ray.evaluation.job_report import push_winners, write_report
 from expo_ray.report.report_page import PAGE
 from expo_ray.report.results import PairResult, Results
 from expo_ray.storage import join_uri
 from expo_ray.storage.uri import expand_home
-
-FAILED = 1
 
 
 def command(arguments: argparse.Namespace) -> int:
@@ -23,20 +23,35 @@ def command(arguments: argparse.Namespace) -> int:
     Raises:
         ExpoError: for everything wrong with the input, before anything is started or written.
     """
-    prepared = prepare(load_job(arguments.job))
-    print(described(prepared), flush=True)
-    return 0 if arguments.dry_run else tell(run_pipeline(prepared), prepared.job)
+    require("ray")
+    return run(load_job(arguments.job), dry_run=arguments.dry_run)
 
 
-def described(prepared: Prepared) -> str:
-    """What the pipeline is going to do."""
-    job, choose = prepared.job, prepared.prompts.halves()[0]
-    rewards = ", ".join(pool.spec.name for pool in prepared.pools)
+def run(job: Job, *, dry_run: bool) -> int:
+    """Run the pipeline of a job; the same steps as in `jobs/pipeline.py`, which is not installed with the package."""
+    checked = check_job(job)
+    print(describe(checked), flush=True)
+    if dry_run:
+        return 0
+    from expo_ray.on_ray.cluster import cluster
+    from expo_ray.on_ray.pipeline import publish_winners, search_pairs
+
+    with cluster():
+        searches = search_pairs(checked)
+        winners = publish_winners(checked, searches)
+    results = write_report(checked, searches, winners)
+    return print_results(push_winners(results, job), job)
+
+
+def describe(checked: CheckedJob) -> str:
+    """Description of what the pipeline is going to do, one line for each subject."""
+    job, prompts = checked.job, checked.prompts
+    to_choose, to_confirm = map(len, prompts.halves())
     lines = [
-        f"{len(prepared.plans)} pair(s): {', '.join(plan.name for plan in prepared.plans)}",
-        f"{len(prepared.prompts)} prompts ({', '.join(one.name for one in prepared.sets)}): {len(choose)} to choose alpha on, "
-        f"{len(prepared.prompts) - len(choose)} to confirm it on; {job.sampling.samples} response(s) each",
-        f"rewards: {rewards}; the first one chooses",
+        f"{len(checked.plans)} pair(s): {', '.join(plan.name for plan in checked.plans)}",
+        f"{len(prompts)} prompts ({', '.join(each.name for each in checked.sets)}): {to_choose} to choose alpha on, "
+        f"{to_confirm} to confirm it on; {job.sampling.samples} response(s) each",
+        f"rewards: {', '.join(reward.spec.name for reward in checked.rewards)}; the first one chooses",
         f"search: {job.search.method}, then {'the winners' if job.publish == 'winners' else 'every alpha'} to {job.output}",
     ]
     if job.push_to is not None:
@@ -45,8 +60,8 @@ def described(prepared: Prepared) -> str:
     return "\n".join(lines)
 
 
-def tell(results: Results, job: Job) -> int:
-    """Print what came of it, and where the report is; the exit status."""
+def print_results(results: Results, job: Job) -> int:
+    """Print the decision of each pair, the failures, and where the report is; returns the exit status."""
     for pair in results.pairs:
         print(_line(pair))
     for name, text in results.failures.items():
@@ -57,5 +72,5 @@ def tell(results: Results, job: Job) -> int:
 
 
 def _line(pair: PairResult) -> str:
-    where = "".join(f"\n  {uri}" for uri in pair.published.values())
-    return f"{pair.name}: {pair.reason}{where}"
+    models = "".join(f"\n  {uri}" for uri in pair.published.values())
+    return f"{pair.name}: {pair.reason}{models}"

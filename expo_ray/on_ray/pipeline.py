@@ -1,141 +1,253 @@
-"""The whole product: plan every pair, choose its alpha behind an endpoint, publish the winners, write the report.
+"""The two steps of the pipeline that need a cluster: search the alpha of every pair, publish the winners.
 
-What each stage makes is stored at a place that follows from its inputs, so a rerun does what is missing and nothing else.
+What each step makes is stored at a place that follows from its inputs, so a rerun does what is missing and nothing else.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
-from dataclasses import replace
-from datetime import UTC, datetime
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import ray
 
-from expo_ray.errors import ExpoError, in_one_line
-from expo_ray.evaluation.prompts.prompt_set import store_prompts
-from expo_ray.extrapolation.pinned import publication_plan
+from expo_ray.errors import ExpoError, JobError, NotFound, OutputError, in_one_line
+from expo_ray.evaluation.check_job import CheckedJob, store_job_prompts
+from expo_ray.evaluation.job_report import Searches, Usage, Winners
+from expo_ray.evaluation.paths import search_key
+from expo_ray.evaluation.search.groups import search_groups
+from expo_ray.evaluation.search.pair_evaluator import PairEvaluator, SharedScorer
+from expo_ray.evaluation.search.pair_result import pair_result
+from expo_ray.evaluation.search.search_pair import search_pair
+from expo_ray.extrapolation.pinned import publication_plan, refuse_replaced
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.plan_job import outputs_of
 from expo_ray.extrapolation.publish import Published, publish
 from expo_ray.extrapolation.run_job import run_pairs
 from expo_ray.extrapolation.step import GROUPS, Step
-from expo_ray.on_ray.check_job import Prepared, versions
-from expo_ray.on_ray.cluster import cluster
 from expo_ray.on_ray.extrapolation import OnRay
-from expo_ray.on_ray.search_pairs import search_pairs
+from expo_ray.on_ray.rewards.pool import RewardPool
+from expo_ray.on_ray.serving.serve_models import serving
 from expo_ray.progress import Progress
-from expo_ray.published.push_job import push_winners
-from expo_ray.report.report_page import write_report
 from expo_ray.report.results import PairResult, Results
-from expo_ray.report.results_file import write_results
+from expo_ray.report.results_file import RESULTS_BYTES, parse_results, results_json
 from expo_ray.storage import Store, open_store
 
 log = logging.getLogger("expo_ray")
 
-# Published models by pair and alpha.
-Models = Mapping[str, Mapping[float, Published]]
 
+def search_pairs(checked: CheckedJob) -> Searches:
+    """Choose the alpha of every pair whose search is not stored, on the connected cluster.
 
-def run_pipeline(prepared: Prepared) -> Results:
-    """Do all that is missing. A pair that fails does not stop the others; it is named in `failures`.
+    A pair that fails does not stop the others; it is named among the failures.
 
     Raises:
-        ExpoError: if no pair can be worked on at all.
+        ExpoError: if the cluster cannot hold the engines, or the reward models do not start, and no search is stored.
     """
-    job = prepared.job
-    store = open_store(job.output)
-    for prompts in prepared.sets:  # an output that cannot be written is found out before engines start
-        store_prompts(store, prompts)
+    store_job_prompts(checked)
     started = time.monotonic()
-    with cluster():
-        searched = search_pairs(prepared, store)
-        published, not_published = _publish(prepared, searched.found, store)
-        resources = ray.cluster_resources()
-    seconds = time.monotonic() - started
-    results = Results(
-        output=store.uri,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        pairs=tuple(_with_models(result, published) for result in searched.found.values()),
-        cost={
-            "seconds": round(seconds, 1),
-            "cpu_hours": round(seconds * resources.get("CPU", 0) / 3600, 3),
-            "gpu_hours": round(seconds * resources.get("GPU", 0) / 3600, 3),
-            "generations": sum(result.generations for result in searched.found.values()),
-            "generated_tokens": searched.num_tokens,
-            "bytes_written": sum(model.size for models in published.values() for model in models.values()),
-        },
-        versions=versions(),
-        digests=prepared.digests,
-        failures=searched.failures | not_published,
-        confidence=job.search.confidence,
-    )
-    write_results(store, results)
-    write_report(store, results)
-    # After the report: sending whole models may take longer than anybody waits for it.
-    pushed = push_winners(job, _winners(searched.found, published))
-    if pushed.addresses or pushed.failures:
-        results = replace(
-            results,
-            pairs=tuple(replace(pair, pushed=pushed.addresses.get(pair.name, "")) for pair in results.pairs),
-            failures={**results.failures, **pushed.failures},
+    with ExitStack() as stack:
+        pools = [stack.enter_context(RewardPool(model)) for model in checked.rewards]
+        run = _SearchRun(checked, pools)
+        run.read_stored()
+        missing = [plan for plan in checked.plans if plan.name not in run.searches.results]
+        try:
+            if missing:
+                run.search(missing)
+        except ExpoError as error:
+            if not run.searches.results:
+                raise
+            run.add_failure(missing, error)
+    searches = run.searches
+    searches.usage = _usage_since(started)
+    in_order = [plan.name for plan in checked.plans if plan.name in searches.results]
+    searches.results = {name: searches.results[name] for name in in_order}
+    return searches
+
+
+class _SearchRun:
+    """Searches under way, and the results so far.
+
+    Args:
+        pools: the reward models; their actors start with the first responses.
+    """
+
+    def __init__(self, checked: CheckedJob, pools: Sequence[RewardPool]) -> None:
+        self._checked, self._job, self._pools = checked, checked.job, pools
+        self._store = open_store(checked.job.output)
+        self._scorers = [SharedScorer(pool) for pool in pools]
+        self.searches = Searches(reward_ids={pool.name: pool.id for pool in pools})
+
+    def read_stored(self) -> None:
+        """Read the searches that an earlier run has finished."""
+        for plan in self._checked.plans:
+            if result := _read_search(self._store, self._key(plan)):
+                log.info("%s: its search is stored; %s", plan.name, result.reason)
+                self.searches.results[plan.name] = result
+
+    def search(self, plans: Sequence[PairPlan]) -> None:
+        """Search pairs, as many at a time as the cluster has room for; a batch whose engines do not start fails alone."""
+        size = _pairs_at_once(self._checked, self._pools)
+        with Progress("search", self._store, rows="responses") as progress:
+            for first in range(0, len(plans), size):
+                batch = drop_replaced(plans[first : first + size], self.searches)
+                try:
+                    if batch:
+                        self._search_batch(batch, progress)
+                except ExpoError as error:
+                    self.add_failure(batch, error)
+            progress.finish(sorted(self.searches.failures))
+
+    def _search_batch(self, plans: Sequence[PairPlan], progress: Progress) -> None:
+        """Start the engines of some pairs and search all of them at the same time."""
+        settings = self._job.serving
+        with serving(plans, (), settings) as endpoint, ThreadPoolExecutor(len(plans)) as threads:
+            evaluators = [
+                PairEvaluator(
+                    plan, endpoint.url, self._scorers, sampling=self._job.sampling, store=self._store, progress=progress,
+                    slots=endpoint.slots // len(plans), at_once=settings.replicas, key_variable=endpoint.key_variable,
+                )
+                for plan in plans
+            ]  # fmt: skip
+            searching = [
+                threads.submit(self._search_pair, plan, evaluator, progress)
+                for plan, evaluator in zip(plans, evaluators, strict=True)
+            ]
+            for plan, future in zip(plans, searching, strict=True):
+                try:
+                    self.searches.results[plan.name] = future.result()
+                except ExpoError as error:
+                    self.add_failure([plan], error)
+            self.searches.num_tokens += sum(evaluator.num_tokens for evaluator in evaluators)
+
+    def _search_pair(self, plan: PairPlan, evaluator: PairEvaluator, progress: Progress) -> PairResult:
+        """Choose alpha, then multipliers if the job asks for them, and store the result."""
+        settings, prompts = self._job.search, self._checked.prompts
+        at_once = self._job.serving.replicas + 1  # the next step is asked while rewards of the last are made
+
+        def report(text: str) -> None:
+            progress.note(plan.name, text)
+
+        history, decision = search_pair(prompts, settings, evaluator, report, at_once=at_once)
+        groups = (
+            search_groups(decision.alpha, prompts, settings, evaluator, report, at_once=at_once)
+            if settings.groups and decision.alpha
+            else None
         )
-        write_results(store, results)
-        write_report(store, results)
-    return results
+        result = pair_result(
+            plan, history, decision, settings, evaluator.texts, generations=evaluator.num_responses, groups=groups
+        )  # fmt: skip
+        self._store.put(self._key(plan), results_json(Results(self._store.uri, "", (result,))))
+        return result
+
+    def _key(self, plan: PairPlan) -> str:
+        search_id = self._checked.search_id(plan, self.searches.reward_ids)
+        return search_key(plan.name, search_id)
+
+    def add_failure(self, plans: Sequence[PairPlan], error: ExpoError) -> None:
+        for name in self.searches.add_failure(plans, error):
+            log.error("%s failed: %s", name, in_one_line(error))
 
 
-def _publish(
-    prepared: Prepared, found: Mapping[str, PairResult], store: Store
-) -> tuple[Models, dict[str, str]]:
+def drop_replaced(plans: Sequence[PairPlan], searches: Searches) -> list[PairPlan]:
+    """Drop the pairs whose parents are no longer those that were planned, and record them as failures.
+
+    The last batches begin hours after the check, and an engine that finds another parent fails all pairs of its batch.
+    """
+    unchanged = []
+    for plan in plans:
+        try:
+            refuse_replaced(plan)
+        except ExpoError as error:
+            searches.add_failure([plan], error)
+            log.error("%s failed: %s", plan.name, in_one_line(error))
+        else:
+            unchanged.append(plan)
+    return unchanged
+
+
+def _read_search(store: Store, key: str) -> PairResult | None:
+    """Read a finished search; None if it cannot be read, because another version wrote it: the stored rows then give it anew."""
+    try:
+        results = parse_results(store.read(key, most_bytes=RESULTS_BYTES), f"{store.uri}/{key}")
+    except (NotFound, OutputError):
+        return None
+    return results.pairs[0] if results.pairs else None
+
+
+def _pairs_at_once(checked: CheckedJob, pools: Sequence[RewardPool]) -> int:
+    """Number of pairs whose engines fit on the cluster at the same time, beside the reward models.
+
+    Raises:
+        JobError: if not even one does.
+    """
+    settings, resources = checked.job.serving, ray.cluster_resources()
+    kind = "GPU" if settings.device != "cpu" and resources.get("GPU") else "CPU"
+    per_pair = settings.replicas * settings.tensor_parallel_size
+    for_rewards = sum(pool.spec.replicas * pool.share(kind) for pool in pools)
+    at_once = int((resources.get(kind, 0) - for_rewards) // per_pair)
+    if at_once < 1:
+        raise JobError(
+            f"the cluster has {resources.get(kind, 0):g} {kind}s; the engines of one pair take {per_pair} and the reward models "
+            f"{for_rewards:g}; add nodes, or lower `replicas` under `serving` or `num_{kind.lower()}s` under `rewards`"
+        )
+    return at_once
+
+
+def publish_winners(checked: CheckedJob, searches: Searches) -> Winners:
     """Publish the winners from the parents that were searched, with the search's results in their cards.
 
-    What is published already is left alone. A pair that cannot be published is named, and the others are.
+    What is published already is left alone. A pair that cannot be published is named among the failures, and the others are
+    published.
     """
-    plans, failures = _publication_plans(prepared, found)
-    if not plans:
-        return {}, failures
+    started = time.monotonic()
+    winners = Winners()
+    if plans := _publication_plans(checked, searches, winners):
+        _publish(checked, searches, plans, winners)
+    winners.usage = _usage_since(started)
+    return winners
+
+
+def _publish(checked: CheckedJob, searches: Searches, plans: Sequence[PairPlan], winners: Winners) -> None:
+    """Publish all plans on the cluster, and add the models and failures to `winners`."""
 
     def publish_with_result(plan: PairPlan, alpha: float) -> Published:
-        return publish(plan, alpha, found[plan.name])
+        return publish(plan, alpha, searches.results[plan.name])
 
     with (
-        Progress("extrapolate", store) as progress,
-        OnRay(progress, device=prepared.job.device, publish_task=publish_with_result) as executor,
+        Progress("extrapolate", open_store(checked.job.output)) as progress,
+        OnRay(progress, device=checked.job.device, publish_task=publish_with_result) as executor,
     ):
         outcome = run_pairs(plans, executor, progress)
-        failures |= {name: in_one_line(error) for name, error in outcome.failures.items()}
-        progress.finish(sorted(failures), published=len(outcome.published))
-    published: dict[str, dict[float, Published]] = {}
+        winners.failures |= {name: in_one_line(error) for name, error in outcome.failures.items()}
+        progress.finish(sorted(winners.failures), published=len(outcome.published))
     for model in outcome.published:
-        published.setdefault(model.pair, {})[model.alpha] = model
-    return published, failures
+        winners.models.setdefault(model.pair, {})[model.alpha] = model
 
 
-def _publication_plans(
-    prepared: Prepared, found: Mapping[str, PairResult]
-) -> tuple[list[PairPlan], dict[str, str]]:
-    """The plans of what is to be published, and why others cannot be, by pair.
+def _publication_plans(checked: CheckedJob, searches: Searches, winners: Winners) -> list[PairPlan]:
+    """Plan what is to be published of each pair; pairs that cannot be are added to the failures of `winners`.
 
     No plan where dpo is kept and nothing else is asked for.
     """
-    plans, failures, job = list[PairPlan](), dict[str, str](), prepared.job
-    for pair, checked in zip(job.pairs, prepared.plans, strict=True):
-        if pair.name not in found:
+    plans, job = [], checked.job
+    for pair, plan in zip(job.pairs, checked.plans, strict=True):
+        result = searches.results.get(pair.name)
+        if result is None:
             continue
-        result = found[pair.name]
         asked = pair.alphas if job.publish == "all" else ()
         alphas = tuple(sorted({*asked, *([result.decision] if result.decision else [])}))
         if not alphas:
             continue
         outputs = outputs_of(job, pair.model_copy(update={"alphas": alphas}))
         try:
-            plans.append(publication_plan(checked, pair, _chosen_step(result), outputs))
+            plans.append(publication_plan(plan, pair, _chosen_step(result), outputs))
         except ExpoError as error:
-            failures[pair.name] = in_one_line(error)
-            log.error("%s failed: %s", pair.name, failures[pair.name])
-    return plans, failures
+            winners.failures[pair.name] = in_one_line(error)
+            log.error("%s failed: %s", pair.name, in_one_line(error))
+    return plans
 
 
 def _chosen_step(result: PairResult) -> Step:
@@ -143,20 +255,7 @@ def _chosen_step(result: PairResult) -> Step:
     return Step.of(result.decision, factors)
 
 
-def _winners(found: Mapping[str, PairResult], published: Models) -> dict[str, str]:
-    """Folder of the chosen alpha, of each pair that has one."""
-    return {
-        name: published[name][result.decision].uri
-        for name, result in found.items()
-        if result.decision and result.decision in published.get(name, {})
-    }
-
-
-def _with_models(result: PairResult, published: Models) -> PairResult:
-    models = published.get(result.name, {})
-    effective = {alpha: one.effective_alpha for alpha, one in models.items()}
-    return replace(
-        result,
-        published={alpha: one.uri for alpha, one in models.items()},
-        effective_alphas={alpha: value for alpha, value in effective.items() if value is not None},
-    )
+def _usage_since(started: float) -> Usage:
+    """The time since `started`, on all that the cluster has now."""
+    seconds, resources = time.monotonic() - started, ray.cluster_resources()
+    return Usage(seconds, seconds * resources.get("CPU", 0), seconds * resources.get("GPU", 0))

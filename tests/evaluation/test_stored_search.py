@@ -1,8 +1,7 @@
-"""What `expo-ray run` publishes and reports of searches that are stored, where inputs changed since they were checked."""
+"""Stored searches are published and reported by `expo-ray run`, also where inputs changed since they were checked."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,16 +14,17 @@ import yaml
 pytest.importorskip("ray")
 pytest.importorskip("peft")
 
-from expo_ray.cli.run import tell
+from expo_ray.cli.run import print_results
 from expo_ray.config import Pair, load_job
 from expo_ray.errors import InputChanged
+from expo_ray.evaluation.check_job import CheckedJob, check_job
+from expo_ray.evaluation.job_report import Searches, push_winners, write_report
 from expo_ray.extrapolation.plan import PairPlan, plan_pair
 from expo_ray.extrapolation.plan_job import JobPlan, inspect_pairs
 from expo_ray.extrapolation.run_job import run_pairs
-from expo_ray.on_ray import pipeline
-from expo_ray.on_ray.check_job import Prepared, prepare
 from expo_ray.on_ray.extrapolation import OnRay
-from expo_ray.on_ray.search_pairs import Searched, drop_replaced
+from expo_ray.on_ray.pipeline import drop_replaced, publish_winners, search_pairs
+from expo_ray.on_ray.rewards.pool import RewardPool
 from expo_ray.progress import Progress
 from expo_ray.published.verify import read_manifest, verify_files
 from expo_ray.report.results import PairResult, Results
@@ -57,13 +57,17 @@ def save_pairs(root: str, folder: Path) -> list[dict[str, Any]]:
     return pairs
 
 
-def store_searches(prepared: Prepared) -> None:
-    """Store a decision for every pair but the last, as a search that came to its end."""
-    store = open_store(prepared.job.output)
-    for plan in prepared.plans[:-1]:
+def search_id(checked: CheckedJob, plan: PairPlan) -> str:
+    return checked.search_id(plan, {pool.name: pool.id for pool in map(RewardPool, checked.rewards)})
+
+
+def store_searches(checked: CheckedJob) -> None:
+    """Store a decision for every pair but the last, as a finished search does."""
+    store = open_store(checked.job.output)
+    for plan in checked.plans[:-1]:
         decision = 3.2 if plan.name == "unplannable" else ALPHA
         result = PairResult(plan.name, plan.sft.uri, plan.dpo.uri, decision, f"alpha {decision:g} is best")
-        key = f"evaluation/searches/{plan.name}-{prepared.search_id(plan)}.json"
+        key = f"evaluation/searches/{plan.name}-{search_id(checked, plan)}.json"
         store.put(key, results_json(Results(store.uri, "", (result,))))
 
 
@@ -74,7 +78,6 @@ def test_pairs_that_cannot_be_published_any_more_fail_alone_and_the_report_is_wr
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     # The session's Ray is connected already. It has one CPU, too few for the engine of a search beside a reward model.
-    monkeypatch.setattr(pipeline, "cluster", contextlib.nullcontext)
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "brief.py").write_text("def reward(prompt, response):\n    return -len(response)\n")
     (tmp_path / "prompts.txt").write_text("".join(f"Spell the number {number}.\n" for number in range(64)))
@@ -88,19 +91,20 @@ def test_pairs_that_cannot_be_published_any_more_fail_alone_and_the_report_is_wr
         "sampling": {"max_tokens": 12},
     }
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
-    prepared = prepare(load_job(str(tmp_path / "job.yaml")))
-    store_searches(prepared)
+    checked = check_job(load_job(str(tmp_path / "job.yaml")))
+    store_searches(checked)
     damage(f"{root}/replaced/dpo")
 
-    searched = Searched()
-    assert [plan.name for plan in drop_replaced(prepared.plans, searched)] == [
+    searches = Searches()
+    assert [plan.name for plan in drop_replaced(checked.plans, searches)] == [
         name for name in NAMES if name != "replaced"
     ]
-    assert searched.failures.keys() == {"replaced"}
+    assert searches.failures.keys() == {"replaced"}
 
-    results = pipeline.run_pipeline(prepared)
-    assert tell(results, prepared.job) == FAILED
-    told = capsys.readouterr()
+    searches = search_pairs(checked)
+    results = write_report(checked, searches, publish_winners(checked, searches))
+    assert print_results(push_winners(results, checked.job), checked.job) == FAILED
+    printed = capsys.readouterr()
 
     output = open_store(f"{root}/out")
     stored = json.loads(output.read("results.json"))
@@ -114,7 +118,7 @@ def test_pairs_that_cannot_be_published_any_more_fail_alone_and_the_report_is_wr
     assert "add nodes" in stored["failures"]["unsearched"]
     page = output.read("report/index.html").decode()
     for name in stored["failures"]:
-        assert f"failed: {name}: " in told.err
+        assert f"failed: {name}: " in printed.err
         assert name in page
 
     for name in ("adapter", "plain"):
@@ -123,17 +127,17 @@ def test_pairs_that_cannot_be_published_any_more_fail_alone_and_the_report_is_wr
         assert manifest is not None
         assert verify_files(model, manifest) == []
         assert manifest["arithmetic"]["adapter"] == ("scale" if name == "adapter" else None)
-        for side, checkpoint in zip(("sft", "dpo"), parents_of(prepared, name), strict=True):
+        for side, checkpoint in zip(("sft", "dpo"), parents_of(checked, name), strict=True):
             etags = {key: info.etag for key, info in checkpoint.files.items()}
             assert {key: file["etag"] for key, file in manifest["parents"][side]["files"].items()} == etags
     assert "pairs/replaced" not in " ".join(info.key for info in output.list())
 
     # The stored search is that of the old parent: the new one is another search's.
-    again = prepare(load_job(str(tmp_path / "job.yaml")))
+    again = check_job(load_job(str(tmp_path / "job.yaml")))
     changed = [
         new.name
-        for old, new in zip(prepared.plans, again.plans, strict=True)
-        if prepared.search_id(old) != again.search_id(new)
+        for old, new in zip(checked.plans, again.plans, strict=True)
+        if search_id(checked, old) != search_id(again, new)
     ]
     assert changed == ["replaced"]
 
@@ -173,7 +177,7 @@ def damage(uri: str) -> None:
     store.put("model.safetensors", store.read("model.safetensors")[:-1] + b"\x01")
 
 
-def parents_of(prepared: Prepared, name: str) -> tuple[Any, Any]:
+def parents_of(checked: CheckedJob, name: str) -> tuple[Any, Any]:
     """Both checkpoints of a pair as they were checked."""
-    (plan,) = (plan for plan in prepared.plans if plan.name == name)
+    (plan,) = (plan for plan in checked.plans if plan.name == name)
     return plan.sft, plan.dpo

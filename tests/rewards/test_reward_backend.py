@@ -23,7 +23,7 @@ from transformers import (
 from expo_ray.config import RewardModel
 from expo_ray.errors import RewardError
 from expo_ray.evaluation.rewards.reward_inputs import model_inputs
-from expo_ray.evaluation.rewards.reward_model import Classifier, inspect_reward_model
+from expo_ray.evaluation.rewards.reward_model import Classifier, check_reward, inspect_reward_model
 from expo_ray.on_ray.rewards import backends as reward_models
 from expo_ray.on_ray.rewards.backends import TransformersBackend, check_parity, load_backend
 from expo_ray.on_ray.rewards.pool import RewardPool
@@ -125,13 +125,18 @@ def test_auto_takes_the_reference_for_what_vllm_does_not_know(
     assert backend.score([(5, 6, 7)]) == pytest.approx([expected], abs=1e-5)
 
 
+def pool_of(spec: dict[str, Any]) -> RewardPool:
+    """The pool of a reward model of a job file; its actors are not started."""
+    return RewardPool(check_reward(RewardModel.model_validate(spec)))
+
+
 def test_rewards_of_different_back_ends_do_not_mix(folder: Path) -> None:
     pools = [
-        RewardPool(RewardModel.model_validate({"model": str(folder), "backend": one, "dtype": "fp32"}))
-        for one in ("auto", "vllm", "transformers")
+        pool_of({"model": str(folder), "backend": backend, "dtype": "fp32"})
+        for backend in ("auto", "vllm", "transformers")
     ]
     assert len({pool.id for pool in pools}) == 3  # the folder of a job's rewards is named after it
-    again = RewardPool(RewardModel(model=str(folder), name="another", dtype="fp32", replicas=2))
+    again = pool_of({"model": str(folder), "name": "another", "dtype": "fp32", "replicas": 2})
     assert again.id == pools[0].id
 
 
@@ -165,7 +170,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def _id(folder: Path, **changes: Any) -> str:
-    return RewardPool(RewardModel.model_validate({"model": str(folder), "dtype": "fp32"} | changes)).id
+    return pool_of({"model": str(folder), "dtype": "fp32"} | changes).id
 
 
 def test_all_that_decides_a_score_names_the_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +204,7 @@ def test_a_model_in_a_bucket_is_looked_at_through_its_small_files(
     store = open_store("memory://rewards/rm")
     for file in folder.iterdir():
         store.put(file.name, file.read_bytes())
-    there, here = (RewardPool(RewardModel(model=uri)) for uri in (store.uri, str(folder)))
+    there, here = (pool_of({"model": uri}) for uri in (store.uri, str(folder)))
     rows = english(5)
     assert there.inputs(rows) == here.inputs(rows)
     assert len(there.inputs(rows)[3].ids) > 20

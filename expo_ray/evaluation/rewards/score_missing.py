@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from expo_ray.evaluation.records import Response, Reward, scored_digest
 from expo_ray.evaluation.rewards.reward_function import ScoreFailure
@@ -33,6 +33,25 @@ class Scorer(Protocol):
         Raises:
             ExpoError: if the model cannot score at all.
         """
+
+
+class NamedScorer(Scorer, Protocol):
+    """A reward model of a job at work: its rewards are stored under its name and id."""
+
+    @property
+    def name(self) -> str:
+        """The reward model's name in the job."""
+
+    @property
+    def id(self) -> str:
+        """Digest of all that decides the scores."""
+
+    @property
+    def about(self) -> Mapping[str, Any]:
+        """What made the rewards, for people who look into the folder."""
+
+    def close(self) -> None:
+        """Release what was loaded; what is scored next loads it again."""
 
 
 class RewardStore(Protocol):

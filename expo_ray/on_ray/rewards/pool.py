@@ -1,92 +1,106 @@
-"""One reward model on a pool of Ray actors."""
+"""A reward model on a pool of Ray actors: which of them are ready, which batches each has, and which have to be replaced."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-from expo_ray.checkpoint.tokenizer import load_tokenizer, tokenizer_files
-from expo_ray.config import RewardModel
-from expo_ray.errors import ExpoError, RewardError
-from expo_ray.evaluation.records import Response, Reward
-from expo_ray.evaluation.rewards.reward_function import RewardFunction, ScoreFailure
-from expo_ray.evaluation.rewards.reward_inputs import (
-    RewardInput,
-    Tokenizer,
-    check_tokenizer,
-    function_inputs,
-    model_inputs,
+import ray
+from ray.exceptions import (
+    ActorUnschedulableError,
+    OutOfMemoryError,
+    RayError,
+    RayTaskError,
+    RuntimeEnvSetupError,
 )
-from expo_ray.evaluation.rewards.reward_model import Classifier, inspect_reward_model, reward_id
-from expo_ray.on_ray.rewards.actors import Crew
-from expo_ray.on_ray.rewards.backends import PARITY_TEXTS
+
+from expo_ray.config import RewardModel
+from expo_ray.errors import ExpoError, InputChanged, RewardError
+from expo_ray.evaluation.records import Response, Reward
+from expo_ray.evaluation.rewards.reward_function import (
+    RewardFunction,
+    ScoreFailure,
+    checked_reward,
+    function_scorer,
+)
+from expo_ray.evaluation.rewards.reward_inputs import RewardInput
+from expo_ray.evaluation.rewards.reward_model import (
+    CheckedReward,
+    Classifier,
+    inspect_reward_model,
+    reward_id,
+)
+from expo_ray.on_ray.rewards.backends import PARITY_TEXTS, load_backend
 from expo_ray.on_ray.rewards.placement import check_room, choose_dtype, gpu_share
-from expo_ray.storage import open_store
+from expo_ray.serving.node_cache import download_model
 from expo_ray.text import shown
 
 log = logging.getLogger("expo_ray")
 
 BATCH_ROWS = 64
+# Batches that an actor has been given, so that it never waits for the driver.
+_BATCHES_AHEAD = 2
+# Deaths that one batch outlives; a text that kills every actor must not be tried for ever.
+MAX_DEATHS = 5
+_DEATHS_TOGETHER = 2
+_STALL_WARNING_S = 120.0
 
 
 class RewardPool:
-    """A reward model, ready to score; see `expo_ray.evaluation.rewards.score_missing.Scorer`.
+    """A reward model on Ray actors; see `expo_ray.evaluation.rewards.score_missing.NamedScorer`.
 
     Nothing is loaded before something is to be scored. The actors (`Crew`) stay until the pool is closed; `score` is for one
     thread at a time.
-
-    Args:
-        spec: the reward model as a job file has it.
-
-    Raises:
-        ExpoError: if it cannot score, as far as its headers, tokenizer and template tell.
     """
 
-    def __init__(self, spec: RewardModel) -> None:
-        self.spec = spec
-        self.model = inspect_reward_model(spec)
-        self.tokenizer: Tokenizer | None = None
-        self._dtype: str = "" if spec.dtype == "auto" else spec.dtype
+    def __init__(self, checked: CheckedReward) -> None:
+        self._checked, self.spec, self.model = checked, checked.spec, checked.model
+        self._dtype: str = "" if self.spec.dtype == "auto" else self.spec.dtype
         self._crew: Crew | None = None
-        if isinstance(self.model, Classifier):
-            self.tokenizer = _load_tokenizer(self.model)
-            for note in check_tokenizer(self.tokenizer, self.model.uri):
-                log.warning("note: %s", note)
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
 
     @property
     def dtype(self) -> str:
-        """What it computes in; empty for a function. `auto` asks the cluster how much memory there is."""
+        """Data type that it computes in; empty for a function. `auto` asks the cluster how much memory there is."""
         if not self._dtype and isinstance(self.model, Classifier):
             self._dtype = choose_dtype(self.model, gpu_share(self.spec, self.model))
         return self._dtype
 
     @property
     def id(self) -> str:
-        """Digest of what decides the scores."""
         return reward_id(self.model, self.spec, self.dtype)
+
+    @property
+    def about(self) -> Mapping[str, Any]:
+        return {
+            "model": self.model.uri,
+            "identity": self.model.identity,
+            "backend": self.spec.backend,
+            "dtype": self.dtype,
+            "truncate": self.spec.truncate,
+            "id": self.id,
+        }
 
     def share(self, kind: str) -> float:
         """CPUs or GPUs that one actor takes."""
         return gpu_share(self.spec, self.model) if kind == "GPU" else self.spec.num_cpus
 
     def inputs(self, responses: Sequence[Response]) -> list[RewardInput]:
-        if self.tokenizer is None or isinstance(self.model, RewardFunction):
-            return function_inputs(responses)
-        return model_inputs(
-            responses,
-            self.tokenizer,
-            where=self.model.uri,
-            max_tokens=self.model.max_tokens,
-            truncate=self.spec.truncate,
-        )
+        return self._checked.inputs(responses)
 
     def score(self, inputs: Sequence[RewardInput]) -> Iterator[Sequence[Reward | ScoreFailure]]:
         if not inputs:
             return
         # The longest first: what does not fit into memory fails early, and no long batch is left to run alone at the end.
-        ordered = sorted(inputs, key=lambda one: len(one.ids) or len(one.text), reverse=True)
+        ordered = sorted(inputs, key=lambda asked: len(asked.ids) or len(asked.text), reverse=True)
         size = max(1, min(BATCH_ROWS, -(-len(ordered) // (2 * self.spec.replicas))))
         if self._crew is None:
             num_gpus = gpu_share(self.spec, self.model)
@@ -111,25 +125,238 @@ class RewardPool:
         self.close()
 
 
-def _load_tokenizer(model: Classifier) -> Tokenizer:
-    """The tokenizer of a reward model, from its small files alone.
-
-    Raises:
-        RewardError: if there is none that can be loaded.
-    """
-    store = open_store(model.uri)
-    try:
-        tokenizer: Tokenizer = load_tokenizer(tokenizer_files(store, map(store.stat, model.side_files)))
-    except ExpoError:
-        raise
-    except Exception as error:
-        raise RewardError(
-            f"{model.uri}: its tokenizer cannot be loaded ({type(error).__name__}: {shown(error)}); save it with the model"
-        ) from error
-    return tokenizer
-
-
 def _probe(ordered: Sequence[RewardInput]) -> list[Sequence[int]]:
-    """Texts of all lengths."""
+    """Texts of all lengths, evenly spaced in `ordered`."""
     many = min(PARITY_TEXTS, len(ordered))
     return [ordered[number * (len(ordered) - 1) // max(many - 1, 1)].ids for number in range(many)]
+
+
+class RewardActor:
+    """A reward model in its own process. Its methods may be called again at any time."""
+
+    def __init__(self, model: Classifier | RewardFunction, dtype: str, gpu_share: float) -> None:
+        self._model, self._dtype, self._gpu_share = model, dtype, gpu_share
+        self._score: Any = None
+        # Nothing here may ask the terminal that the job was started from.
+        with open(os.devnull) as nothing:
+            os.dup2(nothing.fileno(), 0)
+
+    def load(self, probe: Sequence[Sequence[int]], compares: bool = False) -> str:
+        """Load the model; returns the name of the back end that computes.
+
+        Args:
+            probe: texts on which a model must agree with its definition.
+            compares: whether to load both back ends of a model for that.
+
+        Raises:
+            ExpoError: if it cannot be loaded, or they do not agree.
+        """
+        model = self._model
+        if isinstance(model, RewardFunction):
+            score = function_scorer(model)
+            self._score = lambda inputs: [score(asked) for asked in inputs]
+            return model.uri
+        now = inspect_reward_model(model.spec)
+        if not isinstance(now, Classifier) or now.identity != model.identity:
+            raise InputChanged(
+                f"{model.uri}: its files are no longer those that were looked at when the job began; run it again"
+            )
+        folder = download_model(model.uri)
+        backend = load_backend(
+            model, folder, self._dtype, gpu_share=self._gpu_share, probe=probe, compares=compares
+        )
+        self._score = lambda inputs: [
+            checked_reward(asked, score, model.uri)
+            for asked, score in zip(inputs, backend.score([asked.ids for asked in inputs]), strict=True)
+        ]
+        return backend.name
+
+    def score(self, inputs: Sequence[RewardInput]) -> list[Reward | ScoreFailure]:
+        """Score some inputs, in their order."""
+        if self._score is None:
+            self.load(())
+        scored: list[Reward | ScoreFailure] = self._score(inputs)
+        return scored
+
+
+@dataclass(eq=False)
+class _Slot:
+    """An actor and what it has been given.
+
+    Attributes:
+        loaded: becomes ready when the actor has.
+        checks: whether it compares the back ends first.
+        batches: how many it has been given and not returned.
+    """
+
+    actor: Any
+    loaded: ray.ObjectRef[Any]
+    checks: bool
+    ready: bool = False
+    batches: int = 0
+
+
+@dataclass
+class _Batch:
+    inputs: Sequence[RewardInput]
+    deaths: int = 0
+
+    def split(self) -> list[_Batch]:
+        """Return the batch itself, or each response alone once actors have died over it twice, so that the last error names it."""
+        if self.deaths < _DEATHS_TOGETHER or len(self.inputs) == 1:
+            return [self]
+        return [_Batch([asked], self.deaths) for asked in self.inputs]
+
+
+class Crew:
+    """The actors of one reward model, from the first start to the end.
+
+    An actor that dies, alone or with its node, is replaced, and the batches it had not returned are given to another.
+
+    Args:
+        spec: number of actors, and what each takes.
+        gpu_share: GPUs of each.
+        probe: texts on which the first actor answers for all that the back ends agree.
+    """
+
+    def __init__(
+        self,
+        spec: RewardModel,
+        model: Classifier | RewardFunction,
+        dtype: str,
+        gpu_share: float,
+        probe: Sequence[Sequence[int]],
+    ) -> None:
+        self._spec, self._model, self._dtype = spec, model, dtype
+        self._gpu_share, self._probe = gpu_share, probe
+        self._agreed = False
+        self._died_loading = 0
+        self._slots = [self._start(checks=number == 0) for number in range(spec.replicas)]
+
+    def work_off(self, batches: Iterable[Sequence[RewardInput]]) -> Iterator[Sequence[Reward | ScoreFailure]]:
+        """Score all batches; yields the scores of each as it returns.
+
+        Raises:
+            ExpoError: if the model cannot score at all.
+        """
+        queue = deque(map(_Batch, batches))
+        under_way: dict[ray.ObjectRef[Any], tuple[_Slot, _Batch]] = {}
+        try:
+            while queue or under_way:
+                self._submit(queue, under_way)
+                loading = {slot.loaded: slot for slot in self._slots if not slot.ready}
+                done, _ = ray.wait([*under_way, *loading], timeout=_STALL_WARNING_S)
+                for ref in done:
+                    if ref in loading:
+                        self._finish_loading(loading[ref])
+                        continue
+                    slot, batch = under_way.pop(ref)
+                    slot.batches -= 1
+                    try:
+                        yield ray.get(ref)
+                    except RayError as error:
+                        self._count_death(error, batch)
+                        self._replace(slot, error)
+                        queue.extendleft(reversed(batch.split()))
+                if not done:
+                    log.warning(
+                        "%s: nothing has come back for %d s; %d batch(es) are under way, %d of %d actors are ready",
+                        self._spec.name, _STALL_WARNING_S, len(under_way), len(self._slots) - len(loading), len(self._slots),
+                    )  # fmt: skip
+        finally:
+            for ref, (slot, _) in under_way.items():
+                ray.cancel(ref)
+                slot.batches -= 1
+
+    def close(self) -> None:
+        """End the actors."""
+        for slot in self._slots:
+            ray.kill(slot.actor)
+
+    def _start(self, *, checks: bool) -> _Slot:
+        options: dict[str, Any] = {
+            "num_cpus": self._spec.num_cpus,
+            "num_gpus": self._gpu_share,
+            "scheduling_strategy": "SPREAD",
+        }
+        actor: Any = ray.remote(**options)(RewardActor).remote(self._model, self._dtype, self._gpu_share)
+        return _Slot(actor, actor.load.remote(self._probe, checks), checks)
+
+    def _submit(
+        self, queue: deque[_Batch], under_way: dict[ray.ObjectRef[Any], tuple[_Slot, _Batch]]
+    ) -> None:
+        """Keep ready actors busy; none of them before the back ends are known to agree."""
+        for slot in self._slots if self._agreed else ():
+            while slot.ready and queue and slot.batches < _BATCHES_AHEAD:
+                batch = queue.popleft()
+                under_way[slot.actor.score.remote(batch.inputs)] = (slot, batch)
+                slot.batches += 1
+
+    def _finish_loading(self, slot: _Slot) -> None:
+        """Take note that an actor has loaded its model, or replace one that died of it."""
+        try:
+            name = ray.get(slot.loaded)
+        except RayError as error:
+            self._died_loading += 1
+            if self._died_loading > MAX_DEATHS:
+                raise RewardError(
+                    f"{self._spec.name}: {self._died_loading} actors died while they loaded it ({_death_of(error)}); "
+                    f"{self._remedy(error)}"
+                ) from error
+            self._replace(slot, error)
+        else:
+            slot.ready, self._died_loading = True, 0
+            if slot.checks:
+                self._agreed = True
+                log.info("%s: scored by %s", self._spec.name, name)
+
+    def _count_death(self, error: RayError, batch: _Batch) -> None:
+        """Count a death over a batch.
+
+        Raises:
+            RewardError: after more than `MAX_DEATHS`, unless the error is the model's.
+        """
+        batch.deaths += 1
+        if batch.deaths > MAX_DEATHS and not isinstance(error, RayTaskError):
+            first = batch.inputs[0]
+            raise RewardError(
+                f"{self._spec.name}: {batch.deaths} actors died over the response to prompt {first.prompt_id}, sample "
+                f"{first.sample} ({_death_of(error)}); {self._remedy(error)}"
+            ) from error
+
+    def _remedy(self, error: RayError) -> str:
+        memory = "give the actors more memory, or set fewer `replicas`"
+        if isinstance(self._model, RewardFunction) and "memory" not in _death_of(error):
+            return f"look for what ends the process in {self._model.uri}: `os._exit`, a signal, a crash of compiled code; else {memory}"
+        return memory
+
+    def _replace(self, slot: _Slot, error: RayError) -> None:
+        """Start a new actor in the place of a dead one.
+
+        Raises:
+            ExpoError: the model's own error, which another actor would meet as well.
+        """
+        if isinstance(error, RayTaskError):
+            if isinstance(error.cause, ExpoError):
+                raise error.cause
+            log.error("%s failed", self._spec.name, exc_info=error)
+            raise RewardError(
+                f"{self._spec.name}: {type(error.cause).__name__}: {error.cause}; see the traceback above, and try "
+                "`backend: transformers`"
+            ) from error
+        if isinstance(error, ActorUnschedulableError | RuntimeEnvSetupError):
+            raise error
+        if slot in self._slots:  # else its other batch has seen to it
+            log.warning("%s: an actor died (%s); another takes over", self._spec.name, type(error).__name__)
+            ray.kill(slot.actor)
+            self._slots[self._slots.index(slot)] = self._start(checks=slot.checks and not slot.ready)
+
+
+def _death_of(error: RayError) -> str:
+    """Reason that Ray gives for the death of an actor, in a few words."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OutOfMemoryError) or "NODE_OUT_OF_MEMORY" in text:
+        return "the node was out of memory"
+    # What follows is a list of all that may have been the reason.
+    detail = text.partition("Worker exit detail: ")[2].partition(". ")[0]
+    return shown(detail or type(error).__name__)

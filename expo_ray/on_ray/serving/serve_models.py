@@ -22,6 +22,7 @@ from ray.serve.llm.ingress import make_fastapi_ingress
 from expo_ray.config import PublishedModel, Serving
 from expo_ray.errors import JobError
 from expo_ray.evaluation.records import digest
+from expo_ray.evaluation.responses.client import Client
 from expo_ray.evaluation.responses.endpoint import KEY_VARIABLE
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.on_ray.serving.engine_adapter import check_version, http_address, shut_serve_down
@@ -43,7 +44,7 @@ REQUEST_TIMEOUT_S = 24 * 3600
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where the models answer.
+    """An endpoint that answers for models.
 
     Attributes:
         url: without `/v1`.
@@ -54,6 +55,10 @@ class Endpoint:
     url: str
     slots: int
     key_variable: str = KEY_VARIABLE
+
+    def client(self) -> Client:
+        """A client that keeps the engines busy."""
+        return Client(self.url, slots=self.slots, key_variable=self.key_variable)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""One pair behind an endpoint: the answers and rewards of any step, as numbers for the search."""
+"""A pair behind an endpoint: the answers and rewards of any step, as numbers for the search."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ from expo_ray.evaluation.records import Response, Reward, reward_from_row
 from expo_ray.evaluation.responses.ask_missing import ask_model
 from expo_ray.evaluation.responses.endpoint import KEY_VARIABLE
 from expo_ray.evaluation.responses.likelihoods import likelihood_from_row, measure_likelihoods
-from expo_ray.evaluation.rewards.score_missing import score_responses
+from expo_ray.evaluation.rewards.score_missing import NamedScorer, score_responses
 from expo_ray.evaluation.row_store import RowStore
 from expo_ray.evaluation.search.alpha_scores import AlphaScores, LogProbabilities, alpha_scores
 from expo_ray.evaluation.search.search_pair import first
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.step import DPO, Step, stepped
-from expo_ray.on_ray.rewards.pool import RewardPool
 from expo_ray.progress import Progress
 from expo_ray.storage import Store, open_store
 
@@ -29,22 +28,20 @@ from expo_ray.storage import Store, open_store
 KL_PROMPTS = 32
 
 
-@dataclass
-class Scorers:
-    """The reward models of a job, shared by its pairs; the first one chooses."""
+@dataclass(frozen=True)
+class SharedScorer:
+    """A reward model that the pairs of a search use in turn."""
 
-    pools: Sequence[RewardPool]
-    locks: Mapping[str, threading.Lock] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.locks = {pool.spec.name: threading.Lock() for pool in self.pools}
+    scorer: NamedScorer
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class PairEvaluator:
-    """Makes what is missing of a step's responses and rewards; called from several threads, see `search_pair`.
+    """Asks for the missing responses and rewards of a step; called from several threads, see `search_pair`.
 
     Args:
         url: of the endpoint that serves the pair.
+        scorers: the reward models of the job; the first one chooses alpha.
         slots: requests that keep the pair's engines busy.
         store: the job's output.
         key_variable: names the variable with the key of the endpoint.
@@ -60,7 +57,7 @@ class PairEvaluator:
         self,
         plan: PairPlan,
         url: str,
-        scorers: Scorers,
+        scorers: Sequence[SharedScorer],
         *,
         sampling: Sampling,
         store: Store,
@@ -88,7 +85,7 @@ class PairEvaluator:
         return sum(self._counted.values())
 
     def __call__(self, step: Step, prompts: PromptSet) -> AlphaScores:
-        """One step on some prompts.
+        """Ask for and score the responses of a step to some prompts, as far as they are not stored.
 
         Raises:
             ExpoError: if a prompt stays unanswered, or a response without a reward.
@@ -98,10 +95,10 @@ class PairEvaluator:
             responses = self._responses(step, prompts)
             logprobs = None if step.alpha < 0 else self._logprobs(step, prompts)
         self.texts.setdefault(step, {}).update(
-            {one.prompt_id: one for one in responses.values() if one.sample == 0}
+            {response.prompt_id: response for response in responses.values() if response.sample == 0}
         )
-        self._counted |= {(step, key): one.num_tokens for key, one in responses.items()}
-        rewards = {pool.spec.name: self._rewards(name, responses, pool) for pool in self._scorers.pools}
+        self._counted |= {(step, key): response.num_tokens for key, response in responses.items()}
+        rewards = {shared.scorer.name: self._rewards(name, responses, shared) for shared in self._scorers}
         ids = [prompt.id for prompt in prompts.prompts]
         return alpha_scores(
             step.alpha, ids, responses, rewards, special_tokens=self._special_tokens, logprobs=logprobs
@@ -117,15 +114,15 @@ class PairEvaluator:
         )  # fmt: skip
         if answers.problems:
             raise Problems(answers.problems)
-        return {one.key: one for one in answers.responses.values()}
+        return {response.key: response for response in answers.responses.values()}
 
     def _logprobs(self, step: Step, prompts: PromptSet) -> tuple[LogProbabilities, LogProbabilities]:
-        """Log-probabilities of dpo's own responses to a few prompts, by dpo and by `step`."""
+        """Measure the log-probabilities of dpo's own responses to a few prompts, by dpo and by `step`."""
         few = first(prompts, KL_PROMPTS)
         with self._asking_dpo:  # several steps want the same ones at the same time
-            own = [one for one in self._responses(DPO, few).values() if one.text]
-            by_dpo = self._likelihoods(DPO, own)
-        return by_dpo, by_dpo if step == DPO else self._likelihoods(step, own)
+            answered = [response for response in self._responses(DPO, few).values() if response.text]
+            by_dpo = self._likelihoods(DPO, answered)
+        return by_dpo, by_dpo if step == DPO else self._likelihoods(step, answered)
 
     def _likelihoods(self, step: Step, responses: Sequence[Response]) -> LogProbabilities:
         name, weights = self._name(step), stepped(self._plan, step).plan_id(step.alpha)
@@ -136,28 +133,29 @@ class PairEvaluator:
         )
 
     def _rewards(
-        self, name: str, responses: Mapping[Hashable, Response], pool: RewardPool
+        self, name: str, responses: Mapping[Hashable, Response], shared: SharedScorer
     ) -> Mapping[Hashable, Reward]:
-        found: dict[Hashable, Reward] = {}
-        for origin in sorted({one.origin for one in responses.values()}):
-            rows = [one for one in responses.values() if one.origin == origin]
-            folder = ResponsesFolder.of(name, origin).rewards(pool.spec.name, pool.id)
-            with self._scorers.locks[pool.spec.name]:
+        """Score the responses that have no reward yet, kept apart by their origin as their folders are."""
+        scorer, rewards = shared.scorer, dict[Hashable, Reward]()
+        for origin in sorted({response.origin for response in responses.values()}):
+            rows = [response for response in responses.values() if response.origin == origin]
+            folder = ResponsesFolder.of(name, origin).rewards(scorer.name, scorer.id)
+            with shared.lock:
                 scored = score_responses(
-                    rows, pool, RowStore(self._store, folder, reward_from_row), self._progress.rewards
+                    rows, scorer, RowStore(self._store, folder, reward_from_row), self._progress.rewards
                 )
             if scored.failed:
-                first = scored.failed[0]
+                first_failed = scored.failed[0]
                 raise RewardError(
-                    f"{name}: {pool.spec.name} gave no reward to {len(scored.failed)} of {len(rows)} responses, prompt "
-                    f"{first.prompt_id} among them: {first.error}"
+                    f"{name}: {scorer.name} gave no reward to {len(scored.failed)} of {len(rows)} responses, prompt "
+                    f"{first_failed.prompt_id} among them: {first_failed.error}"
                 )
-            found |= scored.rewards
-        return found
+            rewards |= scored.rewards
+        return rewards
 
 
 def special_tokens(plan: PairPlan) -> list[str]:
-    """Texts of the tokens that the pair's tokenizer calls special; empty where its files do not say."""
+    """Read the texts of the tokens that the pair's tokenizer calls special; none where its files do not say."""
     parent = plan.side_files.get("tokenizer.json")
     if parent is None or "tokenizer.json" not in parent.files:
         return []
