@@ -38,6 +38,8 @@ CONNECT_TIMEOUT_S = 5.0
 _ANSWER_TIMEOUT_S = 20.0
 # Of a service that every Ray has; to others it is unknown.
 _ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
+# Where it is "0", 127.0.0.1 stays 127.0.0.1 in every process of Ray that reads it.
+_LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 # What Ray's sockets and logs need at least, and the longest folder below which its sockets' names are short enough.
 _TEMPORARY_BYTES = 64 << 20
 _TEMPORARY_LENGTH = 30
@@ -174,8 +176,12 @@ def _start(stack: contextlib.ExitStack) -> None:
     # An engine takes minutes to start, and Serve would complain of it every half a minute.
     os.environ.setdefault("RAY_SERVE_SLOW_STARTUP_WARNING_S", "600")
     # What Ray does on macOS. Otherwise it puts the network card's address in the place of 127.0.0.1 and opens every port to
-    # the network.
+    # the network. This process has read the variable already; those that it starts read it anew, among them vLLM's engine
+    # core on a GPU, a spawned child that connects as a driver and would look for the cluster behind the network card.
     ray_constants.ENABLE_RAY_CLUSTER = False
+    if _LOOPBACK_ONLY not in os.environ:
+        os.environ[_LOOPBACK_ONLY] = "0"
+        stack.callback(os.environ.pop, _LOOPBACK_ONLY)
     cpus = max(1, int(get_num_cpus(override_docker_cpu_warning=True)))
     stack.callback(ray.shutdown)
     _init_twice(

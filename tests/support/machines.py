@@ -171,7 +171,6 @@ class Machines(RayBox):
         nobody = {"AWS_CONFIG_FILE": "/nonexistent", "AWS_SHARED_CREDENTIALS_FILE": "/nonexistent"}
         super().__init__(**server.environment, **nobody, **shipped_settings(), RAY_AUTH_MODE="token")
         self.environment["RAY_AUTH_TOKEN_PATH"] = str(self.folder / "token")
-        del self.environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"]
         self._ray_folder = self.folder / "ray"
         self._ray_folder.mkdir()
         self._server = server

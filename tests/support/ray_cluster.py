@@ -132,8 +132,6 @@ class RayBox:
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
             "RAY_TMPDIR": str(self.folder),
-            # Without it, Ray puts the network card's address in the place of 127.0.0.1.
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             "RAY_USAGE_STATS_ENABLED": "0",
             # Two streams of tests share the cores: threads that spin while they wait would take them from each other.
             "OMP_WAIT_POLICY": "PASSIVE",
@@ -186,6 +184,8 @@ class RayHead(RayBox):
         self.environment |= {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.folder / "token"),
+            # Without it, Ray puts the network card's address in the place of 127.0.0.1.
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             **shipped_settings(),
         }
 
