@@ -66,7 +66,7 @@ def read_checkpoint(store: Store, *, allow_pickle: bool = False) -> Checkpoint:
     """
     listing = {info.key: info for info in store.list()}
     if not listing:
-        raise CheckpointError(missing_folder(store.uri))
+        raise CheckpointError(missing_folder(store))
     problems: list[ExpoError] = []
     config = _config(store, listing, "config.json", problems, required="adapter_config.json" not in listing)
     carried = _carried_adapter(listing, config)

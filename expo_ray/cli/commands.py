@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import os
 import sys
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
@@ -30,8 +29,8 @@ from expo_ray.extrapolation.plan_job import JobPlan, outputs_of, plan_job
 from expo_ray.extrapolation.run_job import Outcome, run_job
 from expo_ray.progress import Progress, size_text
 from expo_ray.published.verify import read_manifest, rederive, verify_files
-from expo_ray.storage import join_uri, open_store
-from expo_ray.storage.uri import check_utf8, expand_home
+from expo_ray.storage import join_uri, local_path, open_store
+from expo_ray.storage.uri import check_utf8
 from expo_ray.text import remember_url_secrets, shown, shown_end
 
 if TYPE_CHECKING:
@@ -181,8 +180,8 @@ def _options_of(arguments: argparse.Namespace) -> dict[str, Any]:
     given = {
         key: value for key, value in vars(arguments).items() if key in Pair.model_fields and value is not None
     }
-    if "://" not in arguments.dpo:  # `.` and `..` have a name as well
-        given["name"] = Pair(sft="-", dpo=os.path.abspath(expand_home(arguments.dpo))).name
+    if (path := local_path(arguments.dpo)) is not None:  # `.` and `..` have a name as well
+        given["name"] = Pair(sft="-", dpo=str(path)).name
     return given | ({"multipliers": dict(arguments.multiplier)} if arguments.multiplier else {})
 
 

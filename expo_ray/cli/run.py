@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 
 from expo_ray.cli.extras import require
@@ -13,8 +12,7 @@ from expo_ray.evaluation.check_job import CheckedJob, check_job
 from expo_ray.evaluation.job_report import push_winners, write_report
 from expo_ray.report.report_page import PAGE
 from expo_ray.report.results import PairResult, Results
-from expo_ray.storage import join_uri
-from expo_ray.storage.uri import expand_home
+from expo_ray.storage import join_uri, local_path
 
 
 def command(arguments: argparse.Namespace) -> int:
@@ -66,7 +64,7 @@ def print_results(results: Results, job: Job) -> int:
         print(_line(pair))
     for name, text in results.failures.items():
         print(f"failed: {name}: {text}", file=sys.stderr)
-    place = job.output if "://" in job.output else os.path.abspath(expand_home(job.output))
+    place = str(local_path(job.output) or job.output)
     print(f"report: {join_uri(place, PAGE)}")
     return FAILED if results.failures else 0
 

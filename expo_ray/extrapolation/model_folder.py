@@ -16,8 +16,8 @@ from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.receipt import read_receipt
 from expo_ray.progress import size_text
 from expo_ray.storage import FileInfo, Store, open_output, open_store
-from expo_ray.storage.conditional import PROBE_PREFIX
 from expo_ray.storage.local_writer import check_writable, free_bytes
+from expo_ray.storage.protocol import PROBE_PREFIX
 from expo_ray.text import first_few, shown
 from expo_ray.untrusted import Foreign, parse_json, validated
 
@@ -238,8 +238,8 @@ def check_space(plans: Iterable[tuple[PairPlan, int]]) -> list[ExpoError]:
 
 def local_folder(uri: str) -> str | None:
     """The path of a local store's folder, links resolved; None for any other store."""
-    folder = open_store(uri).uri
-    return None if "://" in folder else os.path.realpath(folder)
+    path = open_store(uri).local_path
+    return None if path is None else os.path.realpath(path)
 
 
 def _existing(folder: str) -> str:

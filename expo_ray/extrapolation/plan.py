@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -37,7 +36,7 @@ from expo_ray.extrapolation.match import (
     output_dtype,
     written_dtype,
 )
-from expo_ray.storage import open_store
+from expo_ray.storage import local_path, open_store
 from expo_ray.text import first_few, shown
 
 # Part of every plan id: raised when the same plan would give other bytes than before.
@@ -336,9 +335,10 @@ def _fingerprint(checkpoint: Checkpoint) -> list[list[str | int]]:
 
 def _same_files(sft: Checkpoint, dpo: Checkpoint) -> bool:
     """True if both are one folder, or the digests of a store say so; the times and sizes of local files prove nothing."""
-    if "://" in sft.uri or "://" in dpo.uri:
+    sft_folder, dpo_folder = local_path(sft.uri), local_path(dpo.uri)
+    if sft_folder is None or dpo_folder is None:
         return _fingerprint(sft) == _fingerprint(dpo)
-    return os.path.samefile(sft.uri, dpo.uri)
+    return sft_folder.samefile(dpo_folder)
 
 
 def named(name: str, error: ExpoError) -> ExpoError:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -235,8 +234,8 @@ def _small(store: Store, key: str, manifest: Mapping[str, Any]) -> bytes:
 @contextmanager
 def _on_disk(store: Store, info: FileInfo) -> Iterator[str]:
     """Path of a local copy of one shard, gone afterwards; of the shard itself if the store is local."""
-    if "://" not in store.uri:
-        yield os.path.join(store.uri, info.key)
+    if store.local_path is not None:
+        yield str(store.local_path / info.key)
         return
     with tempfile.NamedTemporaryFile(prefix="expo-ray-push-") as file:
         try:

@@ -34,7 +34,7 @@ def read_manifest(store: Store) -> dict[str, Any] | None:
     except NotFound:
         present = {info.key for info in store.list()}
         if not present:
-            raise NotFound(missing_folder(store.uri)) from None
+            raise NotFound(missing_folder(store)) from None
         if CLAIM in present:
             raise CheckpointError(
                 f"{store.uri}: the model is unfinished; its job is still running, or was stopped and must be run again"

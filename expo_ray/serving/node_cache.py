@@ -20,7 +20,7 @@ from expo_ray.extrapolation.model_folder import MANIFEST
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.progress import size_text
 from expo_ray.published.verify import read_manifest, refuse_foreign_files
-from expo_ray.storage import FileInfo, Store, open_store
+from expo_ray.storage import FileInfo, Store, local_path, open_store
 from expo_ray.storage.local_writer import free_bytes
 from expo_ray.storage.uri import check_key, check_listing, expand_home
 from expo_ray.text import shown
@@ -83,12 +83,12 @@ def download_model(uri: str) -> Path:
     store = open_store(uri)
     refuse_foreign_files(store)
     files = {info.key: info for info in store.list() if not info.key.startswith(".expo/")}
-    return _download_once(store, files) if "://" in store.uri else Path(store.uri)
+    return _download_once(store, files) if store.local_path is None else store.local_path
 
 
 def _download_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
     """Download a parent, unless it is local, and return it with the copy's address and files."""
-    if "://" not in checkpoint.uri:
+    if local_path(checkpoint.uri) is not None:
         return checkpoint
     folder = _download_once(open_store(checkpoint.uri), checkpoint.files)
     store = open_store(str(folder))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import assert_never
 
 from expo_ray.config.fields import check_output
 from expo_ray.errors import OutputError
-from expo_ray.storage.conditional import check_conditional_writes
 from expo_ray.storage.local import LocalStore
 from expo_ray.storage.memory import MemoryStore
-from expo_ray.storage.protocol import FileInfo, Store, Writer
-from expo_ray.storage.uri import join_uri, split_file, split_uri
+from expo_ray.storage.protocol import FileInfo, Store, Writer, check_conditional_writes
+from expo_ray.storage.uri import Scheme, join_uri, local_path, split_file, split_uri
 
 __all__ = [
     "FileInfo",
@@ -19,6 +19,7 @@ __all__ = [
     "check_conditional_writes",
     "forget_stores",
     "join_uri",
+    "local_path",
     "open_output",
     "open_output_file",
     "open_store",
@@ -27,7 +28,7 @@ __all__ = [
 
 
 def open_store(uri: str) -> Store:
-    """The store of this process for a folder.
+    """Return the store of this process for a folder, connected at its first use.
 
     Args:
         uri: a local path, `file:///path`, `s3://bucket/folder`, `hf://org/name[@revision][/folder]` (read-only) or
@@ -37,11 +38,12 @@ def open_store(uri: str) -> Store:
         StorageError: for an unknown scheme, missing credentials, or a Hub repository that cannot be seen.
     """
     scheme, rest = split_uri(uri)
-    return LocalStore(uri) if scheme == "file" else _open(scheme, f"{scheme}://{rest.rstrip('/')}")
+    path = local_path(uri)
+    return _open(scheme, f"{scheme}://{rest.rstrip('/')}" if path is None else str(path))
 
 
 def open_output(uri: str) -> Store:
-    """The store of a folder to write into; see `open_store`.
+    """Return the store of a folder to write into; see `open_store`.
 
     Raises:
         OutputError: for the Hub, which is not even asked whether it has such a repository.
@@ -53,7 +55,7 @@ def open_output(uri: str) -> Store:
 
 
 def open_output_file(uri: str) -> tuple[Store, str]:
-    """The store and the key of a file to write.
+    """Return the store and the key of a file to write.
 
     Raises:
         OutputError: for a file on the Hub.
@@ -72,13 +74,19 @@ def forget_stores() -> None:
 
 
 @cache
-def _open(scheme: str, uri: str) -> Store:
-    if scheme == "memory":
-        return MemoryStore(uri)
-    if scheme == "s3":
-        from expo_ray.storage.object_store import S3Store
+def _open(scheme: Scheme, uri: str) -> Store:
+    # The libraries of a store take seconds to import, and may not be installed.
+    match scheme:
+        case "file":
+            return LocalStore(uri)
+        case "memory":
+            return MemoryStore(uri)
+        case "s3":
+            from expo_ray.storage.object_store import S3Store
 
-        return S3Store(uri)
-    from expo_ray.storage.hub import HubStore
+            return S3Store(uri)
+        case "hf":
+            from expo_ray.storage.hub import HubStore
 
-    return HubStore(uri)
+            return HubStore(uri)
+    assert_never(scheme)

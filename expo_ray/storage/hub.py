@@ -61,6 +61,7 @@ class HubStore:
         revision: the commit, 40 hex digits.
     """
 
+    local_path: Path | None = None
     chunk_bytes = 8 << 20  # a request to the Hub takes longer than one within a data centre
     concurrency = 8
 

@@ -8,12 +8,11 @@ import stat
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from urllib.parse import unquote
 
 from expo_ray.errors import AlreadyExists, InputChanged, NotFound, StorageError
 from expo_ray.storage.local_writer import TEMP_PREFIX, LocalWriter, etag_of, info_of, named
 from expo_ray.storage.protocol import MOST_BYTES, FileInfo, check_size
-from expo_ray.storage.uri import check_key, check_name, check_utf8, expand_home
+from expo_ray.storage.uri import check_key, local_path
 from expo_ray.text import shown
 
 
@@ -33,11 +32,10 @@ class LocalStore:
     concurrency = 2
 
     def __init__(self, uri: str) -> None:
-        path = unquote(uri.removeprefix("file://")) if uri.startswith("file://") else uri
-        if uri.startswith("file://") and not path.startswith("/"):
-            raise StorageError(f"{uri}: a file URI names an absolute path, file:///folder")
-        self._root = Path(check_utf8(os.path.abspath(expand_home(check_name(path)))))
-        self.uri = str(self._root)
+        path = local_path(uri)
+        assert path is not None, "a URI of another store"
+        self.local_path: Path | None = path
+        self._root, self.uri = path, str(path)
 
     def __reduce__(self) -> tuple[type[LocalStore], tuple[str]]:
         return LocalStore, (self.uri,)

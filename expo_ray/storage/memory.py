@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import defaultdict
+from pathlib import Path
 
 from typing_extensions import Buffer
 
@@ -23,6 +24,7 @@ class MemoryStore:
         uri: `memory://name` or `memory://name/folder`.
     """
 
+    local_path: Path | None = None
     chunk_bytes = 1 << 20
     concurrency = 2
 

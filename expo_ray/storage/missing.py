@@ -1,4 +1,4 @@
-"""What to say of a place where no folder is: often the user meant something that has another name."""
+"""Messages for a place where no folder is: often the user meant something that has another name."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import re
 from urllib.parse import urlsplit
 
+from expo_ray.storage.protocol import Store
 from expo_ray.text import shown
 
 _HUB_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
@@ -13,21 +14,17 @@ _MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILE_ENDINGS = (".safetensors", ".bin", ".json", ".gguf", ".pt", ".pth", ".nemo", ".ckpt")
 
 
-def missing_folder(uri: str) -> str:
-    """Message for a folder that is not there or empty, with what the user may have meant.
-
-    Args:
-        uri: of its store: an absolute path, or a URI.
-    """
-    name = shown(uri)
-    if "://" in uri and uri.lower().endswith(_FILE_ENDINGS):
+def missing_folder(store: Store) -> str:
+    """Message for the folder of a store that is not there or empty, with what the user may have meant."""
+    uri, name = store.uri, shown(store.uri)
+    if store.local_path is None and uri.lower().endswith(_FILE_ENDINGS):
         return f"{name}: not a folder; if it is a file, pass the folder that holds it, {shown(uri.rpartition('/')[0])}"
-    reason = "" if "://" in uri else _reason_here(uri)
+    reason = "" if store.local_path is None else _reason_here(uri)
     return f"{name}: {reason or 'no such folder, or nothing in it; check the path, and your access to it'}"
 
 
 def _reason_here(path: str) -> str:
-    """Why a local path is no folder of files; empty if nothing more is known."""
+    """Reason that a local path is no folder of files; empty if nothing more is known."""
     if os.path.isfile(path):
         return f"is a file; pass its folder, {shown(os.path.dirname(path))}"
     if os.path.isdir(path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable
 from functools import partial
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, TypeVar
 
 from expo_ray.errors import AlreadyExists, InputChanged, NotFound, StorageError, TransientStorageError
@@ -36,6 +36,7 @@ class S3Store:
         uri: `s3://bucket` or `s3://bucket/folder`.
     """
 
+    local_path: Path | None = None
     chunk_bytes = 4 << 20
     concurrency = 8
 

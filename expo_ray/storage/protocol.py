@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
 from typing_extensions import Buffer
 
-from expo_ray.errors import StorageError
+from expo_ray.errors import AlreadyExists, StorageError
 
+# Prefix of probes, of which a killed job leaves one; they are no part of a model.
+PROBE_PREFIX = ".expo/probe-"
 # What `Store.read` takes into memory unless its caller says otherwise.
 MOST_BYTES = 2**30
 
@@ -82,11 +86,13 @@ class Store(Protocol):
         uri: the folder, without a trailing slash and without credentials.
         chunk_bytes: size of a read that keeps this store busy.
         concurrency: number of such reads in flight that keeps this store busy.
+        local_path: the folder on this machine; None for a store whose files have to be fetched.
     """
 
     uri: str
     chunk_bytes: int
     concurrency: int
+    local_path: Path | None
 
     def list(self, prefix: str = "") -> list[FileInfo]:
         """Every object whose key starts with `prefix`, at any depth, sorted by key; empty if there is none."""
@@ -127,3 +133,25 @@ class Store(Protocol):
 
     def delete(self, key: str) -> None:
         """Remove one object; a missing one is no error."""
+
+
+def check_conditional_writes(store: Store) -> None:
+    """Find out that `put_if_absent` refuses a key that is taken; two jobs with one output rely on it.
+
+    Writes a probe object beside the outputs, twice, and removes it.
+
+    Raises:
+        StorageError: if the store accepted the second write, or cannot be written at all.
+    """
+    key = f"{PROBE_PREFIX}{uuid.uuid4().hex}"
+    try:
+        store.put_if_absent(key, b"first")
+        store.put_if_absent(key, b"second")
+    except AlreadyExists:
+        return
+    finally:
+        store.delete(key)
+    raise StorageError(
+        f"{store.uri}: this store ignores `If-None-Match: *` and let a second writer overwrite the first; two jobs could mix their "
+        "outputs unnoticed. Use a store with conditional writes (AWS S3, MinIO, Ceph, R2, SeaweedFS do) or a local folder"
+    )

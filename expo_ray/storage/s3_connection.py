@@ -149,18 +149,21 @@ class Address:
 
 
 def _address(session: boto3.Session, bucket: str) -> Address:
-    """Read off a request that botocore makes and we keep from being sent, so that every setting, variable and default counts.
+    """Let botocore build a HEAD request, intercept it before it is sent, and read endpoint and addressing style from its URL.
 
-    (A presigned URL would tell less: botocore signs those for the global endpoint, whatever the region.)
+    So every AWS setting is honoured: variables, profiles, `endpoint_url` of a service, `addressing_style`, dual-stack and FIPS
+    endpoints. botocore has no public function for the result of these. A presigned URL would not do: botocore signs it for the
+    global endpoint, whatever the region.
     """
     key = "expo-ray"
     client = session.client("s3")
-    client.meta.events.register("before-send.s3", _keep)
+    # A handler of `before-send` may answer in place of the network; this one raises, so that nothing is sent.
+    client.meta.events.register("before-send.s3", _intercept)
     try:
         client.head_object(Bucket=bucket, Key=key)
         raise AssertionError("botocore sent a request without announcing it")
-    except _Kept as kept:
-        url = urlsplit(kept.url)
+    except _Intercepted as request:
+        url = urlsplit(request.url)
     path_style = url.path.endswith(f"/{bucket}/{key}")
     base = url.path.removesuffix(f"/{bucket}/{key}" if path_style else f"/{key}")
     if url.query or url.fragment:
@@ -176,15 +179,15 @@ def _address(session: boto3.Session, bucket: str) -> Address:
     )
 
 
-class _Kept(Exception):
-    """A request that was ready to be sent."""
+class _Intercepted(Exception):
+    """Carries the URL of a request that was ready to be sent."""
 
     def __init__(self, url: str) -> None:
         self.url = url
 
 
-def _keep(request: AWSPreparedRequest, **_: object) -> NoReturn:
-    raise _Kept(request.url)
+def _intercept(request: AWSPreparedRequest, **_: object) -> NoReturn:
+    raise _Intercepted(request.url)
 
 
 def _connection(

@@ -1,4 +1,4 @@
-"""What names a store and an object in it."""
+"""Names of stores and of the objects in them: URIs, local paths and keys."""
 
 from __future__ import annotations
 
@@ -6,24 +6,28 @@ import os
 import re
 import sys
 from collections.abc import Iterable
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
+from typing import Literal, cast, get_args
 from unicodedata import category
+from urllib.parse import unquote
 
 from expo_ray.errors import StorageError
 from expo_ray.storage.missing import hub_uri
 from expo_ray.text import shown
 
-SCHEMES = ("file", "s3", "hf", "memory")
+# Each has its store in `open_store`, where the type checker asks for it.
+Scheme = Literal["file", "s3", "hf", "memory"]
+SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 # `s3://bucket/folder?X-Amz-Signature=...`; a `?` without a value behind it may be a part of a name.
 _QUERY = re.compile(r"[?#][^/]*=")
 _LONGEST_NAME, _LONGEST_PATH = 255, 2000
 _NOT_IN_NAMES = {"Cc", "Zl", "Zp"}
 # `s3:/b` and `s3//b` would be local folders of that name.
-_SLIP = re.compile(r"(s3|hf|file|memory)(?::|;|//)", re.IGNORECASE)
+_SLIP = re.compile(rf"({'|'.join(SCHEMES)})(?::|;|//)", re.IGNORECASE)
 
 
-def split_uri(uri: str) -> tuple[str, str]:
+def split_uri(uri: str) -> tuple[Scheme, str]:
     """Scheme and the rest; a bare path has the scheme `file`.
 
     Raises:
@@ -43,19 +47,37 @@ def split_uri(uri: str) -> tuple[str, str]:
                 f"./{shown(uri)} for a local folder of that name"
             )
         return "file", uri
-    scheme, rest = match[1].lower(), match[2]
-    if scheme not in SCHEMES:
+    if match[1].lower() not in SCHEMES:
         if meant := hub_uri(uri):
             raise StorageError(f"{shown(uri)}: a page of the Hugging Face Hub; write {shown(meant)}")
         known = ", ".join(f"{name}://" for name in SCHEMES)
-        raise StorageError(f"{uri}: unknown scheme {scheme}://; use a local path or one of {known}")
+        raise StorageError(f"{uri}: unknown scheme {match[1].lower()}://; use a local path or one of {known}")
+    scheme, rest = cast(Scheme, match[1].lower()), match[2]
     if scheme != "file":
         _check_no_secrets(uri, rest)
     return scheme, rest
 
 
+def local_path(uri: str) -> Path | None:
+    """The absolute path of a local folder or file; None for a URI of any other store.
+
+    The only place that decides what is local.
+
+    Raises:
+        StorageError: for a URI that no store can have, a path that no system can have, or `~` of a user without a home.
+    """
+    scheme, path = split_uri(uri)
+    if scheme != "file":
+        return None
+    if path != uri:
+        path = check_name(unquote(path))
+        if not path.startswith("/"):
+            raise StorageError(f"{uri}: a file URI names an absolute path, file:///folder")
+    return Path(check_utf8(os.path.abspath(expand_home(path))))
+
+
 def check_name(path: str) -> str:
-    """`path` itself.
+    """Return `path` itself.
 
     Raises:
         StorageError: if no system can have a file of that name.

@@ -21,10 +21,20 @@ from pathlib import Path
 import pytest
 
 from expo_ray.errors import AlreadyExists, InputChanged, NotFound, StorageError
-from expo_ray.storage import FileInfo, Store, Writer, check_conditional_writes, join_uri, open_store
+from expo_ray.storage import (
+    FileInfo,
+    Store,
+    Writer,
+    check_conditional_writes,
+    join_uri,
+    local_path,
+    open_store,
+    split_file,
+)
 from expo_ray.storage.local import LocalStore
 from expo_ray.storage.local_writer import TEMP_PREFIX
 from expo_ray.storage.memory import MemoryStore
+from expo_ray.storage.uri import SCHEMES
 from tests.support.hub_server import HubServer, Repository
 
 MIB = 1 << 20
@@ -538,3 +548,22 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_stay
         living.commit()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "other"]
     assert store.read("model") == b"done"
+
+
+def test_one_function_decides_what_is_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for uri in (str(tmp_path / "model"), "model", "./model/", "~/model", f"file://{tmp_path}/model"):
+        assert local_path(uri) == open_store(uri).local_path == tmp_path / "model"
+    assert local_path(f"FILE://{tmp_path}/a%20b") == tmp_path / "a b"
+    for uri in ("s3://bucket/model", "hf://org/name", "memory://name/model"):
+        assert local_path(uri) is None
+    assert open_store("memory://name/model").local_path is None
+
+
+@pytest.mark.parametrize("uri", ["gs://bucket/model", "az://model", "https://host/model"])
+def test_a_scheme_without_a_store_is_refused_with_those_that_have_one(uri: str) -> None:
+    for function in (local_path, open_store, split_file):
+        with pytest.raises(StorageError) as raised:
+            function(uri)
+        assert all(f"{scheme}://" in str(raised.value) for scheme in SCHEMES)

@@ -19,7 +19,7 @@ from expo_ray.evaluation.prompts.prompt_rows import IGNORED, parse_prompt, unask
 from expo_ray.evaluation.prompts.prompt_set import PromptSet
 from expo_ray.evaluation.records import Prompt
 from expo_ray.evaluation.row_store import bad_rows
-from expo_ray.storage import Store, open_store, split_file
+from expo_ray.storage import Store, local_path, open_store, split_file
 from expo_ray.text import first_few, shown
 from expo_ray.untrusted import kind_of, parse_json
 
@@ -268,7 +268,7 @@ def _in_parquet(source: str, data: bytes) -> Iterator[Mapping[str, Any]]:
 
 def _in_folder(source: str) -> Iterable[Any]:
     """A copy of a repository of the Hub: UltraFeedback with its splits, or any with files of one kind."""
-    if "://" in source:
+    if local_path(source) is None:
         raise PromptError(
             f"{source}: is no file of prompts; name one that ends in {_ENDINGS}, or `ultrafeedback` or `alpaca-eval`"
         )

@@ -19,7 +19,7 @@ from expo_ray.errors import JobError, OutputError, Problems, PromptError
 from expo_ray.evaluation.prompts.prompt_set import PromptSet
 from expo_ray.evaluation.records import Prompt
 from expo_ray.extrapolation.plan import PairPlan
-from expo_ray.storage import FileInfo, Store, open_store
+from expo_ray.storage import FileInfo, Store, local_path, open_store
 from expo_ray.text import first_few, shown
 from expo_ray.time_limit import RENDER_S, time_limit
 
@@ -81,9 +81,9 @@ def check_writable(uri: str) -> None:
     Raises:
         OutputError: if it cannot.
     """
-    if "://" in uri and not uri.startswith("file://"):
+    path = local_path(uri)
+    if path is None:
         return
-    path = Path(open_store(uri).uri)
     there = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
     if not there.is_dir():
         raise OutputError(f"{there}: is a file, and the output {path} is a folder; give another `output`")

@@ -6,7 +6,6 @@ import contextlib
 import json
 import time
 from collections.abc import Collection, Hashable, Mapping
-from pathlib import Path
 from typing import Literal
 
 from expo_ray.errors import NotFound, OutputError
@@ -67,9 +66,9 @@ class ResponseFile:
         self._store.put(self._rows_name, rows_text(rows).encode())
         for info in parts:
             self._store.delete(info.key)
-        if "://" not in self._store.uri:  # a bucket has no folders
+        if self._store.local_path is not None:  # a bucket has no folders
             with contextlib.suppress(OSError):
-                Path(self._store.uri, self.parts.prefix).rmdir()
+                (self._store.local_path / self.parts.prefix).rmdir()
 
     def export(self, prompts: PromptSet, responses: Mapping[Key, Response], samples: int) -> None:
         """Write the file of a benchmark, unless the format is `jsonl`.
