@@ -17,7 +17,6 @@ import pytest
 import yaml
 
 pytest.importorskip("ray")
-pytest.importorskip("vllm")
 
 import ray
 
@@ -29,8 +28,8 @@ from expo_ray.extrapolation.step import parse_step
 from expo_ray.on_ray import pipeline, search_pairs
 from expo_ray.on_ray.check_job import prepare, versions
 from expo_ray.on_ray.serving.serve_models import Endpoint
-from expo_ray.report.page import PAGE
-from expo_ray.report.stored import read_results
+from expo_ray.report.report_page import PAGE
+from expo_ray.report.results_file import read_results
 from expo_ray.storage import open_store
 from tests.support.paths import DATA
 from tests.support.ray_cluster import RayBox, wait_until
