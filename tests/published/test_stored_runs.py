@@ -19,6 +19,7 @@ import yaml
 pytest.importorskip("ray")
 
 import ray
+from expo_ray.on_ray.check_job import prepare, versions
 
 from expo_ray.cli.process import main
 from expo_ray.config import Sampling, load_job
@@ -26,7 +27,6 @@ from expo_ray.evaluation.records import Message, digest, seed_of
 from expo_ray.evaluation.responses.client import Answer, Client
 from expo_ray.extrapolation.step import parse_step
 from expo_ray.on_ray import pipeline, search_pairs
-from expo_ray.on_ray.check_job import prepare, versions
 from expo_ray.on_ray.serving.serve_models import Endpoint
 from expo_ray.report.report_page import PAGE
 from expo_ray.report.results_file import read_results
