@@ -60,6 +60,12 @@ def test_front_page_and_tour_are_short() -> None:
     assert all(lines[name] <= most for name, most in LONGEST.items()), lines
 
 
+def test_the_tour_has_a_line_for_each_room() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    rooms = [path.name for path in (ROOT / "expo_ray").iterdir() if (path / "__init__.py").is_file()]
+    assert not [room for room in rooms if not re.search(rf"^ +{room}/ ", text, re.MULTILINE)]
+
+
 def test_paths_that_a_document_names_exist(document: Path) -> None:
     named = {match.rstrip(".") for match in _PATH.findall(document.read_text())}
     missing = [path for path in named if _PLACEHOLDER not in path and not (ROOT / path).exists()]
