@@ -121,7 +121,7 @@ def _endpoint(url: str, models: Sequence[PublishedModel]) -> Iterator[Client]:
 
 def print_responses(responded: ResponsesByModel) -> int:
     """Print how many responses each model gave, and what failed; returns the exit status."""
-    for name, answers in responded.answers.items():
+    for name, answers in responded.by_model.items():
         print(_summary(name, list(answers.responses.values()), responded.places.get(name, "")))
     for text in responded.failures:
         print(f"failed: {text}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What is kept of an evaluation: prompts, responses and rewards, each one row of a JSONL file."""
+"""Prompts, responses and rewards: the rows that an evaluation stores, and the digests that identify them."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def digest(data: object, length: int = 16) -> str:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question.
+    """A question, of one turn or several.
 
     Attributes:
         id: digest of `messages` and `follow_ups`; the same prompt has the same id in every set.
         messages: the turns before the response, the last one of the user.
         category: stratum for drawing subsets; may be empty.
-        follow_ups: further turns of the user, each asked once the turn before is answered.
-        temperature: its own sampling temperature, as MT-Bench sets it by category; None for the job's.
-        label: what its source calls it, such as MT-Bench's `question_id`; may be empty.
+        follow_ups: further turns of the user, each asked after the turn before is answered.
+        temperature: the prompt's own sampling temperature, as MT-Bench sets it by category; None for the job's.
+        label: name in its source, such as MT-Bench's `question_id`; may be empty.
     """
 
     id: str
@@ -44,22 +44,22 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Response:
-    """One answer of one model.
+    """An answer of a model to a prompt.
 
     Attributes:
         prompt_id: of the `Prompt`.
         sample: 0 to `samples - 1`.
         model: name as requested, such as `zephyr-7b@0.3`.
-        messages: what was asked; with follow-ups, the answers to the earlier turns among them.
+        messages: all turns before the answer; with follow-ups, also the answers to the earlier ones.
         text: the answer without special tokens.
-        num_tokens: generated tokens, the ending one included; of the last turn.
+        num_tokens: generated tokens of the last turn, including the one that ends it.
         num_prompt_tokens: tokens of the prompt with its template.
         finish_reason: `stop` or `length`.
         seed: of this prompt and sample, the same for every alpha.
-        engine: name and version of what generated it; empty if the endpoint does not tell.
-        template: digest of the chat template; likewise.
-        origin: digest of all that decided it beside prompt and sample: weights, sampling, engine, template.
-        num_special: special tokens before its end, which are not in `text`; 0 if the endpoint does not tell.
+        engine: name and version of the program that generated it; empty if the endpoint does not say.
+        template: digest of the chat template; empty likewise.
+        origin: digest of everything else that decided the answer: weights, sampling, engine, template.
+        num_special: special tokens before its end, which are not in `text`; 0 if the endpoint does not say.
     """
 
     prompt_id: str
@@ -78,7 +78,7 @@ class Response:
 
     @property
     def key(self) -> tuple[str, int]:
-        """Names the response within the responses of one model."""
+        """Prompt id and sample, which identify the response among those of one model."""
         return self.prompt_id, self.sample
 
 
@@ -87,10 +87,10 @@ class Reward:
     """The score of one response.
 
     Attributes:
-        reward: raw score; no sigmoid.
-        num_tokens: of prompt and response as the reward model saw them; 0 for a function.
-        truncated: whether the model saw only the beginning.
-        scored: digest of the turns and the text that were scored, see `scored_digest`.
+        reward: raw score: no sigmoid is applied, which would put half of them above .9999.
+        num_tokens: tokens of prompt and response that the reward model read; 0 for a function.
+        truncated: True if the model read only the beginning.
+        scored: `scored_digest` of the turns and the text that were scored.
     """
 
     prompt_id: str
@@ -102,7 +102,7 @@ class Reward:
 
     @property
     def key(self) -> tuple[str, int]:
-        """Names the response that it scores."""
+        """Prompt id and sample of the response."""
         return self.prompt_id, self.sample
 
 
@@ -124,10 +124,14 @@ def reward_from_row(row: Mapping[str, Any]) -> Reward:
 
 
 def scored_digest(messages: Sequence[Message], text: str) -> str:
-    """Names what a reward is of: all turns before the response, and the response itself."""
+    """Digest of what a reward depends on: all turns before the response, and its text."""
     return digest([[[turn["role"], turn["content"]] for turn in messages], text])
 
 
 def seed_of(sampling: Sampling, prompt_id: str, sample: int) -> int:
-    """The sampling seed of one response: 31 bits, the same for every model and every size of the prompt set."""
+    """The sampling seed of one response, of 31 bits.
+
+    It depends on neither the model nor the other prompts. Every alpha thus draws with the same random numbers, so that the
+    difference of two alphas on a prompt is less noisy than either answer, and a larger set only adds rows.
+    """
     return int(digest([sampling.seed, prompt_id, sample]), 16) % 2**31

@@ -1,4 +1,4 @@
-"""Rows that are stored in parts as they come, and read back as one: how a killed evaluation goes on where it was."""
+"""Rows stored in parts while they are made, and read back as one table: how a killed evaluation resumes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from expo_ray.storage import Store
 from expo_ray.text import shown
 from expo_ray.untrusted import TOKENIZER_BYTES, Foreign, parse_json_object, validated
 
-# A file that is something else altogether has a problem in every line.
-_SHOWN = 20
+# A file of another kind is bad in every line; its message should stay readable.
+_LISTED_ROWS = 20
 _REMEDY = "correct or remove it"
 
 
@@ -34,32 +34,33 @@ T = TypeVar("T")
 
 
 class RowStore(Generic[R]):
-    """The rows below one prefix of a store.
+    """The rows in one folder of a store.
 
-    A part is written once and named after its content, so that writers never meet: a row that two of them made, because one was
-    given up and lived on, counts once, the same one for every reader.
+    Rows are stored in parts because an object store cannot append to a file, and replacing one growing file would lose rows when
+    two writers do so at once. A part is written once and named after its content, so writers never overwrite each other. The
+    same row may still be made twice, by a Ray task that was given up and lived on: every reader then takes the same one of them.
 
     Args:
-        prefix: folder of the parts, such as `evaluation/zephyr@0.3/1f2e3d4c/responses`.
+        folder: of the parts, such as `evaluation/zephyr@0.3/1f2e3d4c/responses`.
         parse: makes a row from its plain data.
     """
 
-    def __init__(self, store: Store, prefix: str, parse: Callable[[Mapping[str, Any]], R]) -> None:
-        self.store, self.prefix, self._parse = store, prefix, parse
+    def __init__(self, store: Store, folder: str, parse: Callable[[Mapping[str, Any]], R]) -> None:
+        self.store, self.folder, self._parse = store, folder, parse
 
     def read(self, wanted: Callable[[R], bool] = lambda row: True) -> dict[Hashable, R]:
-        """The wanted rows by key; of rows with the same key, the first in the order of the parts' names."""
+        """Read the wanted rows, by key; of rows with the same key, the first in the order of the parts' names."""
         rows: dict[Hashable, R] = {}
-        for info in self.store.list(f"{self.prefix}/"):
+        for info in self.store.list(f"{self.folder}/"):
             for row in filter(wanted, read_rows(self.store, info.key, self._parse)):
                 rows.setdefault(row.key, row)
         return rows
 
     def write(self, rows: Iterable[R]) -> None:
-        """Store some rows, all or none."""
-        data = rows_text(rows).encode()
-        if data:
-            self.store.put(part_key(self.prefix, digest(data.decode())), data)
+        """Store some rows as one part: all of them or none."""
+        text = rows_text(rows)
+        if text:
+            self.store.put(part_key(self.folder, digest(text)), text.encode())
 
 
 def rows_text(rows: Iterable[Any]) -> str:
@@ -68,22 +69,22 @@ def rows_text(rows: Iterable[Any]) -> str:
 
 
 def read_rows(store: Store, key: str, parse: Callable[[Mapping[str, Any]], T]) -> list[T]:
-    """The rows of one JSONL file.
+    """Read the rows of one JSONL file.
 
     Raises:
         StorageError: naming the lines that are no such rows.
     """
     rows: list[T] = []
-    wrong: list[str] = []
-    # Not splitlines(): texts hold U+2028 and its like.
+    problems: list[str] = []
+    # Not splitlines(): JSON leaves U+2028, U+2029 and U+0085 as they are in texts, and splitlines() takes each for a line end.
     for number, line in enumerate(store.read(key).split(b"\n"), start=1):
         if line.strip():
             try:
                 rows.append(_parse_row(line, parse))
             except StorageError as error:
-                wrong.append(f"line {number}: {error}")
-    if wrong:
-        raise StorageError(f"{store.uri}/{key}: {bad_rows(wrong)}")
+                problems.append(f"line {number}: {error}")
+    if problems:
+        raise StorageError(f"{store.uri}/{key}: {bad_rows_message(problems)}")
     return rows
 
 
@@ -95,20 +96,20 @@ def _parse_row(line: bytes, parse: Callable[[Mapping[str, Any]], T]) -> T:
         row = parse(data)
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
         raise StorageError(f"not a row that can be read ({shown(error)}); {_REMEDY}") from error
-    kind: Any = type(row)
-    model = _model_of(kind)  # dataclasses take values of any type
+    row_class: Any = type(row)
+    model = _validation_model(row_class)  # dataclasses accept values of any type
     validated(model, vars(row), "not a row that can be read", error=StorageError, remedy=_REMEDY)
     return row
 
 
 @cache
-def _model_of(row: Any) -> type[Foreign]:
-    fields: dict[str, Any] = {name: (hint, ...) for name, hint in get_type_hints(row).items()}
-    return create_model(row.__name__, __base__=Foreign, **fields)
+def _validation_model(row_class: Any) -> type[Foreign]:
+    fields: dict[str, Any] = {name: (hint, ...) for name, hint in get_type_hints(row_class).items()}
+    return create_model(row_class.__name__, __base__=Foreign, **fields)
 
 
-def bad_rows(wrong: Sequence[str]) -> str:
-    """What to say of rows that cannot be read, each given as its place and what is wrong with it."""
-    more = [f"and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
-    rows = "; ".join([*wrong[:_SHOWN], *more])
-    return f"{len(wrong)} bad row(s), fix or remove them: {rows}"
+def bad_rows_message(problems: Sequence[str]) -> str:
+    """The end of a message about rows that cannot be read, each given as `<place>: <problem>`."""
+    more = [f"and {len(problems) - _LISTED_ROWS} more"] if len(problems) > _LISTED_ROWS else []
+    listed = "; ".join([*problems[:_LISTED_ROWS], *more])
+    return f"{len(problems)} bad row(s), fix or remove them: {listed}"

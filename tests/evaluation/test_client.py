@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from expo_ray.evaluation.responses.client import Answer, Client
-from expo_ray.evaluation.responses.endpoint import wait_asked_for
+from expo_ray.evaluation.responses.endpoint import retry_after_s
 
 Reply = tuple[int, Mapping[str, str], Any]
 MESSAGES = [{"role": "user", "content": "?"}]
@@ -117,4 +117,4 @@ def test_an_endpoint_that_names_the_time_to_wait_is_asked_more_often_than_one_th
 )  # fmt: skip
 def test_every_form_of_retry_after(header: str, least: float, most: float) -> None:
     response = httpx.Response(429, headers={"Retry-After": header})
-    assert least <= wait_asked_for(response) <= most
+    assert least <= retry_after_s(response) <= most

@@ -163,7 +163,7 @@ def test_a_job_asks_every_alpha_dpo_itself_and_every_model() -> None:
         done = ask_job_models(job, sets, store, Client(endpoint.url, slots=8), progress)
         progress.finish(done.failures)
     assert Counter(body["model"] for body in endpoint.chats) == {"p@0": 12, "p@0.5": 12, "p@2": 12, "m": 12}
-    assert {name: len(answers.responses) for name, answers in done.answers.items()} == {
+    assert {name: len(answers.responses) for name, answers in done.by_model.items()} == {
         "p@0": 12, "p@0.5": 12, "p@2": 11, "m": 12,
     }  # fmt: skip
     assert [text.split(" (")[0] for text in done.failures] == [

@@ -18,7 +18,7 @@ from expo_ray.errors import Attempts, PromptError
 from expo_ray.evaluation.prompts.prompt_rows import IGNORED, parse_prompt, unasked
 from expo_ray.evaluation.prompts.prompt_set import PromptSet
 from expo_ray.evaluation.records import Prompt
-from expo_ray.evaluation.row_store import bad_rows
+from expo_ray.evaluation.row_store import bad_rows_message
 from expo_ray.storage import Store, local_path, open_store, split_file
 from expo_ray.text import first_few, shown
 from expo_ray.untrusted import kind_of, parse_json
@@ -103,7 +103,7 @@ def _parse(source: str, rows: Iterable[tuple[str, Any]], row_in: Callable[[Any],
         if size > _MOST_BYTES:
             raise PromptError(f"{source}: more than {_MOST_BYTES} characters of prompts; split the set")
     if wrong:
-        raise PromptError(f"{source}: {bad_rows(wrong)}")
+        raise PromptError(f"{source}: {bad_rows_message(wrong)}")
     if columns := sorted({name for _, texts in first.values() for name in texts}):
         names = first_few([f"`{shown(name, 60)}`" for name in columns])
         log.warning(

@@ -1,4 +1,4 @@
-"""Responses of one model to sets of prompts: find out what is missing, ask for that alone, store it as it comes."""
+"""Ask one served model for the responses that are not stored yet, and store them while they arrive."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from expo_ray.evaluation.records import Response, response_from_row
 from expo_ray.evaluation.responses.ask_question import (
     Question,
     Unanswered,
+    ask,
     origin_fields,
     origin_of,
-    problems_of,
-    put,
-    sampling_of,
+    sampling_for,
+    unanswered_errors,
 )
 from expo_ray.evaluation.responses.client import Client
 from expo_ray.evaluation.responses.endpoint import KEY_VARIABLE, Card
@@ -31,19 +31,20 @@ from expo_ray.evaluation.row_store import RowStore
 from expo_ray.progress import Counters
 from expo_ray.storage import Store
 
+# Prompt id and sample.
 Key = tuple[str, int]
-# A driver that is killed loses what is in flight, and at most these many answers or those of these many seconds.
+# A killed driver loses the requests in flight, and at most this many answers or the answers of this many seconds.
 PART_ROWS = 64
 PART_S = 10.0
 
 
 @dataclass(frozen=True)
 class ModelResponses:
-    """What came of asking one model.
+    """The responses of one model.
 
     Attributes:
-        responses: by prompt id and sample, of all that was asked now or before.
-        problems: one for each set and reason, where prompts are left without an answer.
+        responses: by prompt id and sample, those stored before among them.
+        problems: an error for each set and reason for which prompts have no response.
     """
 
     responses: Mapping[Key, Response]
@@ -52,19 +53,19 @@ class ModelResponses:
 
 @dataclass(frozen=True)
 class OpenQuestions:
-    """What is still to be asked of one model.
+    """The questions that one model has not answered yet.
 
     Attributes:
-        present: responses that are there already.
-        missing: the questions without one.
-        parts: where responses are stored, by what decides them.
+        stored: responses to the other questions.
+        missing: the questions without a response.
+        row_stores: receive the responses, by their origin.
     """
 
     card: Card
     sets: Sequence[PromptSet]
-    present: Mapping[Key, Response]
+    stored: Mapping[Key, Response]
     missing: Sequence[Question]
-    parts: Mapping[str, RowStore[Response]]
+    row_stores: Mapping[str, RowStore[Response]]
 
 
 def ask_model(
@@ -78,24 +79,24 @@ def ask_model(
     slots: int,
     key_variable: str = KEY_VARIABLE,
 ) -> ModelResponses:
-    """The responses of a served model to sets of prompts; those that `store` lacks are asked for and stored.
+    """Ask a served model for the responses that `store` lacks, store them, and return all of them.
 
     Args:
         url: of an OpenAI-compatible endpoint that serves `name`.
-        store: the job's output; responses land in `evaluation/<name>/<responses id>/responses/`.
+        store: the job's output; see `ResponsesFolder` for the place in it.
         slots: requests that keep the endpoint busy.
-        key_variable: names the variable with its key.
+        key_variable: environment variable with the endpoint's key.
 
     Raises:
-        EndpointError: if the endpoint cannot be reached, or answers no more.
+        EndpointError: if the endpoint cannot be reached, or stops answering.
         StorageError: if responses cannot be read or written.
     """
 
     async def run() -> ModelResponses:
         async with Client(url, slots=slots, key_variable=key_variable) as client:
-            asking = await find_open_questions(client, name, sets, sampling, store)
-            progress.expect(rows=len(asking.missing), kept=len(asking.present))
-            return await answer(client, asking, progress, client.concurrency)
+            questions = await find_open_questions(client, name, sets, sampling, store)
+            progress.expect(rows=len(questions.missing), kept=len(questions.stored))
+            return await ask_open_questions(client, questions, progress, client.concurrency)
 
     return asyncio.run(run())
 
@@ -103,87 +104,96 @@ def ask_model(
 async def find_open_questions(
     client: Client, name: str, sets: Sequence[PromptSet], sampling: Sampling, store: Store
 ) -> OpenQuestions:
-    """What `store` lacks of a model's responses."""
+    """Read a model's card and its stored responses, and record in `store` what decides its new ones.
+
+    Raises:
+        EndpointError: if the endpoint cannot be reached, or does not serve the model.
+        StorageError: if responses cannot be read, or nothing can be written.
+    """
     card = await client.card(name)
-    questions = questions_of(card, sets, sampling)
-    parts: dict[str, RowStore[Response]] = {}
-    present: dict[Key, Response] = {}
-    for its_sampling in dict.fromkeys(one.sampling for one in questions.values()):
-        origin = origin_of(card, its_sampling)
+    questions = questions_for(card, sets, sampling)
+    row_stores: dict[str, RowStore[Response]] = {}
+    stored: dict[Key, Response] = {}
+    # Prompts with their own temperature, as MT-Bench's, have their own origin.
+    for question_sampling in dict.fromkeys(question.sampling for question in questions.values()):
+        origin = origin_of(card, question_sampling)
         folder = ResponsesFolder.of(name, origin)
-        about = json.dumps(origin_fields(card, its_sampling), indent=1) + "\n"
+        about = json.dumps(origin_fields(card, question_sampling), indent=1) + "\n"
         await asyncio.to_thread(store.put_if_absent, folder.about, about.encode())
-        parts[origin] = RowStore(store, folder.responses, response_from_row)
-        found = await asyncio.to_thread(parts[origin].read)
-        present |= {
-            key: found[key] for key, one in questions.items() if one.sampling == its_sampling and key in found
+        row_stores[origin] = RowStore(store, folder.responses, response_from_row)
+        rows = await asyncio.to_thread(row_stores[origin].read)
+        stored |= {
+            key: rows[key]
+            for key, question in questions.items()
+            if question.sampling == question_sampling and key in rows
         }
-    missing = [question for key, question in questions.items() if key not in present]
-    return OpenQuestions(card, sets, present, missing, parts)
+    missing = [question for key, question in questions.items() if key not in stored]
+    return OpenQuestions(card, sets, stored, missing, row_stores)
 
 
-def questions_of(card: Card, sets: Sequence[PromptSet], sampling: Sampling) -> dict[Key, Question]:
-    """All that is wanted of a model; what several sets share, once."""
+def questions_for(card: Card, sets: Sequence[PromptSet], sampling: Sampling) -> dict[Key, Question]:
+    """All questions of some sets to a model; a prompt in several sets is asked once."""
     return {
-        (prompt.id, sample): Question(card, sampling_of(prompt, sampling), prompt, sample)
+        (prompt.id, sample): Question(card, sampling_for(prompt, sampling), prompt, sample)
         for prompts in sets
         for prompt in prompts.prompts
         for sample in range(sampling.samples)
     }
 
 
-async def answer(
-    client: Client, asking: OpenQuestions, progress: Counters, concurrency: int
+async def ask_open_questions(
+    client: Client, questions: OpenQuestions, progress: Counters, concurrency: int
 ) -> ModelResponses:
-    """Ask for what is missing, and store it in parts as it comes.
+    """Ask a model's open questions, many at once, and store the responses in parts while they arrive.
 
     Args:
         concurrency: requests to have in flight.
 
     Raises:
-        EndpointError: if the endpoint answers no more; what was answered is stored.
+        EndpointError: if the endpoint stops answering; the responses so far are stored.
         StorageError: if a part cannot be stored.
     """
-    responses = dict(asking.present)
+    responses = dict(questions.stored)
     unanswered: list[Unanswered] = []
-    questions = iter(asking.missing)
+    waiting = iter(questions.missing)  # shared by all workers: each takes the next question when it is free
 
-    async with _PartWriter(asking.parts) as writer:
+    async with _PartWriter(questions.row_stores) as writer:
 
         async def work() -> None:
-            for question in questions:
-                found = await put(client, question)
-                if isinstance(found, Unanswered):
-                    unanswered.append(found)
+            for question in waiting:
+                outcome = await ask(client, question)
+                if isinstance(outcome, Unanswered):
+                    unanswered.append(outcome)
                 else:
-                    responses[found.key] = found
-                    progress.add(rows=1, tokens=found.num_tokens)
-                    await writer.add(found)
+                    responses[outcome.key] = outcome
+                    progress.add(rows=1, tokens=outcome.num_tokens)
+                    await writer.add(outcome)
 
-        await run_all([work() for _ in range(min(concurrency, len(asking.missing)))])
-    return ModelResponses(responses, problems_of(unanswered, asking.card, asking.sets))
+        await run_all([work() for _ in range(min(concurrency, len(questions.missing)))])
+    return ModelResponses(responses, unanswered_errors(unanswered, questions.card, questions.sets))
 
 
 class _PartWriter:
-    """Stores responses in parts, and the rest at its end, however that comes."""
+    """Stores responses in parts; the last part when the context ends, even by an error."""
 
-    def __init__(self, parts: Mapping[str, RowStore[Response]]) -> None:
-        self._parts = parts
+    def __init__(self, row_stores: Mapping[str, RowStore[Response]]) -> None:
+        self._row_stores = row_stores
         self._waiting: list[Response] = []
-        self._written = time.monotonic()
+        self._written_at = time.monotonic()
 
     async def add(self, response: Response) -> None:
         self._waiting.append(response)
-        if len(self._waiting) >= PART_ROWS or time.monotonic() - self._written > PART_S:
-            rows, self._waiting, self._written = self._waiting, [], time.monotonic()
+        if len(self._waiting) >= PART_ROWS or time.monotonic() - self._written_at > PART_S:
+            # Emptied before the write begins: other workers add while it runs in its thread.
+            rows, self._waiting, self._written_at = self._waiting, [], time.monotonic()
             await asyncio.to_thread(self._write, rows)
 
     def _write(self, rows: Sequence[Response]) -> None:
         by_origin: dict[str, list[Response]] = defaultdict(list)
         for row in rows:
             by_origin[row.origin].append(row)
-        for origin, its_rows in by_origin.items():
-            self._parts[origin].write(its_rows)
+        for origin, rows_of_origin in by_origin.items():
+            self._row_stores[origin].write(rows_of_origin)
 
     async def __aenter__(self) -> Self:
         return self
@@ -191,12 +201,12 @@ class _PartWriter:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not isinstance(error, StorageError):  # else the same again
+        if not isinstance(error, StorageError):  # the store would refuse this part, too
             self._write(self._waiting)
 
 
 async def run_all(works: Sequence[Coroutine[Any, Any, None]]) -> None:
-    """Run all to their end, or to the first failure, after which none is left running."""
+    """Run coroutines until all have ended, or the first has failed; then cancel the others and wait for their end."""
     tasks = [asyncio.create_task(work) for work in works]
     try:
         await asyncio.gather(*tasks)

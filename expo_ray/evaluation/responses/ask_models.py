@@ -1,11 +1,10 @@
-"""All models of a job, or one model into a file: what `expo-ray respond` does once there is an endpoint."""
+"""Ask all models of a job, or one model into a file: the work of `expo-ray respond` once there is an endpoint."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 from expo_ray.config import Job, Sampling
 from expo_ray.errors import EndpointError, PromptError
@@ -14,9 +13,9 @@ from expo_ray.evaluation.prompts.prompt_set import PromptSet
 from expo_ray.evaluation.responses.ask_missing import (
     ModelResponses,
     OpenQuestions,
-    answer,
+    ask_open_questions,
     find_open_questions,
-    questions_of,
+    questions_for,
     run_all,
 )
 from expo_ray.evaluation.responses.ask_question import origin_of
@@ -30,15 +29,15 @@ from expo_ray.text import first_few, shown
 
 @dataclass
 class ResponsesByModel:
-    """What came of asking.
+    """The responses of several models, and what failed.
 
     Attributes:
-        answers: by served name, also where some prompts are left without an answer.
-        places: where they are stored.
-        failures: one text for each thing that failed.
+        by_model: by served name, including models that left some prompts without an answer.
+        places: URI of the responses, by served name.
+        failures: a message for each failure.
     """
 
-    answers: dict[str, ModelResponses] = field(default_factory=dict)
+    by_model: dict[str, ModelResponses] = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 
@@ -46,26 +45,31 @@ class ResponsesByModel:
 def ask_job_models(
     job: Job, sets: Sequence[PromptSet], store: Store, client: Client, progress: Counters
 ) -> ResponsesByModel:
-    """Ask all models of a job for what `store` lacks; the engines of different pairs and models work at the same time.
+    """Ask all models of a job for the responses that `store` lacks, and store them.
 
-    A model that fails does not stop the others.
+    Engines of different pairs and models work at the same time, and a model that fails does not stop the others.
 
     Raises:
         StorageError: if responses cannot be read or written.
     """
 
     async def run() -> ResponsesByModel:
-        done = ResponsesByModel()
+        collected = ResponsesByModel()
         async with client:
-            plan_one = partial(find_open_questions, client, sets=sets, sampling=job.sampling, store=store)
-            todo = [await _plan(plan_one, names, done) for names in names_by_engine(job).values()]
-            for asking in (asking for askings in todo for asking in askings):
-                progress.expect(rows=len(asking.missing), kept=len(asking.present))
-                done.places[asking.card.name] = join_uri(store.uri, responses_root(asking.card.name))
-            busy = sum(any(asking.missing for asking in askings) for askings in todo)
+            by_engine = [
+                await _find_open_questions(client, names, job, sets, store=store, collected=collected)
+                for names in names_by_engine(job).values()
+            ]
+            for questions in (questions for of_engine in by_engine for questions in of_engine):
+                progress.expect(rows=len(questions.missing), kept=len(questions.stored))
+                name = questions.card.name
+                collected.places[name] = join_uri(store.uri, responses_root(name))
+            busy = sum(any(questions.missing for questions in of_engine) for of_engine in by_engine)
             concurrency = -(-client.concurrency // max(1, busy))
-            await run_all([_ask(client, askings, done, progress, concurrency) for askings in todo])
-        return done
+            await run_all(
+                [_ask_engine(client, of_engine, collected, progress, concurrency) for of_engine in by_engine]
+            )
+        return collected
 
     return asyncio.run(run())
 
@@ -79,77 +83,90 @@ def ask_into_file(
     client: Client,
     progress: Counters,
 ) -> ResponsesByModel:
-    """Ask one model for what a file lacks, and complete the file. Without a name, the endpoint's only model is asked.
+    """Ask one model for the responses that a file lacks, and complete the file.
+
+    Args:
+        name: served name; empty for the only model of the endpoint.
 
     Raises:
-        EndpointError: if the endpoint cannot be reached, or the model is not there.
-        OutputError: if the file holds responses that were drawn otherwise.
+        EndpointError: if the endpoint cannot be reached, or does not serve the model.
+        OutputError: if the file holds responses from other weights, sampling or engine.
         StorageError: if it cannot be read or written.
     """
 
     async def run() -> ResponsesByModel:
-        done = ResponsesByModel()
+        collected = ResponsesByModel()
         async with client:
             card = await client.card(name or await _only_name(client))
-            questions = questions_of(card, [prompts], sampling)
-            found = output.read()
-            origins = {origin_of(card, one.sampling) for one in questions.values()}
-            check_origins(output.uri, found, origins)
-            present = {key: found[key] for key in questions if key in found}
-            missing = [question for key, question in questions.items() if key not in present]
-            asking = OpenQuestions(card, [prompts], present, missing, dict.fromkeys(origins, output.parts))
-            progress.expect(rows=len(missing), kept=len(present))
-            await _ask(client, [asking], done, progress, client.concurrency)
-        answers = done.answers.get(card.name, ModelResponses(present))
+            wanted = questions_for(card, [prompts], sampling)
+            rows = output.read()
+            origins = {origin_of(card, question.sampling) for question in wanted.values()}
+            check_origins(output.uri, rows, origins)
+            stored = {key: rows[key] for key in wanted if key in rows}
+            missing = [question for key, question in wanted.items() if key not in stored]
+            row_stores = dict.fromkeys(origins, output.parts)
+            progress.expect(rows=len(missing), kept=len(stored))
+            questions = OpenQuestions(card, [prompts], stored, missing, row_stores)
+            await _ask_engine(client, [questions], collected, progress, client.concurrency)
+        responses = collected.by_model.get(card.name, ModelResponses(stored)).responses
         output.write(prompts)
-        done.places[card.name] = output.uri
+        collected.places[card.name] = output.uri
         try:
-            output.export(prompts, answers.responses, sampling.samples)
+            output.export(prompts, responses, sampling.samples)
         except PromptError as error:
-            done.failures.append(str(error))
-        return done
+            collected.failures.append(str(error))
+        return collected
 
     return asyncio.run(run())
 
 
-async def _plan(
-    plan_one: Callable[[str], Awaitable[OpenQuestions]], names: Sequence[str], done: ResponsesByModel
+async def _find_open_questions(
+    client: Client,
+    names: Sequence[str],
+    job: Job,
+    sets: Sequence[PromptSet],
+    *,
+    store: Store,
+    collected: ResponsesByModel,
 ) -> list[OpenQuestions]:
-    askings = []
+    """Find the open questions of the models on one engine; a model that fails is added to the failures."""
+    questions = []
     for name in names:
         try:
-            askings.append(await plan_one(name))
+            questions.append(await find_open_questions(client, name, sets, job.sampling, store))
         except EndpointError as error:
-            done.failures.append(f"{name}: {error}")
-    return askings
+            collected.failures.append(f"{name}: {error}")
+    return questions
 
 
-async def _ask(
+async def _ask_engine(
     client: Client,
-    askings: Sequence[OpenQuestions],
-    done: ResponsesByModel,
+    of_engine: Sequence[OpenQuestions],
+    collected: ResponsesByModel,
     progress: Counters,
     concurrency: int,
 ) -> None:
-    """Ask the models of one engine, one after the other: it holds one alpha at a time."""
+    """Ask the models of one engine, one after the other: an engine holds the weights of one alpha at a time."""
     failed = False
-    for asking in askings:
-        name = asking.card.name
+    for questions in of_engine:
+        name = questions.card.name
         try:
-            if failed:  # whether anybody is there is found out at once, without the attempts of a request
+            if (
+                failed
+            ):  # a card is asked for once: an endpoint that is gone costs no minutes of repeated requests
                 await client.card(name)
-            done.answers[name] = await answer(client, asking, progress, concurrency)
+            collected.by_model[name] = await ask_open_questions(client, questions, progress, concurrency)
         except EndpointError as error:
             failed = True
-            done.failures.append(f"{name}: {error}")
+            collected.failures.append(f"{name}: {error}")
         else:
-            done.failures += [f"{name}: {problem}" for problem in done.answers[name].problems]
+            collected.failures += [f"{name}: {problem}" for problem in collected.by_model[name].problems]
 
 
 async def _only_name(client: Client) -> str:
     names = await client.names()
     if len(names) != 1:
-        remedy = "say which with --name" if names else "start one there"
+        remedy = "choose one with --name" if names else "start one there"
         raise EndpointError(
             f"{client.url}: serves {first_few([shown(name) for name in names]) or 'no models'}; {remedy}"
         )

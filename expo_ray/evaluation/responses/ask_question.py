@@ -1,4 +1,4 @@
-"""One prompt put to one model: what decides the response, how it is asked for, and why it may stay unanswered."""
+"""Ask one model one prompt: which settings decide the response, how it is requested, and why it may stay unanswered."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from expo_ray.text import first_few
 
 @dataclass(frozen=True)
 class Question:
-    """One response that is wanted.
+    """A prompt to one model, and the number of the sample.
 
     Attributes:
         card: of the model.
         sampling: with the prompt's own temperature.
+        sample: from 0.
     """
 
     card: Card
@@ -33,11 +34,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Unanswered:
-    """Why there is no response to a prompt.
+    """A prompt without a response.
 
     Attributes:
         kind: `too long`, `refused`, or `gave up`.
-        reason: what the endpoint said.
+        reason: message of the endpoint.
     """
 
     prompt_id: str
@@ -45,14 +46,14 @@ class Unanswered:
     reason: str
 
 
-def sampling_of(prompt: Prompt, sampling: Sampling) -> Sampling:
-    """How responses to `prompt` are drawn."""
+def sampling_for(prompt: Prompt, sampling: Sampling) -> Sampling:
+    """`sampling` with the prompt's own temperature, if it has one."""
     own = prompt.temperature
     return sampling if own is None else sampling.model_copy(update={"temperature": own})
 
 
 def origin_fields(card: Card, sampling: Sampling) -> dict[str, Any]:
-    """All that decides a response beside prompt and sample; where an endpoint tells nothing of its weights, their name."""
+    """All that decides a response beside prompt and sample. An endpoint that does not identify its weights has their name there."""
     return {
         "weights": card.weights or f"of {card.name}",
         "engine": card.engine,
@@ -61,30 +62,30 @@ def origin_fields(card: Card, sampling: Sampling) -> dict[str, Any]:
         "settings": card.settings,
         "dtype": card.dtype,
         "max_model_len": card.max_model_len,
-        # Further samples only add rows.
+        # Without `samples`: more of them only add rows.
         "sampling": sampling.model_dump(mode="json", exclude={"samples"}),
     }
 
 
 def origin_of(card: Card, sampling: Sampling) -> str:
-    """The responses id: digest of `origin_fields`."""
+    """The digest of `origin_fields`, which names the folder of the responses."""
     return digest(origin_fields(card, sampling))
 
 
-async def put(client: Client, question: Question) -> Response | Unanswered:
-    """The response to a prompt, its follow-ups asked in turn.
+async def ask(client: Client, question: Question) -> Response | Unanswered:
+    """Ask a prompt and then its follow-ups, each with the answers before it.
 
     Raises:
-        EndpointError: if the endpoint answers no more.
+        EndpointError: if the endpoint stops answering.
     """
     card, prompt = question.card, question.prompt
     seed = seed_of(question.sampling, prompt.id, question.sample)
     messages: list[Message] = list(prompt.messages)
     try:
-        answer = await _ask(client, question, messages, seed)
+        answer = await _ask_turn(client, question, messages, seed)
         for turn in prompt.follow_ups:
             messages += [{"role": "assistant", "content": answer.text}, {"role": "user", "content": turn}]
-            answer = await _ask(client, question, messages, seed)
+            answer = await _ask_turn(client, question, messages, seed)
     except Refused as error:
         return Unanswered(prompt.id, "too long" if error.too_long else "refused", str(error))
     except GaveUp as error:
@@ -106,48 +107,49 @@ async def put(client: Client, question: Question) -> Response | Unanswered:
     )
 
 
-def problems_of(
+def unanswered_errors(
     unanswered: Sequence[Unanswered], card: Card, sets: Sequence[PromptSet]
 ) -> tuple[PromptError, ...]:
-    """One error for each set and kind, naming the prompts."""
-    problems = []
+    """An error for each set and kind of failure, naming the prompts."""
+    errors = []
     for prompts in sets:
         by_id = {prompt.id: prompt for prompt in prompts.prompts}
         by_kind: dict[str, dict[str, str]] = defaultdict(dict)
-        for one in unanswered:
-            if one.prompt_id in by_id:
-                by_kind[one.kind].setdefault(one.prompt_id, one.reason)
+        for failure in unanswered:
+            if failure.prompt_id in by_id:
+                by_kind[failure.kind].setdefault(failure.prompt_id, failure.reason)
         for kind, reasons in by_kind.items():
-            named = first_few([_named(by_id[prompt_id]) for prompt_id in reasons])
+            names = first_few([_label_and_start(by_id[prompt_id]) for prompt_id in reasons])
             count, reason = len(reasons), next(iter(reasons.values()))
-            problems.append(PromptError(_told(kind, prompts.name, count, card, reason) + f": {named}"))
-    return tuple(problems)
+            errors.append(PromptError(f"{_message(kind, prompts.name, count, card, reason)}: {names}"))
+    return tuple(errors)
 
 
-async def _ask(client: Client, question: Question, messages: Sequence[Message], seed: int) -> Answer:
-    """Ask one turn.
+async def _ask_turn(client: Client, question: Question, messages: Sequence[Message], seed: int) -> Answer:
+    """Ask one turn with the largest `max_tokens` that the engine takes.
 
-    An engine refuses a prompt that would not fit together with `max_tokens` more; it then gets what is left of the context, as in
-    offline generation. Asked without a limit, an engine may take one from the model's own generation_config.json.
+    Engines refuse a prompt that does not fit together with `max_tokens` more. It is then asked with the rest of the context, as
+    in offline generation. It is asked without a limit only where nothing counts its tokens, because an engine may then take the
+    limit of the model's generation_config.json.
     """
     card, wanted = question.card, question.sampling.max_tokens
-    options = _options(card, question.sampling, seed)
+    options = _request_options(card, question.sampling, seed)
     if not 0 < card.max_model_len <= wanted:
         try:
             return await client.chat(card.name, messages, options | {"max_tokens": wanted})
         except Refused as error:
             if not error.too_long:
                 raise
-    counted = await client.count(card.name, messages)
-    if counted is None:
+    token_count = await client.count(card.name, messages)
+    if token_count is None:
         return await client.chat(card.name, messages, options)
-    count, context = counted
+    count, context = token_count
     if count >= context:
         raise Refused(f"{count} tokens", too_long=True)
     return await client.chat(card.name, messages, options | {"max_tokens": min(wanted, context - count)})
 
 
-def _options(card: Card, sampling: Sampling, seed: int) -> dict[str, Any]:
+def _request_options(card: Card, sampling: Sampling, seed: int) -> dict[str, Any]:
     options: dict[str, Any] = {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
@@ -158,25 +160,26 @@ def _options(card: Card, sampling: Sampling, seed: int) -> dict[str, Any]:
         "stream": False,
     }
     if card.vllm:
-        # Left out, they would be those of the model's generation_config.json.
+        # vLLM takes what is left out here from the model's generation_config.json.
         options |= {"top_k": sampling.top_k, "min_p": 0.0, "repetition_penalty": 1.0}
-        # vLLM leaves special tokens out of a text; their ids still tell of them.
+        # vLLM leaves special tokens out of the text; their ids are needed to count them.
         return options | ({"return_token_ids": True} if card.special_ids else {})
+    # No part of OpenAI's API: sent only if it is set.
     return options | ({"top_k": sampling.top_k} if sampling.top_k else {})
 
 
 def _num_special(answer: Answer, card: Card) -> int:
-    """Special tokens of an answer before the one that ends it."""
+    """Number of special tokens in an answer, without the one that ends it."""
     ids = answer.token_ids[:-1] if answer.finish_reason == "stop" else answer.token_ids
-    return sum(one in card.special_ids for one in ids)
+    return sum(token_id in card.special_ids for token_id in ids)
 
 
-def _told(kind: str, name: str, count: int, card: Card, reason: str) -> str:
+def _message(kind: str, prompt_set: str, count: int, card: Card, reason: str) -> str:
     if kind == "too long":
         limit = f"{card.max_model_len} tokens" if card.max_model_len else "its context"
         return (
-            f"{name}: {count} prompt(s) do not fit into {limit} of {card.name} and are not answered ({reason}); remove them, or "
-            "raise `max_model_len` under `serving` if the model can"
+            f"{prompt_set}: {count} prompt(s) do not fit into {limit} of {card.name} and are not answered ({reason}); remove them, "
+            "or raise `max_model_len` under `serving` if the model can"
         )
     if kind == "refused":
         remedy = (
@@ -184,10 +187,10 @@ def _told(kind: str, name: str, count: int, card: Card, reason: str) -> str:
             if "top_k" in reason
             else "; correct or remove them"
         )
-        return f"{name}: {card.name} refuses {count} prompt(s) ({reason}){remedy}"
-    return f"{name}: {card.name} failed on {count} prompt(s) ({reason}); run the same command again"
+        return f"{prompt_set}: {card.name} refuses {count} prompt(s) ({reason}){remedy}"
+    return f"{prompt_set}: {card.name} failed on {count} prompt(s) ({reason}); run the same command again"
 
 
-def _named(prompt: Prompt) -> str:
+def _label_and_start(prompt: Prompt) -> str:
     start = " ".join(prompt.messages[-1]["content"][:80].split())
     return f"{prompt.label or prompt.id} {start[:40]!r}"

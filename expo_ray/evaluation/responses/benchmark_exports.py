@@ -1,4 +1,4 @@
-"""Responses in the files that AlpacaEval and MT-Bench judge."""
+"""Rows of the files that AlpacaEval and MT-Bench judge, made of responses."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from expo_ray.evaluation.prompts.prompt_set import PromptSet
 from expo_ray.evaluation.records import Prompt, Response, digest
 from expo_ray.text import first_few
 
-# AlpacaEval's own outputs call their only split so.
+# Name of the only split in AlpacaEval's own outputs.
 _DATASPLIT = "eval"
 
 
 def alpaca_eval(prompts: PromptSet, responses: Mapping[tuple[str, int], Response]) -> list[dict[str, str]]:
     """AlpacaEval's `model_outputs`: the first response to each prompt, in the order of the prompts.
 
-    AlpacaEval joins them with its baseline and with the difficulty of its instructions by their place in the list: another
-    order, or a missing row, gives another score without a word.
+    AlpacaEval joins them by position with its baseline and with the difficulty of its instructions: in another order, or with a
+    row missing, it computes another score without any warning.
 
     Raises:
-        PromptError: if a prompt has no response, or is no single question.
+        PromptError: if a prompt has no response, or more than one turn.
     """
     _check_complete(prompts, responses, 1)
-    several = [_label(one) for one in prompts.prompts if len(one.messages) > 1 or one.follow_ups]
+    several = [_label(prompt) for prompt in prompts.prompts if len(prompt.messages) > 1 or prompt.follow_ups]
     if several:
         raise PromptError(
-            f"{prompts.name}: {len(several)} prompt(s) have several turns, and AlpacaEval knows single instructions only "
+            f"{prompts.name}: {len(several)} prompt(s) have several turns, and AlpacaEval takes single instructions only "
             f"({first_few(several)}); export them as jsonl"
         )
     return [
@@ -45,11 +45,11 @@ def alpaca_eval(prompts: PromptSet, responses: Mapping[tuple[str, int], Response
 def mt_bench(
     prompts: PromptSet, responses: Mapping[tuple[str, int], Response], *, samples: int, seconds: float
 ) -> list[dict[str, Any]]:
-    """MT-Bench's model answers, one row for each question with all its turns.
+    """MT-Bench's model answers: a row for each question, with all its turns.
 
     Args:
-        samples: responses to each prompt; each is one of the row's choices.
-        seconds: since 1970, the rows' `tstamp`.
+        samples: responses to each prompt; each becomes a choice of the row.
+        seconds: since 1970, for the rows' `tstamp`.
 
     Raises:
         PromptError: if a prompt has no response, or no `question_id`.
@@ -92,7 +92,7 @@ def _check_complete(prompts: PromptSet, responses: Mapping[tuple[str, int], Resp
     if missing:
         raise PromptError(
             f"{prompts.name}: {len(missing)} prompt(s) have no response, and a benchmark's file needs all of them "
-            f"({first_few(missing)}); run the same command again once they can be answered"
+            f"({first_few(missing)}); run the same command again when they can be answered"
         )
 
 

@@ -1,4 +1,4 @@
-"""What is certain to fail once engines have started, found out from the files of the models and the prompts alone."""
+"""Find what is certain to fail once engines have started, from the models' small files and the prompts alone."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from expo_ray.time_limit import RENDER_S, time_limit
 
 log = logging.getLogger("expo_ray")
 
-# As vLLM looks for the longest context of a model; the smallest counts.
+# The keys in which vLLM looks for the longest context of a model; it takes the smallest value.
 _CONTEXTS = (
     "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length", "max_seq_length", "seq_len",
 )  # fmt: skip
-# For these vLLM has templates of its own.
+# Model types for which vLLM brings a chat template itself.
 _WITH_TEMPLATE = {
     "blip-2", "clip", "colpali", "deepseek_ocr", "deepseek_ocr2", "unlimited-ocr", "deepseek_vl_v2", "minicpmv", "minicpmv4_6",
     "paligemma", "siglip", "siglip2",
 }  # fmt: skip
-# Arguments that take other tokenizers, templates or configurations than the model's.
+# Arguments that replace the model's tokenizer, template or configuration, so that its files decide nothing here.
 _OTHER_FILES = {
     "tokenizer",
     "tokenizer_mode",
@@ -54,21 +54,21 @@ def check_served(
     *,
     needs_all: bool = False,
 ) -> None:
-    """See that engines take their arguments, and models the prompts.
+    """Check that vLLM has the arguments of the engines, and that the models can answer the prompts.
 
     Args:
         sets: prompts that are to be asked as chats; none for models that are only served.
-        needs_all: whether one prompt without an answer is a failure; else only a set that no prompt of can be answered is.
+        needs_all: True if one prompt without an answer is a failure; else it is one only if no prompt at all can be answered.
 
     Raises:
         Problems: with everything that is certain to fail.
     """
     problems: list[JobError | PromptError] = [*_unknown_arguments(settings.engine)]
     for name, files in [
-        *((plan.name, _of_plan(plan)) for plan in plans),
-        *((one.name, _of_model(one.uri)) for one in models),
+        *((plan.name, _files_of_plan(plan)) for plan in plans),
+        *((model.name, _files_of_model(model.uri)) for model in models),
     ]:
-        problems += _problems(
+        problems += _model_problems(
             name, files, settings, [prompt for prompts in sets for prompt in prompts.prompts], needs_all
         )
     if problems:
@@ -76,7 +76,7 @@ def check_served(
 
 
 def check_writable(uri: str) -> None:
-    """See that a local output folder can be made and written, before anything is.
+    """Check that a local output folder can be made and written, without making it.
 
     Raises:
         OutputError: if it cannot.
@@ -84,17 +84,20 @@ def check_writable(uri: str) -> None:
     path = local_path(uri)
     if path is None:
         return
-    there = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
-    if not there.is_dir():
-        raise OutputError(f"{there}: is a file, and the output {path} is a folder; give another `output`")
-    if not os.access(there, os.W_OK | os.X_OK):
+    nearest = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
+    if not nearest.is_dir():
+        raise OutputError(f"{nearest}: is a file, and the output {path} is a folder; give another `output`")
+    if not os.access(nearest, os.W_OK | os.X_OK):
         raise OutputError(
-            f"{there}: cannot be written, and the output {path} is below it; give another `output`"
+            f"{nearest}: cannot be written, and the output {path} is below it; give another `output`"
         )
 
 
 def longest_context(config: Mapping[str, Any]) -> float:
-    """The longest context that vLLM allows for a configuration, in tokens; infinite where it does not tell."""
+    """The longest context that vLLM allows for a configuration, in tokens; infinite if it names none.
+
+    Follows `_get_and_verify_max_len` in vllm/config/model.py.
+    """
     part = list(text_configs(config))[-1]
     limits = [part[key] for key in _CONTEXTS if type(part.get(key)) is int and part[key] > 0]
     if not limits:
@@ -113,18 +116,18 @@ def longest_context(config: Mapping[str, Any]) -> float:
     return longest * factor
 
 
-def _problems(
+def _model_problems(
     name: str, files: TokenizerFiles, settings: Serving, prompts: Sequence[Prompt], needs_all: bool
 ) -> list[JobError | PromptError]:
     if _OTHER_FILES & settings.engine.keys():
         return []
-    config = _json(files, "config.json")
+    config = _read_json(files, "config.json")
     asked = settings.engine.get("max_model_len", settings.max_model_len)
     longest = longest_context(config)
     problems: list[JobError | PromptError] = []
     limit = asked if type(asked) is int and asked > 0 else longest
-    own = config.get("model_max_length")
-    allowed = max(longest, own if type(own) is int else 0)
+    declared = config.get("model_max_length")
+    allowed = max(longest, declared if type(declared) is int else 0)
     if limit > allowed and not os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN"):
         problems.append(
             JobError(
@@ -141,14 +144,14 @@ def _problems(
             )
         )
         return problems
-    return problems + _refused(name, files, prompts, min(limit, allowed), needs_all)
+    return problems + _prompt_problems(name, files, prompts, min(limit, allowed), needs_all)
 
 
-def _refused(
+def _prompt_problems(
     name: str, files: TokenizerFiles, prompts: Sequence[Prompt], limit: float, needs_all: bool
 ) -> list[JobError | PromptError]:
-    """Prompts that the template fails on, or that leave no room for a response."""
-    tokenizer = _tokenizer(name, files)
+    """Problems with prompts on which the template fails, or that leave no room for a response."""
+    tokenizer = _load_tokenizer(name, files)
     if tokenizer is None:
         return []
     failed: dict[str, list[str]] = {}
@@ -159,7 +162,7 @@ def _refused(
         try:
             with time_limit(RENDER_S):
                 text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # a template raises whatever it likes
+        except Exception as error:  # a template may raise anything
             failed.setdefault(f"{type(error).__name__}: {shown(error)}", []).append(prompt.label or prompt.id)
             if isinstance(error, TimeoutError):
                 break  # the other prompts would take as long
@@ -170,7 +173,7 @@ def _refused(
             if tokens >= limit:
                 long.append(f"{prompt.label or prompt.id} with {tokens} tokens")
     if not needs_all and sum(map(len, failed.values())) + len(long) < len(asked):
-        return []  # the others are answered, and these named then
+        return []  # the others are answered, and these are named then
     problems: list[JobError | PromptError] = [
         PromptError(
             f"{name}: the chat template fails on {len(ids)} prompt(s), {first_few(ids)} ({reason}); remove these prompts, or correct "
@@ -193,11 +196,11 @@ def _has_template(files: TokenizerFiles, config: Mapping[str, Any]) -> bool:
     if names & files.keys() or any(key.startswith("additional_chat_templates/") for key in files):
         return True
     kinds = {part.get("model_type") for part in text_configs(config)}
-    return bool(_json(files, "tokenizer_config.json").get("chat_template") or kinds & _WITH_TEMPLATE)
+    return bool(_read_json(files, "tokenizer_config.json").get("chat_template") or kinds & _WITH_TEMPLATE)
 
 
-def _tokenizer(name: str, files: TokenizerFiles) -> Any:
-    """The model's tokenizer; None where it cannot be loaded here, which is for the engine to judge."""
+def _load_tokenizer(name: str, files: TokenizerFiles) -> Any:
+    """Load the model's tokenizer; None if it cannot be loaded here, since the engine may still be able to."""
     if find_spec("transformers") is None:
         return None
     try:
@@ -208,24 +211,24 @@ def _tokenizer(name: str, files: TokenizerFiles) -> Any:
     return tokenizer if tokenizer.chat_template else None
 
 
-def _json(files: TokenizerFiles, key: str) -> dict[str, Any]:
+def _read_json(files: TokenizerFiles, key: str) -> dict[str, Any]:
     return read_json(*files[key]) if key in files else {}
 
 
-def _of_plan(plan: PairPlan) -> TokenizerFiles:
+def _files_of_plan(plan: PairPlan) -> TokenizerFiles:
     files: dict[str, tuple[Store, FileInfo]] = {}
     for key, parent in plan.side_files.items():
         files |= tokenizer_files(open_store(parent.uri), [parent.files[key]] if key in parent.files else [])
     return files
 
 
-def _of_model(uri: str) -> TokenizerFiles:
+def _files_of_model(uri: str) -> TokenizerFiles:
     store = open_store(uri)
     return tokenizer_files(store, store.list())
 
 
 def _unknown_arguments(engine: Mapping[str, Any]) -> list[JobError]:
-    """Arguments that the installed vLLM does not have, found without importing it."""
+    """Problems with arguments that the installed vLLM does not have. Its sources are parsed: importing it takes many seconds."""
     known = _engine_arguments() if engine else set()
     problems = []
     for name in sorted(engine.keys() - known) if known else ():
@@ -236,6 +239,7 @@ def _unknown_arguments(engine: Mapping[str, Any]) -> list[JobError]:
 
 
 def _engine_arguments() -> set[str]:
+    """Read the names of all engine arguments from the sources of the installed vLLM; empty without vLLM."""
     spec = find_spec("vllm")
     folders: Iterable[str] = (spec.submodule_search_locations or ()) if spec else ()
     names = set()

@@ -1,4 +1,4 @@
-"""Asking a model behind an OpenAI-compatible endpoint, many requests at once."""
+"""Chat with the models of an OpenAI-compatible endpoint: many requests at once, each repeated while its failure may pass."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from expo_ray.evaluation.records import Message
 from expo_ray.evaluation.responses.endpoint import (
     KEY_VARIABLE,
     Card,
-    broken_by,
-    card_of,
     connect,
-    names_at,
-    parse_answer,
-    reason_of,
+    connection_failure,
+    failure_reason,
+    get_card,
+    get_model_names,
+    parse_object,
     refusal,
+    retry_after_s,
     send,
-    wait_asked_for,
 )
 from expo_ray.text import shown
 from expo_ray.untrusted import Foreign, validated
 
 log = logging.getLogger("expo_ray")
 
-# An answer of 2048 tokens from a busy engine on CPUs takes minutes, and comes in one piece.
+# An answer of 2048 tokens from a busy engine on CPUs takes minutes, and arrives in one piece.
 ANSWER_TIMEOUT_S = 1200.0
-# With these delays, a minute and a half in all: as long as a replica that died takes to be replaced.
+# With these delays a minute and a half in all: the time in which a dead replica is replaced.
 ATTEMPTS = 10
 FIRST_DELAY_S = 0.5
 LONGEST_DELAY_S = 15.0
-# So many requests may fail for good, none being answered in between, before the endpoint itself is given up: a few prompts that
-# an engine cannot take are no reason, and one that is gone should not be waited for again and again.
+# Requests that may fail for good, without an answer in between, before the endpoint itself is given up. A few prompts that crash an
+# engine are no reason to; an endpoint that is gone should not cost `ATTEMPTS` requests for each remaining prompt.
 GIVEN_UP_IN_A_ROW = 3
-# A foreign endpoint does not tell how many requests keep it busy.
+# For an endpoint that does not say how many requests keep it busy.
 FOREIGN_SLOTS = 128
 _LOG_PERIOD_S = 10.0
 _TRANSIENT = {408, 409, 425, 429}
@@ -53,12 +53,12 @@ _TOO_LONG = ("context length", "context_length", "maximum model length", "max_mo
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer, before it is known which prompt's it is.
+    """An answer of a model, without its prompt.
 
     Attributes:
-        prompt_logprobs: of the prompt's tokens after the first, where they were asked for.
-        token_ids: of the answer, its end included, where they were asked for.
-        top_logprobs: of each token of the answer, the likeliest tokens with their log-probabilities, where they were asked for.
+        prompt_logprobs: of the prompt's tokens after the first, if requested.
+        token_ids: of the answer, including its end, if requested.
+        top_logprobs: for each token of the answer, the likeliest tokens with their log-probabilities, if requested.
     """
 
     text: str
@@ -74,7 +74,7 @@ class Refused(Exception):
     """The endpoint will never answer this request.
 
     Attributes:
-        too_long: whether because it does not fit into the context.
+        too_long: True if it does not fit into the context.
     """
 
     def __init__(self, reason: str, *, too_long: bool = False) -> None:
@@ -83,18 +83,18 @@ class Refused(Exception):
 
 
 class GaveUp(Exception):
-    """One request failed again and again; the endpoint may answer others."""
+    """A request failed in every attempt; the endpoint may answer others."""
 
 
 class Client:
-    """The endpoint at `url`; used as an async context manager.
+    """A client of the endpoint at `url`, used as an async context manager.
 
     Args:
         slots: requests that keep the endpoint busy.
-        attempts: of one request that fails for reasons that may pass.
+        attempts: of a request that fails for a reason that may pass.
         delay_s: before the second attempt; it doubles from there.
         concurrency: requests to have in flight; a quarter more than `slots` if it is 0.
-        key_variable: names the variable that holds this endpoint's key; empty for none.
+        key_variable: environment variable with this endpoint's key; empty for none.
 
     Attributes:
         url: of the endpoint, without `/v1`.
@@ -112,32 +112,32 @@ class Client:
         concurrency: int = 0,
         key_variable: str = KEY_VARIABLE,
     ) -> None:
-        # A little above what the engine works on, so that it finds the next request waiting when one is done.
+        # A little more than the engine works on, so that the next request is there when a slot is free.
         self.concurrency = concurrency or slots + max(2, slots // 4)
         self._attempts, self._delay_s, self._timeout_s = attempts, delay_s, timeout_s
         self._key_variable = key_variable
         self._http = connect(url, timeout_s, key_variable)
         self.url = str(self._http.base_url)
         self._given_up, self._last_logged = 0, float("-inf")
-        # When a rate limit is reached, every request in flight would learn it for itself, and be counted against it.
+        # Shared by all requests: each that runs into a rate limit by itself is counted against that limit.
         self._paused_until = 0.0
         self._limit_name = "max_tokens"
 
     async def names(self) -> list[str]:
-        """What the endpoint serves; see `names_at`."""
-        return await names_at(self._http)
+        """Ask for the names of the models that the endpoint serves; see `get_model_names`."""
+        return await get_model_names(self._http)
 
     async def card(self, name: str) -> Card:
-        """What it tells of a model; see `card_of`."""
-        return await card_of(self._http, name)
+        """Ask for the card of a model; see `get_card`."""
+        return await get_card(self._http, name)
 
     async def chat(self, model: str, messages: Sequence[Message], options: Mapping[str, Any]) -> Answer:
-        """The answer to a chat.
+        """Ask for the answer to a chat, again while failures may pass.
 
         Raises:
             Refused: if the endpoint refuses this request.
             GaveUp: if it failed each time.
-            EndpointError: if nothing is answered any more, or nothing of this model or key is.
+            EndpointError: if the endpoint answers nothing any more, or nothing for this model or key.
         """
         body = {"model": model, "messages": list(messages), **options}
         began = time.monotonic()
@@ -147,23 +147,23 @@ class Client:
             if answer is not None:
                 self._given_up = 0
                 return answer
-            # An endpoint that names the time to wait is there, and bounded by time alone.
+            # An endpoint that names a time to wait is alive: such waits are no attempts, and are bounded by time alone.
             attempt += 1 if not wait_s or not attempt else 0
             if attempt < self._attempts and time.monotonic() - began < 2 * self._timeout_s:
-                self._tell(reason, attempt)
+                self._log_failure(reason, attempt)
                 delay_s = min(LONGEST_DELAY_S, self._delay_s * 2 ** (attempt - 1)) * random.uniform(0.5, 1)
                 await asyncio.sleep(max(delay_s, wait_s))
                 continue
             self._given_up += 1
             if self._given_up > GIVEN_UP_IN_A_ROW:
                 raise EndpointError(
-                    f"{self.url}: {reason}; asked {attempt} times, and nothing else is answered either. What was "
-                    "answered before is kept: see to the endpoint, then run the same command again"
+                    f"{self.url}: {reason}; asked {attempt} times, and nothing else is answered either. Earlier "
+                    "answers are kept: see to the endpoint, then run the same command again"
                 )
             raise GaveUp(f"{reason}; asked {attempt} times")
 
     async def count(self, model: str, messages: Sequence[Message]) -> tuple[int, int] | None:
-        """Tokens of a chat with its template, and the context that they share with the answer; None where nothing counts them."""
+        """Ask for the number of tokens of a chat with its template, and for the model's context; None where nothing counts them."""
         try:
             response = await self._http.post("/tokenize", json={"model": model, "messages": list(messages)})
             data = response.json() if response.status_code == httpx.codes.OK else {}
@@ -172,7 +172,7 @@ class Client:
             return None
 
     async def _attempt(self, body: Mapping[str, Any]) -> tuple[Answer | None, str, float]:
-        """The answer; or None, the reason, and the seconds that the endpoint asks to wait."""
+        """Send a request once. Returns the answer; or None, the reason, and the seconds that the endpoint asks to wait."""
         await asyncio.sleep(max(0.0, self._paused_until - time.monotonic()))
         try:
             response = await send(
@@ -183,13 +183,13 @@ class Client:
                 headers={"Content-Type": "application/json"},
             )
         except httpx.TransportError as error:
-            return None, f"no answer ({broken_by(error)})", 0.0
+            return None, f"no answer ({connection_failure(error)})", 0.0
         if response.status_code in _TRANSIENT or response.status_code >= 500:
-            wait_s = wait_asked_for(response)
+            wait_s = retry_after_s(response)
             self._paused_until = max(self._paused_until, time.monotonic() + wait_s)
-            return None, f"status {response.status_code}, {reason_of(response)}", wait_s
+            return None, f"status {response.status_code}, {failure_reason(response)}", wait_s
         if response.status_code != httpx.codes.OK:
-            reason = reason_of(response)
+            reason = failure_reason(response)
             if "max_completion_tokens" in reason and self._limit_name == "max_tokens":
                 self._limit_name = "max_completion_tokens"  # as OpenAI's reasoning models ask for it
                 return await self._attempt(body)
@@ -197,7 +197,7 @@ class Client:
                 reason, too_long=any(sign in reason for sign in _TOO_LONG)
             )
         try:
-            answer = _answer(response)
+            answer = _parse_completion(response)
         except EndpointError:
             return None, f"not the answer to a chat: {shown(repr(response.text[:200]))}", 0.0
         if answer.finish_reason in {"abort", "error"}:
@@ -207,8 +207,8 @@ class Client:
     def _renamed(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
         return {self._limit_name if name == "max_tokens" else name: value for name, value in body.items()}
 
-    def _tell(self, reason: str, attempt: int) -> None:
-        """Log a failed attempt; when an endpoint goes, hundreds fail at once."""
+    def _log_failure(self, reason: str, attempt: int) -> None:
+        """Log a failed attempt, at most one each period: when an endpoint stops, hundreds fail at once."""
         now = time.monotonic()
         if now - self._last_logged > _LOG_PERIOD_S:
             self._last_logged = now
@@ -226,7 +226,7 @@ class Client:
 def _json(body: Mapping[str, Any]) -> bytes:
     try:
         return json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode("utf-8")
-    except UnicodeEncodeError:  # half of a surrogate pair has no UTF-8, but an escape
+    except UnicodeEncodeError:  # half of a surrogate pair has no UTF-8, only an escape
         return json.dumps(body, separators=(",", ":"), allow_nan=False).encode("ascii")
 
 
@@ -273,8 +273,8 @@ class _Completion(Foreign):
     prompt_logprobs: list[dict[str, _Logprob] | None] | None = None
 
 
-def _answer(response: httpx.Response) -> Answer:
-    completion = validated(_Completion, parse_answer(response), "it", error=EndpointError, remedy="")
+def _parse_completion(response: httpx.Response) -> Answer:
+    completion = validated(_Completion, parse_object(response), "it", error=EndpointError, remedy="")
     choice, usage = completion.choices[0], completion.usage or _Usage()
     tokens = choice.logprobs.content if choice.logprobs else None
     return Answer(
@@ -282,7 +282,7 @@ def _answer(response: httpx.Response) -> Answer:
         usage.completion_tokens or 0,
         usage.prompt_tokens or 0,
         choice.finish_reason or "",
-        # The first entry of each is the token that stands there; the first token of all has none.
+        # vLLM puts the prompt's own token first, before likelier ones; the first token of a prompt has no entry.
         [next(iter(entries.values())).logprob for entries in completion.prompt_logprobs or () if entries],
         choice.token_ids or (),
         [

@@ -1,4 +1,4 @@
-"""What an OpenAI-compatible endpoint is, and what it tells of the models that it serves."""
+"""Connect to an OpenAI-compatible endpoint, read the cards of its models, and bound what an answer may hold."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ CONNECT_TIMEOUT_S = 10.0
 KEY_VARIABLE = "OPENAI_API_KEY"
 _LONGEST_WAIT_S = 600.0
 _PAUSE_S = 1.0
-# With the log-probabilities of a prompt of 128k tokens an answer has some 20 MB.
+# An answer with the log-probabilities of a prompt of 128k tokens has about 20 MB.
 MOST_BYTES = 64 * 2**20
 _REMEDY = "see to the endpoint"
 
 
 @dataclass(frozen=True)
 class Card:
-    """What an endpoint tells of a model; empty where it does not tell.
+    """An endpoint's description of a model; a field is empty if the endpoint does not say.
 
     Attributes:
         name: as requested.
@@ -40,10 +40,10 @@ class Card:
         weights: identity of the weights.
         files: digest of the files beside the weights: configuration, tokenizer, stop tokens.
         settings: digest of the engine's arguments that decide answers.
-        dtype: that it computes in.
+        dtype: data type of its computations.
         max_model_len: longest prompt and response together, in tokens; 0 if unknown.
-        vllm: whether requests may have the fields that vLLM adds to OpenAI's.
-        special_ids: of the tokens that its tokenizer calls special; empty if unknown.
+        vllm: True if requests may have the fields that vLLM adds to OpenAI's.
+        special_ids: ids of the tokens that its tokenizer calls special; empty if unknown.
     """
 
     name: str
@@ -79,10 +79,10 @@ class _Metadata(Foreign):
 def connect(url: str, timeout_s: float, key_variable: str = KEY_VARIABLE) -> httpx.AsyncClient:
     """Open a client of the endpoint at `url`, with or without its `/v1`.
 
-    The key in the variable `key_variable` goes along if it is set; no key does if that is empty.
+    Each request carries the key in the environment variable `key_variable`, if it is set; none if `key_variable` is empty.
 
     Raises:
-        EndpointError: for a URL that names no endpoint, or a key that no request can carry.
+        EndpointError: for a URL that is none, or a key that no request can carry.
     """
     root = url.rstrip("/").removesuffix("/v1").rstrip("/")
     key = read_key(key_variable) if key_variable else ""
@@ -98,7 +98,7 @@ def connect(url: str, timeout_s: float, key_variable: str = KEY_VARIABLE) -> htt
             | ({"Authorization": f"Bearer {key}"} if key else {}),
             timeout=httpx.Timeout(timeout_s, connect=CONNECT_TIMEOUT_S, pool=None),
             limits=httpx.Limits(max_connections=None),
-            # A proxy for the outside world does not know this machine's ports.
+            # A proxy to the internet cannot reach this machine's own ports.
             trust_env=urlsplit(root).hostname not in {"127.0.0.1", "localhost", "::1"},
         )
     except (httpx.InvalidURL, ValueError) as error:
@@ -108,7 +108,7 @@ def connect(url: str, timeout_s: float, key_variable: str = KEY_VARIABLE) -> htt
 
 
 def read_key(variable: str) -> str:
-    """The key in a variable, without the line break that mounted files end with; empty if it is not set.
+    """Read the key in an environment variable, without the line break that mounted files end with; empty if it is not set.
 
     Raises:
         EndpointError: if no request can carry it.
@@ -122,15 +122,15 @@ def read_key(variable: str) -> str:
     return key
 
 
-async def card_of(http: httpx.AsyncClient, name: str) -> Card:
-    """What the endpoint tells of a model.
+async def get_card(http: httpx.AsyncClient, name: str) -> Card:
+    """Ask the endpoint for its card of a model.
 
     Raises:
         EndpointError: if it cannot be reached, or does not serve the model.
     """
-    page: Mapping[str, Any] | None = await _page(http, f"/v1/models/{quote(name, safe='@')}")
-    if page is None or page.get("id") != name:  # not every endpoint has this page
-        cards = {str(card.get("id")): card for card in await _cards(http)}
+    page: Mapping[str, Any] | None = await _get_page(http, f"/v1/models/{quote(name, safe='@')}")
+    if page is None or page.get("id") != name:  # some endpoints have no such page
+        cards = {str(card.get("id")): card for card in await _get_cards(http)}
         if name not in cards:
             served = first_few([shown(name) for name in cards]) or "no models at all"
             raise EndpointError(f"{http.base_url}: does not serve {shown(name)}; it serves {served}")
@@ -138,7 +138,7 @@ async def card_of(http: httpx.AsyncClient, name: str) -> Card:
     where = f"{http.base_url}: its card of {shown(name)}"
     card = validated(_ForeignCard, page, where, error=EndpointError, remedy=_REMEDY)
     own = _Metadata()
-    if isinstance(card.metadata, Mapping):  # others may mean something else by the word
+    if isinstance(card.metadata, Mapping):  # other servers use the name for something else
         own = validated(_Metadata, card.metadata, where, error=EndpointError, remedy=_REMEDY)
     engine = own.engine or ""
     return Card(
@@ -155,35 +155,35 @@ async def card_of(http: httpx.AsyncClient, name: str) -> Card:
     )
 
 
-async def names_at(http: httpx.AsyncClient) -> list[str]:
-    """What the endpoint serves.
+async def get_model_names(http: httpx.AsyncClient) -> list[str]:
+    """Ask the endpoint for the names of its models.
 
     Raises:
         EndpointError: if it cannot be reached.
     """
-    return [str(card.get("id")) for card in await _cards(http)]
+    return [str(card.get("id")) for card in await _get_cards(http)]
 
 
 def refusal(response: httpx.Response, key_variable: str = KEY_VARIABLE) -> EndpointError | None:
-    """The error of an answer that says that nothing can be had with this key, URL or name; None for any other answer."""
-    told = f"{response.request.url}: status {response.status_code}, {reason_of(response)}"
+    """The error of an answer after which no request with this key, URL or name can succeed; None for any other answer."""
+    answered = f"{response.request.url}: status {response.status_code}, {failure_reason(response)}"
     if response.status_code in {401, 403}:
         remedy = (
             f"set {key_variable} to a key that the endpoint takes"
             if key_variable
             else "name the variable that holds its key with --key-env"
         )
-        return EndpointError(f"{told}; {remedy}")
+        return EndpointError(f"{answered}; {remedy}")
     if response.status_code in {404, 405}:
         return EndpointError(
-            f"{told}; give the URL of an OpenAI-compatible endpoint, such as http://127.0.0.1:8000, and the name of a "
+            f"{answered}; give the URL of an OpenAI-compatible endpoint, such as http://127.0.0.1:8000, and the name of a "
             "model that it serves"
         )
     return None
 
 
-def wait_asked_for(response: httpx.Response) -> float:
-    """Seconds that the `Retry-After` of an answer asks to wait, a number or an HTTP date (RFC 9110, 10.2.3); 0 without one."""
+def retry_after_s(response: httpx.Response) -> float:
+    """Seconds to wait by the `Retry-After` of an answer, a number or an HTTP date (RFC 9110, 10.2.3); 0 without one."""
     header = response.headers.get("Retry-After", "").strip()
     try:
         seconds = float(header)
@@ -192,27 +192,27 @@ def wait_asked_for(response: httpx.Response) -> float:
             seconds = parsedate_to_datetime(header).timestamp() - time.time()
         except (ValueError, OverflowError):
             return 0.0
-    return min(_LONGEST_WAIT_S, seconds) if seconds > 0 else 0.0  # not a number compares as false
+    return min(_LONGEST_WAIT_S, seconds) if seconds > 0 else 0.0  # NaN compares as false
 
 
-def reason_of(response: httpx.Response) -> str:
-    """What an endpoint says of a failure, in one line."""
+def failure_reason(response: httpx.Response) -> str:
+    """The endpoint's message in a failed answer, as one line."""
     text: object = None
     with contextlib.suppress(EndpointError):
-        data = parse_answer(response)
+        data = parse_object(response)
         error = data.get("error", data)
         text = error.get("message") if isinstance(error, Mapping) else error
     return shown(" ".join(str(text or response.text or response.reason_phrase)[:2000].split()), 400)
 
 
-def broken_by(error: Exception) -> str:
-    """What became of a request that got no answer."""
+def connection_failure(error: Exception) -> str:
+    """The error of a request without an answer, as one line."""
     return shown(" ".join(f"{type(error).__name__} {error}".split()), 400)
 
 
-async def _cards(http: httpx.AsyncClient) -> list[Mapping[str, Any]]:
-    found = await _page(http, "/v1/models")
-    cards = None if found is None else found.get("data")
+async def _get_cards(http: httpx.AsyncClient) -> list[Mapping[str, Any]]:
+    page = await _get_page(http, "/v1/models")
+    cards = None if page is None else page.get("data")
     if not isinstance(cards, list):
         raise EndpointError(
             f"{http.base_url}: does not answer like an OpenAI-compatible endpoint; give its URL without a path, such as "
@@ -221,18 +221,18 @@ async def _cards(http: httpx.AsyncClient) -> list[Mapping[str, Any]]:
     return [card for card in cards if isinstance(card, Mapping)]
 
 
-async def _page(http: httpx.AsyncClient, path: str) -> dict[str, Any] | None:
-    """A page's JSON object; None if there is no such page.
+async def _get_page(http: httpx.AsyncClient, path: str) -> dict[str, Any] | None:
+    """Get the JSON object of a page; None if there is no such page. A busy endpoint is asked a second time.
 
     Raises:
-        EndpointError: if there is no answer; only an endpoint that is busy is asked a second time.
+        EndpointError: if there is no answer.
     """
     for last in (False, True):
         try:
             response = await send(http, "GET", path)
         except (httpx.TransportError, httpx.InvalidURL) as error:
             raise EndpointError(
-                f"{http.base_url}: cannot be reached ({broken_by(error)}); start the endpoint, or correct its URL"
+                f"{http.base_url}: cannot be reached ({connection_failure(error)}); start the endpoint, or correct its URL"
             ) from error
         if last or response.status_code < 500:
             break
@@ -241,19 +241,19 @@ async def _page(http: httpx.AsyncClient, path: str) -> dict[str, Any] | None:
         raise refused
     if response.status_code >= 500:
         raise EndpointError(
-            f"{response.request.url}: status {response.status_code}, {reason_of(response)}; see to the endpoint"
+            f"{response.request.url}: status {response.status_code}, {failure_reason(response)}; see to the endpoint"
         )
     try:
-        return parse_answer(response) if response.status_code == httpx.codes.OK else None
+        return parse_object(response) if response.status_code == httpx.codes.OK else None
     except EndpointError:
         return None
 
 
-def parse_answer(response: httpx.Response) -> dict[str, Any]:
+def parse_object(response: httpx.Response) -> dict[str, Any]:
     """Parse the JSON object in an answer that `send` received.
 
     Raises:
-        EndpointError: if it is none.
+        EndpointError: if it holds something else.
     """
     source = str(response.request.url)
     value = parse_json(
@@ -269,17 +269,17 @@ async def send(http: httpx.AsyncClient, method: str, path: str, **content: Any) 
     """Send a request and receive the whole answer, up to `MOST_BYTES` unpacked and within the client's timeout.
 
     Returns:
-        Status and body; of its headers `Retry-After` alone, so that none decides how the body is read.
+        Status and body, already unpacked. Of its headers only `Retry-After`, so that none makes httpx decode the body again.
 
     Raises:
-        httpx.TransportError: if there is no such answer.
+        httpx.TransportError: if there is no such answer in time.
     """
     request = http.build_request(method, path, **content)
     try:
         async with asyncio.timeout(http.timeout.read):
             answer = await http.send(request, stream=True)
             try:
-                body = await _body(answer)
+                body = await _read_body(answer)
             finally:
                 await answer.aclose()
     except TimeoutError as error:
@@ -288,9 +288,9 @@ async def send(http: httpx.AsyncClient, method: str, path: str, **content: Any) 
     return httpx.Response(answer.status_code, headers=kept, content=body, request=request)
 
 
-async def _body(answer: httpx.Response) -> bytes:
+async def _read_body(answer: httpx.Response) -> bytes:
     coding = answer.headers.get("Content-Encoding", "identity").strip().lower()
-    # httpx would unpack a megabyte to a gigabyte before anyone can count.
+    # Unpacked here in bounded steps: httpx would unpack a megabyte to a gigabyte before its size can be checked.
     if coding not in {"identity", "gzip", "x-gzip"}:
         raise httpx.RemoteProtocolError(
             f"the answer is packed as {shown(coding, 40)}, which was not asked for"

@@ -1,4 +1,4 @@
-"""How likely a model finds responses that are there already: what KL divergence between two models is estimated from."""
+"""Log-probabilities that a model gives to stored responses; the KL divergence between two models is estimated from them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from expo_ray.evaluation.responses.client import Client, GaveUp, Refused
 from expo_ray.evaluation.responses.endpoint import KEY_VARIABLE
 from expo_ray.evaluation.row_store import RowStore
 
-# The prompt and response as they are, without a turn that begins after them; nothing is drawn but one token, which no engine leaves out.
-_ONLY_READ = {
+# Scores the conversation as it stands: the response is the open last turn, and no further turn begins after it. `max_tokens` is 1
+# because no engine accepts 0; that token is ignored.
+_SCORE_ONLY = {
     "add_generation_prompt": False,
     "continue_final_message": True,
     "max_tokens": 1,
@@ -25,10 +26,11 @@ _ONLY_READ = {
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Of one response by one model.
+    """Log-probabilities of one response by one model.
 
     Attributes:
-        logprobs: of the response's tokens, in nats; tokenized anew from its text, the same way for every model of a pair.
+        logprobs: of the response's tokens, in nats. The text is tokenized anew, in the same way for every model of a pair. Empty if
+            the chat template cannot continue the response.
     """
 
     prompt_id: str
@@ -37,12 +39,12 @@ class Likelihood:
 
     @property
     def key(self) -> tuple[str, int]:
-        """Names the response."""
+        """Prompt id and sample of the response."""
         return self.prompt_id, self.sample
 
 
 def likelihood_from_row(row: Mapping[str, Any]) -> Likelihood:
-    """The inverse of `dataclasses.asdict`."""
+    """Make a `Likelihood` from its stored row; the inverse of `dataclasses.asdict`."""
     return Likelihood(**{**row, "logprobs": tuple(row["logprobs"])})
 
 
@@ -55,18 +57,18 @@ def measure_likelihoods(
     slots: int,
     key_variable: str = KEY_VARIABLE,
 ) -> dict[tuple[str, int], Sequence[float]]:
-    """Log-probabilities of responses by a served model, by their key; those that are not stored are asked for and stored.
+    """Ask a served model for the log-probabilities of responses that `row_store` lacks, store them, and return all by key.
 
     Raises:
-        EndpointError: if the endpoint does not tell them all.
+        EndpointError: if the endpoint leaves out any of them.
     """
-    found = row_store.read()
-    missing = [one for one in responses if one.key not in found]
+    by_key = row_store.read()
+    missing = [response for response in responses if response.key not in by_key]
     if missing:
-        made = asyncio.run(_ask_all(url, name, missing, slots, key_variable))
-        row_store.write(made)
-        found |= {one.key: one for one in made}
-    return {one.key: found[one.key].logprobs for one in responses}
+        measured = asyncio.run(_ask_all(url, name, missing, slots, key_variable))
+        row_store.write(measured)
+        by_key |= {likelihood.key: likelihood for likelihood in measured}
+    return {response.key: by_key[response.key].logprobs for response in responses}
 
 
 async def _ask_all(
@@ -79,16 +81,15 @@ async def _ask_all(
             messages = [*response.messages, {"role": "assistant", "content": response.text}]
             async with at_once:
                 try:
-                    answer = await client.chat(name, messages, _ONLY_READ)
-                except (
-                    Refused
-                ):  # a template that changes what it is given cannot go on from it; for no model of the pair
+                    answer = await client.chat(name, messages, _SCORE_ONLY)
+                except Refused:
+                    # The template rewrites the last turn, so vLLM cannot continue it. It does so for every model of the pair.
                     return Likelihood(*response.key, ())
                 except GaveUp as error:
                     raise EndpointError(
                         f"{name}: gives no log-probabilities of the response to prompt {response.prompt_id} ({error}); run again"
                     ) from error
-            # The prompt's own tokens come before, all but its first.
+            # Before the response come the tokens of its prompt, without the first, which has no log-probability.
             return Likelihood(
                 *response.key, tuple(answer.prompt_logprobs[max(response.num_prompt_tokens - 1, 0) :])
             )

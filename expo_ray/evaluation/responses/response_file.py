@@ -1,4 +1,4 @@
-"""Responses in a file of their own, without a job."""
+"""The file that `expo-ray respond --output` writes: responses without a job, resumable and in a benchmark's format."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Format = Literal["jsonl", "alpaca-eval", "mt-bench"]
 
 
 class ResponseFile:
-    """One JSONL file of responses, and the parts beside it that are not in it yet.
+    """A JSONL file of responses, and the parts beside it that wait to be moved into it.
 
-    The file is replaced as a whole, so no reader sees half a row. In another format it is made anew from the responses, which
-    `<file>.responses.jsonl` keeps.
+    The file is replaced as a whole, so that no reader sees half a row. For the format of a benchmark, the responses are kept in
+    `<file>.responses.jsonl`, and the file itself is written anew from them.
 
     Raises:
         OutputError: if it cannot be written.
@@ -38,43 +38,43 @@ class ResponseFile:
         self.parts = RowStore(self._store, f"{self._rows_name}.parts", response_from_row)
 
     def read(self) -> dict[Hashable, Response]:
-        """The rows of the file and of the parts, by key.
+        """Read the rows of the file and of the parts, by key.
 
         Raises:
-            StorageError: naming the rows that are no responses.
+            StorageError: naming the rows that are not responses.
         """
         try:
             rows = read_rows(self._store, self._rows_name, response_from_row)
         except NotFound:
             rows = []
-        found: dict[Hashable, Response] = {}
+        by_key: dict[Hashable, Response] = {}
         for row in rows:
-            found.setdefault(row.key, row)
-        return found | {key: row for key, row in self.parts.read().items() if key not in found}
+            by_key.setdefault(row.key, row)
+        return by_key | {key: row for key, row in self.parts.read().items() if key not in by_key}
 
     def write(self, prompts: PromptSet) -> None:
-        """Move the parts into the file, those to `prompts` first and in their order."""
-        parts = self._store.list(f"{self.parts.prefix}/")
+        """Move the parts into the file: first the responses to `prompts`, in their order, then all others."""
+        parts = self._store.list(f"{self.parts.folder}/")
         if not parts and self._store.list(self._rows_name):
             return
         place = {prompt.id: number for number, prompt in enumerate(prompts.prompts)}
-        of_others = len(place), 0
+        behind = len(place), 0
         rows = sorted(
             self.read().values(),
-            key=lambda row: (place[row.prompt_id], row.sample) if row.prompt_id in place else of_others,
+            key=lambda row: (place[row.prompt_id], row.sample) if row.prompt_id in place else behind,
         )
         self._store.put(self._rows_name, rows_text(rows).encode())
-        for info in parts:
+        for info in parts:  # after the file: a kill in between leaves rows twice, never none
             self._store.delete(info.key)
         if self._store.local_path is not None:  # a bucket has no folders
             with contextlib.suppress(OSError):
-                (self._store.local_path / self.parts.prefix).rmdir()
+                (self._store.local_path / self.parts.folder).rmdir()
 
     def export(self, prompts: PromptSet, responses: Mapping[Key, Response], samples: int) -> None:
-        """Write the file of a benchmark, unless the format is `jsonl`.
+        """Write the file in its benchmark's format; nothing for `jsonl`.
 
         Raises:
-            PromptError: if it cannot be made of these prompts and responses.
+            PromptError: if these prompts or responses do not fit the format.
         """
         if self._form == "alpaca-eval":
             text = json.dumps(alpaca_eval(prompts, responses), ensure_ascii=False, indent=1) + "\n"
@@ -86,13 +86,13 @@ class ResponseFile:
         self._store.put(self._name, text.encode())
 
 
-def check_origins(uri: str, found: Mapping[Hashable, Response], origins: Collection[str]) -> None:
-    """Refuse a file with responses that are not of these origins.
+def check_origins(uri: str, responses: Mapping[Hashable, Response], origins: Collection[str]) -> None:
+    """Refuse a file with responses of other origins than these.
 
     Raises:
-        OutputError: naming what is in it.
+        OutputError: naming the models of the other responses.
     """
-    others = [row for row in found.values() if row.origin not in origins]
+    others = [row for row in responses.values() if row.origin not in origins]
     if others:
         models = sorted({row.model for row in others})
         raise OutputError(
