@@ -20,17 +20,17 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import numpy as np
 
 from benchmarks.result import TARGET_HEADER, report, table, target
-from expo_ray.benchmark.alpaca import compare_arms, score_arm
-from expo_ray.benchmark.head_to_head import head_to_head
-from expo_ray.benchmark.intervals import mean_of
-from expo_ray.benchmark.judgments import Verdicts
-from expo_ray.benchmark.length_control import (
+from expo_ray.benchmark.alpaca_eval.length_control import (
     GamedRows,
     LengthControl,
     Regression,
     controlled_win_rate,
-    rejudged,
+    rejudged_control,
 )
+from expo_ray.benchmark.alpaca_eval.win_rates import compare_arms, score_arm
+from expo_ray.benchmark.head_to_head import head_to_head
+from expo_ray.benchmark.intervals import mean_of
+from expo_ray.benchmark.judges.verdicts import Verdicts
 from expo_ray.evaluation.statistics import Array
 from expo_ray.report.results import Interval
 
@@ -94,7 +94,7 @@ def gamed_rows(difficulty: Array, generator: np.random.Generator, liking: float)
         )
         for factor in (0.4, 1.7)
     ]
-    rows = rejudged(gamed, difficulty).gamed
+    rows = rejudged_control(gamed, difficulty).gamed
     assert rows is not None
     return rows
 

@@ -20,9 +20,9 @@ from typing import Any
 
 from benchmarks.measure import ROOT
 from benchmarks.result import TARGET_HEADER, report, table, target
-from expo_ray.benchmark.alpaca import score_arm
-from expo_ray.benchmark.annotations import read_annotations
-from expo_ray.benchmark.covariates import load_covariates
+from expo_ray.benchmark.alpaca_eval.annotations import read_annotations
+from expo_ray.benchmark.alpaca_eval.covariates import load_covariates
+from expo_ray.benchmark.alpaca_eval.win_rates import score_arm
 from tests.support.judge_server import judge_server
 
 BASELINE = "gpt4_1106_preview"

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks.result import TARGET_HEADER, table, target
-from expo_ray.benchmark.alpaca import score_arm
-from expo_ray.benchmark.covariates import Covariates, load_covariates
+from expo_ray.benchmark.alpaca_eval.covariates import Covariates, load_covariates
+from expo_ray.benchmark.alpaca_eval.length_control import LengthControl, controlled_win_rate, rejudged_control
+from expo_ray.benchmark.alpaca_eval.package_fit import package_win_rates
+from expo_ray.benchmark.alpaca_eval.win_rates import score_arm
 from expo_ray.benchmark.head_to_head import head_to_head
 from expo_ray.benchmark.intervals import REFITS
-from expo_ray.benchmark.judgments import Verdicts
-from expo_ray.benchmark.length_control import LengthControl, controlled_win_rate, rejudged
-from expo_ray.benchmark.official_glm import package_win_rates
+from expo_ray.benchmark.judges.verdicts import Verdicts
 from expo_ray.evaluation.statistics import Array
 
 # How certain a judge is that the second of two answers, of these lengths, is the better one.
@@ -99,7 +99,7 @@ def _judges(folder: Path, covariates: Covariates) -> list[str]:
         controls = (
             covariates.official,
             LengthControl("none", covariates.difficulty, None),
-            rejudged(verdicts, covariates.difficulty),
+            rejudged_control(verdicts, covariates.difficulty),
         )
         for name, partner in pairs:
             dpo, expo = (_simulated(judge, lengths[each], baseline) for each in (name, partner))

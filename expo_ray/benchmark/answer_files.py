@@ -46,10 +46,12 @@ def read_answer_set(uri: str, instructions: Sequence[str] = ()) -> AnswerSet:
         PromptError: with all bad rows.
         StorageError: if the file cannot be read.
     """
-    return answer_set(read_rows(read_file(uri), uri), uri, instructions)
+    return parse_answer_set(parse_rows(read_unpacked(uri), uri), uri, instructions)
 
 
-def answer_set(rows: Sequence[tuple[str, Any]], source: str, instructions: Sequence[str] = ()) -> AnswerSet:
+def parse_answer_set(
+    rows: Sequence[tuple[str, Any]], source: str, instructions: Sequence[str] = ()
+) -> AnswerSet:
     """Make a set of outputs of rows with their places; errors as of `read_answer_set`."""
     outputs: dict[str, str] = {}
     datasets: dict[str, str] = {}
@@ -82,7 +84,7 @@ def answer_set(rows: Sequence[tuple[str, Any]], source: str, instructions: Seque
     return AnswerSet(name, outputs, source, datasets)
 
 
-def read_file(uri: str) -> bytes:
+def read_unpacked(uri: str) -> bytes:
     """Read a whole file of any store, unpacked if it is gzip.
 
     Raises:
@@ -103,7 +105,7 @@ def read_file(uri: str) -> bytes:
     return unpacked
 
 
-def read_rows(data: bytes, source: str) -> list[tuple[str, Any]]:
+def parse_rows(data: bytes, source: str) -> list[tuple[str, Any]]:
     """The rows of a JSON list or of JSON lines, each with its place.
 
     Raises:

@@ -11,9 +11,9 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from expo_ray.benchmark.alpaca_eval.length_control import Regression
 from expo_ray.benchmark.intervals import Estimate, estimate, mean_of, p_value
-from expo_ray.benchmark.judgments import Verdicts
-from expo_ray.benchmark.length_control import Regression
+from expo_ray.benchmark.judges.verdicts import Verdicts
 from expo_ray.errors import BenchmarkError
 from expo_ray.evaluation.statistics import Array
 from expo_ray.text import shown

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from expo_ray.benchmark.answer_files import MOST_BYTES, read_file
+from expo_ray.benchmark.answer_files import MOST_BYTES, read_unpacked
 from expo_ray.errors import BenchmarkError
 from expo_ray.text import shown
 from expo_ray.untrusted import kind_of, parse_json
@@ -34,7 +34,7 @@ def read_row_file(uri: str) -> RowFile:
         BenchmarkError: if it holds no row at all, or is a list that is not JSON.
         StorageError: if it cannot be read.
     """
-    data = read_file(uri).removeprefix(b"\xef\xbb\xbf")  # an editor's byte order mark
+    data = read_unpacked(uri).removeprefix(b"\xef\xbb\xbf")  # an editor's byte order mark
     if not data.strip():
         raise BenchmarkError(f"{uri}: is empty; {_AGAIN}")
     values = list(_in_list(data, uri) if data.lstrip()[:1] == b"[" else _in_lines(data, uri))

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from expo_ray.benchmark.alpaca import ArmDifference, ArmScore
+from expo_ray.benchmark.alpaca_eval.length_control import Kind
+from expo_ray.benchmark.alpaca_eval.win_rates import ArmDifference, ArmScore
 from expo_ray.benchmark.answer_checks import AnswerChecks
 from expo_ray.benchmark.head_to_head import HeadToHead
 from expo_ray.benchmark.intervals import Estimate, holm, outcome, pooled
-from expo_ray.benchmark.leaderboard import TASKS, ModelTasks
-from expo_ray.benchmark.length_control import Kind
-from expo_ray.benchmark.mtbench import ModelRatings, score_ratings
+from expo_ray.benchmark.mt_bench.ratings import ModelRatings, score_ratings
+from expo_ray.benchmark.open_llm_leaderboard import TASKS, ModelTasks
 from expo_ray.report.benchmark_page import Forest, ForestRow, Table
 from expo_ray.report.results import Interval
 from expo_ray.text import shown

@@ -11,20 +11,33 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from expo_ray.benchmark.alpaca_judging import (
+from expo_ray.benchmark.alpaca_eval.judge_answers import (
+    AlpacaRequest,
     AlpacaResult,
-    Prepared,
-    Request,
-    expected,
-    judge_all,
-    prepare,
-    scores,
+    PreparedAlpaca,
+    estimate_alpaca,
+    judge_alpaca_answers,
+    prepare_alpaca,
+    score_alpaca_answers,
     write_annotations,
 )
-from expo_ray.benchmark.grading import grades_of, judgment_rows, read_chat_answers, read_mt_bench, rows_text
-from expo_ray.benchmark.judge import Judge, Price, default_key_variable
-from expo_ray.benchmark.judge_card import card_of, examination_of, write_card
-from expo_ray.benchmark.judging import Judged, JudgeRoom, ask, check_cost, estimate, with_weights
+from expo_ray.benchmark.judges.ask_judge import (
+    AnswerStore,
+    Judged,
+    ask_judge,
+    check_cost,
+    estimate_cost,
+    identify_judge,
+)
+from expo_ray.benchmark.judges.judge import Judge, Price, default_key_variable
+from expo_ray.benchmark.judges.reliability import measure_judge, read_examination, write_judge_card
+from expo_ray.benchmark.mt_bench.grade_answers import (
+    fastchat_rows,
+    json_lines,
+    list_gradings,
+    read_chat_answers,
+    read_mt_bench,
+)
 from expo_ray.benchmark.tables import (
     arm_json,
     arms_table,
@@ -78,7 +91,7 @@ def judge_of(arguments: argparse.Namespace) -> Judge:
         Price(*arguments.price) if arguments.price else None,
         arguments.concurrency,
     )
-    return with_weights(judge)
+    return identify_judge(judge)
 
 
 def judge_alpaca(arguments: argparse.Namespace) -> int:
@@ -87,7 +100,7 @@ def judge_alpaca(arguments: argparse.Namespace) -> int:
     Raises:
         ExpoError: everything wrong with the input, before the first question.
     """
-    request = Request(
+    request = AlpacaRequest(
         arguments.outputs,
         judge_of(arguments),
         arguments.output,
@@ -100,14 +113,14 @@ def judge_alpaca(arguments: argparse.Namespace) -> int:
         arguments.retry_unparsed,
         arguments.max_cost,
     )
-    prepared = prepare(request)
+    prepared = prepare_alpaca(request)
     for note in prepared.notes:
         log.warning("%s", note)
-    wanted = expected(prepared)
+    wanted = estimate_alpaca(prepared)
     log.info("%s", wanted)
     if arguments.dry_run:
         return 0
-    judged = _asked("benchmark", lambda progress: judge_all(prepared, progress))
+    judged = _asked("benchmark", lambda progress: judge_alpaca_answers(prepared, progress))
     return _finish_alpaca(prepared, judged, as_json=arguments.json)
 
 
@@ -125,20 +138,21 @@ def grade_mtbench(arguments: argparse.Namespace) -> int:
         raise BenchmarkError(
             f"two answer sets of one model ({', '.join(names)}); give each model's file once"
         )
-    grades = [grade for model in answers for grade in grades_of(judge, bench, model)]
-    questions = [grade.question for grade in grades]
+    gradings = [grading for model in answers for grading in list_gradings(judge, bench, model)]
+    questions = [grading.question for grading in gradings]
     store = open_output(arguments.output)
-    room = JudgeRoom(store, judge)
-    wanted = estimate(judge, questions, room.answers())
+    stored = AnswerStore(store, judge)
+    wanted = estimate_cost(judge, questions, stored.read())
     check_cost(judge, wanted, arguments.max_cost)
     log.info("%s", wanted)
     if arguments.dry_run:
         return 0
     judged = _asked(
-        "benchmark", lambda progress: ask(room, questions, progress=progress, max_cost=arguments.max_cost)
+        "benchmark",
+        lambda progress: ask_judge(stored, questions, progress=progress, max_cost=arguments.max_cost),
     )
     key = f"judgments/{judge.id}_single.jsonl"
-    store.put(key, rows_text(judgment_rows(judge, grades, judged.answers, time.time())))
+    store.put(key, json_lines(fastchat_rows(judge, gradings, judged.answers, time.time())))
     arguments.judgments = [join_uri(store.uri, key)]
     return _failed(judged.problems)
 
@@ -150,28 +164,30 @@ def examine_judge(arguments: argparse.Namespace) -> int:
         ExpoError: everything wrong with the input, before the first question.
     """
     judge = judge_of(arguments)
-    examination = examination_of(judge, arguments.reference, arguments.limit)
-    room = JudgeRoom(open_output(arguments.output), judge)
-    wanted = estimate(judge, examination.questions, room.answers())
+    examination = read_examination(judge, arguments.reference, arguments.limit)
+    stored = AnswerStore(open_output(arguments.output), judge)
+    wanted = estimate_cost(judge, examination.questions, stored.read())
     check_cost(judge, wanted, arguments.max_cost)
     log.info("%s", wanted)
     if arguments.dry_run:
         return 0
     judged = _asked(
         "benchmark",
-        lambda progress: ask(room, examination.questions, progress=progress, max_cost=arguments.max_cost),
+        lambda progress: ask_judge(
+            stored, examination.questions, progress=progress, max_cost=arguments.max_cost
+        ),
     )
     if judged.problems:
         return _failed(judged.problems)
-    card = card_of(judge, examination, judged.answers)
-    write_card(room, card)
+    card = measure_judge(judge, examination, judged.answers)
+    write_judge_card(stored, card)
     if arguments.json:
         _print(json.dumps(asdict(card), indent=1))
     else:
         _print(str(card))
         for warning in card.warnings:
             _print(f"warning: {warning}")
-        _print(f"stored in {room.store.uri}/{room.prefix}")
+        _print(f"stored in {stored.store.uri}/{stored.prefix}")
     return 0
 
 
@@ -180,11 +196,11 @@ def _asked(stage: str, work: Callable[[Progress], Judged]) -> Judged:
         return work(progress)
 
 
-def _finish_alpaca(prepared: Prepared, judged: Judged, *, as_json: bool) -> int:
+def _finish_alpaca(prepared: PreparedAlpaca, judged: Judged, *, as_json: bool) -> int:
     paths = write_annotations(prepared, judged)
     if judged.problems and not prepared.request.allow_missing:
         return _failed(judged.problems)
-    result = scores(prepared, judged)
+    result = score_alpaca_answers(prepared, judged)
     summary, tables = result_json(prepared, result), result_tables(prepared, result)
     prepared.store.put("results.json", (json.dumps(summary, indent=1) + "\n").encode())
     _write_page(prepared, result, tables)
@@ -197,7 +213,7 @@ def _finish_alpaca(prepared: Prepared, judged: Judged, *, as_json: bool) -> int:
     return _failed(judged.problems)
 
 
-def result_json(prepared: Prepared, result: AlpacaResult) -> dict[str, Any]:
+def result_json(prepared: PreparedAlpaca, result: AlpacaResult) -> dict[str, Any]:
     """All figures, unrounded, in percent; intervals are two-sided, 95 %."""
     judge = prepared.request.judge
     summary: dict[str, Any] = {
@@ -220,7 +236,7 @@ def result_json(prepared: Prepared, result: AlpacaResult) -> dict[str, Any]:
     return summary
 
 
-def result_tables(prepared: Prepared, result: AlpacaResult) -> list[Table]:
+def result_tables(prepared: PreparedAlpaca, result: AlpacaResult) -> list[Table]:
     """The figures for people, the primary one first; the judge is named below each table."""
     scores = [score for score in (result.score, result.reference) if score]
     tables = []
@@ -242,7 +258,7 @@ def result_tables(prepared: Prepared, result: AlpacaResult) -> list[Table]:
     ]
 
 
-def _write_page(prepared: Prepared, result: AlpacaResult, tables: Sequence[Table]) -> None:
+def _write_page(prepared: PreparedAlpaca, result: AlpacaResult, tables: Sequence[Table]) -> None:
     forests = [head_to_head_forest([result.direct])] if result.direct else []
     forests += [differences_forest([result.difference])] if result.difference else []
     prepared.store.put("results.md", markdown(tables).encode("utf-8", "replace"))

@@ -13,21 +13,21 @@ from typing import Any
 
 import numpy as np
 
-from expo_ray.benchmark.alpaca import ArmDifference, ArmScore, compare_arms, score_arm
-from expo_ray.benchmark.annotations import Annotations, read_annotations
-from expo_ray.benchmark.answer_checks import AnswerChecks, check_answers
-from expo_ray.benchmark.covariates import (
+from expo_ray.benchmark.alpaca_eval.annotations import Annotations, read_annotations
+from expo_ray.benchmark.alpaca_eval.covariates import (
     OFFICIAL_BASELINE,
     OFFICIAL_JUDGES,
     Covariates,
     is_official,
     load_covariates,
 )
+from expo_ray.benchmark.alpaca_eval.package_fit import package_win_rates
+from expo_ray.benchmark.alpaca_eval.win_rates import ArmDifference, ArmScore, compare_arms, score_arm
+from expo_ray.benchmark.answer_checks import AnswerChecks, check_answers
 from expo_ray.benchmark.head_to_head import head_to_head
-from expo_ray.benchmark.judgments import Verdicts
-from expo_ray.benchmark.leaderboard import TASKS, ModelTasks, read_task_results
-from expo_ray.benchmark.mtbench import ModelRatings, compare_ratings, read_ratings, score_ratings
-from expo_ray.benchmark.official_glm import package_win_rates
+from expo_ray.benchmark.judges.verdicts import Verdicts
+from expo_ray.benchmark.mt_bench.ratings import ModelRatings, compare_ratings, read_ratings, score_ratings
+from expo_ray.benchmark.open_llm_leaderboard import TASKS, ModelTasks, read_lm_eval_results
 from expo_ray.benchmark.row_files import places, read_row_file
 from expo_ray.benchmark.tables import (
     arm_json,
@@ -121,7 +121,7 @@ def score_leaderboard(arguments: argparse.Namespace) -> int:
     Raises:
         Problems: everything that is wrong with the files.
     """
-    models = list(read_task_results(arguments.results).values())
+    models = list(read_lm_eval_results(arguments.results).values())
     for model in models:
         for note in model.notes:
             log.warning("%s: %s", shown(model.name), note)

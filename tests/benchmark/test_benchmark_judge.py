@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from expo_ray.benchmark.judging import PART_ROWS
+from expo_ray.benchmark.judges.ask_judge import PART_ROWS
 from expo_ray.cli.process import main
 from tests.support.judge_server import JudgeServer, judge_server, rating_of
 from tests.support.paths import ROOT
@@ -128,7 +128,7 @@ def test_a_cost_is_known_before_and_not_passed(tmp_path: Path, capsys: pytest.Ca
 def test_a_judge_that_refuses_or_is_not_there(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("expo_ray.benchmark.judging._ATTEMPTS", 2)
+    monkeypatch.setattr("expo_ray.benchmark.judges.ask_judge._ATTEMPTS", 2)
     baseline, _, expo = few(tmp_path)
     with judge_server("400") as server:
         words = judge(server, "--outputs", expo, "--baseline", baseline, "--output", tmp_path / "out", "--length-control", "none")  # fmt: skip

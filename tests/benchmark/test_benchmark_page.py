@@ -12,10 +12,10 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from expo_ray.benchmark.alpaca import compare_arms, score_arm
+from expo_ray.benchmark.alpaca_eval.length_control import LengthControl
+from expo_ray.benchmark.alpaca_eval.win_rates import compare_arms, score_arm
 from expo_ray.benchmark.head_to_head import HeadToHead, head_to_head
-from expo_ray.benchmark.judgments import Verdicts
-from expo_ray.benchmark.length_control import LengthControl
+from expo_ray.benchmark.judges.verdicts import Verdicts
 from expo_ray.benchmark.tables import (
     arms_table,
     differences_forest,

@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from expo_ray.benchmark.alpaca import score_arm
-from expo_ray.benchmark.annotations import read_annotations
-from expo_ray.benchmark.covariates import Covariates, load_covariates
-from expo_ray.benchmark.judgments import Verdicts
-from expo_ray.benchmark.length_control import controlled_win_rate
-from expo_ray.benchmark.official_glm import package_win_rates
+from expo_ray.benchmark.alpaca_eval.annotations import read_annotations
+from expo_ray.benchmark.alpaca_eval.covariates import Covariates, load_covariates
+from expo_ray.benchmark.alpaca_eval.length_control import controlled_win_rate
+from expo_ray.benchmark.alpaca_eval.package_fit import package_win_rates
+from expo_ray.benchmark.alpaca_eval.win_rates import score_arm
+from expo_ray.benchmark.judges.verdicts import Verdicts
 from expo_ray.cli.process import main
 from expo_ray.errors import Problems
 from tests.support.eval_data import (

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from expo_ray.benchmark.answer_files import AnswerSet
-from expo_ray.benchmark.judge import (
+from expo_ray.benchmark.judges.ask_judge import AnswerStore, Judged, ask_judge
+from expo_ray.benchmark.judges.judge import (
     Judge,
     Price,
     default_key_variable,
@@ -16,9 +17,14 @@ from expo_ray.benchmark.judge import (
     preference_from_verdict,
     rating_from,
 )
-from expo_ray.benchmark.judge_prompts import parse_chatml, verdict_template
-from expo_ray.benchmark.judging import Judged, JudgeRoom, ask
-from expo_ray.benchmark.pairwise import align, comparisons_of, judgments_in, questions_of, unparsed_ids
+from expo_ray.benchmark.judges.pairwise import (
+    align,
+    comparisons_of,
+    parse_judgments,
+    questions_of,
+    unparsed_ids,
+)
+from expo_ray.benchmark.judges.prompt_templates import parse_chatml, verdict_template
 from expo_ray.progress import Counters
 from expo_ray.storage import open_store
 from tests.support.judge_server import JudgeServer, judge_server
@@ -38,8 +44,8 @@ def judged(
     judge = Judge(server.url, "judge", **{"protocol": "verdict", "concurrency": 2, **options})  # type: ignore[arg-type]
     aligned = align(*sides, allow_missing=False)
     comparisons = comparisons_of(judge, verdict_template(), aligned, "both")
-    room = JudgeRoom(open_store(str(folder)), judge)
-    return ask(room, questions_of(comparisons), progress=Counters(), max_cost=max_cost, again=again)  # type: ignore[arg-type]
+    stored = AnswerStore(open_store(str(folder)), judge)
+    return ask_judge(stored, questions_of(comparisons), progress=Counters(), max_cost=max_cost, again=again)  # type: ignore[arg-type]
 
 
 def test_preferences_from_log_probabilities_are_those_of_alpaca_eval() -> None:
@@ -95,7 +101,7 @@ def test_identical_outputs_are_a_draw_without_asking(tmp_path: Path) -> None:
     aligned = align(*sides, allow_missing=False)
     comparisons = comparisons_of(judge, verdict_template(), aligned, "both")
     assert len(questions_of(comparisons)) == 2
-    draws = judgments_in(judge, aligned, comparisons, {})
+    draws = parse_judgments(judge, aligned, comparisons, {})
     assert [draw.preference for draw in draws] == [1.5, 1.5]
 
 
@@ -126,20 +132,20 @@ def test_an_answer_without_verdict_is_kept_and_asked_again_on_request(tmp_path: 
     comparisons = comparisons_of(judge, verdict_template(), aligned, "both")
     with judge_server("garbage") as server:
         first = judged(server, tmp_path, sides)
-    unparsed = unparsed_ids(judgments_in(judge, aligned, comparisons, first.answers))
+    unparsed = unparsed_ids(parse_judgments(judge, aligned, comparisons, first.answers))
     assert {answer.text for answer in first.answers.values()} == {"I like both."}
     assert len(unparsed) == 2
     with judge_server("longer") as server:
         second = judged(server, tmp_path, sides, again=unparsed)
     assert second.asked == 2
-    assert not unparsed_ids(judgments_in(judge, aligned, comparisons, second.answers))
+    assert not unparsed_ids(parse_judgments(judge, aligned, comparisons, second.answers))
 
 
 def test_a_judge_that_limits_and_one_that_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sides = answers("dpo", *"abcdefgh"), answers("expo", *"ijklmnop")
     with judge_server("429") as server:
         assert not judged(server, tmp_path / "limits", sides).problems
-    monkeypatch.setattr("expo_ray.benchmark.judging._ATTEMPTS", 2)
+    monkeypatch.setattr("expo_ray.benchmark.judges.ask_judge._ATTEMPTS", 2)
     with judge_server("coin") as server:
         server.stop_after = 9
         gone = judged(server, tmp_path / "gone", sides)

@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from expo_ray.benchmark.alpaca import compare_arms, score_arm
-from expo_ray.benchmark.covariates import load_covariates
-from expo_ray.benchmark.head_to_head import head_to_head
-from expo_ray.benchmark.judgments import Judgment, Verdicts, verdicts_of
-from expo_ray.benchmark.length_control import (
+from expo_ray.benchmark.alpaca_eval.covariates import load_covariates
+from expo_ray.benchmark.alpaca_eval.length_control import (
     GamedRows,
     LengthControl,
     Regression,
     controlled_win_rate,
-    rejudged,
+    rejudged_control,
 )
+from expo_ray.benchmark.alpaca_eval.win_rates import compare_arms, score_arm
+from expo_ray.benchmark.head_to_head import head_to_head
+from expo_ray.benchmark.judges.verdicts import Judgment, Verdicts, verdicts_of
 from expo_ray.errors import BenchmarkError
 from expo_ray.evaluation.statistics import Array
 from tests.support.eval_data import read_jsonl_gz, real_data
@@ -133,7 +133,7 @@ def test_an_indifferent_judge_finds_no_difference_on_real_lengths_and_official_l
     lengths, pairs, baseline, gamed = real_pairs()
     covariates = load_covariates(str(real_data("alpaca")))
     half = np.full(len(baseline), 0.5)
-    own = rejudged([verdicts(half, each, baseline) for each in gamed], covariates.difficulty)
+    own = rejudged_control([verdicts(half, each, baseline) for each in gamed], covariates.difficulty)
     assert len(pairs) == 8
     everything = np.ones((1, len(baseline)))
     for dpo, expo in pairs:
@@ -155,7 +155,7 @@ def test_a_judge_who_likes_length_is_set_right_on_real_lengths() -> None:
     def judged(name: Array, opponent: Array) -> Verdicts:
         return verdicts(1 / (1 + 2 ** ((opponent - name) / LIKING)), name, opponent)
 
-    own = rejudged([judged(each, baseline) for each in gamed], covariates.difficulty)
+    own = rejudged_control([judged(each, baseline) for each in gamed], covariates.difficulty)
     for dpo, expo in pairs:
         direct = head_to_head(judged(lengths[expo], lengths[dpo]))
         assert direct.win_rate.interval.mean > 51

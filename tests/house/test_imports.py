@@ -110,4 +110,4 @@ print(sorted({{'pandas', 'sklearn', 'alpaca_eval', 'scipy', 'matplotlib'}} & set
 """
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert loaded.stdout.strip() == "[]"
-    assert "expo_ray.benchmark.official_glm" in names
+    assert "expo_ray.benchmark.alpaca_eval.package_fit" in names

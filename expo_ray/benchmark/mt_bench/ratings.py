@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from expo_ray.benchmark.intervals import Estimate, Refit, difference, estimate
-from expo_ray.benchmark.judgments import is_number
+from expo_ray.benchmark.judges.verdicts import is_number
 from expo_ray.benchmark.row_files import places, read_row_file
 from expo_ray.errors import BenchmarkError, ExpoError, Problems, problems_of
 from expo_ray.evaluation.statistics import Array

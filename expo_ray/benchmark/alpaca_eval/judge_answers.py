@@ -16,29 +16,42 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
-from expo_ray.benchmark.alpaca import ArmDifference, ArmScore, compare_arms, score_arm
+from expo_ray.benchmark.alpaca_eval.covariates import Covariates, load_covariates
+from expo_ray.benchmark.alpaca_eval.length_control import Kind, LengthControl, rejudged_control
+from expo_ray.benchmark.alpaca_eval.win_rates import ArmDifference, ArmScore, compare_arms, score_arm
 from expo_ray.benchmark.answer_checks import Answer, AnswerChecks, check_answers
-from expo_ray.benchmark.answer_files import AnswerSet, answer_set, read_answer_set, read_rows
-from expo_ray.benchmark.covariates import Covariates, load_covariates
+from expo_ray.benchmark.answer_files import AnswerSet, parse_answer_set, parse_rows, read_answer_set
+from expo_ray.benchmark.downloads import (
+    ALPACA_BASELINE,
+    ALPACA_CONCISE,
+    ALPACA_VERBOSE,
+    PublicFile,
+    fetch_public_file,
+)
 from expo_ray.benchmark.head_to_head import HeadToHead, head_to_head
-from expo_ray.benchmark.judge import Judge
-from expo_ray.benchmark.judge_card import JudgeCard, read_card
-from expo_ray.benchmark.judging import Estimate, Judged, JudgeRoom, ask, check_cost, estimate
-from expo_ray.benchmark.judgments import Judgment, verdicts_of
-from expo_ray.benchmark.length_control import Kind, LengthControl, rejudged
-from expo_ray.benchmark.pairwise import (
+from expo_ray.benchmark.judges.ask_judge import (
+    AnswerStore,
+    CostEstimate,
+    Judged,
+    ask_judge,
+    check_cost,
+    estimate_cost,
+)
+from expo_ray.benchmark.judges.judge import Judge
+from expo_ray.benchmark.judges.pairwise import (
     Comparison,
     Orders,
     Sides,
     align,
     annotation_rows,
     comparisons_of,
-    judgments_in,
+    parse_judgments,
     questions_of,
-    template_of,
+    read_template,
     unparsed_ids,
 )
-from expo_ray.benchmark.sources import ALPACA_BASELINE, ALPACA_CONCISE, ALPACA_VERBOSE, PublicFile, fetch
+from expo_ray.benchmark.judges.reliability import JudgeCard, read_judge_card
+from expo_ray.benchmark.judges.verdicts import Judgment, verdicts_of
 from expo_ray.errors import Attempts, BenchmarkError, ExpoError, Problems
 from expo_ray.progress import Counters
 from expo_ray.storage import Store, join_uri, open_output, open_store
@@ -51,7 +64,7 @@ _OFFICIAL_JUDGES = ("gpt-4-1106-preview", "weighted_alpaca_eval_gpt4_turbo")
 
 
 @dataclass(frozen=True)
-class Request:
+class AlpacaRequest:
     """The files to judge, and how.
 
     Attributes:
@@ -82,7 +95,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Match:
+class Matchup:
     """Two sets of answers and what is asked about them."""
 
     name: str
@@ -91,7 +104,7 @@ class Match:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedAlpaca:
     """All that is read before the first question.
 
     Attributes:
@@ -102,16 +115,16 @@ class Prepared:
         notes: what is left out, and why.
     """
 
-    request: Request
+    request: AlpacaRequest
     store: Store
-    arms: Sequence[Match]
-    direct: Match | None
-    gamed: Sequence[Match]
+    arms: Sequence[Matchup]
+    direct: Matchup | None
+    gamed: Sequence[Matchup]
     covariates: Covariates | None
     notes: Sequence[str]
 
     @property
-    def matches(self) -> list[Match]:
+    def matches(self) -> list[Matchup]:
         """In the order in which they are asked: the primary figure first."""
         return [*filter(None, [self.direct]), *self.arms, *self.gamed]
 
@@ -141,7 +154,7 @@ class AlpacaResult:
     cost: float
 
 
-def prepare(request: Request) -> Prepared:
+def prepare_alpaca(request: AlpacaRequest) -> PreparedAlpaca:
     """Read and align every file.
 
     Raises:
@@ -167,13 +180,13 @@ def prepare(request: Request) -> Prepared:
         notes.append("no length control: the instructions are not AlpacaEval's")
     if not baseline or not set(model.outputs) <= set(prompts):
         covariates = None
-    prepared = Prepared(request, store, (), None, (), covariates, notes)
+    prepared = PreparedAlpaca(request, store, (), None, (), covariates, notes)
     return _matched(prepared, model, other, baseline)
 
 
 def _matched(
-    prepared: Prepared, model: AnswerSet, other: AnswerSet | None, baseline: AnswerSet | None
-) -> Prepared:
+    prepared: PreparedAlpaca, model: AnswerSet, other: AnswerSet | None, baseline: AnswerSet | None
+) -> PreparedAlpaca:
     """Place the outputs of each two sides by instruction, and make the comparisons."""
     request, covariates, attempts = prepared.request, prepared.covariates, Attempts()
     order: Orders = "both" if request.both_orders else "alpaca"
@@ -185,7 +198,7 @@ def _matched(
     ]
     direct = _first(attempts.attempt(partial(match, other, model, "both"))) if other else None
     attempts.end()
-    gamed: list[Match] = []
+    gamed: list[Matchup] = []
     if baseline and covariates and request.length_control != "official":
         for file in (ALPACA_CONCISE, ALPACA_VERBOSE):
             gamed += attempts.attempt(partial(_gamed_match, request, file, covariates, baseline, order))
@@ -193,15 +206,15 @@ def _matched(
     return replace(prepared, arms=arms, direct=direct, gamed=gamed)
 
 
-def _match(request: Request, baseline: AnswerSet, model: AnswerSet, order: Orders) -> Match:
+def _match(request: AlpacaRequest, baseline: AnswerSet, model: AnswerSet, order: Orders) -> Matchup:
     sides = align(baseline, model, allow_missing=request.allow_missing)
-    comparisons = comparisons_of(request.judge, template_of(request.judge), sides, order)
-    return Match(f"{model.name} against {baseline.name}", sides, comparisons)
+    comparisons = comparisons_of(request.judge, read_template(request.judge), sides, order)
+    return Matchup(f"{model.name} against {baseline.name}", sides, comparisons)
 
 
 def _gamed_match(
-    request: Request, file: PublicFile, covariates: Covariates, baseline: AnswerSet, order: Orders
-) -> Match:
+    request: AlpacaRequest, file: PublicFile, covariates: Covariates, baseline: AnswerSet, order: Orders
+) -> Matchup:
     answers = _gamed_answers(request.covariates, file, covariates.prompts)
     common = {
         instruction: text for instruction, text in answers.outputs.items() if instruction in baseline.outputs
@@ -216,16 +229,18 @@ def _gamed_answers(folder: str | None, file: PublicFile, prompts: Sequence[str])
         for name in (f"{stem}{suffix}" for suffix in (".json", ".jsonl", ".jsonl.gz", ".json.gz")):
             if name in keys:
                 return replace(read_answer_set(join_uri(folder, name), prompts), name=stem)
-    return answer_set(read_rows(fetch(file), file.url), file.url, prompts)
+    return parse_answer_set(parse_rows(fetch_public_file(file), file.url), file.url, prompts)
 
 
 def _baseline(
-    request: Request, prompts: Sequence[str], attempts: Attempts, notes: list[str]
+    request: AlpacaRequest, prompts: Sequence[str], attempts: Attempts, notes: list[str]
 ) -> AnswerSet | None:
     if request.baseline is not None:
         return _first(attempts.attempt(partial(read_answer_set, request.baseline, prompts)))
     try:
-        return answer_set(read_rows(fetch(ALPACA_BASELINE), ALPACA_BASELINE.url), ALPACA_BASELINE.url)
+        return parse_answer_set(
+            parse_rows(fetch_public_file(ALPACA_BASELINE), ALPACA_BASELINE.url), ALPACA_BASELINE.url
+        )
     except ExpoError as error:
         if request.against is None:
             attempts.problems.append(error)
@@ -234,7 +249,7 @@ def _baseline(
         return None
 
 
-def _covariates(request: Request, attempts: Attempts) -> tuple[Covariates | None, list[str]]:
+def _covariates(request: AlpacaRequest, attempts: Attempts) -> tuple[Covariates | None, list[str]]:
     """The covariates if length control is asked for or can be had; else why not."""
     if request.length_control == "none":
         return None, []
@@ -255,7 +270,7 @@ def _covariates(request: Request, attempts: Attempts) -> tuple[Covariates | None
         return None, []
 
 
-def expected(prepared: Prepared) -> Estimate:
+def estimate_alpaca(prepared: PreparedAlpaca) -> CostEstimate:
     """Estimate the questions that are still to be asked, and their cost.
 
     Raises:
@@ -263,26 +278,26 @@ def expected(prepared: Prepared) -> Estimate:
     """
     judge = prepared.request.judge
     questions = [question for match in prepared.matches for question in questions_of(match.comparisons)]
-    wanted = estimate(judge, questions, JudgeRoom(prepared.store, judge).answers())
+    wanted = estimate_cost(judge, questions, AnswerStore(prepared.store, judge).read())
     check_cost(judge, wanted, prepared.request.max_cost)
     return wanted
 
 
-def judge_all(prepared: Prepared, progress: Counters) -> Judged:
-    """Ask the judge everything that has no stored answer; errors as of `ask`."""
+def judge_alpaca_answers(prepared: PreparedAlpaca, progress: Counters) -> Judged:
+    """Ask the judge everything that has no stored answer; errors as of `ask_judge`."""
     request = prepared.request
-    room = JudgeRoom(prepared.store, request.judge)
+    stored = AnswerStore(prepared.store, request.judge)
     questions = [question for match in prepared.matches for question in questions_of(match.comparisons)]
     again: frozenset[str] = frozenset()
     if request.retry_unparsed:
-        answers = room.answers()
+        answers = stored.read()
         again = frozenset().union(
             *(unparsed_ids(_judgments(request, match, answers)) for match in prepared.matches)
         )
-    return ask(room, questions, progress=progress, max_cost=request.max_cost, again=again)
+    return ask_judge(stored, questions, progress=progress, max_cost=request.max_cost, again=again)
 
 
-def scores(prepared: Prepared, judged: Judged) -> AlpacaResult:
+def score_alpaca_answers(prepared: PreparedAlpaca, judged: Judged) -> AlpacaResult:
     """Compute every figure from the answers; a comparison without an answer is left out.
 
     Raises:
@@ -308,12 +323,12 @@ def scores(prepared: Prepared, judged: Judged) -> AlpacaResult:
         direct,
         control.kind if control else "none",
         _checks(prepared),
-        read_card(prepared.store, request.judge),
+        read_judge_card(prepared.store, request.judge),
         sum(judged.answers[key].cost for key in used),
     )
 
 
-def _checks(prepared: Prepared) -> dict[str, AnswerChecks]:
+def _checks(prepared: PreparedAlpaca) -> dict[str, AnswerChecks]:
     """Check each model's answers beside the baseline's, or the other model's where there is no baseline."""
     checks = {}
     for match in [*prepared.arms, *filter(None, [prepared.direct])]:
@@ -327,7 +342,7 @@ def _checks(prepared: Prepared) -> dict[str, AnswerChecks]:
     return checks
 
 
-def write_annotations(prepared: Prepared, judged: Judged) -> list[str]:
+def write_annotations(prepared: PreparedAlpaca, judged: Judged) -> list[str]:
     """Write alpaca-eval's annotations.json of each match; returns their paths."""
     request, paths = prepared.request, []
     for match in [*filter(None, [prepared.direct]), *prepared.arms]:
@@ -338,7 +353,7 @@ def write_annotations(prepared: Prepared, judged: Judged) -> list[str]:
     return paths
 
 
-def _control(prepared: Prepared, judged: Judged) -> LengthControl | None:
+def _control(prepared: PreparedAlpaca, judged: Judged) -> LengthControl | None:
     if prepared.covariates is None or not prepared.arms:
         return None
     if prepared.request.length_control == "official":
@@ -347,17 +362,17 @@ def _control(prepared: Prepared, judged: Judged) -> LengthControl | None:
         verdicts_of(_judgments(prepared.request, match, judged.answers), prepared.covariates.prompts)
         for match in prepared.gamed
     ]
-    return rejudged(gamed, prepared.covariates.difficulty)
+    return rejudged_control(gamed, prepared.covariates.difficulty)
 
 
-def _prompts(prepared: Prepared) -> Sequence[str]:
+def _prompts(prepared: PreparedAlpaca) -> Sequence[str]:
     if prepared.covariates:
         return prepared.covariates.prompts
     return list({instruction: None for match in prepared.matches for instruction in match.sides.instructions})
 
 
-def _judgments(request: Request, match: Match, answers: Mapping[str, Any]) -> list[Judgment]:
-    return judgments_in(request.judge, match.sides, match.comparisons, answers)
+def _judgments(request: AlpacaRequest, match: Matchup, answers: Mapping[str, Any]) -> list[Judgment]:
+    return parse_judgments(request.judge, match.sides, match.comparisons, answers)
 
 
 def _file_name(name: str) -> str:

@@ -10,19 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from expo_ray.benchmark.answer_files import AnswerSet, read_file, read_rows
-from expo_ray.benchmark.judge import Judge, mass_on_names
-from expo_ray.benchmark.judging import JudgeAnswer, JudgeRoom, Question
-from expo_ray.benchmark.judgments import Judgment, is_number
-from expo_ray.benchmark.pairwise import (
+from expo_ray.benchmark.answer_files import AnswerSet, parse_rows, read_unpacked
+from expo_ray.benchmark.downloads import GPT4_VERDICTS, fetch_public_file
+from expo_ray.benchmark.judges.ask_judge import AnswerStore, JudgeAnswer, Question
+from expo_ray.benchmark.judges.judge import Judge, mass_on_names
+from expo_ray.benchmark.judges.pairwise import (
     Comparison,
     Sides,
     comparisons_of,
-    judgments_in,
+    parse_judgments,
     questions_of,
-    template_of,
+    read_template,
 )
-from expo_ray.benchmark.sources import GPT4_VERDICTS, fetch
+from expo_ray.benchmark.judges.verdicts import Judgment, is_number
 from expo_ray.errors import BenchmarkError, NotFound
 from expo_ray.evaluation.statistics import Array
 from expo_ray.storage import Store
@@ -110,7 +110,7 @@ class Examination:
         return questions_of([*self.comparisons, *self.constant, *self.permuted])
 
 
-def examination_of(judge: Judge, reference: str | None, limit: int) -> Examination:
+def read_examination(judge: Judge, reference: str | None, limit: int) -> Examination:
     """Choose the comparisons for a card.
 
     Args:
@@ -123,9 +123,9 @@ def examination_of(judge: Judge, reference: str | None, limit: int) -> Examinati
         StorageError: if it cannot be read.
     """
     rows = (
-        read_rows(fetch(GPT4_VERDICTS), GPT4_VERDICTS.url)
+        parse_rows(fetch_public_file(GPT4_VERDICTS), GPT4_VERDICTS.url)
         if reference is None
-        else read_rows(read_file(reference), reference)
+        else parse_rows(read_unpacked(reference), reference)
     )
     usable = [row for _, row in rows if _is_usable(row)]
     if len(usable) < 20:
@@ -139,7 +139,7 @@ def examination_of(judge: Judge, reference: str | None, limit: int) -> Examinati
     model = AnswerSet("model", {row["instruction"]: row["output_2"] for row in drawn}, baseline.source)
     instructions = list(outputs)
     sides = Sides(baseline, model, instructions)
-    template = template_of(judge)
+    template = read_template(judge)
     few = instructions[:_CANARIES]
     moved = [outputs[instruction] for instruction in (*few[1:], few[0])]
     canaries = {
@@ -154,13 +154,13 @@ def examination_of(judge: Judge, reference: str | None, limit: int) -> Examinati
     return Examination(sides, verdicts, comparisons_of(judge, template, sides, "both"), constant, permuted)
 
 
-def card_of(judge: Judge, examination: Examination, answers: Mapping[str, JudgeAnswer]) -> JudgeCard:
+def measure_judge(judge: Judge, examination: Examination, answers: Mapping[str, JudgeAnswer]) -> JudgeCard:
     """Measure a judge.
 
     Args:
         answers: to the questions of the examination.
     """
-    judgments = judgments_in(judge, examination.sides, examination.comparisons, answers)
+    judgments = parse_judgments(judge, examination.sides, examination.comparisons, answers)
     read = [judgment for judgment in judgments if judgment.preference is not None]
     both = _both_orders(read)
     means = np.array([sum(pair) / 2 for pair in both.values()])
@@ -185,12 +185,12 @@ def card_of(judge: Judge, examination: Examination, answers: Mapping[str, JudgeA
     return JudgeCard(judge.model, judge.protocol, **figures, cost=cost, warnings=tuple(_warnings(figures)))
 
 
-def write_card(room: JudgeRoom, card: JudgeCard) -> None:
+def write_judge_card(stored: AnswerStore, card: JudgeCard) -> None:
     """Store a judge's card beside its answers."""
-    room.store.put(f"{room.prefix}/{CARD}", (json.dumps(asdict(card), indent=1) + "\n").encode())
+    stored.store.put(f"{stored.prefix}/{CARD}", (json.dumps(asdict(card), indent=1) + "\n").encode())
 
 
-def read_card(store: Store, judge: Judge) -> JudgeCard | None:
+def read_judge_card(store: Store, judge: Judge) -> JudgeCard | None:
     """Read the stored card of a judge; None if none was made."""
     key = f"judges/{judge.id}/{CARD}"
     try:
@@ -273,7 +273,7 @@ def _preference_for_longer(judgments: Sequence[Judgment]) -> float:
 def _canary(judge: Judge, comparisons: Sequence[Comparison], answers: Mapping[str, JudgeAnswer]) -> float:
     """Mean preference for the canary; an answer without a verdict does not speak against it."""
     empty = AnswerSet("baseline", {}, ""), AnswerSet("canary", {}, "")
-    judged = judgments_in(judge, Sides(*empty, []), comparisons, answers)
+    judged = parse_judgments(judge, Sides(*empty, []), comparisons, answers)
     read = [judgment.preference - 1 for judgment in judged if judgment.preference is not None]
     return float(np.mean(read)) if read else 1.0
 

@@ -77,7 +77,7 @@ GPT4_VERDICTS = PublicFile(
 )
 
 
-def fetch(file: PublicFile) -> bytes:
+def fetch_public_file(file: PublicFile) -> bytes:
     """Read a public file from the cache, or download it into the cache and check its digest.
 
     Raises:

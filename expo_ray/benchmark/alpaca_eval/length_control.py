@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 
 from expo_ray.benchmark.intervals import Refit
-from expo_ray.benchmark.judgments import Verdicts
+from expo_ray.benchmark.judges.verdicts import Verdicts
 from expo_ray.evaluation.statistics import Array
 
 Kind = Literal["official", "rejudge", "none"]
@@ -64,7 +64,7 @@ class LengthControl:
     gamed: GamedRows | None
 
 
-def rejudged(gamed: Sequence[Verdicts], difficulty: Array) -> LengthControl:
+def rejudged_control(gamed: Sequence[Verdicts], difficulty: Array) -> LengthControl:
     """Control for the judge who gave these verdicts.
 
     Args:

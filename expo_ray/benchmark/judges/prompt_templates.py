@@ -70,7 +70,7 @@ def parse_chatml(text: str) -> Template:
     return Template(turns)
 
 
-def alpaca_template() -> Template:
+def read_alpaca_template() -> Template:
     """Read the template of AlpacaEval 2.0's judge from the installed package `alpaca-eval`, which is not imported.
 
     Raises:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from expo_ray.benchmark.answer_files import AnswerSet
-from expo_ray.benchmark.judge import Judge, preference_from_logprobs, preference_from_verdict
-from expo_ray.benchmark.judge_prompts import Template, alpaca_template, verdict_template
-from expo_ray.benchmark.judging import JudgeAnswer, Question, question_id
-from expo_ray.benchmark.judgments import Judgment
+from expo_ray.benchmark.judges.ask_judge import JudgeAnswer, Question, question_id
+from expo_ray.benchmark.judges.judge import Judge, preference_from_logprobs, preference_from_verdict
+from expo_ray.benchmark.judges.prompt_templates import Template, read_alpaca_template, verdict_template
+from expo_ray.benchmark.judges.verdicts import Judgment
 from expo_ray.errors import BenchmarkError
 from expo_ray.text import first_few, shown
 
@@ -38,7 +38,7 @@ class Comparison:
     question: Question | None
 
 
-def shown_switched(instruction: str) -> bool:
+def is_model_shown_first(instruction: str) -> bool:
     """True if AlpacaEval shows the model's output first: a fixed draw for each instruction."""
     return random.Random(f"is_switched_outputs{instruction}0").choices([False, True])[0]
 
@@ -75,9 +75,9 @@ def align(baseline: AnswerSet, model: AnswerSet, *, allow_missing: bool) -> Side
     return Sides(baseline, model, common)
 
 
-def template_of(judge: Judge) -> Template:
+def read_template(judge: Judge) -> Template:
     """The template that goes with a judge's protocol; errors as of `alpaca_template`."""
-    return alpaca_template() if judge.protocol == "logprobs" else verdict_template()
+    return read_alpaca_template() if judge.protocol == "logprobs" else verdict_template()
 
 
 def comparisons_of(judge: Judge, template: Template, sides: Sides, orders: Orders) -> list[Comparison]:
@@ -85,7 +85,7 @@ def comparisons_of(judge: Judge, template: Template, sides: Sides, orders: Order
     return [
         _comparison(judge, template, sides, instruction, switched)
         for instruction in sides.instructions
-        for switched in ((shown_switched(instruction),) if orders == "alpaca" else (False, True))
+        for switched in ((is_model_shown_first(instruction),) if orders == "alpaca" else (False, True))
     ]
 
 
@@ -112,7 +112,7 @@ def questions_of(comparisons: Sequence[Comparison]) -> list[Question]:
     return [comparison.question for comparison in comparisons if comparison.question]
 
 
-def judgments_in(
+def parse_judgments(
     judge: Judge, sides: Sides, comparisons: Sequence[Comparison], answers: Mapping[str, JudgeAnswer]
 ) -> list[Judgment]:
     """Read the verdicts in a judge's answers; comparisons without an answer are left out."""

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from expo_ray.benchmark.answer_files import read_file
-from expo_ray.benchmark.judgments import is_number
-from expo_ray.benchmark.length_control import GamedRows, LengthControl
+from expo_ray.benchmark.alpaca_eval.length_control import GamedRows, LengthControl
+from expo_ray.benchmark.answer_files import read_unpacked
+from expo_ray.benchmark.judges.verdicts import is_number
 from expo_ray.benchmark.row_files import read_row_file
 from expo_ray.errors import BenchmarkError, ExpoError, Problems, problems_of
 from expo_ray.evaluation.statistics import Array
@@ -75,7 +75,7 @@ def load_covariates(folder: str | None) -> Covariates:
         problems += problems_of(error)
         prompts = ()
     try:
-        data = read_file(gamed_file)
+        data = read_unpacked(gamed_file)
         gamed, difficulty = _read_gamed(data, gamed_file, len(prompts))
     except ExpoError as error:
         raise Problems([*problems, *problems_of(error)]) from error

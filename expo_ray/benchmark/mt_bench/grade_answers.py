@@ -7,17 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from expo_ray.benchmark.answer_files import read_file, read_rows
-from expo_ray.benchmark.judge import Judge, rating_from
-from expo_ray.benchmark.judge_prompts import Template
-from expo_ray.benchmark.judging import JudgeAnswer, Question, question_id
-from expo_ray.benchmark.sources import (
+from expo_ray.benchmark.answer_files import parse_rows, read_unpacked
+from expo_ray.benchmark.downloads import (
     MT_BENCH_PROMPTS,
     MT_BENCH_QUESTIONS,
     MT_BENCH_REFERENCES,
     PublicFile,
-    fetch,
+    fetch_public_file,
 )
+from expo_ray.benchmark.judges.ask_judge import JudgeAnswer, Question, question_id
+from expo_ray.benchmark.judges.judge import Judge, rating_from
+from expo_ray.benchmark.judges.prompt_templates import Template
 from expo_ray.errors import BenchmarkError, NotFound, PromptError
 from expo_ray.storage import join_uri
 from expo_ray.text import first_few, shown
@@ -52,7 +52,7 @@ class ChatAnswers:
 
 
 @dataclass(frozen=True)
-class Grade:
+class Grading:
     """An answer to be graded.
 
     Attributes:
@@ -111,7 +111,7 @@ def read_chat_answers(uri: str, bench: MtBench) -> ChatAnswers:
     turns: dict[int, Sequence[str]] = {}
     names: dict[str, None] = {}
     wrong: list[str] = []
-    for place, row in read_rows(read_file(uri), uri):
+    for place, row in parse_rows(read_unpacked(uri), uri):
         try:
             number = _id_of(row, place)
             texts = _first_choice(row, place)
@@ -139,17 +139,17 @@ def read_chat_answers(uri: str, bench: MtBench) -> ChatAnswers:
     return ChatAnswers(next(iter(names), "") or uri, {number: turns[number] for number in bench.questions})
 
 
-def grades_of(judge: Judge, bench: MtBench, answers: ChatAnswers) -> list[Grade]:
+def list_gradings(judge: Judge, bench: MtBench, answers: ChatAnswers) -> list[Grading]:
     """List the questions about one model's answers: each turn of each question, as FastChat's `single` mode does."""
-    grades = []
+    gradings = []
     for number, (category, asked) in bench.questions.items():
         reference = bench.references.get(number) if category in _WITH_REFERENCE else None
         for turn in range(1, len(asked) + 1):
             name = f"single{'-math' if reference else ''}-v1{'-multi-turn' if turn > 1 else ''}"
             values = _values(turn, asked, answers.turns[number], reference)
             question = _question(judge, bench.templates[name], values, f"question {number} turn {turn}")
-            grades.append(Grade(answers.name, number, turn, name, question))
-    return grades
+            gradings.append(Grading(answers.name, number, turn, name, question))
+    return gradings
 
 
 def _values(
@@ -171,44 +171,44 @@ def _question(judge: Judge, template: Template, values: Mapping[str, str], label
     return Question(question_id(judge, template.id, texts, options), label, template.filled(values), options)
 
 
-def judgment_rows(
-    judge: Judge, grades: Sequence[Grade], answers: Mapping[str, JudgeAnswer], seconds: float
+def fastchat_rows(
+    judge: Judge, gradings: Sequence[Grading], answers: Mapping[str, JudgeAnswer], seconds: float
 ) -> list[dict[str, Any]]:
     """Rows of FastChat's `*_single.jsonl`; a rating that cannot be read is -1 and counted, never dropped in silence."""
     return [
         {
-            "question_id": grade.question_id,
-            "model": grade.model,
-            "judge": [judge.model, grade.template],
-            "user_prompt": grade.question.messages[-1]["content"],
-            "judgment": answers[grade.question.id].text,
-            "score": rating_from(answers[grade.question.id].text),
-            "turn": grade.turn,
+            "question_id": grading.question_id,
+            "model": grading.model,
+            "judge": [judge.model, grading.template],
+            "user_prompt": grading.question.messages[-1]["content"],
+            "judgment": answers[grading.question.id].text,
+            "score": rating_from(answers[grading.question.id].text),
+            "turn": grading.turn,
             "tstamp": seconds,
         }
-        for grade in grades
-        if grade.question.id in answers
+        for grading in gradings
+        if grading.question.id in answers
     ]
 
 
-def rows_text(rows: Sequence[Mapping[str, Any]]) -> bytes:
+def json_lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
     """JSON lines, in ASCII: answers may hold half of a surrogate pair."""
     return "".join(json.dumps(row) + "\n" for row in rows).encode("ascii")
 
 
 def _rows(folder: str | None, file: PublicFile) -> list[tuple[str, Any]]:
     if folder is None:
-        return read_rows(fetch(file), file.url)
+        return parse_rows(fetch_public_file(file), file.url)
     uri = join_uri(folder, file.name)
     try:
-        return read_rows(read_file(uri), uri)
+        return parse_rows(read_unpacked(uri), uri)
     except NotFound as error:
         if file is not MT_BENCH_REFERENCES:
             raise BenchmarkError(
                 f"{uri}: is missing; give a folder with FastChat's question.jsonl, judge_prompts.jsonl and reference_answer_gpt-4.jsonl"
             ) from error
         uri = join_uri(folder, "reference_answer/gpt-4.jsonl")
-        return read_rows(read_file(uri), uri)
+        return parse_rows(read_unpacked(uri), uri)
 
 
 def _id_of(row: Any, place: str) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from expo_ray.benchmark.answer_checks import Answer
-from expo_ray.benchmark.judgments import Verdicts, is_number
+from expo_ray.benchmark.judges.verdicts import Verdicts, is_number
 from expo_ray.benchmark.row_files import places, read_row_file
 from expo_ray.errors import BenchmarkError, Problems
 from expo_ray.text import shown

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from expo_ray.benchmark.judge import Judge
+from expo_ray.benchmark.judges.judge import Judge
 from expo_ray.errors import BenchmarkError, EndpointError, ExpoError, StorageError
 from expo_ray.evaluation.records import Message, digest
 from expo_ray.evaluation.responses.ask_missing import run_all
@@ -89,7 +89,7 @@ class Judged:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class CostEstimate:
     """The questions that are still to be asked, and their price: tokens by the length of the texts, dollars if the price is known."""
 
     requests: int
@@ -105,7 +105,7 @@ class Estimate:
         )
 
 
-class JudgeRoom:
+class AnswerStore:
     """Where one judge's answers are stored: `judges/<judge id>/` below the output, shared by every benchmark that asks it."""
 
     def __init__(self, store: Store, judge: Judge) -> None:
@@ -114,7 +114,7 @@ class JudgeRoom:
         self.prefix = f"judges/{judge.id}"
         self._parts: RowStore[JudgeAnswer] = RowStore(store, f"{self.prefix}/answers", _answer_from_row)
 
-    def answers(self) -> dict[str, JudgeAnswer]:
+    def read(self) -> dict[str, JudgeAnswer]:
         """Read the last stored answer to each question, by question id."""
         rows = sorted(self._parts.read().values(), key=lambda row: row.attempt)
         return {row.question: row for row in rows}
@@ -124,7 +124,7 @@ class JudgeRoom:
         self._parts.write(rows)
 
 
-def with_weights(judge: Judge) -> Judge:
+def identify_judge(judge: Judge) -> Judge:
     """Ask the judge's endpoint which weights it serves, and make them part of the judge; most endpoints do not say."""
 
     async def ask_card() -> str:
@@ -144,7 +144,9 @@ def question_id(judge: Judge, template_id: str, texts: Sequence[str], options: M
     return digest([judge.id, template_id, list(texts), dict(options)], 32)
 
 
-def estimate(judge: Judge, questions: Sequence[Question], answers: Mapping[str, JudgeAnswer]) -> Estimate:
+def estimate_cost(
+    judge: Judge, questions: Sequence[Question], answers: Mapping[str, JudgeAnswer]
+) -> CostEstimate:
     """Estimate the tokens and the cost of the questions without an answer."""
     missing = [question for question in questions if question.id not in answers]
     num_prompt_tokens = sum(_characters(question) for question in missing) // 4
@@ -152,10 +154,10 @@ def estimate(judge: Judge, questions: Sequence[Question], answers: Mapping[str, 
         min(_USUAL_TOKENS, question.options.get("max_tokens", _USUAL_TOKENS)) for question in missing
     )
     cost = judge.price.of(num_prompt_tokens, num_tokens) if judge.price else None
-    return Estimate(len(missing), num_prompt_tokens, num_tokens, cost)
+    return CostEstimate(len(missing), num_prompt_tokens, num_tokens, cost)
 
 
-def check_cost(judge: Judge, expected: Estimate, max_cost: float | None) -> None:
+def check_cost(judge: Judge, expected: CostEstimate, max_cost: float | None) -> None:
     """Refuse, before the first call, what would cost more than `max_cost` dollars.
 
     Raises:
@@ -173,8 +175,8 @@ def check_cost(judge: Judge, expected: Estimate, max_cost: float | None) -> None
         )
 
 
-def ask(
-    room: JudgeRoom,
+def ask_judge(
+    stored: AnswerStore,
     questions: Sequence[Question],
     *,
     progress: Counters,
@@ -190,26 +192,26 @@ def ask(
     Raises:
         StorageError: if answers cannot be read or written.
     """
-    answers = room.answers()
+    answers = stored.read()
     missing = [
         question for question in _unique(questions) if question.id not in answers or question.id in again
     ]
     progress.expect(rows=len(missing), kept=len(questions) - len(missing))
-    return asyncio.run(_Asking(room, missing, answers, progress, max_cost).run())
+    return asyncio.run(_Asking(stored, missing, answers, progress, max_cost).run())
 
 
 class _Asking:
-    """A call of `ask`."""
+    """A call of `ask_judge`."""
 
     def __init__(
         self,
-        room: JudgeRoom,
+        stored: AnswerStore,
         missing: Sequence[Question],
         answers: dict[str, JudgeAnswer],
         progress: Counters,
         max_cost: float | None,
     ) -> None:
-        self._room, self._judge, self._missing = room, room.judge, missing
+        self._stored, self._judge, self._missing = stored, stored.judge, missing
         self._answers, self._progress = answers, progress
         self._budget = _Budget(max_cost)
         self._waiting: list[JudgeAnswer] = []
@@ -323,7 +325,7 @@ class _Asking:
     def _write(self) -> None:
         rows, self._waiting, self._written = self._waiting, [], time.monotonic()
         try:
-            self._room.write(rows)
+            self._stored.write(rows)
         except StorageError:
             self._waiting = []  # not tried a second time on the way out
             raise

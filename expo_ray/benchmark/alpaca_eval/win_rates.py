@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from expo_ray.benchmark.alpaca_eval.length_control import Kind, LengthControl, controlled_win_rate
 from expo_ray.benchmark.intervals import Estimate, difference, estimate, mean_of
-from expo_ray.benchmark.judgments import Verdicts
-from expo_ray.benchmark.length_control import Kind, LengthControl, controlled_win_rate
+from expo_ray.benchmark.judges.verdicts import Verdicts
 from expo_ray.errors import BenchmarkError
 from expo_ray.text import shown
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from expo_ray.benchmark.judgments import is_number
+from expo_ray.benchmark.judges.verdicts import is_number
 from expo_ray.errors import BenchmarkError, ExpoError, Problems, problems_of
 from expo_ray.storage import FileInfo, Store, open_store
 from expo_ray.text import shown
@@ -73,7 +73,7 @@ class ModelTasks:
         return [task for task in TASKS if task not in self.scores]
 
 
-def read_task_results(folders: Sequence[str]) -> dict[str, ModelTasks]:
+def read_lm_eval_results(folders: Sequence[str]) -> dict[str, ModelTasks]:
     """Read the result files of each model.
 
     Args:
