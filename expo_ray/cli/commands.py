@@ -160,14 +160,14 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _push(arguments: argparse.Namespace) -> int:
-    from expo_ray.published.push import plan_push, push
+    from expo_ray.published.push import plan_push, push_model
     from expo_ray.storage.hub_push import check_token
 
     check_token()
-    plan = plan_push(arguments.folder, arguments.repo_id)
-    print(plan.described(private=arguments.private), flush=True)
-    if plan.files and not arguments.dry_run:
-        print(f"pushed to {push(plan, private=arguments.private)}")
+    planned = plan_push(arguments.folder, arguments.repo_id)
+    print(planned.described(private=arguments.private), flush=True)
+    if planned.files and not arguments.dry_run:
+        print(f"pushed to {push_model(planned, private=arguments.private)}")
     return 0
 
 

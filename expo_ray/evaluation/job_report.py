@@ -11,7 +11,7 @@ from expo_ray.errors import ExpoError, in_one_line
 from expo_ray.evaluation.check_job import CheckedJob, package_versions
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.publish import Published
-from expo_ray.published import push_job
+from expo_ray.published.push import push_models
 from expo_ray.report import report_page
 from expo_ray.report.results import PairResult, Results
 from expo_ray.report.results_file import write_results
@@ -99,7 +99,7 @@ def push_winners(results: Results, job: Job) -> Results:
         for pair in results.pairs
         if pair.decision and pair.decision in pair.published
     }
-    pushed = push_job.push_winners(job, winners)
+    pushed = push_models(job, winners)
     if not pushed.addresses and not pushed.failures:
         return results
     results = replace(

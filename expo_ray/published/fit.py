@@ -1,4 +1,4 @@
-"""Which alpha explains a model, whoever made it: a least-squares fit of each weight to its two parents."""
+"""Find the alpha of any extrapolated model, also of another tool's: a least-squares fit of each weight to its two parents."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _ELEMENTS = 2**17
 
 @dataclass(frozen=True)
 class Fit:
-    """How well one tensor is `dpo + alpha * (dpo - sft)`.
+    """The best approximation of a tensor as `dpo + alpha * (dpo - sft)`.
 
     Attributes:
         alpha: least-squares solution; 0 where sft equals dpo.
         delta_square: sum of (dpo - sft)^2, the weight of this tensor in a mean of alphas.
         relative_delta: RMS(dpo - sft) / RMS(dpo).
-        residual: RMS of what alpha does not explain, as a share of RMS(dpo).
+        residual: RMS(model - dpo - alpha * (dpo - sft)) / RMS(dpo).
     """
 
     name: str
@@ -42,10 +42,10 @@ class Fit:
 
 
 def fit_alphas(model: str, sft: str, dpo: str, *, allow_pickle: bool = False) -> tuple[list[Fit], list[str]]:
-    """The alpha that fits each weight of a model.
+    """Read a model and its parents, and fit an alpha to each weight.
 
     Returns:
-        The fits, in the model's order, and what could not be compared and why.
+        The fits, in the model's order, and a line for each tensor that could not be compared, with the reason.
 
     Raises:
         CheckpointError: if one of the folders cannot be read, or nothing can be compared.
@@ -63,12 +63,12 @@ def fit_alphas(model: str, sft: str, dpo: str, *, allow_pickle: bool = False) ->
     same: dict[str, list[Tensor]] = {}
     skipped: list[str] = []
     for name in names:
-        found = [side.find(name) for side in sides]
-        tensors = [tensor for tensor in found if tensor and tensor.dtype in WEIGHT_DTYPES]
+        candidates = [side.find(name) for side in sides]
+        tensors = [tensor for tensor in candidates if tensor and tensor.dtype in WEIGHT_DTYPES]
         if len(tensors) == len(sides) and len({tensor.shape for tensor in tensors}) == 1:
             same[name] = tensors
         else:
-            skipped.append(f"{name} ({_shapes(found)})")
+            skipped.append(f"{name} ({_shapes(candidates)})")
     lacking = [name for name in sides[2].checkpoint.tensors if sides[0].find(name) is None]
     if not same:
         raise CheckpointError(
@@ -81,13 +81,13 @@ def fit_alphas(model: str, sft: str, dpo: str, *, allow_pickle: bool = False) ->
 
 
 def _with_names_of(model: Checkpoint, parent: Checkpoint) -> Checkpoint:
-    """`parent`, its tensors called as in `model` where the two call them differently."""
+    """`parent` with the names that `model` has for its tensors, where the two differ."""
     names = renamed(parent.tensors, model.tensors)
     return replace(parent, tensors={names.get(name, name): tensor for name, tensor in parent.tensors.items()})
 
 
 class _Side:
-    """One of the three models."""
+    """A model of the three that are compared, with access to its values."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
@@ -95,7 +95,7 @@ class _Side:
         self._vocabulary = VocabularyWeights(checkpoint)
 
     def find(self, name: str) -> Tensor | None:
-        """The weight of that name, or the embedding that serves as it."""
+        """The weight of that name; for a tied head, the embedding that holds it."""
         return self._vocabulary.tensor(name)
 
     def read(self, tensor: Tensor, first: int, count: int) -> Float64:
@@ -118,7 +118,9 @@ def _fit(name: str, sides: Sequence[_Side], tensors: Sequence[Tensor]) -> Fit:
     size = tensors[0].numel
     for first in range(0, size, _ELEMENTS):
         count = min(_ELEMENTS, size - first)
-        model, sft, dpo = (side.read(one, first, count) for side, one in zip(sides, tensors, strict=True))
+        model, sft, dpo = (
+            side.read(tensor, first, count) for side, tensor in zip(sides, tensors, strict=True)
+        )
         delta, moved = dpo - sft, model - dpo
         sums += delta @ delta, delta @ moved, moved @ moved, dpo @ dpo
     delta_square, product, moved_square, dpo_square = map(float, sums)

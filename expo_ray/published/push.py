@@ -1,4 +1,8 @@
-"""Push a published model to the Hugging Face Hub: as the manifest describes it, in one commit, and never over another model."""
+"""Push published models to the Hugging Face Hub.
+
+A push sends exactly the files that the manifest names, in one commit, and never replaces another model. What the repository holds
+already is not sent again.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,11 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from expo_ray.config import format_alpha
-from expo_ray.errors import InputChanged, OutputError, StorageError
+from expo_ray.config import Job, format_alpha
+from expo_ray.errors import ExpoError, InputChanged, OutputError, StorageError
 from expo_ray.extrapolation.manifest import parse_manifest
 from expo_ray.extrapolation.model_folder import CARD, MANIFEST
 from expo_ray.progress import size_text
@@ -24,21 +28,34 @@ from expo_ray.text import first_few
 
 log = logging.getLogger("expo_ray")
 
-# What a repository may hold before its first model: a new one has the first, one made on the Hub's pages the others.
+# Files that a repository may hold before its first model: the Hub puts the first into each, and its web form the others.
 _HARMLESS = {".gitattributes", CARD, "LICENSE"}
 # Files up to this size travel within the commit.
 _WITHIN_COMMIT = 8 << 20
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
-@dataclass(frozen=True)
-class Push:
-    """What is to be sent.
+@dataclass
+class PushedModels:
+    """Results of `push_models`.
 
     Attributes:
-        head: the repository when it was looked at; None if it is not there yet.
-        files: what it lacks, by key; empty if it holds the whole model.
-        stale: files of an earlier version of the model, to be deleted in the same commit.
+        addresses: on the Hub, by pair.
+        failures: error messages, by pair.
+    """
+
+    addresses: dict[str, str] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PlannedPush:
+    """A comparison of a published model with a repository: the files to send and to delete.
+
+    Attributes:
+        head: the repository at the commit that was compared; None if there is no repository yet.
+        files: files that it lacks, by key; empty if it holds the whole model.
+        stale: keys of an earlier version of the model, to be deleted in the same commit.
     """
 
     store: Store
@@ -49,7 +66,7 @@ class Push:
     stale: tuple[str, ...] = ()
 
     def described(self, *, private: bool) -> str:
-        """Where it would go, and every file with its size."""
+        """Describe the push for people: repository, every file with its size, and the total."""
         if not self.files:
             return f"{self.repository.url} holds plan {self.manifest['plan']} already; there is nothing to do"
         state = "exists, its visibility stays"
@@ -67,11 +84,11 @@ class Push:
         )
 
 
-def plan_push(folder: str, repo_id: str) -> Push:
-    """Compare a published model with what the Hub holds; nothing is written.
+def plan_push(folder: str, repo_id: str) -> PlannedPush:
+    """Compare a published model with a repository of the Hub; nothing is written.
 
-    A repository is taken if it is new, if it holds this very model, or an earlier version of it: same name of the pair, same
-    parents' places, another plan.
+    A repository is accepted if it is missing or empty, or holds this model or an earlier version of it: the same name of the pair
+    and the same places of its parents, but another plan.
 
     Raises:
         OutputError: if the folder is not what its manifest says, or the repository holds something else.
@@ -83,51 +100,74 @@ def plan_push(folder: str, repo_id: str) -> Push:
         raise OutputError(
             f"{store.uri} has no {MANIFEST}, so nothing says that it is whole; push a folder that expo-ray published"
         )
-    files = _checked_files(store, manifest)
+    files = _list_files(store, manifest)
     repository = HubRepository(repo_id)
     head = repository.look()
     if head is None:
-        return Push(store, manifest, repository, None, files)
+        return PlannedPush(store, manifest, repository, None, files)
     lacking, stale = _against(head, manifest)
-    return Push(store, manifest, repository, head, {key: files[key] for key in lacking}, stale)
+    return PlannedPush(store, manifest, repository, head, {key: files[key] for key in lacking}, stale)
 
 
-def push(plan: Push, *, private: bool = False) -> str:
-    """Send what is lacking, one shard at a time, then commit; the model's address on the Hub.
+def push_model(planned: PlannedPush, *, private: bool = False) -> str:
+    """Upload the files that the repository lacks, one shard at a time, then commit; returns the model's URL on the Hub.
 
     Args:
-        private: whether a repository that is created is; one that is there keeps its visibility.
+        private: create a missing repository as private; an existing one keeps its visibility.
 
     Raises:
-        StorageError: if the Hub refuses; its files then are as they were.
+        InputChanged: if another commit came first and left another model.
+        StorageError: if the Hub refuses; the repository is then unchanged.
     """
-    if not plan.files:
-        return plan.repository.url
-    store, repository = plan.store, plan.repository
-    head = plan.head or repository.create(private=private)
-    large = {key: sha256 for key, sha256 in _large(plan.manifest).items() if key in plan.files}
+    if not planned.files:
+        return planned.repository.url
+    store, repository, manifest = planned.store, planned.repository, planned.manifest
+    head = planned.head or repository.create(private=private)
+    large = {key: sha256 for key, sha256 in _large(manifest).items() if key in planned.files}
     uploaded = []
     for number, (key, sha256) in enumerate(large.items(), start=1):
-        with _on_disk(store, plan.files[key]) as path:
+        with _on_disk(store, planned.files[key]) as path:
             uploaded.append(repository.upload(key, path, sha256))
         log.info("%s: uploaded %s (%d of %d)", repository.uri, key, number, len(large))
-    small = {key: _small(store, key, plan.manifest) for key in plan.files if key not in large}
-    message = f"{plan.manifest['pair']} at alpha {format_alpha(plan.manifest['alpha'])}, plan {plan.manifest['plan']}"
+    small = {key: _small(store, key, manifest) for key in planned.files if key not in large}
+    message = f"{manifest['pair']} at alpha {format_alpha(manifest['alpha'])}, plan {manifest['plan']}"
     try:
-        there = repository.commit(uploaded, small, plan.stale, parent=head.revision, message=message)
-    except InputChanged:  # by a twin, or by ourselves and the answer was lost
-        seen = repository.look()
-        if seen is None or _against(seen, plan.manifest)[0]:
+        committed = repository.commit(uploaded, small, planned.stale, parent=head.revision, message=message)
+    except InputChanged:
+        # A twin of this job may have pushed the same model meanwhile, or our own commit succeeded and its answer was lost. Either
+        # way the push is done if the repository now holds the whole model.
+        latest = repository.look()
+        if latest is None or _against(latest, manifest)[0]:
             raise
-        there = seen
-    lacking, _ = _against(there, plan.manifest)
+        committed = latest
+    lacking, _ = _against(committed, manifest)
     if lacking:
-        raise StorageError(f"{there.uri} does not list {first_few(lacking)} after the commit; push again")
+        raise StorageError(f"{committed.uri} does not list {first_few(lacking)} after the commit; push again")
     return repository.url
 
 
+def push_models(job: Job, winners: Mapping[str, str]) -> PushedModels:
+    """Push each winner to the repository that the job's `push_to` names; a pair that fails does not stop the others.
+
+    Args:
+        winners: the published folder of each pair that has one.
+    """
+    pushed = PushedModels()
+    for pair, folder in winners.items():
+        repo_id = job.repo_of(pair)
+        if repo_id is None:
+            continue
+        try:
+            pushed.addresses[pair] = push_model(plan_push(folder, repo_id), private=True)
+            log.info("%s: pushed to %s", pair, pushed.addresses[pair])
+        except ExpoError as error:
+            pushed.failures[pair] = f"published at {folder}, but not pushed to {repo_id}: {error}"
+            log.error("%s failed: %s", pair, pushed.failures[pair])
+    return pushed
+
+
 def _large(manifest: Mapping[str, Any]) -> dict[str, str]:
-    """Key and sha256 of what is sent from disk, one file at a time: shards, and other files that memory need not hold."""
+    """Keys and sha256 of the files to upload from disk, one at a time: shards, and other files too large for the commit itself."""
     files = manifest["files"].items()
     return {shard["file"]: shard["sha256"] for shard in manifest["shards"]} | {
         key: file["sha256"] for key, file in files if file["size"] > _WITHIN_COMMIT
@@ -136,11 +176,16 @@ def _large(manifest: Mapping[str, Any]) -> dict[str, str]:
 
 def _named(manifest: Mapping[str, Any]) -> dict[str, int]:
     """Size of every file that a manifest names."""
-    shards = {one["file"]: one["size"] for one in manifest["shards"]}
-    return shards | {key: one["size"] for key, one in manifest["files"].items()}
+    shards = {shard["file"]: shard["size"] for shard in manifest["shards"]}
+    return shards | {key: file["size"] for key, file in manifest["files"].items()}
 
 
-def _checked_files(store: Store, manifest: Mapping[str, Any]) -> dict[str, FileInfo]:
+def _list_files(store: Store, manifest: Mapping[str, Any]) -> dict[str, FileInfo]:
+    """List the files of a published model, manifest last.
+
+    Raises:
+        OutputError: if one is missing or has another size than the manifest says.
+    """
     present = {info.key: info for info in store.list()}
     named = _named(manifest)
     wrong = [
@@ -156,7 +201,7 @@ def _checked_files(store: Store, manifest: Mapping[str, Any]) -> dict[str, FileI
 
 
 def _against(head: HubStore, manifest: Mapping[str, Any]) -> tuple[list[str], tuple[str, ...]]:
-    """What a repository lacks of a model, and what of an earlier version has to go.
+    """Compare a repository with a model: keys that it lacks, and keys of an earlier version to delete.
 
     Raises:
         OutputError: if it is another model's.
@@ -165,7 +210,7 @@ def _against(head: HubStore, manifest: Mapping[str, Any]) -> tuple[list[str], tu
     named = _named(manifest)
     if ".gitignore" in present:
         raise OutputError(
-            f"{head.uri} has a .gitignore, by which the Hub leaves out what is sent; delete it there, or choose another repository"
+            f"{head.uri} has a .gitignore, and the Hub drops files that it names from a commit; delete it there, or choose another repository"
         )
     if MANIFEST not in present:
         foreign = sorted(present.keys() - _HARMLESS)
@@ -176,7 +221,7 @@ def _against(head: HubStore, manifest: Mapping[str, Any]) -> tuple[list[str], tu
         return [*named, MANIFEST], ()
     theirs = _manifest_of(head)
     if theirs["plan"] == manifest["plan"]:
-        digests = {one["file"]: one["sha256"] for one in manifest["shards"]}
+        digests = {shard["file"]: shard["sha256"] for shard in manifest["shards"]}
         return [key for key in named if not _holds(present.get(key), named[key], digests.get(key))], ()
     if _origin(theirs) != _origin(manifest):
         raise OutputError(
@@ -193,7 +238,7 @@ def _against(head: HubStore, manifest: Mapping[str, Any]) -> tuple[list[str], tu
 
 
 def _holds(info: FileInfo | None, size: int, sha256: str | None) -> bool:
-    """True if the Hub has a file: shards by digest; cards may have been edited there."""
+    """True if the Hub has the file: shards are compared by digest, others by name alone, as people edit cards on the Hub."""
     if info is None or sha256 is None:
         return info is not None
     return info.etag == sha256 if len(info.etag) == len(sha256) else info.size == size
@@ -209,10 +254,10 @@ def _manifest_of(head: HubStore) -> dict[str, Any]:
 
 
 def _origin(manifest: Mapping[str, Any]) -> tuple[str, ...]:
-    """Pair and places of its parents, whatever their revision."""
+    """Names of the pair and places of its parents, without revisions: equal for all versions of one model."""
     places = (str(manifest["parents"][side]["uri"]) for side in ("sft", "dpo"))
     return str(manifest["pair"]), *(
-        re.sub(r"(?<=[^/])@[^/]+", "", one) if one.startswith("hf://") else one for one in places
+        re.sub(r"(?<=[^/])@[^/]+", "", place) if place.startswith("hf://") else place for place in places
     )
 
 
@@ -233,7 +278,7 @@ def _small(store: Store, key: str, manifest: Mapping[str, Any]) -> bytes:
 
 @contextmanager
 def _on_disk(store: Store, info: FileInfo) -> Iterator[str]:
-    """Path of a local copy of one shard, gone afterwards; of the shard itself if the store is local."""
+    """Download a file to disk for the duration of the block and give its path; a file of a local store is used in place."""
     if store.local_path is not None:
         yield str(store.local_path / info.key)
         return

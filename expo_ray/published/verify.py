@@ -1,4 +1,4 @@
-"""Check a model that lies in storage: against its manifest, and against the parents it claims."""
+"""Verify a stored model: its files against its manifest, and its weights against the parents that the manifest names."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _BOOKKEEPING = (".expo/", ".gitattributes", ".git/", ".cache/huggingface/")
 
 
 def read_manifest(store: Store) -> dict[str, Any] | None:
-    """The folder's `expo.json`, None if another tool wrote the model.
+    """Read the folder's `expo.json`; None if another tool wrote the model.
 
     Raises:
-        NotFound: if there is nothing at all.
+        NotFound: if the folder is missing or empty.
         CheckpointError: if the model is unfinished, or its manifest damaged.
     """
     try:
@@ -44,7 +44,7 @@ def read_manifest(store: Store) -> dict[str, Any] | None:
 
 
 def verify_files(store: Store, manifest: Mapping[str, Any]) -> list[ExpoError]:
-    """Re-hash every file that the manifest names, and name every other one."""
+    """Hash every file that the manifest names, and report each that differs, is missing or does not belong to the model."""
     present = {info.key: info for info in store.list()}
     wanted = {shard["file"]: shard for shard in manifest["shards"]} | dict(manifest["files"])
     with ThreadPoolExecutor(_THREADS, "verify") as pool:
@@ -60,19 +60,21 @@ def verify_files(store: Store, manifest: Mapping[str, Any]) -> list[ExpoError]:
 
 
 def foreign_files(present: Iterable[str], manifest: Mapping[str, Any]) -> list[str]:
-    """Keys beside a published model that its manifest does not know; what Git and the Hub's client keep there is none."""
+    """Keys that a published model's manifest does not name, without the bookkeeping of expo-ray, Git and the Hub's client."""
     wanted = {MANIFEST, *(shard["file"] for shard in manifest["shards"]), *manifest["files"]}
     return [key for key in present if key not in wanted and not key.startswith(_BOOKKEEPING)]
 
 
 def refuse_foreign_files(store: Store) -> None:
-    """See that nothing would be loaded with a model that did not come with it; a folder of another tool passes.
+    """Refuse to serve a published model beside files that its manifest does not name.
+
+    An engine would load a template, code or an adapter that someone put there. A folder that another tool wrote has no manifest and
+    passes.
 
     Raises:
         NotFound: if there is no such folder.
         CheckpointError: if a model of expo-ray is unfinished.
-        StorageError: if a published model's folder holds files that its manifest does not know: an engine would load a template,
-            code or an adapter that somebody put there.
+        StorageError: if there are such files.
     """
     manifest = read_manifest(store)
     foreign = foreign_files([info.key for info in store.list()], manifest) if manifest else []
@@ -95,12 +97,12 @@ def _verify_file(
             f"{store.uri}/{key}: has {info.size} bytes, the manifest says {wanted['size']}; run its job again"
         )
     try:
-        found = sha256_of(store, info)
+        sha256 = sha256_of(store, info)
     except (CheckpointError, StorageError) as error:
         return error
-    if found != wanted["sha256"]:
+    if sha256 != wanted["sha256"]:
         return CheckpointError(
-            f"{store.uri}/{key}: has sha256 {found}, the manifest says {wanted['sha256']}; run its job again with --overwrite"
+            f"{store.uri}/{key}: has sha256 {sha256}, the manifest says {wanted['sha256']}; run its job again with --overwrite"
         )
     return None
 
@@ -108,7 +110,20 @@ def _verify_file(
 def rederive(
     manifest: Mapping[str, Any], sft: str, dpo: str, *, allow_pickle: bool = False
 ) -> list[ExpoError]:
-    """Compute a published model again from its parents, without writing, and compare the digests of its shards."""
+    """Compute a published model again from its parents, in memory, and compare the digest of each shard with the manifest's.
+
+    Args:
+        manifest: of the published model.
+        sft: URI of the parent before alignment; it may have moved since.
+        dpo: URI of the aligned parent.
+        allow_pickle: read parents that are PyTorch pickles.
+
+    Returns:
+        A problem for each shard that these parents do not give.
+
+    Raises:
+        ExpoError: if the parents cannot be read or are no pair.
+    """
     arithmetic = {
         key: value
         for key, value in manifest["arithmetic"].items()

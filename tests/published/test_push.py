@@ -12,8 +12,7 @@ import pytest
 from expo_ray.cli.process import main
 from expo_ray.config import parse_job
 from expo_ray.errors import InputChanged, OutputError, Problems, StorageError, TransientStorageError
-from expo_ray.published.push import plan_push, push
-from expo_ray.published.push_job import Pushed, push_winners
+from expo_ray.published.push import PushedModels, plan_push, push_model, push_models
 from expo_ray.storage import open_store, retry
 from tests.support.hub_server import READ_TOKEN, TOKEN, HubServer, Repository
 from tests.support.pairs import expo, files_of, write_pair
@@ -99,12 +98,12 @@ def test_large_side_files_are_sent_from_disk_like_shards(
     server: HubServer, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("expo_ray.published.push._WITHIN_COMMIT", 100)
-    push(plan_push(str(model), REPO))
+    push_model(plan_push(str(model), REPO))
     assert pushed(server) == published(model)
 
 
 def test_what_was_pushed_is_a_model_that_can_be_read_and_verified(server: HubServer, model: Path) -> None:
-    push(plan_push(str(model), REPO))
+    push_model(plan_push(str(model), REPO))
     assert main(["verify", f"hf://{REPO}"]) == 0
 
 
@@ -129,7 +128,7 @@ def test_a_shard_so_small_that_the_hub_takes_it_as_text(
     server: HubServer, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tests.support.hub_server.LARGE_BYTES", 10_000_000)
-    push(plan_push(str(model), REPO))
+    push_model(plan_push(str(model), REPO))
     assert pushed(server) == published(model)
     assert server.uploads == {}
 
@@ -150,14 +149,14 @@ def test_a_dry_run_shows_everything_and_writes_nothing(
 
 
 def test_an_earlier_version_gives_way_with_all_its_files(server: HubServer, made: Path) -> None:
-    push(plan_push(str(made / "alpha=0.5"), REPO))
-    push(plan_push(str(made / "whole"), REPO))
+    push_model(plan_push(str(made / "alpha=0.5"), REPO))
+    push_model(plan_push(str(made / "whole"), REPO))
     assert pushed(server) == published(made / "whole")
     assert commits(server) == 2
 
 
 def test_what_went_missing_there_is_sent_again_and_nothing_else(server: HubServer, model: Path) -> None:
-    push(plan_push(str(model), REPO))
+    push_model(plan_push(str(model), REPO))
     repository = server.repositories[REPO]
     files = repository.files[repository.branches["main"]]
     lost = next(key for key in files if key.endswith(".safetensors"))
@@ -165,7 +164,7 @@ def test_what_went_missing_there_is_sent_again_and_nothing_else(server: HubServe
     files["README.md"] = b"edited on the Hub"
     plan = plan_push(str(model), REPO)
     assert list(plan.files) == [lost]
-    push(plan)
+    push_model(plan)
     assert pushed(server) == published(model) | {"README.md": b"edited on the Hub"}
 
 
@@ -192,14 +191,14 @@ def edit(folder: Path, **changes: Any) -> None:
 
 
 def test_the_model_of_another_pair_is_refused(server: HubServer, model: Path, made: Path) -> None:
-    push(plan_push(str(made / "alpha=1"), REPO))
+    push_model(plan_push(str(made / "alpha=1"), REPO))
     edit(model, pair="other")
     with pytest.raises(OutputError, match=r"another pair \(dpo at alpha 1 .*this one is other at alpha 0.5 "):
         plan_push(str(model), REPO)
 
 
 def test_weights_beside_an_earlier_version_are_refused(server: HubServer, model: Path, made: Path) -> None:
-    push(plan_push(str(made / "alpha=1"), REPO))
+    push_model(plan_push(str(made / "alpha=1"), REPO))
     repository = server.repositories[REPO]
     repository.files[repository.branches["main"]]["model.gguf"] = b"x"
     with pytest.raises(OutputError, match=r"weights beside the model \(model.gguf\)"):
@@ -210,7 +209,7 @@ def test_a_repository_made_on_the_hubs_pages_is_taken(server: HubServer, model: 
     server.repositories[REPO] = Repository(
         {"a" * 40: {".gitattributes": b"", "README.md": b"---\n"}}, {"main": "a" * 40}
     )
-    push(plan_push(str(model), REPO))
+    push_model(plan_push(str(model), REPO))
     assert pushed(server) == published(model)
 
 
@@ -237,7 +236,7 @@ def test_bytes_that_are_not_those_of_the_manifest_are_not_committed(
     data = file.read_bytes()
     file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     with pytest.raises(InputChanged, match=r"expo-ray verify"):
-        push(plan_push(str(model), REPO))
+        push_model(plan_push(str(model), REPO))
     assert pushed(server) == {}
 
 
@@ -249,11 +248,11 @@ def test_a_push_that_breaks_off_shows_nothing_and_goes_on_where_it_was(
 ) -> None:
     server.upload_faults["verify"] = [422]
     with pytest.raises(StorageError, match=r"422"):
-        push(plan_push(str(model), REPO))
+        push_model(plan_push(str(model), REPO))
     assert pushed(server) == {}
     assert len(server.uploads) == 1
     server.seen.clear()
-    push(plan_push(str(model), REPO))
+    push_model(plan_push(str(model), REPO))
     assert pushed(server) == published(model)
     sent = [seen for seen in server.seen if seen.method == "PUT"]
     shards = list(model.glob("*.safetensors"))
@@ -266,7 +265,7 @@ def test_a_commit_whose_answer_fails_or_is_lost_is_made_once(
     server: HubServer, model: Path, fault: int | str
 ) -> None:
     server.upload_faults["commit"] = [fault]
-    push(plan_push(str(model), REPO))
+    push_model(plan_push(str(model), REPO))
     assert pushed(server) == published(model)
     assert len(server.repositories[REPO].files) == 2
     assert commits(server) == 2
@@ -279,7 +278,7 @@ def test_a_commit_of_somebody_else_in_the_meantime_is_not_overwritten(server: Hu
     repository.files["b" * 40] = {"README.md": b"mine"}
     repository.branches["main"] = "b" * 40
     with pytest.raises(InputChanged, match=r"hf://org/model has got another commit .*push again"):
-        push(plan)
+        push_model(plan)
     assert pushed(server) == {"README.md": b"mine"}
 
 
@@ -301,10 +300,10 @@ def test_no_right_no_answer_and_no_network_are_told(
     server: HubServer, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(StorageError, match=r"answered 403; set HF_TOKEN to a token that may write to others"):
-        push(plan_push(str(model), "others/model"))
+        push_model(plan_push(str(model), "others/model"))
     server.upload_faults["create"] = [500] * 100
     with pytest.raises(TransientStorageError, match=r"answered 500 \(asked 6 times\)"):
-        push(plan_push(str(model), REPO))
+        push_model(plan_push(str(model), REPO))
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -343,7 +342,7 @@ def test_the_job_option_names_one_repository_for_each_pair() -> None:
 def test_a_winner_that_cannot_be_pushed_does_not_stop_the_others(server: HubServer, made: Path) -> None:
     server.repositories["org/one-expo"] = Repository({"a" * 40: {"x.bin": b""}}, {"main": "a" * 40})
     winners = {"one": str(made / "alpha=0.5"), "two": str(made / "alpha=1")}
-    found = push_winners(job(push_to="org/{pair}-expo"), winners)
+    found = push_models(job(push_to="org/{pair}-expo"), winners)
     assert list(found.failures) == ["one"]
     assert f"published at {made / 'alpha=0.5'}, but not pushed to org/one-expo" in found.failures["one"]
     assert list(found.addresses) == ["two"]
@@ -351,6 +350,6 @@ def test_a_winner_that_cannot_be_pushed_does_not_stop_the_others(server: HubServ
     assert pushed(server, "org/two-expo") == published(made / "alpha=1")
     assert server.repositories["org/two-expo"].private
     server.seen.clear()
-    assert list(push_winners(job(push_to="org/{pair}-expo"), winners).failures) == ["one"]
+    assert list(push_models(job(push_to="org/{pair}-expo"), winners).failures) == ["one"]
     assert writes(server) == []
-    assert push_winners(job(), winners) == Pushed()
+    assert push_models(job(), winners) == PushedModels()
