@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 
-from expo_ray.cli.commands import plan_of, report
+from expo_ray.cli.commands import plan_every_pair, print_outcome
 from expo_ray.cli.plan_table import describe
 from expo_ray.cli.process import guarded
-from expo_ray.config import load_job, parse_bytes
+from expo_ray.config import load_job
 from expo_ray.extrapolation.run_job import run_job
 from expo_ray.progress import Progress
 from expo_ray.storage import open_store
@@ -28,8 +27,8 @@ def main() -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     job = load_job(arguments.job)
-    plan = plan_of(job, overwrite=arguments.overwrite)
-    print(describe(plan, workers=os.cpu_count() or 1, bandwidth=parse_bytes("500MB")), flush=True)
+    plan = plan_every_pair(job, overwrite=arguments.overwrite)
+    print(describe(plan), flush=True)
     if arguments.dry_run:
         return 0
     from expo_ray.on_ray.cluster import cluster
@@ -42,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     ):
         outcome = run_job(plan, executor, progress)
         progress.finish(sorted(outcome.failures), published=len(outcome.published))
-    return report(outcome)
+    return print_outcome(outcome)
 
 
 if __name__ == "__main__":

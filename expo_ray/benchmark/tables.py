@@ -7,24 +7,24 @@ from typing import Any
 
 import numpy as np
 
-from expo_ray.benchmark.alpaca_eval.length_control import Kind
 from expo_ray.benchmark.alpaca_eval.win_rates import ArmDifference, ArmScore
 from expo_ray.benchmark.answer_checks import AnswerChecks
 from expo_ray.benchmark.head_to_head import HeadToHead
 from expo_ray.benchmark.intervals import Estimate, holm, outcome, pooled
 from expo_ray.benchmark.mt_bench.ratings import ModelRatings, score_ratings
 from expo_ray.benchmark.open_llm_leaderboard import TASKS, ModelTasks
+from expo_ray.config.fields import LengthControlKind
 from expo_ray.report.benchmark_page import Forest, ForestRow, Table
 from expo_ray.report.results import Interval
 from expo_ray.text import shown
 
-CONTROLS: Mapping[Kind, str] = {
+CONTROLS: Mapping[LengthControlKind, str] = {
     "official": "official length control (GPT-4-1106's verdicts on the gamed baselines)",
     "rejudge": "length control with this judge's own verdicts on the gamed baselines",
     "none": "length control from this arm's verdicts alone",
 }
 # Official figures and those of another judge never share a column.
-_LC_COLUMNS: Mapping[Kind, str] = {
+_LC_COLUMNS: Mapping[LengthControlKind, str] = {
     "official": "LC win rate (official)",
     "rejudge": "LC win rate (rejudged)",
     "none": "LC win rate (no gamed baselines)",

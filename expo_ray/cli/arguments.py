@@ -1,15 +1,18 @@
-"""What the command line `expo-ray` takes; its help texts are those of the job file."""
+"""The parser of the command line `expo-ray`; flags of the job file's fields take their choices and help from there."""
 
 from __future__ import annotations
 
 import argparse
 import os
-from typing import Any
+from typing import Any, get_args
 
 from expo_ray import __version__
 from expo_ray.cli.benchmark_options import add_benchmark
-from expo_ray.cli.flags import count, help_of, multiplier, repo_id, size
+from expo_ray.cli.flags import add_field, count, default_of, multiplier, repo_id, size
+from expo_ray.cli.plan_table import WORKER_BYTES_PER_S
 from expo_ray.config import Job, Pair, PairOptions, PromptSource, RewardModel, Sampling, Serving
+from expo_ray.config.fields import ResponseFormat
+from expo_ray.progress import size_text
 
 
 class _Help(argparse.HelpFormatter):
@@ -18,7 +21,7 @@ class _Help(argparse.HelpFormatter):
 
 
 def command_parser() -> argparse.ArgumentParser:
-    """The parser; what it finds has the name of the command in `command`."""
+    """Build the parser; the name of the command is parsed into `command`."""
     parser = argparse.ArgumentParser(
         prog="expo-ray",
         formatter_class=_Help,
@@ -63,9 +66,9 @@ def _add_plan(commands: Any) -> None:
     add(
         "--bandwidth",
         type=size,
-        default="500MB",
+        default=WORKER_BYTES_PER_S,
         metavar="SIZE",
-        help="Bytes a second of one worker. Default: %(default)s.",
+        help=f"Bytes a second of one worker. Default: {size_text(WORKER_BYTES_PER_S)}.",
     )
 
 
@@ -79,7 +82,7 @@ def _add_verify(commands: Any) -> None:
         help="With --dpo: compute the weights again, and print the alpha that fits each tensor.",
     )
     add("--dpo", metavar="URI", help="See --sft.")
-    add("--allow-pickle", action="store_true", help=help_of(PairOptions, "allow_pickle"))
+    add_field(parser, PairOptions, "allow_pickle", default=False)
 
 
 def _add_run(commands: Any) -> None:
@@ -97,7 +100,7 @@ def _add_serve(commands: Any) -> None:
         commands, "serve", "answer for every alpha of a job's pairs, and for its models, until interrupted"
     )
     parser.add_argument("job", metavar="JOB.yaml", help="The job file.")
-    parser.add_argument("--port", type=int, metavar="N", help=help_of(Serving, "port"))
+    add_field(parser, Serving, "port", type=int)
 
 
 def _add_respond(commands: Any) -> None:
@@ -115,26 +118,17 @@ def _add_respond(commands: Any) -> None:
         help="Without a job: a model folder, or the URL of an OpenAI-compatible endpoint.",
     )
     add("--name", metavar="NAME", help="The model's name at the endpoint, if it serves several.")
-    add("--prompts", metavar="SOURCE", help=help_of(PromptSource, "source"))
-    add("--limit", type=count, metavar="N", help=help_of(PromptSource, "limit"))
+    add_field(parser, PromptSource, "source", "--prompts", metavar="SOURCE")
+    add_field(parser, PromptSource, "limit", type=count)
     add("--output", metavar="FILE", help="JSONL file to write; one that is there is completed.")
     add(
         "--format",
-        choices=("jsonl", "alpaca-eval", "mt-bench"),
+        choices=get_args(ResponseFormat),
         default="jsonl",
         help="Of the output. Default: %(default)s.",
     )
-    for name in (
-        "temperature",
-        "top_p",
-        "top_k",
-        "presence_penalty",
-        "frequency_penalty",
-        "max_tokens",
-        "samples",
-        "seed",
-    ):
-        add(f"--{name.replace('_', '-')}", metavar="N", help=help_of(Sampling, name))
+    for field in Sampling.model_fields:
+        add_field(parser, Sampling, field)
 
 
 def _add_reward(commands: Any) -> None:
@@ -142,10 +136,9 @@ def _add_reward(commands: Any) -> None:
     add = parser.add_argument
     add("job", nargs="?", metavar="JOB.yaml", help="All responses of a job, by all its reward models.")
     add("--responses", metavar="FILE", help="Without a job: the file that `expo-ray respond` wrote.")
-    add("--reward-model", metavar="URI", help=help_of(RewardModel, "model"))
-    add("--backend", choices=("auto", "vllm", "transformers"), help=help_of(RewardModel, "backend"))
-    add("--allow-pickle", action="store_true", default=None, help=help_of(RewardModel, "allow_pickle"))
-    add("--truncate", action="store_true", default=None, help=help_of(RewardModel, "truncate"))
+    add_field(parser, RewardModel, "model", "--reward-model", metavar="URI")
+    for field in ("backend", "allow_pickle", "truncate"):
+        add_field(parser, RewardModel, field)
     add("--output", metavar="FILE", help="JSONL file to write; one that is there is completed.")
 
 
@@ -172,8 +165,8 @@ def _add_push(commands: Any) -> None:
 def _add_extrapolate(commands: Any) -> None:
     parser = _add_command(commands, "extrapolate", "extrapolate one pair in this process, without a cluster")
     add = parser.add_argument
-    add("--sft", required=True, metavar="URI", help=help_of(Pair, "sft"))
-    add("--dpo", required=True, metavar="URI", help=help_of(Pair, "dpo"))
+    for field in ("sft", "dpo"):
+        add_field(parser, Pair, field, required=True, metavar="URI")
     add(
         "--alpha",
         required=True,
@@ -188,13 +181,8 @@ def _add_extrapolate(commands: Any) -> None:
         metavar="URI",
         help="The model's folder; with several alphas, folders `alpha=A` below it.",
     )
-    for name, choices in (
-        ("rounding", ("nearest", "stochastic", "reference")),
-        ("dtype", ("keep", "bf16", "fp16", "fp32")),
-        ("vocab", ("refuse", "by-token", "keep-dpo")),
-        ("adapter", ("scale", "merge")),
-    ):
-        add(f"--{name}", choices=choices, help=help_of(PairOptions, name))
+    for field in ("rounding", "dtype", "vocab", "adapter"):
+        add_field(parser, PairOptions, field)
     add(
         "--multiplier",
         action="append",
@@ -203,9 +191,9 @@ def _add_extrapolate(commands: Any) -> None:
         metavar="REGEX=M",
         help="Multiply alpha by M in tensors whose name has REGEX; 0 freezes them at dpo. Repeatable, the first found counts.",
     )
-    add("--shard-size", metavar="SIZE", help=help_of(PairOptions, "shard_size"))
-    add("--seed", metavar="N", help=help_of(PairOptions, "seed"))
-    add("--allow-pickle", action="store_true", default=None, help=help_of(PairOptions, "allow_pickle"))
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help=help_of(Job, "device"))
+    add_field(parser, PairOptions, "shard_size", metavar="SIZE")
+    for field in ("seed", "allow_pickle"):
+        add_field(parser, PairOptions, field)
+    add_field(parser, Job, "device", default=default_of(Job, "device"))
     add("--overwrite", action="store_true", help="Replace a model that expo-ray wrote there before.")
     add("--dry-run", action="store_true", help="Print the plan and stop; nothing is written.")

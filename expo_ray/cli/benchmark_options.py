@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import Any, get_args
+
+from expo_ray.config.fields import DuplicatePolicy, JudgeProtocol, LengthControlKind
 
 Parser = argparse.ArgumentParser
 
@@ -72,7 +74,7 @@ def _add_alpaca(parser: Parser) -> None:
     )
     judged.add_argument(
         "--length-control",
-        choices=("rejudge", "none", "official"),
+        choices=get_args(LengthControlKind),
         help="rejudge: let this judge judge the concise and verbose baselines once; official: GPT-4-1106's own verdicts on them. "
         "Default: rejudge where their answers are at hand.",
     )
@@ -107,7 +109,7 @@ def _add_mtbench(parser: Parser) -> None:
     )
     add(
         "--duplicates",
-        choices=("refuse", "last"),
+        choices=get_args(DuplicatePolicy),
         default="refuse",
         help="What to do with two judgments of one turn. Default: %(default)s.",
     )
@@ -168,7 +170,7 @@ def _add_judge_options(parser: Parser, *, required: bool = False) -> None:
     )
     add(
         "--protocol",
-        choices=("logprobs", "verdict"),
+        choices=get_args(JudgeProtocol),
         default="logprobs",
         help="Read the log-probabilities of one token, as AlpacaEval 2.0 does, or let the judge reason and read its verdict. "
         "Default: %(default)s.",

@@ -60,8 +60,12 @@ def run_words(words: Sequence[str], flags: list[str]) -> int:
         raise
 
 
-def report(outcome: Outcome, flags: Collection[str] = ()) -> int:
-    """Print what came of a job; the exit status of the process."""
+def print_outcome(outcome: Outcome, flags: Collection[str] = ()) -> int:
+    """Print the published models and the failures of a job; returns the exit status.
+
+    Args:
+        flags: see `with_flags`.
+    """
     for model in sorted(outcome.published, key=lambda model: (model.pair, model.alpha)):
         effective = "" if model.effective_alpha is None else f" (effective {model.effective_alpha:.3f})"
         print(f"{model.uri}: alpha {format_alpha(model.alpha)}{effective}, {size_text(model.size)}")
@@ -89,17 +93,21 @@ def _extrapolate(arguments: argparse.Namespace) -> int:
         print(f"note: {with_flags(note, flags)}", file=sys.stderr)
     with Progress("extrapolate") as progress, InThreads(progress, device=arguments.device) as executor:
         outcome = run_job(job, executor, progress)
-    return report(outcome, flags)
+    return print_outcome(outcome, flags)
 
 
 def _plan(arguments: argparse.Namespace) -> int:
     job = load_job(arguments.job)
-    print(describe(plan_of(job), workers=arguments.workers, bandwidth=arguments.bandwidth))
+    print(describe(plan_every_pair(job), workers=arguments.workers, bandwidth=arguments.bandwidth))
     return 0
 
 
-def plan_of(job: Job, *, overwrite: bool = False) -> JobPlan:
-    """The plan of a job file."""
+def plan_every_pair(job: Job, *, overwrite: bool = False) -> JobPlan:
+    """Read the headers of all pairs of a job file, and plan their extrapolation.
+
+    Raises:
+        Problems: with everything that is wrong with any pair or output.
+    """
     return plan_job(job.pairs, [outputs_of(job, pair) for pair in job.pairs], overwrite=overwrite)
 
 

@@ -1,7 +1,8 @@
-"""What a planned job would do, in a table a person can check before paying for it."""
+"""A table of what a planned job would do, to check before paying for it."""
 
 from __future__ import annotations
 
+import os
 from math import ceil
 
 from expo_ray.config import format_alpha
@@ -9,14 +10,18 @@ from expo_ray.extrapolation.plan_job import JobPlan
 from expo_ray.progress import clock, size_text
 from expo_ray.text import shown_end
 
+# An assumption, not a measurement; `expo-ray plan --bandwidth` takes another.
+WORKER_BYTES_PER_S = 500_000_000
 
-def describe(job: JobPlan, *, workers: int, bandwidth: int) -> str:
+
+def describe(job: JobPlan, *, workers: int | None = None, bandwidth: int = WORKER_BYTES_PER_S) -> str:
     """A table of the pairs and an estimate of the time.
 
     Args:
-        workers: shards under way at once.
+        workers: shards under way at once; this machine's CPUs where nothing else is known.
         bandwidth: bytes a second that one worker reads and writes.
     """
+    workers = workers or os.cpu_count() or 1
     head = ("pair", "tensors", "shards", "alphas", "read", "write", "there already")
     rows = [head]
     read_in_all = 0

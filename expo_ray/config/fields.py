@@ -20,6 +20,11 @@ AdapterPolicy = Literal["scale", "merge"]
 Device = Literal["auto", "cpu", "cuda"]
 RewardBackend = Literal["auto", "vllm", "transformers"]
 WeightDtype = Literal["auto", "bf16", "fp16", "fp32"]
+# Options that only the command line has.
+ResponseFormat = Literal["jsonl", "alpaca-eval", "mt-bench"]
+JudgeProtocol = Literal["logprobs", "verdict"]
+LengthControlKind = Literal["rejudge", "none", "official"]
+DuplicatePolicy = Literal["refuse", "last"]
 
 READ_ONLY = "the Hub is only read from here; write to a local folder or S3, from where `expo-ray push` sends a finished model"
 

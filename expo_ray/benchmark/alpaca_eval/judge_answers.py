@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from expo_ray.benchmark.alpaca_eval.covariates import Covariates, load_covariates
-from expo_ray.benchmark.alpaca_eval.length_control import Kind, LengthControl, rejudged_control
+from expo_ray.benchmark.alpaca_eval.length_control import LengthControl, rejudged_control
 from expo_ray.benchmark.alpaca_eval.win_rates import ArmDifference, ArmScore, compare_arms, score_arm
 from expo_ray.benchmark.answer_checks import Answer, AnswerChecks, check_answers
 from expo_ray.benchmark.answer_files import AnswerSet, parse_answer_set, parse_rows, read_answer_set
@@ -52,6 +52,7 @@ from expo_ray.benchmark.judges.pairwise import (
 )
 from expo_ray.benchmark.judges.reliability import JudgeCard, read_judge_card
 from expo_ray.benchmark.judges.verdicts import Judgment, verdicts_of
+from expo_ray.config.fields import LengthControlKind
 from expo_ray.errors import Attempts, BenchmarkError, ExpoError, Problems
 from expo_ray.progress import Counters
 from expo_ray.storage import Store, join_uri, open_output, open_store
@@ -87,7 +88,7 @@ class AlpacaRequest:
     baseline: str | None = None
     against: str | None = None
     covariates: str | None = None
-    length_control: Kind | None = None
+    length_control: LengthControlKind | None = None
     both_orders: bool = False
     allow_missing: bool = False
     retry_unparsed: bool = False
@@ -148,7 +149,7 @@ class AlpacaResult:
     reference: ArmScore | None
     difference: ArmDifference | None
     direct: HeadToHead | None
-    length_control: Kind
+    length_control: LengthControlKind
     checks: Mapping[str, AnswerChecks]
     card: JudgeCard | None
     cost: float

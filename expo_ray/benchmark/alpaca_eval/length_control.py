@@ -11,15 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from expo_ray.benchmark.intervals import Refit
 from expo_ray.benchmark.judges.verdicts import Verdicts
+from expo_ray.config.fields import LengthControlKind
 from expo_ray.evaluation.statistics import Array
 
-Kind = Literal["official", "rejudge", "none"]
 # alpaca-eval's `regularize_to_baseline_lambda`, shared by its two baselines.
 _GAMED_WEIGHT = 0.2 / 2
 # Keeps the fit finite where every verdict is the same.
@@ -59,7 +58,7 @@ class LengthControl:
         gamed: rows that every fit shares; None for the kind `none`.
     """
 
-    kind: Kind
+    kind: LengthControlKind
     difficulty: Array | None
     gamed: GamedRows | None
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from expo_ray.benchmark.alpaca_eval.length_control import Kind, LengthControl, controlled_win_rate
+from expo_ray.benchmark.alpaca_eval.length_control import LengthControl, controlled_win_rate
 from expo_ray.benchmark.intervals import Estimate, difference, estimate, mean_of
 from expo_ray.benchmark.judges.verdicts import Verdicts
+from expo_ray.config.fields import LengthControlKind
 from expo_ray.errors import BenchmarkError
 from expo_ray.text import shown
 
@@ -29,7 +30,7 @@ class ArmScore:
     verdicts: Verdicts
     win_rate: Estimate
     controlled: Estimate | None
-    control: Kind | None
+    control: LengthControlKind | None
     unparsed: int
 
 
@@ -126,5 +127,5 @@ def compare_arms(
     )
 
 
-def _side(opponent: str, judge: str, control: Kind | None) -> str:
+def _side(opponent: str, judge: str, control: LengthControlKind | None) -> str:
     return f"{opponent}, {judge or 'unnamed judge'}, {control or 'none'}"

@@ -6,12 +6,11 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import urlsplit
 
+from expo_ray.config.fields import JudgeProtocol
 from expo_ray.evaluation.records import digest
-
-Protocol = Literal["logprobs", "verdict"]
 
 # The tokens by which AlpacaEval's template names the first and the second output.
 FIRST, SECOND = "m", "M"
@@ -66,7 +65,7 @@ class Judge:
     url: str
     model: str
     key_variable: str = ""
-    protocol: Protocol = "logprobs"
+    protocol: JudgeProtocol = "logprobs"
     extra: Mapping[str, Any] = field(default_factory=dict)
     price: Price | None = None
     concurrency: int = 16

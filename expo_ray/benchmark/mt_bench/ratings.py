@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from expo_ray.benchmark.intervals import Estimate, Refit, difference, estimate
 from expo_ray.benchmark.judges.verdicts import is_number
 from expo_ray.benchmark.row_files import places, read_row_file
+from expo_ray.config.fields import DuplicatePolicy
 from expo_ray.errors import BenchmarkError, ExpoError, Problems, problems_of
 from expo_ray.evaluation.statistics import Array
 from expo_ray.text import shown
 
-Duplicates = Literal["refuse", "last"]
 # What FastChat writes where a judge's text holds no rating.
 UNPARSED = -1
 QUESTIONS = range(81, 161)
@@ -86,7 +86,7 @@ class ModelRatings:
         return means
 
 
-def read_ratings(uris: Sequence[str], duplicates: Duplicates = "refuse") -> dict[str, ModelRatings]:
+def read_ratings(uris: Sequence[str], duplicates: DuplicatePolicy = "refuse") -> dict[str, ModelRatings]:
     """Read FastChat's single-answer judgments of one or more models.
 
     Args:

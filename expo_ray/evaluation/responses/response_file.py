@@ -6,8 +6,8 @@ import contextlib
 import json
 import time
 from collections.abc import Collection, Hashable, Mapping
-from typing import Literal
 
+from expo_ray.config.fields import ResponseFormat
 from expo_ray.errors import NotFound, OutputError
 from expo_ray.evaluation.prompts.prompt_set import PromptSet
 from expo_ray.evaluation.records import Response, response_from_row
@@ -15,8 +15,6 @@ from expo_ray.evaluation.responses.ask_missing import Key
 from expo_ray.evaluation.responses.benchmark_exports import alpaca_eval, mt_bench
 from expo_ray.evaluation.row_store import RowStore, read_rows, rows_text
 from expo_ray.storage import open_output_file
-
-Format = Literal["jsonl", "alpaca-eval", "mt-bench"]
 
 
 class ResponseFile:
@@ -30,7 +28,7 @@ class ResponseFile:
         StorageError: if `uri` names no file.
     """
 
-    def __init__(self, uri: str, form: Format = "jsonl") -> None:
+    def __init__(self, uri: str, form: ResponseFormat = "jsonl") -> None:
         self._store, self._name = open_output_file(uri)
         self._form = form
         self._rows_name = self._name if form == "jsonl" else f"{self._name}.responses.jsonl"
