@@ -51,6 +51,7 @@ from expo_ray.benchmark.tables import (
     head_to_head_table,
     markdown,
 )
+from expo_ray.cli.exit_status import FAILED
 from expo_ray.errors import BenchmarkError, ExpoError, JobError
 from expo_ray.progress import Progress
 from expo_ray.report.benchmark_page import Table, benchmark_page
@@ -58,8 +59,6 @@ from expo_ray.storage import join_uri, open_output
 from expo_ray.untrusted import parse_json_object
 
 log = logging.getLogger("expo_ray")
-
-FAILED = 1
 
 
 def judge_of(arguments: argparse.Namespace) -> Judge:

@@ -10,10 +10,10 @@ from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from expo_ray.cli.arguments import command_parser
+from expo_ray.cli.exit_status import FAILED
 from expo_ray.cli.extras import missing_extra
 from expo_ray.cli.flags import flags_of, with_alphas_joined, with_flags
 from expo_ray.cli.plan_table import describe
-from expo_ray.cli.process import FAILED
 from expo_ray.config import (
     Job,
     Pair,

@@ -18,13 +18,12 @@ from typing import TypeVar
 
 from typing_extensions import Buffer
 
+from expo_ray.cli.exit_status import BAD_INPUT, BROKEN_PIPE, FAILED, INTERRUPTED
 from expo_ray.cli.extras import missing_extra
 from expo_ray.cli.terminal import guard_terminal
 from expo_ray.errors import ExpoError, JobError, Problems
 from expo_ray.text import visible
 
-BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
-_BROKEN_PIPE = 141  # as a shell reports a process that SIGPIPE ended
 # A second signal within this time is part of the same wish, and would disturb the cleaning up.
 _IMPATIENCE_S = 5.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -80,7 +79,7 @@ def guarded(command: Callable[[], int], flags: Collection[str] = ()) -> int:
         return INTERRUPTED
     except (ExpoError, ModuleNotFoundError, OSError) as error:
         text, status = _described(error)
-        if not text and status != _BROKEN_PIPE:
+        if not text and status != BROKEN_PIPE:
             raise
     if text:
         from expo_ray.cli.flags import with_flags
@@ -100,7 +99,7 @@ def _described(error: Exception) -> tuple[str, int]:
         return remedy and f"error: {remedy}", BAD_INPUT
     if isinstance(error, _UnwritableOutput):
         if error.errno == errno.EPIPE:
-            return "", _BROKEN_PIPE
+            return "", BROKEN_PIPE
         return f"error: the standard output cannot be written: {error.strerror}; send it elsewhere", FAILED
     remedy = _OF_THE_MACHINE.get(getattr(error, "errno", None) or 0, "")
     place = f"{getattr(error, 'filename', None) or ''}: ".removeprefix(": ")

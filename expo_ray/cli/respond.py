@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from expo_ray.cli.exit_status import FAILED
 from expo_ray.cli.flags import given_flags
-from expo_ray.cli.process import FAILED
 from expo_ray.config import Job, PromptSource, PublishedModel, Sampling, Serving, load_job
 from expo_ray.config.fields import named_after
 from expo_ray.errors import Collected, JobError, Problems

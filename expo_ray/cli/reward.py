@@ -6,8 +6,8 @@ import argparse
 import sys
 from collections.abc import Collection, Sequence
 
+from expo_ray.cli.exit_status import FAILED
 from expo_ray.cli.flags import given_flags, with_flags
-from expo_ray.cli.process import FAILED
 from expo_ray.config import Job, RewardModel, load_job
 from expo_ray.errors import Collected, JobError
 from expo_ray.evaluation.check_job import check_rewards

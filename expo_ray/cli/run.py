@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from expo_ray.cli.exit_status import FAILED
 from expo_ray.cli.extras import require
-from expo_ray.cli.process import FAILED
 from expo_ray.config import Job, load_job
 from expo_ray.evaluation.check_job import CheckedJob, check_job
 from expo_ray.evaluation.job_report import push_winners, write_report

@@ -1,5 +1,9 @@
+"""The arrows of the house: which room imports which, and what importing a module loads."""
+
 from __future__ import annotations
 
+import ast
+import graphlib
 import os
 import pkgutil
 import subprocess
@@ -11,8 +15,25 @@ import pytest
 
 import expo_ray
 from expo_ray.cli.extras import EXTRAS
+from tests.support.paths import ROOT
 
 HEAVY = ("ray", "vllm", "transformers")
+# Rooms from the top of the house down: a room imports rooms of its own line and of the lines below.
+FLOORS = (
+    ("cli",),
+    ("on_ray",),
+    ("evaluation", "benchmark"),
+    ("serving",),
+    ("published",),
+    ("extrapolation",),
+    ("report",),
+    ("arithmetic", "checkpoint"),
+    ("progress", "home"),
+    ("storage",),
+    ("config",),
+    ("errors", "text", "untrusted", "time_limit"),
+)
+PACKAGE = Path(expo_ray.__file__).parent
 ON_A_CLUSTER = tuple(f"expo_ray.cli.{command}" for command in ("run", "serve", "respond", "reward"))
 
 
@@ -111,3 +132,77 @@ print(sorted({{'pandas', 'sklearn', 'alpaca_eval', 'scipy', 'matplotlib'}} & set
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert loaded.stdout.strip() == "[]"
     assert "expo_ray.benchmark.alpaca_eval.package_fit" in names
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules that a file imports anywhere, in functions and for type checkers as well."""
+    modules: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            modules |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return modules
+
+
+def imports_by_module() -> dict[str, set[str]]:
+    """Modules of this package that each of its modules imports, itself excluded."""
+    paths = {
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in PACKAGE.rglob("*.py")
+    }
+    return {module: (imports_of(path) & paths.keys()) - {module} for module, path in paths.items()}
+
+
+def floor_of(module: str) -> int:
+    """Number of floors above a module; the package itself is the ground."""
+    room = module.split(".")[1] if "." in module else ""
+    return next((floor for floor, rooms in enumerate(FLOORS) if room in rooms), len(FLOORS))
+
+
+def test_every_room_has_its_floor() -> None:
+    rooms = {
+        path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert rooms - {"__init__"} == {room for rooms_of_floor in FLOORS for room in rooms_of_floor}
+
+
+def test_no_import_leads_to_a_room_above() -> None:
+    upward = [
+        f"{module} imports {imported}"
+        for module, imports in imports_by_module().items()
+        for imported in imports
+        if floor_of(imported) < floor_of(module)
+    ]
+    assert upward == []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graphlib.TopologicalSorter(imports_by_module()).prepare()  # a CycleError names the modules of a circle
+
+
+def test_every_file_of_on_ray_imports_ray_or_vllm_and_no_other_file_does() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        if path.name == "__init__.py":
+            continue
+        imports = {module.partition(".")[0] for module in imports_of(path)}
+        inside = "on_ray" in path.relative_to(PACKAGE).parts
+        assert bool(imports & {"ray", "vllm"}) is inside, path
+
+
+def test_the_command_line_runs_the_pipeline_as_the_job_file_does() -> None:
+    # jobs/ is not installed with the package, so that the steps stand in both.
+    steps = [steps_of(path) for path in (ROOT / "jobs" / "pipeline.py", PACKAGE / "cli" / "run.py")]
+    assert steps[0] == steps[1]
+
+
+def steps_of(path: Path) -> list[str]:
+    """The statements of a file's function `run`, without its imports and docstring."""
+    functions = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
+    (run,) = (function for function in functions if function.name == "run")
+    return [
+        ast.unparse(node)
+        for node in run.body
+        if not isinstance(node, ast.ImportFrom)
+        and not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
+    ]

@@ -19,14 +19,16 @@ import yaml
 pytest.importorskip("ray")
 
 import ray
-from expo_ray.on_ray.check_job import prepare, versions
 
 from expo_ray.cli.process import main
 from expo_ray.config import Sampling, load_job
+from expo_ray.evaluation.check_job import check_job, package_versions
+from expo_ray.evaluation.job_report import write_report
 from expo_ray.evaluation.records import Message, digest, seed_of
 from expo_ray.evaluation.responses.client import Answer, Client
 from expo_ray.extrapolation.step import parse_step
-from expo_ray.on_ray import pipeline, search_pairs
+from expo_ray.on_ray import pipeline
+from expo_ray.on_ray.rewards.pool import RewardPool
 from expo_ray.on_ray.serving.serve_models import Endpoint
 from expo_ray.report.report_page import PAGE
 from expo_ray.report.results_file import read_results
@@ -48,7 +50,7 @@ def stored_versions() -> dict[str, str]:
 
 
 def current_versions() -> dict[str, str]:
-    current = versions()
+    current = package_versions()
     return {"vllm": current.get("vllm", ""), "python": ".".join(current["python"].split(".")[:2])}
 
 
@@ -122,17 +124,18 @@ def test_a_report_is_written_of_a_stored_run(folder: Path) -> None:
 
 @same_versions
 def test_keys_are_those_of_the_stored_runs_wherever_they_lie(folder: Path) -> None:
-    prepared = prepare(load_job(folder / "finished.yaml"))
-    (plan,) = prepared.plans
+    checked = check_job(load_job(folder / "finished.yaml"))
+    (plan,), (reward,) = checked.plans, checked.rewards
+    reward_ids = {"letter": RewardPool(reward).id}
     stored = json.loads((folder / "finished" / "results.json").read_text())
-    assert prepared.digests == stored["digests"]
+    assert checked.digests(reward_ids) == stored["digests"]
 
     (search,) = (folder / "finished" / "evaluation" / "searches").iterdir()
-    assert search.name == f"tiny-{prepared.search_id(plan)}.json"
+    assert search.name == f"tiny-{checked.search_id(plan, reward_ids)}.json"
     (prompts,) = (folder / "finished" / "evaluation" / "prompts").iterdir()
-    assert prompts.name == f"letters-{prepared.prompts.digest}.jsonl"
+    assert prompts.name == f"letters-{checked.prompts.digest}.jsonl"
     (rewards,) = {path.name for path in folder.glob("finished/evaluation/*/*/rewards/*")}
-    assert rewards == f"letter-{prepared.pools[0].id}"
+    assert rewards == f"letter-{reward_ids['letter']}"
 
     model = published_model(folder)
     plan_id = plan.plan_id(stored["pairs"][0]["decision"])
@@ -212,12 +215,11 @@ def test_a_run_that_was_cut_short_goes_on_and_its_published_model_is_served(
     assert not (run / "results.json").exists()
     with served(folder) as url:
         # One endpoint for the whole test: the pipeline takes it for its own. The session's Ray has one CPU.
-        monkeypatch.setattr(pipeline, "cluster", contextlib.nullcontext)
         monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
-        monkeypatch.setattr(
-            search_pairs, "serving", lambda *_: contextlib.nullcontext(Endpoint(url, slots=4))
-        )
-        results = pipeline.run_pipeline(prepare(load_job(folder / "cut.yaml")))
+        monkeypatch.setattr(pipeline, "serving", lambda *_: contextlib.nullcontext(Endpoint(url, slots=4)))
+        checked = check_job(load_job(folder / "cut.yaml"))
+        searches = pipeline.search_pairs(checked)
+        results = write_report(checked, searches, pipeline.publish_winners(checked, searches))
         assert len(answer_of(url, "published")) > 0
 
     assert not results.failures

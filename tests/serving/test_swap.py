@@ -41,9 +41,7 @@ def test_after_swaps_both_ways_an_engine_answers_as_one_started_on_the_published
     assert (found["first, head kept"] != first) == tied
     assert ("refused" in found) == tied
     if tied:
-        assert (
-            "does not hold the weights of alpha 1: model.embed_tokens.weight are others" in found["refused"]
-        )
+        assert "does not hold the weights of alpha 1: model.embed_tokens.weight differ" in found["refused"]
         assert "not to be trusted" in found["health"]
 
 

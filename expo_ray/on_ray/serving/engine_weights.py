@@ -1,8 +1,10 @@
-"""Where an engine keeps the elements of a checkpoint's tensors, and what it computes with there; private to vLLM as `engine_adapter` is.
+"""Find the elements of a checkpoint's tensors in a running engine, and read the values that it computes with.
 
-Nothing here knows an architecture. vLLM's own loader is given tensors that hold the indices of their elements instead of weights, so
-that it shows where each goes: fused, transposed, sliced or one of many experts. Layers that pack their weights are given indices
-as well, or are asked: multiplied with unit vectors, a linear layer gives its columns, whatever it has packed.
+Like `engine_adapter` this file knows private names of vLLM.
+
+Nothing here knows an architecture. vLLM's own loader is given tensors that hold the indices of their elements instead of weights.
+So it shows where each element goes: fused, transposed, sliced or one of many experts. Layers that pack their weights are given
+indices as well, or are probed: multiplied with unit vectors, a linear layer returns its columns, however it has packed them.
 """
 
 from __future__ import annotations
@@ -11,57 +13,35 @@ import inspect
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from expo_ray.serving.weight_check import Place, TracedTensor
 
 # Places that are kept of each tensor, in each of two directions.
 GRID = 32
 
 
-@dataclass(frozen=True)
-class Place:
-    """Elements of one parameter of the engine that come from one tensor of the checkpoint.
+class VllmWeights:
+    """The weights that an engine of this process holds; see `expo_ray.serving.weight_check.EngineWeights`.
 
-    Attributes:
-        shape: of the parameter as the loader fills it, before any packing.
-        rows: indices of all its dimensions but the last.
-        columns: indices of the last.
-        origins: (rows, columns, dimensions of the tensor) indices of these elements in the checkpoint.
+    Args:
+        model: vLLM's, whose layers may hold several tensors of the checkpoint, or a slice of one.
+        dtype: that the engine computes in.
     """
 
-    module: Any
-    parameter: str
-    shape: tuple[int, ...]
-    rows: Sequence[tuple[int, ...]]
-    columns: Sequence[int]
-    origins: torch.Tensor
+    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+        self._model, self.dtype = model, dtype
 
-    def sample(self, chosen: random.Random, count: int) -> Place:
-        """At most `count` rows and columns of it."""
-        rows, columns = (
-            sorted(chosen.sample(range(size), min(size, count)))
-            for size in (len(self.rows), len(self.columns))
-        )
-        picked = [self.rows[index] for index in rows], [self.columns[index] for index in columns]
-        return Place(self.module, self.parameter, self.shape, *picked, self.origins[rows][:, columns])
+    def trace(self, name: str, shape: Sequence[int]) -> TracedTensor:
+        return trace(self._model, name, shape)
+
+    def held_values(self, place: Place) -> list[torch.Tensor]:
+        return held_values(self._model, place, self.dtype)
 
 
-@dataclass(frozen=True)
-class Traced:
-    """Where a tensor of the checkpoint goes.
-
-    Attributes:
-        used: whether the engine loads it at all; it leaves out copies that are tied, for example.
-        places: on this worker; empty if other workers hold all of it.
-    """
-
-    used: bool
-    places: Sequence[Place]
-
-
-def trace(model: Any, name: str, shape: Sequence[int]) -> Traced:
+def trace(model: Any, name: str, shape: Sequence[int]) -> TracedTensor:
     """Follow one tensor through vLLM's loader; the weights stay as they are.
 
     Args:
@@ -82,7 +62,7 @@ def trace(model: Any, name: str, shape: Sequence[int]) -> Traced:
         for key, sheet in sheets.items():
             grids.setdefault(key, _Grid(sheet, random.Random(name))).read(sheet)
     places = [grid.place(module, parameter, shape) for (module, parameter), grid in grids.items()]
-    return Traced(bool(grids), [place for place in places if place is not None])
+    return TracedTensor(bool(grids), [place for place in places if place is not None])
 
 
 class _Grid:
@@ -148,7 +128,7 @@ def _sheets(model: Any) -> Iterator[dict[tuple[Any, str], torch.Tensor]]:
 
 
 def _keep(tensor: Any) -> Callable[[], None]:
-    """What gives a tensor its loader back, and its values, which a few layers keep during a reload."""
+    """Return a function that gives a tensor its loader back, and its values, which a few layers keep during a reload."""
     values = None if tensor.is_meta else tensor.detach().clone()
     attributes = dict(tensor.__dict__)
 
@@ -186,7 +166,7 @@ def _sheet_loader(
 
 
 def held_values(model: Any, place: Place, dtype: torch.dtype) -> list[torch.Tensor]:
-    """What this worker computes with at a place, (rows, columns) in float32, of each layer that uses the parameter.
+    """Read the values that this worker computes with at a place, (rows, columns) in float32, of each layer that uses the parameter.
 
     Args:
         dtype: that the engine computes in.
@@ -217,7 +197,7 @@ def held_values(model: Any, place: Place, dtype: torch.dtype) -> list[torch.Tens
 
 
 def _stored(place: Place) -> list[torch.Tensor]:
-    """The values of a parameter that is kept as it was loaded, or in an order that can be learnt."""
+    """Read a parameter that is kept as it was loaded, or in an order that can be learnt."""
     stored = getattr(place.module, place.parameter, None)
     if not isinstance(stored, torch.Tensor):
         return []
@@ -235,7 +215,7 @@ def _stored(place: Place) -> list[torch.Tensor]:
 
 
 def _packing(place: Place) -> torch.Tensor | None:
-    """Where the packed matrix of an expert holds each element of the plain one; None if the layer packs nothing."""
+    """Index in an expert's packed matrix of each element of the plain one; None if the layer packs nothing."""
     experts = _packing_experts(place.module)
     if experts is None or len(place.shape) != 3:
         return None
@@ -249,6 +229,8 @@ def _learn_packing(place: Place, experts: Any) -> torch.Tensor:
     """Let the layer pack an expert whose weights are the numbers of their places: packing moves them and changes none."""
     layer, size = place.module, place.shape[1] * place.shape[2]
     dtype = getattr(layer, place.parameter).dtype
+    # The labels are written into the bits of floats. Their two highest bits stay 0, so that none is NaN or infinite. A float of
+    # 16 bits carries 14 bits of a label at a time, hence several passes.
     integers, bits = (torch.int32, 30) if dtype.itemsize == 4 else (torch.int16, 14)
     labels = torch.zeros(0)
     for shift in range(0, 30, bits):
@@ -321,8 +303,8 @@ def pack_experts_again() -> None:
     UnquantizedFusedMoEMethod._setup_kernel = set_up  # type: ignore[method-assign]
 
 
-def give_reload_up(model: Any) -> None:
-    """Put layers that a broken off `reload_weights` has left empty back as they were, so that another one may begin."""
+def abandon_reload(model: Any) -> None:
+    """Restore layers that an interrupted `reload_weights` has left empty, so that another reload may begin."""
     from vllm.model_executor.model_loader.reload.layerwise import _place_kernel_tensors, get_layerwise_info
 
     for layer in model.modules():
@@ -333,7 +315,7 @@ def give_reload_up(model: Any) -> None:
 
 
 def repack_heads(model: torch.nn.Module) -> None:
-    """Let output heads see new weights.
+    """Pack the output heads anew, after their weights have changed.
 
     On CPUs vLLM computes with a packed copy. `reload_weights` packs anew what it loads, and of tied weights it loads the embedding
     only: logprobs were off by 1.1 before this.

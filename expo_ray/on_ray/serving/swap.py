@@ -1,4 +1,4 @@
-"""The swap: weights of another step into a running engine."""
+"""Swap the weights of a running engine for those of another step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from expo_ray.text import first_few
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
-    from expo_ray.on_ray.serving.weight_check import Comparison
+    from expo_ray.serving.weight_check import Comparison
 
 
 class PairWorker:
@@ -37,10 +37,10 @@ class PairWorker:
         return {"max_model_len": int(self.model_config.max_model_len), "dtype": dtype}
 
     def expo_open(self, plan: bytes, holds_dpo: bool) -> None:
-        """Learn which pair this engine serves.
+        """Download the parents of the pair that this engine serves, and find out what can be compared after a swap.
 
         Args:
-            plan: a pickled `PairPlan`; its parents are fetched to this node if they are not on it.
+            plan: a pickled `PairPlan`; its parents are downloaded to this node if they are not on it.
             holds_dpo: whether the engine holds the weights of alpha 0, loaded from dpo's folder.
 
         Raises:
@@ -48,15 +48,15 @@ class PairWorker:
             StorageError: if a parent cannot be fetched.
         """
         from expo_ray.on_ray.serving.engine_adapter import plain_logs
-        from expo_ray.on_ray.serving.engine_weights import pack_experts_again
-        from expo_ray.on_ray.serving.weight_check import Comparison
+        from expo_ray.on_ray.serving.engine_weights import VllmWeights, pack_experts_again
         from expo_ray.serving.node_cache import download_parents
+        from expo_ray.serving.weight_check import Comparison
 
         plain_logs()
         self.expo_plan = download_parents(pickle.loads(plan))
         dtype = self.model_config.dtype
         assert isinstance(dtype, torch.dtype)
-        self.expo_comparison = Comparison(self.expo_plan, self.get_model(), dtype)
+        self.expo_comparison = Comparison(self.expo_plan, VllmWeights(self.get_model(), dtype))
         pack_experts_again()
         if holds_dpo or self.expo_plan.dpo.adapter:  # an engine for an adapter starts with sft's folder
             self.expo_comparison.leave_out_rearranged(DPO if holds_dpo else SFT)
@@ -66,33 +66,33 @@ class PairWorker:
         """Load the weights of a step, given as its text, and compare what the engine then holds with the plan's arithmetic.
 
         Returns:
-            Why the weights of this step cannot be computed; the engine then holds a mixture, and the next swap makes it whole.
-            Empty if they are loaded. No error, as those that cross processes lose their class.
+            Empty if they are loaded. Else the reason why the weights of this step cannot be computed; the engine then holds a
+            mixture, and the next swap makes it whole. Not raised, as errors that cross processes lose their class.
 
         Raises:
             RuntimeError: if the engine holds others than computed.
             StorageError: if the parents cannot be read; what the engine holds then is unknown.
         """
-        from expo_ray.on_ray.serving.engine_weights import give_reload_up, repack_heads
+        from expo_ray.on_ray.serving.engine_weights import abandon_reload, repack_heads
 
         step = parse_step(text)
         try:
             self.reload_weights(weights_iterator=extrapolated(stepped(self.expo_plan, step), step.alpha))
         except ArithmeticFault as fault:
-            give_reload_up(self.get_model())
+            abandon_reload(self.get_model())
             return str(fault)
         repack_heads(self.get_model())
         self.expo_compare(step)
         return ""
 
     def expo_compare(self, step: Step) -> None:
-        """See that sampled weights are those of `step`.
+        """Compare sampled weights with those of `step`.
 
         Raises:
             RuntimeError: if they are not.
         """
-        wrong = self.expo_comparison.differing(step)
+        wrong = self.expo_comparison.find_differing(step)
         if wrong:
             raise RuntimeError(
-                f"the engine does not hold the weights of alpha {step}: {first_few(wrong)} are others"
+                f"the engine does not hold the weights of alpha {step}: {first_few(wrong)} differ"
             )
