@@ -103,6 +103,11 @@ def test_commands_that_are_only_mentioned_exist(document: Path) -> None:
     assert mentioned <= known
 
 
+def test_the_front_page_names_every_command() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert not [name for name in _subcommands(command_parser()) if f"expo-ray {name}" not in text]
+
+
 def test_targets_of_make_and_questions_of_benchmarks_exist(document: Path) -> None:
     text = document.read_text()
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
