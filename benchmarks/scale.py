@@ -23,7 +23,7 @@ from expo_ray.checkpoint.tensors import Tensor
 from expo_ray.config import Pair
 from expo_ray.extrapolation.layout import lay_out
 from expo_ray.extrapolation.match import TensorPlan
-from expo_ray.extrapolation.model_folder import OutputState
+from expo_ray.extrapolation.model_folder import FolderState
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.plan_job import JobPlan
 from expo_ray.extrapolation.publish import Published
@@ -145,7 +145,7 @@ def simulated_job(shards: int, folder: Path) -> JobPlan:
     pairs = tuple(
         simulated_pair(number, SHARDS_PER_PAIR, folder) for number in range(shards // SHARDS_PER_PAIR)
     )
-    return JobPlan(pairs, {(pair.name, ALPHA): OutputState() for pair in pairs})
+    return JobPlan(pairs, {(pair.name, ALPHA): FolderState() for pair in pairs})
 
 
 def simulated_pair(number: int, shards: int, output: Path) -> PairPlan:

@@ -37,7 +37,7 @@ from expo_ray.evaluation.responses.client import Client, GaveUp, Refused
 from expo_ray.evaluation.rewards.reward_file import read_responses
 from expo_ray.evaluation.rewards.reward_model import inspect_reward_model
 from expo_ray.evaluation.row_store import read_rows
-from expo_ray.extrapolation.model_folder import claimed_by
+from expo_ray.extrapolation.model_folder import read_claim
 from expo_ray.extrapolation.plan import plan_pair
 from expo_ray.extrapolation.receipt import read_receipt
 from expo_ray.published.verify import read_manifest, verify_files
@@ -223,7 +223,7 @@ def _published(chance: random.Random) -> None:
     uri = _store(_one_mutated(_PUBLISHED, chance))
     store = open_store(uri)
     try:
-        claimed_by(store)
+        read_claim(store)
         present = {info.key: info for info in store.list()}
         for key in present:
             read_receipt(

@@ -1,4 +1,4 @@
-"""The executor of one machine: shards in threads of this process, no cluster."""
+"""The executor without a cluster: shards in threads of this process."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from expo_ray.arithmetic.kernels import resolve_device
 from expo_ray.errors import TransientStorageError
+from expo_ray.extrapolation.model_folder import ModelFolder
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.publish import Published, publish
 from expo_ray.extrapolation.run_job import Executor, Failures
@@ -19,7 +20,7 @@ from expo_ray.progress import Progress
 # One shard keeps about four cores busy: two with arithmetic, one hashing, one writing.
 _CORES_PER_SHARD = 4
 _MOST_SHARDS = 8
-# What the store itself cannot ask again: an upload that broke must be begun anew.
+# Attempts after the first. A store repeats single requests itself; an upload that broke must be begun anew.
 MAX_RETRIES = 2
 
 log = logging.getLogger("expo_ray")
@@ -42,7 +43,7 @@ class InThreads(Executor):
         return self._pool.submit(self._extrapolate, plan, index, alphas)
 
     def publish(self, plan: PairPlan, alpha: float) -> Future[Published]:
-        return self._pool.submit(publish, plan, alpha)
+        return self._pool.submit(lambda: publish(ModelFolder(plan, alpha)))
 
     def cancel(self) -> None:
         self._cancelled.set()

@@ -1,11 +1,20 @@
-"""The manifest `expo.json` of a published model: read from anywhere, so checked field by field before anything trusts it."""
+"""The manifest `expo.json` of a published model: what is written into it, and how it is read.
+
+It is read from anywhere, so it is checked field by field before anything trusts it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator
 
+from expo_ray import __version__
+from expo_ray.arithmetic.rule import ROUNDINGS
+from expo_ray.arithmetic.sums import TensorStatistics
+from expo_ray.checkpoint.folder import Checkpoint
+from expo_ray.config import format_alpha
 from expo_ray.config.fields import (
     NAME,
     AdapterPolicy,
@@ -17,13 +26,107 @@ from expo_ray.config.fields import (
     check_alpha,
 )
 from expo_ray.errors import CheckpointError, ExpoError, StorageError
+from expo_ray.extrapolation.plan import PairPlan
+from expo_ray.extrapolation.receipt import Receipt
 from expo_ray.storage.uri import check_key
+from expo_ray.text import first_few
 from expo_ray.untrusted import TOKENIZER_BYTES, Foreign, is_ambiguous, parse_json_object, validated
 
-# It holds a line for each tensor.
+MANIFEST = "expo.json"
+# It holds a few lines for each tensor.
 MANIFEST_BYTES = TOKENIZER_BYTES
 FORMAT = 1
 REMEDY = "run its job again with --overwrite"
+
+EFFECTIVE_ALPHA_TOLERANCE = 0.05
+# RMS(delta)/RMS(dpo) of DPO and RLHF runs lies around 1e-3 (2.6e-3 on the example pair); supervised fine-tuning of a base
+# model moves its weights ten times as far, and extrapolating that is a known failure (arXiv 2404.16792, section 4.3).
+LARGEST_ALIGNMENT_DELTA = 3e-2
+
+
+def manifest_of(plan: PairPlan, alpha: float, receipts: Sequence[Receipt]) -> dict[str, Any]:
+    """The manifest of the model of `plan` at `alpha`, but for `files`, the digests of what lies beside the shards.
+
+    Args:
+        receipts: of every shard, in their order.
+    """
+    options = plan.options
+    statistics = statistics_by_tensor(receipts)
+    return {
+        "format": FORMAT,
+        "expo_ray": __version__,
+        "plan": plan.plan_id(alpha),
+        "pair": plan.name,
+        "alpha": alpha,
+        "arithmetic": {
+            "formula": ROUNDINGS[options.rounding].formula,
+            "rounding": options.rounding,
+            "seed": options.seed,
+            "dtype": options.dtype,
+            "vocab": options.vocab,
+            "adapter": options.adapter if plan.dpo.adapter else None,
+            "multipliers": dict(options.multipliers),
+            "shard_size": options.shard_size,
+        },
+        "parents": {side: _parent(checkpoint) for side, checkpoint in (("sft", plan.sft), ("dpo", plan.dpo))},
+        "shards": [
+            {"file": receipt.file, "size": receipt.size, "sha256": receipt.sha256} for receipt in receipts
+        ],
+        "warnings": list(_warnings(plan, alpha, statistics)),
+        "not_carried_over": list(plan.left_behind),
+        "statistics": _described(sum(statistics.values(), TensorStatistics()))
+        | {"tensors": {name: _described(sums) for name, sums in statistics.items()}},
+    }
+
+
+def statistics_by_tensor(receipts: Sequence[Receipt]) -> dict[str, TensorStatistics]:
+    """Statistics of every tensor that was extrapolated, by name; no tensor lies in two shards."""
+    return {name: sums for receipt in receipts for name, sums in receipt.statistics.items()}
+
+
+def _warnings(plan: PairPlan, alpha: float, statistics: Mapping[str, TensorStatistics]) -> Iterator[str]:
+    """Warn of an effective alpha that is not the one asked for, and of a delta too large for alignment."""
+    multipliers = {tensor.name: tensor.multiplier for shard in plan.shards for tensor in shard.tensors}
+    # Of each tensor, what `moved_delta` would be without rounding.
+    wanted = {name: alpha * multipliers[name] * sums.delta_square for name, sums in statistics.items()}
+    total = sum(statistics.values(), TensorStatistics())
+    if _is_off(total.moved_delta, sum(wanted.values())):
+        nominal = sum(wanted.values()) / total.delta_square
+        off = [name for name, sums in statistics.items() if _is_off(sums.moved_delta, wanted[name])]
+        yield (
+            f"the effective alpha is {total.effective_alpha:.3f} where {nominal:.3g} was asked for: "
+            f"{ROUNDINGS[plan.options.rounding].loss} (most in {first_few(off, 3)})"
+        )
+    if total.relative_delta > LARGEST_ALIGNMENT_DELTA:
+        yield (
+            f"dpo differs from sft by {total.relative_delta:.1%} of the weights' RMS, more than alignment training does; if sft is "
+            f"a base model and dpo its fine-tuned one, alpha {format_alpha(alpha)} will likely break it"
+        )
+
+
+def _is_off(moved: float, wanted: float) -> bool:
+    return wanted != 0 and abs(moved / wanted - 1) > EFFECTIVE_ALPHA_TOLERANCE
+
+
+def _parent(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {
+        "uri": checkpoint.uri,
+        "revision": checkpoint.revision,
+        "files": {
+            key: {"size": info.size, "etag": info.etag} for key, info in sorted(checkpoint.files.items())
+        },
+    }
+
+
+def _described(sums: TensorStatistics) -> dict[str, float | int]:
+    rms_weight = (sums.dpo_square / sums.elements) ** 0.5 if sums.elements else 0.0
+    return {
+        "elements": sums.elements,
+        "changed_share": float(f"{sums.changed_share:.6g}"),
+        "rms_weight": float(f"{rms_weight:.6g}"),
+        "rms_delta": float(f"{rms_weight * sums.relative_delta:.6g}"),
+        "effective_alpha": float(f"{sums.effective_alpha:.6g}"),
+    }
 
 
 def _plain_key(key: str) -> str:

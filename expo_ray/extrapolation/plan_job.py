@@ -1,31 +1,35 @@
-"""A whole job before it begins: what every pair needs, and what of it is there."""
+"""Plan a whole job before it begins: what every pair needs, and how much of it is there already."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from expo_ray.config import Job, Pair, format_alpha
-from expo_ray.errors import ExpoError, JobError, Problems, problems_of
-from expo_ray.extrapolation.model_folder import OutputState, check_space, inspect_output
+from expo_ray.errors import Collected, ExpoError, JobError, OutputError, problems_of
+from expo_ray.extrapolation.model_folder import FolderState, ModelFolder, local_folder
 from expo_ray.extrapolation.pinned import refuse_replaced
 from expo_ray.extrapolation.plan import PairPlan, named, plan_pair
+from expo_ray.progress import size_text
 from expo_ray.storage import join_uri
+from expo_ray.storage.local_writer import free_bytes
 
+# Planning waits for stores: a few requests for each parent.
 _PLANNING_THREADS = 8
 
 
 @dataclass(frozen=True)
 class JobPlan:
-    """All that a job will do.
+    """The pairs of a job, and what their folders hold already.
 
     Attributes:
-        states: what is already there, by pair name and alpha.
+        states: of each model's folder, by pair name and alpha.
     """
 
     pairs: tuple[PairPlan, ...]
-    states: Mapping[tuple[str, float], OutputState]
+    states: Mapping[tuple[str, float], FolderState]
 
     def missing(self, plan: PairPlan, index: int) -> list[float]:
         """The alphas whose model lacks shard `index`."""
@@ -41,7 +45,7 @@ class JobPlan:
         return sum(map(self.bytes_of, self.pairs))
 
     def bytes_of(self, plan: PairPlan) -> int:
-        """What is still to be written for one pair."""
+        """Bytes that are still to be written for one pair."""
         return sum(shard.size * len(self.missing(plan, index)) for index, shard in enumerate(plan.shards))
 
 
@@ -61,21 +65,19 @@ def plan_job(
     Raises:
         Problems: with everything that is wrong with any of them.
     """
-    problems: list[ExpoError] = []
-    plans: list[PairPlan] = []
-    states: dict[tuple[str, float], OutputState] = {}
     with ThreadPoolExecutor(_PLANNING_THREADS, "plan") as pool:
         planned = [
             pool.submit(_plan_and_inspect, pair, folders, overwrite)
             for pair, folders in zip(pairs, outputs, strict=True)
         ]
+    problems, plans, states = Collected(), list[PairPlan](), dict[tuple[str, float], FolderState]()
     for future in planned:
-        plan, found, wrong = future.result()
-        problems += wrong
-        if plan:
+        with problems.catching():
+            plan, states_of_pair = future.result()
             plans.append(plan)
-            states |= found
-    return _with_space(plans, states, problems)
+            states |= states_of_pair
+    problems.raise_any()
+    return _with_space(plans, states)
 
 
 def inspect_job(plans: Sequence[PairPlan]) -> JobPlan:
@@ -84,67 +86,98 @@ def inspect_job(plans: Sequence[PairPlan]) -> JobPlan:
     Raises:
         Problems: with everything that is wrong with any of them.
     """
-    problems: list[ExpoError] = []
-    states: dict[tuple[str, float], OutputState] = {}
+    problems, states = Collected(), dict[tuple[str, float], FolderState]()
     for plan in plans:
-        found, wrong = _inspect(plan, overwrite=False)
-        states |= found
-        problems += wrong
-    return _with_space(plans, states, problems)
+        with problems.catching():
+            states |= _inspect(plan, overwrite=False)
+    problems.raise_any()
+    return _with_space(plans, states)
 
 
 def inspect_pairs(plans: Sequence[PairPlan]) -> tuple[JobPlan, dict[str, Exception]]:
-    """Look at pairs that are planned already, each alone: the job of those that can be written, and why others cannot, by name.
+    """Look at pairs that are planned already, each alone; nothing is written.
 
-    A pair that is still to be written needs both parents as they were planned. Where a disk has no room for all, the first pairs
-    take it.
+    A pair that is still to be written needs both parents as they were planned. If a disk has no room for all pairs, the first
+    ones take it.
+
+    Returns:
+        The job of those that can be written, and why others cannot, by name.
     """
     job, failures = JobPlan((), {}), dict[str, Exception]()
     for plan in plans:
         try:
-            alone = inspect_job([plan])
-            if not all(state.published for state in alone.states.values()):
+            states = _inspect(plan, overwrite=False)
+            if not all(state.published for state in states.values()):
                 refuse_replaced(plan)
-            job = _with_space([*job.pairs, plan], {**job.states, **alone.states}, [])
+            job = _with_space([*job.pairs, plan], {**job.states, **states})
         except ExpoError as error:
             failures[plan.name] = error
     return job, failures
 
 
-def _with_space(
-    plans: Sequence[PairPlan], states: Mapping[tuple[str, float], OutputState], problems: list[ExpoError]
-) -> JobPlan:
-    """The job, unless there are problems, or disks without room for it."""
+def _plan_and_inspect(
+    pair: Pair, outputs: Mapping[float, str], overwrite: bool
+) -> tuple[PairPlan, dict[tuple[str, float], FolderState]]:
+    if not pair.alphas:
+        raise JobError(f"{pair.name}: no alpha is given; add `alphas: [0.5]` to the pair or to `defaults`")
+    plan = plan_pair(pair, outputs)
+    return plan, _inspect(plan, overwrite=overwrite)
+
+
+def _inspect(plan: PairPlan, *, overwrite: bool) -> dict[tuple[str, float], FolderState]:
+    """Look at the folder of each model of a pair.
+
+    Raises:
+        Problems: with those that cannot be written.
+    """
+    states: dict[tuple[str, float], FolderState] = {}
+    problems = Collected()
+    for alpha in plan.outputs:
+        try:
+            states[plan.name, alpha] = ModelFolder(plan, alpha).inspect(overwrite=overwrite)
+        except ExpoError as error:
+            for problem in problems_of(error):
+                problems.add(named(plan.name, problem))
+    problems.raise_any()
+    return states
+
+
+def _with_space(plans: Sequence[PairPlan], states: Mapping[tuple[str, float], FolderState]) -> JobPlan:
+    """The job of these pairs.
+
+    Raises:
+        Problems: if a local disk has no room for what is to be written.
+    """
     job = JobPlan(tuple(plans), states)
-    if found := problems or check_space((plan, job.bytes_of(plan)) for plan in plans):
-        raise Problems(found)
+    problems = Collected()
+    for folder, size in _bytes_by_disk(job).values():
+        free = free_bytes(folder)
+        if free is not None and size > free:
+            problems.add(
+                OutputError(
+                    f"{folder}: {size_text(size)} are to be written, {size_text(free)} are free; free space or choose another output"
+                )
+            )
+    problems.raise_any()
     return job
 
 
-def _plan_and_inspect(
-    pair: Pair, outputs: Mapping[float, str], overwrite: bool
-) -> tuple[PairPlan | None, dict[tuple[str, float], OutputState], list[ExpoError]]:
-    if not pair.alphas:
-        return (
-            None,
-            {},
-            [JobError(f"{pair.name}: no alpha is given; add `alphas: [0.5]` to the pair or to `defaults`")],
-        )
-    try:
-        plan = plan_pair(pair, outputs)
-    except Problems as error:
-        return None, {}, list(error.problems)
-    return plan, *_inspect(plan, overwrite=overwrite)
+def _bytes_by_disk(job: JobPlan) -> dict[int, tuple[str, int]]:
+    """A folder of each local disk, and the bytes that are to be written on it, by the disk's device number."""
+    by_disk: dict[int, tuple[str, int]] = {}
+    for plan in job.pairs:
+        for uri in plan.outputs.values():
+            output = local_folder(uri)
+            if output:
+                folder = _existing(output)
+                device = os.stat(folder).st_dev
+                _, before = by_disk.get(device, (folder, 0))
+                by_disk[device] = (folder, before + job.bytes_of(plan) // len(plan.outputs))
+    return by_disk
 
 
-def _inspect(
-    plan: PairPlan, *, overwrite: bool
-) -> tuple[dict[tuple[str, float], OutputState], list[ExpoError]]:
-    states: dict[tuple[str, float], OutputState] = {}
-    problems: list[ExpoError] = []
-    for alpha in plan.outputs:
-        try:
-            states[plan.name, alpha] = inspect_output(plan, alpha, overwrite=overwrite)
-        except ExpoError as error:
-            problems += (named(plan.name, problem) for problem in problems_of(error))
-    return states, problems
+def _existing(folder: str) -> str:
+    """The folder, or the nearest one above it that exists."""
+    while not os.path.isdir(folder):
+        folder = os.path.dirname(folder)
+    return folder

@@ -1,4 +1,4 @@
-"""A whole job at work: extrapolate what is missing and publish, whoever executes it."""
+"""Run a whole job: extrapolate what is missing and publish, in this process or on a cluster."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ from typing import Any, Protocol, Self
 
 from expo_ray.config import format_alpha
 from expo_ray.errors import ExpoError, OutputError, TransientStorageError, in_one_line
-from expo_ray.extrapolation.model_folder import MANIFEST, claim, clear, release
+from expo_ray.extrapolation.model_folder import FolderState, ModelFolder
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.plan_job import JobPlan, inspect_pairs
 from expo_ray.extrapolation.publish import Published
 from expo_ray.progress import Progress
-from expo_ray.storage import check_conditional_writes, open_store
+from expo_ray.storage import Store, check_conditional_writes
 from expo_ray.text import first_few
 
 log = logging.getLogger("expo_ray")
 
-# Why models of a pair cannot be, by alpha.
+# Why models of a pair cannot be written, by alpha.
 Failures = Mapping[float, ExpoError]
 
 STALL_WARNING_S = 300
 
 
 class Executor(Protocol):
-    """Where the work runs: threads of this process, or a Ray cluster. Both tell their `Progress` what they have written.
+    """Place where the work runs: threads of this process, or a Ray cluster. Both count in a `Progress` what they have written.
 
-    As a context manager it cancels on the way out.
+    Work is given as plan and alpha, which can travel to another machine, and not as an open `ModelFolder`. As a context manager
+    it cancels on the way out.
 
     Attributes:
         slots: number of shards worth having under way at once.
@@ -40,7 +41,7 @@ class Executor(Protocol):
     slots: int
 
     def extrapolate(self, plan: PairPlan, index: int, alphas: Sequence[float]) -> Future[Failures]:
-        """Write one shard of the models at `alphas`, and their receipts; the result names those that cannot be."""
+        """Write one shard of the models at `alphas`, and their receipts; the result names those that cannot be written."""
 
     def publish(self, plan: PairPlan, alpha: float) -> Future[Published]:
         """Complete a model whose shards are stored."""
@@ -59,7 +60,7 @@ class Executor(Protocol):
 
 @dataclass
 class Outcome:
-    """What came of a job: `failures` holds the first error of each pair or model that failed."""
+    """The models that a job has published, and the first error of each pair or model that failed."""
 
     published: list[Published] = field(default_factory=list)
     failures: dict[str, Exception] = field(default_factory=dict)
@@ -76,7 +77,7 @@ def run_job(job: JobPlan, executor: Executor, progress: Progress) -> Outcome:
 
 
 def run_pairs(plans: Sequence[PairPlan], executor: Executor, progress: Progress) -> Outcome:
-    """Publish pairs that were planned before, each for itself: one that cannot be written any more fails alone.
+    """Publish pairs that were planned before. A pair that cannot be written any more fails alone.
 
     A parent that was replaced since is named among the failures, and nothing of its pair is written.
     """
@@ -103,7 +104,7 @@ def _work_off(job: JobPlan, executor: Executor, progress: Progress) -> Outcome:
     except BaseException:
         executor.cancel()
         raise
-    _let_go(_failed(job, run.outcome.failures))
+    _release(_failed_models(job, run.outcome.failures))
     return run.outcome
 
 
@@ -116,49 +117,63 @@ def _reserve(job: JobPlan, probed: set[str]) -> None:
     Raises:
         ExpoError: if an output cannot be claimed.
     """
-    todo = [
-        (plan, alpha)
-        for plan in job.pairs
-        for alpha in plan.outputs
-        if not job.states[plan.name, alpha].published
-    ]
-    claimed: list[tuple[PairPlan, float]] = []
-    for plan, alpha in todo:
-        store = open_store(plan.outputs[alpha])
-        place = store.uri.split("/")[2] if store.uri.startswith("s3://") else store.uri
-        if place not in probed:
-            check_conditional_writes(store)
-            probed.add(place)
-        if job.states[plan.name, alpha].stale:
-            clear(store)
-        if job.states[plan.name, alpha].damaged:
-            store.delete(MANIFEST)
-        try:
-            claim(plan, alpha)
-        except OutputError:
-            _let_go(claimed)
-            raise
-        claimed.append((plan, alpha))
+    claimed: list[ModelFolder] = []
+    for plan in job.pairs:
+        for alpha in plan.outputs:
+            state = job.states[plan.name, alpha]
+            if state.published:
+                continue
+            folder = ModelFolder(plan, alpha)
+            _probe(folder.store, probed)
+            try:
+                _make_way(folder, state)
+            except OutputError:
+                _release(claimed)
+                raise
+            claimed.append(folder)
 
 
-def _let_go(models: Iterable[tuple[PairPlan, float]]) -> None:
+def _probe(store: Store, probed: set[str]) -> None:
+    """Check that a store honours conditional writes, each bucket once."""
+    place = store.uri.split("/")[2] if store.uri.startswith("s3://") else store.uri
+    if place not in probed:
+        check_conditional_writes(store)
+        probed.add(place)
+
+
+def _make_way(folder: ModelFolder, state: FolderState) -> None:
+    """Delete what is to be overwritten, and claim the folder."""
+    if state.stale:
+        folder.clear()
+    if state.damaged:
+        folder.delete_manifest()
+    folder.claim()
+
+
+def _release(folders: Iterable[ModelFolder]) -> None:
     """Leave folders in which nothing was stored to other plans."""
-    for plan, alpha in models:
+    for folder in folders:
         with suppress(ExpoError):
-            release(plan, alpha)
+            folder.release()
 
 
-def _failed(job: JobPlan, failures: Mapping[str, Exception]) -> Iterator[tuple[PairPlan, float]]:
-    """The models that cannot be, as far as their store is known to answer."""
+def _failed_models(job: JobPlan, failures: Mapping[str, Exception]) -> Iterator[ModelFolder]:
+    """Models that failed, as far as their store is known to answer."""
     for plan in job.pairs:
         for alpha in plan.outputs:
             error = failures.get(plan.name) or failures.get(_model(plan, alpha))
             if isinstance(error, ExpoError) and not isinstance(error, TransientStorageError):
-                yield plan, alpha
+                yield ModelFolder(plan, alpha)
 
 
 class _Run:
-    """The state of one run: what is queued, under way, and still owed to each pair."""
+    """The state of one run.
+
+    Attributes:
+        queue: shards that are not begun, as plan and index.
+        under_way: futures of shards, and of publications, which have an alpha.
+        unfinished: number of shards, by pair, that are queued or under way; its models are published once there are none.
+    """
 
     def __init__(self, job: JobPlan, executor: Executor, progress: Progress) -> None:
         self.job, self.executor, self.progress = job, executor, progress
@@ -171,13 +186,14 @@ class _Run:
         ]
         # The biggest first, so that no big one is left to run alone at the end; popped from the back.
         self.queue = sorted(work, key=lambda item: item[0].shards[item[1]].size)
-        self.owed = {plan.name: sum(one is plan for one, _ in work) for plan in job.pairs}
+        self.unfinished = {plan.name: sum(other is plan for other, _ in work) for plan in job.pairs}
         self.under_way: dict[Future[Any], tuple[PairPlan, float | None]] = {}
         progress.expect(shards=len(work), bytes=job.bytes_to_write)
 
     def work_off(self) -> None:
+        """Extrapolate and publish until nothing is left."""
         for plan in self.job.pairs:
-            if not self.owed[plan.name]:
+            if not self.unfinished[plan.name]:
                 self._publish(plan)
         while self.queue or self.under_way:
             self._submit()
@@ -192,13 +208,14 @@ class _Run:
                 )  # fmt: skip
 
     def _submit(self) -> None:
+        # Twice as many as there are slots, so that none is idle while the driver settles what has finished.
         while self.queue and len(self.under_way) < 2 * self.executor.slots:
             plan, index = self.queue.pop()
             alphas = self._possible(plan, self.job.missing(plan, index))
             if alphas:
                 self.under_way[self.executor.extrapolate(plan, index, alphas)] = (plan, None)
             else:
-                self._settled(plan)
+                self._shard_settled(plan)
 
     def _settle(self, future: Future[Any], plan: PairPlan, alpha: float | None) -> None:
         error = future.exception()
@@ -217,18 +234,20 @@ class _Run:
             for failed, reason in future.result().items():
                 self._fail(_model(plan, failed), reason)
             self.progress.add(shards=1)
-        self._settled(plan)
+        self._shard_settled(plan)
 
-    def _settled(self, plan: PairPlan) -> None:
-        """One shard less is owed to the pair."""
-        self.owed[plan.name] -= 1
-        if not self.owed[plan.name]:
+    def _shard_settled(self, plan: PairPlan) -> None:
+        """Count one shard of the pair as done or failed, and publish the pair's models after the last."""
+        self.unfinished[plan.name] -= 1
+        if not self.unfinished[plan.name]:
             self._publish(plan)
 
     def _possible(self, plan: PairPlan, alphas: Iterable[float]) -> list[float]:
         """Those of `alphas` whose model has not failed."""
         failures = self.outcome.failures
-        return [] if plan.name in failures else [one for one in alphas if _model(plan, one) not in failures]
+        if plan.name in failures:
+            return []
+        return [alpha for alpha in alphas if _model(plan, alpha) not in failures]
 
     def _publish(self, plan: PairPlan) -> None:
         for alpha in self._possible(plan, plan.outputs):
@@ -237,7 +256,7 @@ class _Run:
     def _fail(self, name: str, error: Exception) -> None:
         if name not in self.outcome.failures:
             self.outcome.failures[name] = error
-            # The reason of an error that a user can mend stands in the summary; of any other, here and in full.
+            # The summary gives the reason of an error that a user can fix; of any other, the log has it in full.
             log.error("%s failed", name, exc_info=None if isinstance(error, ExpoError) else error)
 
 

@@ -12,25 +12,25 @@ from dataclasses import dataclass
 from expo_ray.arithmetic.sums import TensorStatistics
 from expo_ray.config import format_alpha
 from expo_ray.errors import ArithmeticFault, ExpoError, OutputError
-from expo_ray.extrapolation.model_folder import check_claim
+from expo_ray.extrapolation.layout import ShardPlan
+from expo_ray.extrapolation.model_folder import ModelFolder
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.receipt import Receipt, write_receipt
 from expo_ray.extrapolation.stream import HELD, computed_pages
-from expo_ray.storage import Store, open_store
 from expo_ray.text import first_few
 
-# The bytes of a page of one output, and what becomes of its hashing and its writing.
+# Size of a page of one output in bytes, and the futures of its hashing and its writing.
 _Appended = tuple[int, Future[None], Future[None]]
 _Page = list[_Appended]
 
 
 @dataclass(frozen=True)
 class Written:
-    """What came of one shard.
+    """The files of one shard that are stored, and why others are not.
 
     Attributes:
         receipts: of the files that are stored.
-        failures: why others cannot be, by alpha; nothing of them is left behind.
+        failures: why a model cannot be, by alpha; nothing of its file is left behind.
     """
 
     receipts: tuple[Receipt, ...]
@@ -53,7 +53,7 @@ def extrapolate_shard(
 
     Args:
         device: `cpu` or `cuda`; the bytes are the same.
-        on_bytes: told how many bytes of output have just been written.
+        on_bytes: called with the number of bytes that have just been written, summed over all outputs; what it raises ends the work.
 
     Raises:
         ArithmeticFault: if a parent holds NaN or infinity; nothing is left behind.
@@ -62,57 +62,65 @@ def extrapolate_shard(
     """
     shard = plan.shards[index]
     with ExitStack() as stack:
-        outputs = [
-            _Output(open_store(plan.outputs[alpha]), shard.file, shard.size, stack) for alpha in alphas
-        ]
+        outputs = [_Output(ModelFolder(plan, alpha), shard, stack) for alpha in alphas]
         totals: list[dict[str, TensorStatistics]] = [{} for _ in alphas]
         under_way: deque[_Page] = deque()
         for page in computed_pages(plan, index, alphas, device):
             under_way.append([output.append(out) for output, out in zip(outputs, page.outs, strict=True)])
             for tensor, statistics in page.statistics:
-                for total, one in zip(totals, statistics, strict=False):
-                    total[tensor] = total.get(tensor, TensorStatistics()) + one
-            if len(under_way) > HELD:
-                on_bytes(_finished(under_way.popleft()))
+                for total, sums in zip(totals, statistics, strict=False):  # no statistics where dpo is kept
+                    total[tensor] = total.get(tensor, TensorStatistics()) + sums
+            if len(under_way) > HELD:  # the buffers of older pages are about to be filled again
+                on_bytes(_wait_for(under_way.popleft()))
         while under_way:
-            on_bytes(_finished(under_way.popleft()))
+            on_bytes(_wait_for(under_way.popleft()))
         _refuse_broken_weights(totals[0])
         receipts: list[Receipt] = []
         failures: dict[float, ExpoError] = {}
         for alpha, output, total in zip(alphas, outputs, totals, strict=True):
             try:
                 _refuse_overflow(alpha, total)
-                check_claim(plan, alpha)  # or a job that was given up and lives on writes into its successor
-                receipts.append(output.finish(plan.plan_id(alpha), total))
+                receipts.append(output.commit(total))
             except (ArithmeticFault, OutputError) as error:
                 failures[alpha] = error
         return Written(tuple(receipts), failures)
 
 
 class _Output:
-    """One file being written and hashed, each in a thread of its own."""
+    """A file of one model, written in one thread and hashed in another.
 
-    def __init__(self, store: Store, file: str, size: int, stack: ExitStack) -> None:
-        self.store, self.file = store, file
-        self.writer = stack.enter_context(store.writer(file, size))
+    Args:
+        stack: its end removes what has been written and not committed.
+    """
+
+    def __init__(self, folder: ModelFolder, shard: ShardPlan, stack: ExitStack) -> None:
+        self.folder, self.file = folder, shard.file
+        self.writer = stack.enter_context(folder.store.writer(shard.file, shard.size))
         self.sha256 = hashlib.sha256()
         self._hashing, self._writing = (
             stack.enter_context(ThreadPoolExecutor(1, name)) for name in ("hash", "write")
         )
 
     def append(self, out: memoryview) -> _Appended:
+        """Queue bytes for both threads; they must stay as they are until `_wait_for`."""
         hashed = self._hashing.submit(self.sha256.update, out)
         return out.nbytes, hashed, self._writing.submit(self.writer.write, out)
 
-    def finish(self, plan_id: str, statistics: Mapping[str, TensorStatistics]) -> Receipt:
-        info = self.writer.commit()
-        receipt = Receipt(plan_id, self.file, info.size, self.sha256.hexdigest(), info.etag, statistics)
-        write_receipt(self.store, receipt)
+    def commit(self, statistics: Mapping[str, TensorStatistics]) -> Receipt:
+        """Store the file, then its receipt.
+
+        Raises:
+            OutputError: if another plan has taken the folder.
+        """
+        self.folder.check_claim()  # or a job that was given up and lives on writes into its successor
+        info, digest = self.writer.commit(), self.sha256.hexdigest()
+        receipt = Receipt(self.folder.plan_id, self.file, info.size, digest, info.etag, statistics)
+        write_receipt(self.folder.store, receipt)
         return receipt
 
 
-def _finished(page: _Page) -> int:
-    """Wait until a page is hashed and written; its bytes."""
+def _wait_for(page: _Page) -> int:
+    """Wait until a page is hashed and written; returns its size in bytes."""
     for _, hashed, written in page:
         hashed.result()
         written.result()
@@ -121,17 +129,19 @@ def _finished(page: _Page) -> int:
 
 def _refuse_broken_weights(total: Mapping[str, TensorStatistics]) -> None:
     broken = [
-        f"{name} ({one.nan} NaN, {one.inf} infinite)" for name, one in total.items() if one.nan or one.inf
+        f"{name} ({sums.nan} NaN, {sums.inf} infinite)"
+        for name, sums in total.items()
+        if sums.nan or sums.inf
     ]
     if broken:
         raise ArithmeticFault(
-            f"{len(broken)} tensor(s) of the parents hold values that no alpha can mend: {first_few(broken)}; "
+            f"{len(broken)} tensor(s) of the parents hold values that no alpha can repair: {first_few(broken)}; "
             "repair or download the parents again, or freeze these tensors with `multipliers: {<pattern>: 0}`"
         )
 
 
 def _refuse_overflow(alpha: float, total: Mapping[str, TensorStatistics]) -> None:
-    over = [f"{name} ({one.overflow} elements)" for name, one in total.items() if one.overflow]
+    over = [f"{name} ({sums.overflow} elements)" for name, sums in total.items() if sums.overflow]
     if over:
         raise ArithmeticFault(
             f"alpha {format_alpha(alpha)} overflows the output's dtype in {len(over)} tensor(s): {first_few(over)}; "

@@ -19,6 +19,7 @@ from expo_ray.arithmetic.kernels import resolve_device
 from expo_ray.config import Device
 from expo_ray.errors import TransientStorageError
 from expo_ray.extrapolation.in_threads import Cancelled
+from expo_ray.extrapolation.model_folder import ModelFolder
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.publish import Published, publish
 from expo_ray.extrapolation.run_job import Executor, Failures
@@ -69,7 +70,7 @@ class OnRay(Executor):
         *,
         device: Device = "auto",
         shard_task: ShardTask | None = None,
-        publish_task: PublishTask = publish,
+        publish_task: PublishTask | None = None,
     ) -> None:
         resources = _resources()
         self._progress, self._device = progress, device
@@ -81,7 +82,7 @@ class OnRay(Executor):
             "retry_exceptions": [TransientStorageError],
             "scheduling_strategy": "SPREAD",
         }
-        self._publish = ray.remote(**options)(publish_task)
+        self._publish = ray.remote(**options)(publish_task or _publish)
         if SHARD_IO in resources:
             options["resources"] = {SHARD_IO: 1}
         else:
@@ -181,6 +182,10 @@ def _extrapolate(plan: PairPlan, index: int, alphas: Sequence[float], device: st
     )
     size = sum(receipt.size for receipt in written.receipts)
     return Made(size, time.monotonic() - started, socket.gethostname(), written.failures)
+
+
+def _publish(plan: PairPlan, alpha: float) -> Published:
+    return publish(ModelFolder(plan, alpha))
 
 
 def stopped_between_pages(work: Callable[[Callable[[int], None]], T]) -> T:

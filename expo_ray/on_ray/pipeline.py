@@ -21,6 +21,7 @@ from expo_ray.evaluation.search.groups import search_groups
 from expo_ray.evaluation.search.pair_evaluator import PairEvaluator, SharedScorer
 from expo_ray.evaluation.search.pair_result import pair_result
 from expo_ray.evaluation.search.search_pair import search_pair
+from expo_ray.extrapolation.model_folder import ModelFolder
 from expo_ray.extrapolation.pinned import publication_plan, refuse_replaced
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.plan_job import outputs_of
@@ -214,7 +215,7 @@ def _publish(checked: CheckedJob, searches: Searches, plans: Sequence[PairPlan],
     """Publish all plans on the cluster, and add the models and failures to `winners`."""
 
     def publish_with_result(plan: PairPlan, alpha: float) -> Published:
-        return publish(plan, alpha, searches.results[plan.name])
+        return publish(ModelFolder(plan, alpha), searches.results[plan.name])
 
     with (
         Progress("extrapolate", open_store(checked.job.output)) as progress,

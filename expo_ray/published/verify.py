@@ -9,8 +9,8 @@ from typing import Any
 
 from expo_ray.config import Pair, parse_pair
 from expo_ray.errors import CheckpointError, ExpoError, NotFound, StorageError
-from expo_ray.extrapolation.manifest import MANIFEST_BYTES, parse_manifest
-from expo_ray.extrapolation.model_folder import CLAIM, MANIFEST
+from expo_ray.extrapolation.manifest import MANIFEST, MANIFEST_BYTES, parse_manifest
+from expo_ray.extrapolation.model_folder import CLAIM
 from expo_ray.extrapolation.plan import PairPlan, plan_pair
 from expo_ray.extrapolation.receipt import sha256_of
 from expo_ray.extrapolation.stream import computed_pages

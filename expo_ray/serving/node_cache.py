@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from expo_ray.checkpoint.folder import Checkpoint
 from expo_ray.errors import CheckpointError, StorageError
-from expo_ray.extrapolation.model_folder import MANIFEST
+from expo_ray.extrapolation.manifest import MANIFEST
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.progress import size_text
 from expo_ray.published.verify import read_manifest, refuse_foreign_files

@@ -14,7 +14,8 @@ from expo_ray.config import Group, Job, Pair
 from expo_ray.errors import InputChanged, Problems, in_one_line
 from expo_ray.extrapolation import plan_job as jobs
 from expo_ray.extrapolation.in_threads import InThreads
-from expo_ray.extrapolation.model_folder import MANIFEST, claim
+from expo_ray.extrapolation.manifest import MANIFEST
+from expo_ray.extrapolation.model_folder import ModelFolder
 from expo_ray.extrapolation.pinned import publication_plan
 from expo_ray.extrapolation.plan import PairPlan, plan_pair
 from expo_ray.extrapolation.plan_job import outputs_of
@@ -265,7 +266,7 @@ def test_a_folder_that_another_job_claims_at_the_last_moment_fails_its_pair_alon
     def inspect_and_lose(pairs: Sequence[PairPlan]) -> object:
         found = inspected(pairs)
         first = plans[0]
-        claim(replace(first, options=first.options.model_copy(update={"seed": 7})), ALPHA)
+        ModelFolder(replace(first, options=first.options.model_copy(update={"seed": 7})), ALPHA).claim()
         return found
 
     monkeypatch.setattr("expo_ray.extrapolation.run_job.inspect_pairs", inspect_and_lose)

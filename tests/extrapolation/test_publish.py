@@ -19,7 +19,7 @@ from expo_ray.config import Pair
 from expo_ray.errors import OutputError
 from expo_ray.extrapolation import in_threads, stream
 from expo_ray.extrapolation.in_threads import InThreads
-from expo_ray.extrapolation.model_folder import claim, release
+from expo_ray.extrapolation.model_folder import ModelFolder
 from expo_ray.extrapolation.plan_job import JobPlan, plan_job
 from expo_ray.extrapolation.publish import publish
 from expo_ray.extrapolation.run_job import Outcome, run_job
@@ -243,7 +243,7 @@ def test_a_shard_that_a_twin_wrote_again_is_taken_if_its_bytes_are_the_same(
     shard = out / shard_names(out)[0]
     unpublish(out)
     shard.write_bytes(shard.read_bytes())  # another time, so another ETag than in the receipt
-    publish(job.pairs[0], 0.5)
+    publish(ModelFolder(job.pairs[0], 0.5))
     assert model_of(out) == before
     unpublish(out)
     data = bytearray(shard.read_bytes())
@@ -253,7 +253,7 @@ def test_a_shard_that_a_twin_wrote_again_is_taken_if_its_bytes_are_the_same(
         OutputError,
         match=r"1 shard\(s\) are missing or changed \(model-00001-of-00006.safetensors\); run the",
     ):
-        publish(job.pairs[0], 0.5)
+        publish(ModelFolder(job.pairs[0], 0.5))
     assert not (out / "expo.json").exists()
 
 
@@ -284,7 +284,7 @@ def test_a_run_whose_output_was_overwritten_meanwhile_does_not_publish(
     unpublish(out)
     assert expo(*pair, out, 1, more=f"{SHARDS} --overwrite") == 0
     with pytest.raises(OutputError, match="was claimed by another job"):
-        publish(slow.pairs[0], 0.5)
+        publish(ModelFolder(slow.pairs[0], 0.5))
     assert is_whole(out)
 
 
@@ -322,7 +322,7 @@ def test_a_claim_that_a_failed_twin_takes_back_is_renewed_unless_another_plan_is
         add(self, **counts)
         if not begun.is_set():
             begun.set()
-            release(job.pairs[0], 0.5)
+            ModelFolder(job.pairs[0], 0.5).release()
             if rival:
                 assert not run(planned(pair, out, rival)).failures
 
@@ -341,11 +341,11 @@ def test_a_claim_that_a_failed_twin_takes_back_is_renewed_unless_another_plan_is
 def test_what_was_stored_keeps_its_claim(tmp_path: Path, pair: tuple[Path, Path]) -> None:
     out = tmp_path / "out"
     mine, other = planned(pair, out).pairs[0], planned(pair, out, 1).pairs[0]
-    claim(mine, 0.5)
-    release(other, 1)
+    ModelFolder(mine, 0.5).claim()
+    ModelFolder(other, 1).release()
     assert list(files_of(out)) == [".expo/claim.json"]
     (out / "model-00001-of-00006.safetensors").touch()
-    release(mine, 0.5)
+    ModelFolder(mine, 0.5).release()
     assert len(files_of(out)) == 2
 
 

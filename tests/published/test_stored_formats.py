@@ -10,7 +10,7 @@ import pytest
 from expo_ray.cli.process import main
 from expo_ray.errors import CheckpointError, OutputError
 from expo_ray.extrapolation.manifest import parse_manifest
-from expo_ray.extrapolation.model_folder import claimed_by
+from expo_ray.extrapolation.model_folder import read_claim
 from expo_ray.extrapolation.receipt import read_receipt
 from expo_ray.report.results_file import parse_results
 from expo_ray.storage import open_store
@@ -29,7 +29,7 @@ def test_a_published_model_verifies_against_its_parents(capsys: pytest.CaptureFi
 def test_claim_and_receipts_are_read(tmp_path: Path) -> None:
     folder = shutil.copytree(PUBLISHED / "model", tmp_path / "model")
     store = open_store(str(folder))
-    plan = claimed_by(store)
+    plan = read_claim(store).plan
     assert plan == parse_manifest((folder / "expo.json").read_bytes(), "it")["plan"]
     key = f".expo/{plan}/model-00001-of-00002.json"
     # The stored file has another time of change than the receipt says, as after any copy; everything else fits.
@@ -99,4 +99,4 @@ def test_a_damaged_claim_is_one_error(claim: bytes) -> None:
     store = open_store("memory://stored-formats/claims")
     store.put(".expo/claim.json", claim)
     with pytest.raises(OutputError, match="delete the folder and run again"):
-        claimed_by(store)
+        read_claim(store)
