@@ -19,7 +19,7 @@ from expo_ray.evaluation.records import digest
 from expo_ray.evaluation.responses.check_served import check_served, check_writable
 from expo_ray.evaluation.rewards.reward_model import CheckedReward, check_reward
 from expo_ray.evaluation.search.methods import SEARCH_VERSION, check_size
-from expo_ray.extrapolation.pinned import publication_plan
+from expo_ray.extrapolation.pinned import plan_publication
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.plan_job import inspect_job, outputs_of
 from expo_ray.extrapolation.step import DPO
@@ -256,7 +256,7 @@ def _check_outputs(checked: CheckedJob) -> None:
         if alphas:
             outputs = outputs_of(job, pair.model_copy(update={"alphas": tuple(sorted(alphas))}))
             with problems.catching():
-                plans.append(publication_plan(plan, pair, DPO, outputs))
+                plans.append(plan_publication(plan, pair, DPO, outputs))
     with problems.catching():
         inspect_job(plans)
     problems.raise_any()

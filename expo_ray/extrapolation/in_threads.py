@@ -50,6 +50,7 @@ class InThreads(Executor):
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _extrapolate(self, plan: PairPlan, index: int, alphas: Sequence[float]) -> Failures:
+        """Write a shard, and again after an error that may pass; bytes of a failed attempt do not count as progress."""
         attempt = 0
         while True:
             written = 0
@@ -57,7 +58,7 @@ class InThreads(Executor):
             def count(size: int) -> None:
                 nonlocal written
                 if self._cancelled.is_set():
-                    raise Cancelled
+                    raise Cancelled  # between pages, so that what was written is removed in an orderly way
                 written += size
                 self._progress.add(bytes=size)
 
@@ -68,4 +69,4 @@ class InThreads(Executor):
                 attempt += 1
                 if attempt > MAX_RETRIES:
                     raise
-                log.warning("%s %s is done once more: %s", plan.name, plan.shards[index].file, error)
+                log.warning("%s %s is written again: %s", plan.name, plan.shards[index].file, error)

@@ -1,4 +1,4 @@
-"""Plans that stay with the parents that were checked, from the search to publication."""
+"""Plans pinned to the parents that were checked: from the search, which may take hours, to publication."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ from expo_ray.storage import open_store
 from expo_ray.text import first_few, shown
 
 
-def publication_plan(checked: PairPlan, pair: Pair, step: Step, outputs: Mapping[float, str]) -> PairPlan:
-    """Derive the plan of the models to publish, the same as planning anew would give while no parent is replaced.
-
-    Nothing is read: tensors, sizes and ETags are those of the check.
+def plan_publication(checked: PairPlan, pair: Pair, step: Step, outputs: Mapping[float, str]) -> PairPlan:
+    """Plan the models to publish from the parents that were checked, without looking at their URIs again.
 
     Args:
-        checked: the plan that was searched, of a whole model even where `pair` scales an adapter.
+        checked: the pair as it was checked and searched. Engines always get it with `adapter: merge`, so it is laid out anew if
+            `pair` scales an adapter.
         pair: as the job has it.
         step: the chosen one, whose multipliers stand behind the pair's own.
         outputs: folder of the model of each alpha.
@@ -37,27 +36,31 @@ def publication_plan(checked: PairPlan, pair: Pair, step: Step, outputs: Mapping
     )
     if problems := impossible_options(options):
         raise Problems([named(pair.name, problem) for problem in problems])
-    plan = replace(_frozen(stepped(plan, step)), options=options, outputs=outputs)
-    return replace(plan, revised=tuple(_still_revised(plan)))
+    plan = replace(_without_frozen_partners(stepped(plan, step)), options=options, outputs=outputs)
+    return replace(plan, revised=tuple(_reasons_that_still_hold(plan)))
 
 
-def _frozen(plan: PairPlan) -> PairPlan:
-    """The same plan without partners of tensors that stay at dpo: they are copied, and no statistics count them."""
+def _without_frozen_partners(plan: PairPlan) -> PairPlan:
+    """The same plan without partners of tensors that stay at dpo: those are copied, and no statistics count them."""
     shards = tuple(
-        replace(shard, tensors=tuple(_alone(tensor) for tensor in shard.tensors)) for shard in plan.shards
+        replace(shard, tensors=tuple(_without_frozen_partner(tensor) for tensor in shard.tensors))
+        for shard in plan.shards
     )
     return replace(plan, shards=shards)
 
 
-def _alone(tensor: TensorPlan) -> TensorPlan:
+def _without_frozen_partner(tensor: TensorPlan) -> TensorPlan:
     return tensor if tensor.multiplier else replace(tensor, sft=None, runs=())
 
 
-def _still_revised(plan: PairPlan) -> Iterator[str]:
-    """The reasons that hold for the tensors that still have partners, as they are part of the plan's id."""
+def _reasons_that_still_hold(plan: PairPlan) -> Iterator[str]:
+    """Those of `plan.revised` that apply to tensors that still have partners.
+
+    They are part of the plan's id, which must be the one that planning the same model from scratch gives.
+    """
     tensors = [tensor for shard in plan.shards for tensor in shard.tensors]
-    holds = {"rows": matches_other_rows(tensors), "copies": bool(tied_copies(tensors))}
-    return (reason for reason in plan.revised if holds.get(reason, True))
+    applies = {"rows": matches_other_rows(tensors), "copies": bool(tied_copies(tensors))}
+    return (reason for reason in plan.revised if applies.get(reason, True))
 
 
 def refuse_replaced(plan: PairPlan) -> None:

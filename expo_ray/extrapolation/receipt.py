@@ -1,4 +1,4 @@
-"""Receipts: the proof that one shard of one model is stored, and what was learned while writing it."""
+"""Receipts: the proof that one shard of one model is stored, with its digest and the statistics of its tensors."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from expo_ray.errors import CheckpointError, InputChanged, NotFound
 from expo_ray.storage import FileInfo, Store
 from expo_ray.untrusted import TOKENIZER_BYTES, Foreign, parse_json, validated
 
-# More runs of one plan than will ever meet in one folder.
+# Runs of one plan that may write a shard while its digest is taken; more will never meet in one folder.
 _TWINS = 8
 
 
 @dataclass(frozen=True)
 class Receipt:
-    """One stored shard.
+    """A stored shard.
 
     Attributes:
         sha256: hex digest of the whole file.
@@ -65,7 +65,7 @@ class _StoredReceipt(Foreign):
 
 
 def receipt_key(plan_id: str, file: str) -> str:
-    """Where the receipt of a shard lies in the model's folder."""
+    """Key of a shard's receipt in the model's folder."""
     return f".expo/{plan_id}/{file.removesuffix('.safetensors')}.json"
 
 
@@ -76,10 +76,10 @@ def write_receipt(store: Store, receipt: Receipt) -> None:
 
 
 def read_receipt(store: Store, plan_id: str, file: str, present: Mapping[str, FileInfo]) -> Receipt | None:
-    """The receipt of `file` if it is there and the stored file is the one it speaks of, else None.
+    """Read the receipt of `file`; None if there is none, or the stored file has another size or ETag than it says.
 
     Args:
-        present: what the folder holds, by key.
+        present: the files of the folder, by key.
     """
     if receipt_key(plan_id, file) not in present or file not in present:
         return None
@@ -88,10 +88,10 @@ def read_receipt(store: Store, plan_id: str, file: str, present: Mapping[str, Fi
 
 
 def read_receipt_of_twin(store: Store, plan_id: str, file: str) -> Receipt | None:
-    """The receipt of `file` if the stored bytes are those it speaks of, whenever they were written, else None.
+    """Read the receipt of `file` and hash the stored file; None if its bytes are not those of the receipt.
 
-    Another run of the same plan may have written the shard again a moment ago and not yet its receipt. The bytes are the same,
-    so the whole file is read to make sure of it.
+    Another run of the same plan may have written the shard again a moment ago and not yet its receipt, so the ETag differs while
+    the bytes are the same.
     """
     for _ in range(_TWINS):
         receipt = _parse(store, receipt_key(plan_id, file))
@@ -108,7 +108,7 @@ def read_receipt_of_twin(store: Store, plan_id: str, file: str) -> Receipt | Non
 
 
 def sha256_of(store: Store, info: FileInfo) -> str:
-    """Hex digest of a stored file.
+    """Read a whole stored file, a chunk at a time, and return its hex digest.
 
     Raises:
         InputChanged: if it is no longer the one of `info`.
@@ -123,7 +123,7 @@ def sha256_of(store: Store, info: FileInfo) -> str:
 
 
 def _parse(store: Store, key: str) -> Receipt | None:
-    """A receipt that is not there, or damaged, counts as none: its shard is written again."""
+    """Read a receipt. One that is missing or damaged is None: its shard is written again."""
     try:
         data = parse_json(store.read(key, most_bytes=TOKENIZER_BYTES), key, most_bytes=TOKENIZER_BYTES)
         stored = validated(_StoredReceipt, data, key, error=CheckpointError, remedy="")

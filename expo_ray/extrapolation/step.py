@@ -1,4 +1,4 @@
-"""How far a model is from dpo: alpha, and what it is multiplied by in groups of tensors."""
+"""A step from dpo to another model of its pair: alpha, and what it is multiplied by in groups of tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from expo_ray.config.fields import check_alpha
 from expo_ray.extrapolation.match import multiplier_of
 from expo_ray.extrapolation.plan import PairPlan
 
-# As the architectures of `transformers` name them. The dot keeps norms such as `post_attention_layernorm` out.
+# Names of modules in the architectures of `transformers`. The dot keeps norms such as `post_attention_layernorm` out.
 GROUPS: Mapping[Group, str] = {
     "attention": r"(attn|attention)\.",
     "mlp": r"(mlp|moe|ffn|feed_forward|experts)\.|\.fc[12]\.",
@@ -21,11 +21,11 @@ GROUPS: Mapping[Group, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One model of a pair; its text is what stands behind the `@` of a served name, such as `0.8` or `0.8,mlp=0.5`.
+    """A model of a pair, by its distance from dpo. Its text follows the `@` of a served name: `0.8` or `0.8,mlp=0.5`.
 
     Attributes:
         alpha: finite, at least -1.
-        factors: group and what alpha is multiplied by there, in the order of `GROUPS`, without those of 1.
+        factors: a group and what alpha is multiplied by there, in the order of `GROUPS`, without those of 1.
     """
 
     alpha: float
@@ -33,7 +33,7 @@ class Step:
 
     @classmethod
     def of(cls, alpha: float, factors: Mapping[Group, float]) -> Self:
-        """The step in its one spelling.
+        """Make a step in its canonical form, so that equal steps are equal objects with equal texts.
 
         Raises:
             ValueError: if alpha, in any group, is not a finite number of at least -1, or a factor is below 0.
@@ -50,12 +50,13 @@ class Step:
 
     def __str__(self) -> str:
         return ",".join(
-            [format_alpha(self.alpha), *(f"{group}={format_alpha(one)}" for group, one in self.factors)]
+            [format_alpha(self.alpha), *(f"{group}={format_alpha(factor)}" for group, factor in self.factors)]
         )
 
     def multipliers(self, own: Mapping[str, float]) -> dict[str, float]:
-        """`multipliers` of a pair whose own, which count first, are `own`."""
-        # Python keeps the place of a key that comes again: own patterns stay in front, with their values.
+        """`multipliers` of a pair at this step: its own, which count first, and those of the groups."""
+        # The first pattern that matches a name counts. A dict keeps the place of a repeated key: own patterns stay in front, and
+        # the last `**own` gives them their values back.
         return {**own, **{GROUPS[group]: factor for group, factor in self.factors}, **own}
 
 
@@ -64,7 +65,7 @@ SFT = Step(-1.0)
 
 
 def parse_step(text: str) -> Step:
-    """Read what `str(step)` has written, in any order of the groups.
+    """Read the text of a step, with its groups in any order.
 
     Raises:
         ValueError: if it is no step.
@@ -83,7 +84,7 @@ def parse_step(text: str) -> Step:
 
 
 def stepped(plan: PairPlan, step: Step) -> PairPlan:
-    """The plan of a pair that has the multipliers of `step` behind its own."""
+    """The same plan with the multipliers of `step` behind the pair's own."""
     if not step.factors:
         return plan
     multipliers = step.multipliers(plan.options.multipliers)

@@ -22,7 +22,7 @@ from expo_ray.evaluation.search.pair_evaluator import PairEvaluator, SharedScore
 from expo_ray.evaluation.search.pair_result import pair_result
 from expo_ray.evaluation.search.search_pair import search_pair
 from expo_ray.extrapolation.model_folder import ModelFolder
-from expo_ray.extrapolation.pinned import publication_plan, refuse_replaced
+from expo_ray.extrapolation.pinned import plan_publication, refuse_replaced
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.plan_job import outputs_of
 from expo_ray.extrapolation.publish import Published, publish
@@ -244,7 +244,7 @@ def _publication_plans(checked: CheckedJob, searches: Searches, winners: Winners
             continue
         outputs = outputs_of(job, pair.model_copy(update={"alphas": alphas}))
         try:
-            plans.append(publication_plan(plan, pair, _chosen_step(result), outputs))
+            plans.append(plan_publication(plan, pair, _chosen_step(result), outputs))
         except ExpoError as error:
             winners.failures[pair.name] = in_one_line(error)
             log.error("%s failed: %s", pair.name, in_one_line(error))

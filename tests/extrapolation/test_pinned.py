@@ -16,7 +16,7 @@ from expo_ray.extrapolation import plan_job as jobs
 from expo_ray.extrapolation.in_threads import InThreads
 from expo_ray.extrapolation.manifest import MANIFEST
 from expo_ray.extrapolation.model_folder import ModelFolder
-from expo_ray.extrapolation.pinned import publication_plan
+from expo_ray.extrapolation.pinned import plan_publication
 from expo_ray.extrapolation.plan import PairPlan, plan_pair
 from expo_ray.extrapolation.plan_job import outputs_of
 from expo_ray.extrapolation.run_job import Failures, Outcome, run_pairs
@@ -100,7 +100,7 @@ def test_the_plan_to_publish_is_the_one_that_planning_anew_would_give(
     (searched,) = plan_served_pairs(job)
     for parent in (pair.sft, pair.dpo):  # nothing is read again
         shutil.rmtree(parent)
-    plan = publication_plan(searched, pair, step, outputs)
+    plan = plan_publication(searched, pair, step, outputs)
     assert plan.plan_id(ALPHA) == anew.plan_id(ALPHA)
     assert replace(plan, notes=()) == replace(anew, notes=())
 
@@ -109,7 +109,7 @@ def test_a_chosen_alpha_that_a_multiplier_carries_out_of_its_range_is_refused(tm
     sft, dpo = write_pair(tmp_path)
     pair = Pair(sft=str(sft), dpo=str(dpo), name="pair", multipliers={"norm": 1e308})
     with pytest.raises(Problems, match=r"pair: alpha 3\.2 times the multiplier"):
-        publication_plan(plan_pair(pair, {}), pair, Step.of(3.2, {}), {3.2: str(tmp_path / "out")})
+        plan_publication(plan_pair(pair, {}), pair, Step.of(3.2, {}), {3.2: str(tmp_path / "out")})
 
 
 # --- parents between search and publication
@@ -140,7 +140,7 @@ class Parents:
         for name in ("first", "second", "third"):
             pair = Pair(sft=f"{self.root}/{name}/sft", dpo=f"{self.root}/{name}/dpo", name=name)
             outputs = {ALPHA: f"{self.output}/{name}"}
-            plans.append(publication_plan(plan_pair(pair, {}), pair, DPO, outputs))
+            plans.append(plan_publication(plan_pair(pair, {}), pair, DPO, outputs))
         return plans
 
     def published(self) -> list[str]:
