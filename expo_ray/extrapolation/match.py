@@ -1,23 +1,31 @@
-"""Match every tensor of dpo with its partner in sft, and plan the output tensor that comes from the two."""
+"""Match every tensor of dpo with its partner in sft, row by row if need be, and plan the output tensor of the two."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 
 from expo_ray.arithmetic.rule import ROUNDINGS
-from expo_ray.checkpoint.adapter import LoraLayer
+from expo_ray.checkpoint.adapter import LoraLayer, lora_layers
 from expo_ray.checkpoint.constants import is_constant
 from expo_ray.checkpoint.folder import Checkpoint
 from expo_ray.checkpoint.renaming import renamed
 from expo_ray.checkpoint.tensors import WEIGHT_DTYPES, Tensor
 from expo_ray.checkpoint.tied import VocabularyWeights
-from expo_ray.checkpoint.vocabulary import RowRun
+from expo_ray.checkpoint.vocabulary import (
+    RowRun,
+    differing_rows,
+    has_vocabulary,
+    match_rows,
+    read_vocabulary,
+)
 from expo_ray.config import OutputDtype, PairOptions
-from expo_ray.errors import ExpoError, PairError, problems_of
+from expo_ray.errors import CheckpointError, Collected, ExpoError, PairError, problems_of
 from expo_ray.extrapolation.mismatch import Unmatched, explain
+from expo_ray.storage import open_store
 from expo_ray.text import first_few, shown
 from expo_ray.untrusted import compile_pattern
 
@@ -96,6 +104,47 @@ def multiplier_of(name: str, options: PairOptions) -> float:
         (value for pattern, value in options.multipliers.items() if compile_pattern(pattern).search(name)),
         1.0,
     )
+
+
+def match_parents(sft: Checkpoint, dpo: Checkpoint, options: PairOptions) -> Match:
+    """Match the tensors of both parents: by name, or layer by layer where dpo is an adapter on sft.
+
+    Reads both tokenizers where `vocab` says that rows are matched by token.
+    """
+    if not dpo.adapter:
+        return match_tensors(sft, dpo, options, lambda *rows: _map_rows(sft, dpo, options, *rows))
+    return _match_adapter(sft, dpo, options)
+
+
+def _match_adapter(sft: Checkpoint, dpo: Checkpoint, options: PairOptions) -> Match:
+    """Plan sft's tensors, some with a layer of the adapter to merge; or the adapter's own, which is scaled as a whole."""
+    merging = options.adapter == "merge"
+    try:
+        fitted = lora_layers(dpo, sft, merging=merging)
+    except ExpoError as error:
+        return Match(problems=[error])
+    layers = {layer.base_name: layer for layer in fitted.layers}
+    source = sft if merging else dpo
+    tensors = [
+        TensorPlan(
+            name=name,
+            dtype=output_dtype(tensor.dtype, options) if merging else tensor.dtype,
+            shape=tensor.shape,
+            base=tensor,
+            sft=None,
+            multiplier=multiplier_of(name, options),
+            random_name=name,
+            low_rank=layers.get(name) if merging else None,
+        )
+        for name, tensor in source.tensors.items()
+    ]
+    problems: list[ExpoError] = _grown_vocabulary(sft, dpo) if merging else []
+    if not merging and (options.multipliers or options.dtype != "keep"):
+        problems.append(
+            PairError("dpo is an adapter and only its scale is changed, so `multipliers` and `dtype` cannot be kept; "
+                      "set `adapter: merge` to write a whole model")
+        )  # fmt: skip
+    return Match(tensors, problems, list(fitted.notes))
 
 
 def match_tensors(
@@ -279,6 +328,53 @@ class _Matcher:
             and not is_constant(tensor)
             and multiplier_of(name, self.options) != 0
         ]
+
+
+def _grown_vocabulary(sft: Checkpoint, dpo: Checkpoint) -> list[ExpoError]:
+    """Refuse an adapter whose tokenizer or configuration knows rows that sft does not have."""
+    rows, declared = VocabularyWeights(sft).rows, VocabularyWeights(dpo).rows
+    where = "config.json"
+    if has_vocabulary(dpo):
+        with suppress(CheckpointError):
+            tokens = read_vocabulary(open_store(dpo.uri), dpo)
+            declared, where = max(declared, 1 + max(tokens.values(), default=-1)), "tokenizer or config.json"
+    if not rows or declared <= rows:
+        return []
+    return [
+        PairError(
+            f"the adapter was trained with {declared} rows in the vocabulary (its {where}) and sft has {rows}; resize sft as "
+            f"training did (`model.resize_token_embeddings({declared})`, save) and pass that, or keep the adapter apart "
+            "(`adapter: scale`)"
+        )
+    ]
+
+
+def _map_rows(
+    sft: Checkpoint, dpo: Checkpoint, options: PairOptions, dpo_rows: int, sft_rows: int
+) -> Sequence[RowRun]:
+    """Runs of rows of dpo and of sft that stand for the same tokens; empty if all match one to one."""
+    if options.vocab == "by-token":
+        dpo_vocab, sft_vocab = _read_vocabularies(dpo, sft)
+        if dpo_rows == sft_rows and not differing_rows(dpo_vocab, sft_vocab, dpo_rows):
+            return []
+        if dpo_vocab.keys().isdisjoint(sft_vocab):
+            raise PairError(
+                "the tokenizers of sft and dpo have no token in common, so no row can be matched by token; pass the tokenizer that "
+                "each model was trained with, or set `vocab: keep-dpo` to match rows by position"
+            )
+        return match_rows(dpo_vocab, sft_vocab, dpo_rows, sft_rows)
+    shared = min(dpo_rows, sft_rows)
+    runs = [RowRun(0, 0, shared)]
+    return runs if dpo_rows == shared else [*runs, RowRun(shared, None, dpo_rows - shared)]
+
+
+def _read_vocabularies(*checkpoints: Checkpoint) -> list[dict[str, int]]:
+    problems, vocabularies = Collected(), list[dict[str, int]]()
+    for checkpoint in checkpoints:
+        with problems.catching():
+            vocabularies.append(read_vocabulary(open_store(checkpoint.uri), checkpoint))
+    problems.raise_any()
+    return vocabularies
 
 
 def _names(names: Sequence[str]) -> str:

@@ -6,43 +6,43 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import isfinite
 
-from expo_ray.checkpoint.adapter import lora_layers
+from expo_ray.checkpoint.constants import is_constant
 from expo_ray.checkpoint.folder import Checkpoint, read_checkpoint
 from expo_ray.checkpoint.quantisation import refuse_unusable
-from expo_ray.checkpoint.tensors import Tensor
+from expo_ray.checkpoint.tensors import WEIGHT_DTYPES, Tensor
 from expo_ray.checkpoint.tied import VocabularyWeights
 from expo_ray.checkpoint.vocabulary import (
-    RowRun,
     differing_rows,
     has_vocabulary,
     is_same_vocabulary_file,
-    match_rows,
     read_vocabulary,
 )
 from expo_ray.checkpoint.weight_files import stem_of
 from expo_ray.config import Pair, PairOptions, format_alpha
 from expo_ray.errors import CheckpointError, ExpoError, PairError, Problems, problems_of
-from expo_ray.extrapolation.kept import are_weights, differing, notes_on
 from expo_ray.extrapolation.layout import ShardPlan, lay_out
 from expo_ray.extrapolation.match import (
     Match,
-    TensorPlan,
-    match_tensors,
-    multiplier_of,
-    output_dtype,
+    match_parents,
     written_dtype,
 )
-from expo_ray.storage import local_path, open_store
+from expo_ray.storage import Store, local_path, open_store
 from expo_ray.text import first_few, shown
 
-# Part of every plan id: raised when the same plan would give other bytes than before.
+# Part of every plan id: raised when the same plan gives other bytes than before.
 ARITHMETIC_VERSION = 1
-# What `save_pretrained` of an adapter may leave beside it, and what a merged model has from the model it was merged into.
+# `save_pretrained` of an adapter may leave its own beside it; a merged model takes those of the model it is merged into.
 _OF_THE_BASE = ("config.json", "generation_config.json")
+
+
+# Constants are small, and a large one that differs does so at its beginning: of each, planning reads no more than this.
+_MOST_CONSTANT_BYTES = 64 << 10
+_MOST_CONSTANTS = 1024
+_READERS = 16
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,10 @@ class PairPlan:
     """A pair, matched tensor by tensor and laid out in shards.
 
     Attributes:
-        outputs: folder of the model of each alpha; where it is written is not part of what it is.
+        outputs: folder of the model of each alpha. It is not part of the plan's id: a model is the same wherever it lies.
         notes: what a user should know and nothing is wrong with.
-        revised: in which ways the bytes are others than those that the same inputs gave before this was written down.
+        revised: reasons why the bytes are not those that the first version gave for the same inputs. They are part of the id, so
+            that models published then are not taken for these.
     """
 
     name: str
@@ -86,7 +87,7 @@ class PairPlan:
 
     @property
     def left_behind(self) -> tuple[str, ...]:
-        """Files of the parents that the model is made from which are neither copied nor written anew."""
+        """Files of the parents that are neither copied into the model nor written anew."""
         left = {*self.base.left_behind, *self.dpo.left_behind} - set(self.side_files)
         return tuple(sorted(left))
 
@@ -97,7 +98,7 @@ class PairPlan:
 
     @property
     def bytes_read(self) -> int:
-        """What one pass reads from both parents, whatever the number of alphas."""
+        """Bytes that one pass reads from both parents; the same for any number of alphas."""
         return sum(
             tensor.base.nbytes + (tensor.sft.nbytes if tensor.sft else 0)
             for shard in self.shards
@@ -105,7 +106,7 @@ class PairPlan:
         )
 
     def plan_id(self, alpha: float) -> str:
-        """Digest of all that decides the bytes of the model at `alpha`: inputs, arithmetic, layout; never a place."""
+        """Digest of all that decides the bytes of the model at `alpha`: inputs, arithmetic and layout, but no place or machine."""
         options = self.options.model_dump(mode="json", include=set(PairOptions.model_fields))
         identity = {
             "arithmetic_version": ARITHMETIC_VERSION,
@@ -151,7 +152,7 @@ def plan_parents(pair: Pair, sft: Checkpoint, dpo: Checkpoint, outputs: Mapping[
         InputChanged: if a tokenizer that has to be read is no longer the one that was listed.
         Problems: with everything that is wrong with the pair.
     """
-    match = _match(sft, dpo, pair)
+    match = match_parents(sft, dpo, pair)
     if problems := [*match.problems, *impossible_options(pair)]:
         raise Problems([named(pair.name, problem) for problem in problems])
     if dpo.adapter and pair.adapter == "scale":  # readers of adapters know one file only
@@ -160,8 +161,8 @@ def plan_parents(pair: Pair, sft: Checkpoint, dpo: Checkpoint, outputs: Mapping[
         shards = lay_out(
             match.tensors, pair.shard_size, stem_of(tensor.file for tensor in dpo.tensors.values())
         )
-    others = differing(sft, dpo, match.kept)
-    notes = [*match.notes, *notes_on(others), *_vocabulary_notes(sft, dpo, pair)]
+    others = _compare_kept(sft, dpo, match.kept)
+    notes = [*match.notes, *_kept_notes(others), *_vocabulary_notes(sft, dpo, pair)]
     plan = PairPlan(
         pair.name, sft, dpo, pair, shards, outputs, tuple(notes), _revised(match, others, dpo, pair)
     )
@@ -169,7 +170,7 @@ def plan_parents(pair: Pair, sft: Checkpoint, dpo: Checkpoint, outputs: Mapping[
 
 
 def _side_file_notes(plan: PairPlan) -> list[str]:
-    """Tell which files beside the weights stay behind, and which hold weights that are only copied."""
+    """Name the files beside the weights that stay behind, and those that hold weights and are only copied."""
     notes = []
     if left := plan.left_behind:
         notes.append(
@@ -186,10 +187,10 @@ def _side_file_notes(plan: PairPlan) -> list[str]:
 
 
 def _revised(match: Match, others: Sequence[Tensor], dpo: Checkpoint, pair: Pair) -> tuple[str, ...]:
-    """How the bytes differ from those of the same inputs under the first rules, so that a plan id names one model for ever."""
+    """Reasons why the bytes are not those of the first version; see `PairPlan.revised`."""
     merged = dpo.adapter and pair.adapter == "merge"
     reasons = {
-        "constants": are_weights(others),
+        "constants": any(tensor.dtype in WEIGHT_DTYPES for tensor in others),
         "rows": match.other_rows,
         "copies": bool(match.copies),
         "configuration": merged and any(key in dpo.side_files for key in _OF_THE_BASE),
@@ -198,7 +199,7 @@ def _revised(match: Match, others: Sequence[Tensor], dpo: Checkpoint, pair: Pair
 
 
 def _vocabulary_notes(sft: Checkpoint, dpo: Checkpoint, pair: Pair) -> list[str]:
-    """Tell that rows matched by position stand for other tokens, as far as both tokenizers can be read."""
+    """Warn if rows that are matched by position stand for other tokens, as far as both tokenizers can be read."""
     if dpo.adapter or pair.vocab == "by-token" or not (has_vocabulary(sft) and has_vocabulary(dpo)):
         return []
     stores = open_store(dpo.uri), open_store(sft.uri)
@@ -219,7 +220,62 @@ def _vocabulary_notes(sft: Checkpoint, dpo: Checkpoint, pair: Pair) -> list[str]
     ]
 
 
+def _kept_notes(tensors: Sequence[Tensor]) -> list[str]:
+    """Name the kept tensors that differ between the parents."""
+    constants = [shown(tensor.name) for tensor in tensors if is_constant(tensor)]
+    others = [shown(tensor.name) for tensor in tensors if not is_constant(tensor)]
+    notes = []
+    if constants:
+        notes.append(
+            f"{len(constants)} constant(s) and running statistics differ between sft and dpo and are kept as dpo has them: "
+            f"{first_few(constants)}"
+        )
+    if others:
+        notes.append(
+            f"{len(others)} tensor(s) that are no floating-point weights differ between sft and dpo and are kept as dpo has "
+            f"them: {first_few(others)}"
+        )
+    return notes
+
+
+def _compare_kept(sft: Checkpoint, dpo: Checkpoint, kept: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """Read the beginnings of tensors that are kept as dpo has them, and return dpo's where sft's is another.
+
+    Args:
+        kept: a tensor of dpo and its partner in sft each; another dtype or shape is a difference as well.
+    """
+    different = {mine.name for mine, other in kept if _form(mine) != _form(other)}
+    alike = [(mine, other) for mine, other in kept if mine.name not in different][:_MOST_CONSTANTS]
+    if alike:
+        stores = open_store(dpo.uri), open_store(sft.uri)
+
+        def read_both(tensors: tuple[Tensor, Tensor]) -> tuple[bytes, bytes]:
+            mine, other = tensors
+            return _read_beginning(stores[0], dpo, mine), _read_beginning(stores[1], sft, other)
+
+        with ThreadPoolExecutor(_READERS, "kept") as pool:
+            beginnings = pool.map(read_both, alike)
+            different |= {
+                mine.name
+                for (mine, _), (ours, theirs) in zip(alike, beginnings, strict=True)
+                if ours != theirs
+            }
+    return [mine for mine, _ in kept if mine.name in different]
+
+
+def _form(tensor: Tensor) -> tuple[str, tuple[int, ...]]:
+    return tensor.dtype, tensor.shape
+
+
+def _read_beginning(store: Store, checkpoint: Checkpoint, tensor: Tensor) -> bytes:
+    data = bytearray(min(tensor.nbytes, _MOST_CONSTANT_BYTES))
+    if data:
+        store.read_into(tensor.file, tensor.start, memoryview(data), etag=checkpoint.files[tensor.file].etag)
+    return bytes(data)
+
+
 def _read_parent(side: str, uri: str, allow_pickle: bool, problems: list[ExpoError]) -> Checkpoint | None:
+    """Read a parent's headers; what is wrong with it is added to `problems`, and None returned if it cannot be read."""
     try:
         checkpoint = read_checkpoint(open_store(uri), allow_pickle=allow_pickle)
     except ExpoError as error:
@@ -230,7 +286,7 @@ def _read_parent(side: str, uri: str, allow_pickle: bool, problems: list[ExpoErr
 
 
 def impossible_options(pair: Pair) -> list[ExpoError]:
-    """Options that exclude each other, and multipliers that carry an alpha out of its range."""
+    """Problems with options that exclude each other, and with multipliers that carry an alpha out of its range."""
     problems: list[ExpoError] = []
     written = written_dtype(pair)
     if pair.dtype not in ("keep", written):
@@ -250,86 +306,8 @@ def impossible_options(pair: Pair) -> list[ExpoError]:
     ]
 
 
-def _match(sft: Checkpoint, dpo: Checkpoint, pair: Pair) -> Match:
-    if not dpo.adapter:
-        return match_tensors(sft, dpo, pair, lambda *rows: _map_rows(sft, dpo, pair, *rows))
-    try:
-        fitted = lora_layers(dpo, sft, merging=pair.adapter == "merge")
-    except ExpoError as error:
-        return Match(problems=[error])
-    layers = {layer.base_name: layer for layer in fitted.layers}
-    source = sft if pair.adapter == "merge" else dpo
-    tensors = [
-        TensorPlan(
-            name=name,
-            dtype=output_dtype(tensor.dtype, pair) if pair.adapter == "merge" else tensor.dtype,
-            shape=tensor.shape,
-            base=tensor,
-            sft=None,
-            multiplier=multiplier_of(name, pair),
-            random_name=name,
-            low_rank=layers.get(name) if pair.adapter == "merge" else None,
-        )
-        for name, tensor in source.tensors.items()
-    ]
-    problems: list[ExpoError] = _grown_vocabulary(sft, dpo) if pair.adapter == "merge" else []
-    if pair.adapter == "scale" and (pair.multipliers or pair.dtype != "keep"):
-        problems.append(
-            PairError("dpo is an adapter and only its scale is changed, so `multipliers` and `dtype` cannot be kept; "
-                      "set `adapter: merge` to write a whole model")
-        )  # fmt: skip
-    return Match(tensors, problems, list(fitted.notes))
-
-
-def _grown_vocabulary(sft: Checkpoint, dpo: Checkpoint) -> list[ExpoError]:
-    """An adapter whose tokenizer, or configuration, knows rows that sft does not have."""
-    rows, declared = VocabularyWeights(sft).rows, VocabularyWeights(dpo).rows
-    where = "config.json"
-    if has_vocabulary(dpo):
-        with suppress(CheckpointError):
-            tokens = read_vocabulary(open_store(dpo.uri), dpo)
-            declared, where = max(declared, 1 + max(tokens.values(), default=-1)), "tokenizer or config.json"
-    if not rows or declared <= rows:
-        return []
-    return [
-        PairError(
-            f"the adapter was trained with {declared} rows in the vocabulary (its {where}) and sft has {rows}; resize sft as "
-            f"training did (`model.resize_token_embeddings({declared})`, save) and pass that, or keep the adapter apart "
-            "(`adapter: scale`)"
-        )
-    ]
-
-
-def _map_rows(sft: Checkpoint, dpo: Checkpoint, pair: Pair, dpo_rows: int, sft_rows: int) -> Sequence[RowRun]:
-    if pair.vocab == "by-token":
-        dpo_vocab, sft_vocab = _vocabularies(dpo, sft)
-        if dpo_rows == sft_rows and not differing_rows(dpo_vocab, sft_vocab, dpo_rows):
-            return []
-        if dpo_vocab.keys().isdisjoint(sft_vocab):
-            raise PairError(
-                "the tokenizers of sft and dpo have no token in common, so no row can be matched by token; pass the tokenizer that "
-                "each model was trained with, or set `vocab: keep-dpo` to match rows by position"
-            )
-        return match_rows(dpo_vocab, sft_vocab, dpo_rows, sft_rows)
-    shared = min(dpo_rows, sft_rows)
-    runs = [RowRun(0, 0, shared)]
-    return runs if dpo_rows == shared else [*runs, RowRun(shared, None, dpo_rows - shared)]
-
-
-def _vocabularies(*checkpoints: Checkpoint) -> list[dict[str, int]]:
-    found: list[dict[str, int]] = []
-    problems: list[ExpoError] = []
-    for checkpoint in checkpoints:
-        try:
-            found.append(read_vocabulary(open_store(checkpoint.uri), checkpoint))
-        except CheckpointError as error:
-            problems.append(error)
-    if problems:
-        raise Problems(problems)
-    return found
-
-
 def _fingerprint(checkpoint: Checkpoint) -> list[list[str | int]]:
+    """Key, size and ETag of every file."""
     return [[info.key, info.size, info.etag] for _, info in sorted(checkpoint.files.items())]
 
 
@@ -342,5 +320,5 @@ def _same_files(sft: Checkpoint, dpo: Checkpoint) -> bool:
 
 
 def named(name: str, error: ExpoError) -> ExpoError:
-    """The same error with what it is about in front."""
+    """The same error with the name of its pair or parent in front."""
     return type(error)(f"{name}: {error}")

@@ -17,8 +17,8 @@ from typing import Any
 
 from expo_ray.config import Job, format_alpha
 from expo_ray.errors import ExpoError, InputChanged, OutputError, StorageError
-from expo_ray.extrapolation.manifest import parse_manifest
-from expo_ray.extrapolation.model_folder import CARD, MANIFEST
+from expo_ray.extrapolation.manifest import MANIFEST, parse_manifest
+from expo_ray.extrapolation.model_folder import CARD
 from expo_ray.progress import size_text
 from expo_ray.published.verify import read_manifest
 from expo_ray.storage import FileInfo, Store, open_store
