@@ -330,8 +330,8 @@ def test_buffers_may_be_read_only_and_at_odd_addresses() -> None:
 
 def test_nothing_is_nothing() -> None:
     nothing = np.empty(0, np.uint16)
-    (out,), (one,) = run(BF16, nothing, nothing, [0.5])
-    assert (len(out), one) == (0, TensorStatistics())
+    (out,), (statistics,) = run(BF16, nothing, nothing, [0.5])
+    assert (len(out), statistics) == (0, TensorStatistics())
 
 
 def test_threads_share_a_kernel() -> None:
@@ -357,7 +357,7 @@ def test_the_gil_is_released() -> None:
             spans.append((begin, perf_counter()))
 
     interval = sys.getswitchinterval()
-    sys.setswitchinterval(100)  # seconds: nothing takes the GIL away from whoever does not give it up
+    sys.setswitchinterval(100)  # seconds: a thread keeps the GIL until it gives it up
     try:
         thread = Thread(target=compute)
         thread.start()
@@ -392,7 +392,7 @@ print({"numba", "numpy"} & set(sys.modules))
 
 @pytest.fixture
 def compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is compiled; the code itself is at hand."""
+    """The types that are compiled, in order; compiling is replaced by code that is ready."""
     ready = {compute: machine_code._object_code(compute) for compute in ("F32", "F64")}
     asked: list[str] = []
 
@@ -437,7 +437,7 @@ def test_threads_that_begin_together_compile_once(monkeypatch: pytest.MonkeyPatc
 
     def load_slowly(compute: str) -> Any:
         asked.append(compute)
-        sleep(0.2)
+        sleep(0.2)  # so that a second thread would come in if nothing held it back
 
     def begin(_: int) -> None:
         together.wait()

@@ -42,18 +42,19 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def cast(tensors: Tensors, dtype: torch.dtype, only: str = "") -> Tensors:
-    return {name: one.to(dtype) if only in name else one for name, one in tensors.items()}
+    return {name: tensor.to(dtype) if only in name else tensor for name, tensor in tensors.items()}
 
 
 def formula(sft: Tensors, dpo: Tensors, alpha: float) -> Tensors:
-    return {name: nearest(sft[name], one, alpha) for name, one in dpo.items()}
+    return {name: nearest(sft[name], tensor, alpha) for name, tensor in dpo.items()}
 
 
 def parents(sft_dtype: torch.dtype, dpo_dtype: torch.dtype, wide: str = "nothing") -> tuple[Tensors, Tensors]:
     """A pair with more than one chunk's worth of odd sizes; tensors with `wide` in their names are float32."""
     sft = llama_tensors(dtype=F32)
     return tuple(  # type: ignore[return-value]
-        cast(cast(one, dtype), F32, only=wide) for one, dtype in ((sft, sft_dtype), (moved(sft), dpo_dtype))
+        cast(cast(tensor, dtype), F32, only=wide)
+        for tensor, dtype in ((sft, sft_dtype), (moved(sft), dpo_dtype))
     )
 
 
@@ -77,8 +78,8 @@ def test_nearest_is_the_formula_in_every_tensor_and_alpha(
     folders = write_both(tmp_path, sft, dpo, sft_shards=2)
     assert expo(*folders, tmp_path / "out", *ALPHAS) == 0
     for alpha in ALPHAS:
-        found = read_weights(tmp_path / "out" / f"alpha={format_alpha(alpha)}")
-        assert same_bits(found, formula(sft, dpo, alpha)), alpha
+        result = read_weights(tmp_path / "out" / f"alpha={format_alpha(alpha)}")
+        assert same_bits(result, formula(sft, dpo, alpha)), alpha
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
@@ -124,12 +125,12 @@ def test_stochastic_takes_one_of_the_two_neighbours_and_is_right_in_the_mean(tmp
     folders = write_both(tmp_path, sft, dpo)
     assert expo(*folders, tmp_path / "out", 0.1, rounding="stochastic") == 0
     off, units = [], []
-    for name, found in read_weights(tmp_path / "out").items():
+    for name, weight in read_weights(tmp_path / "out").items():
         exact = dpo[name].double() + 0.1 * (dpo[name].double() - sft[name].double())
         unit = torch.exp2(torch.floor(torch.log2(exact.abs())) - 7)
-        assert ((found.double() - exact).abs() < unit * (1 + 1e-3)).all(), name
-        off.append(((found.double() - exact) / unit).flatten())
-        units.append((found != dpo[name]).flatten())
+        assert ((weight.double() - exact).abs() < unit * (1 + 1e-3)).all(), name
+        off.append(((weight.double() - exact) / unit).flatten())
+        units.append((weight != dpo[name]).flatten())
     error = torch.cat(off)
     assert abs(error.mean().item()) < 5 * error.std().item() / len(error) ** 0.5
     assert torch.cat(units).double().mean() > 0.05  # nearest would leave nearly all as they are
@@ -142,8 +143,8 @@ def test_any_sharding_on_either_side_gives_the_same_tensors(
     for name, shards in (("plain", (1, 1)), ("sharded", (sft_shards, dpo_shards))):
         sft, dpo = write_pair(tmp_path / name, *shards)
         assert expo(sft, dpo, tmp_path / name / "out", 0.5, rounding="stochastic") == 0
-    found = read_weights(tmp_path / "sharded" / "out")
-    assert same_bits(found, read_weights(tmp_path / "plain" / "out"))
+    result = read_weights(tmp_path / "sharded" / "out")
+    assert same_bits(result, read_weights(tmp_path / "plain" / "out"))
 
 
 def test_shard_size_splits_the_model_and_the_index_names_every_tensor(tmp_path: Path) -> None:
@@ -153,13 +154,13 @@ def test_shard_size_splits_the_model_and_the_index_names_every_tensor(tmp_path: 
     shards = sorted(out.glob("*.safetensors"))
     count = len(shards)
     assert count > 3
-    assert [one.name for one in shards] == [
+    assert [file.name for file in shards] == [
         f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)
     ]
-    assert all(one.stat().st_size < 40_000 + 2_000 for one in shards)
+    assert all(file.stat().st_size < 40_000 + 2_000 for file in shards)
     index = read_json(out / "model.safetensors.index.json")
     weights = read_weights(out)
-    assert index["metadata"]["total_size"] == sum(one.nbytes for one in weights.values())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in weights.values())
     for shard in shards:
         mapped = {name for name, file in index["weight_map"].items() if file == shard.name}
         from safetensors import safe_open
@@ -180,8 +181,8 @@ def test_every_tensor_begins_where_readers_that_map_files_want_it(tmp_path: Path
     assert header.pop("__metadata__") == {"format": "pt"}
     assert length % 8 == 0
     width = {"BOOL": 1, "BF16": 2, "F32": 4}
-    assert all(one["data_offsets"][0] % width[one["dtype"]] == 0 for one in header.values())
-    assert {one["dtype"] for one in header.values()} == set(width)
+    assert all(entry["data_offsets"][0] % width[entry["dtype"]] == 0 for entry in header.values())
+    assert {entry["dtype"] for entry in header.values()} == set(width)
 
 
 def test_one_tensor_larger_than_a_shard_gets_a_file_of_its_own(tmp_path: Path) -> None:
@@ -199,8 +200,8 @@ def test_dtype_is_that_of_the_weights_and_of_the_configuration(
     folders = write_both(tmp_path, sft, dpo)
     assert expo(*folders, tmp_path / "out", 0.5, more=f"--dtype {dtype}") == 0
     expected = {
-        name: nearest(sft[name], one, 0.5, wanted) if one.is_floating_point() else one
-        for name, one in dpo.items()
+        name: nearest(sft[name], tensor, 0.5, wanted) if tensor.is_floating_point() else tensor
+        for name, tensor in dpo.items()
     }
     assert same_bits(read_weights(tmp_path / "out"), expected)
     config = read_json(tmp_path / "out" / "config.json")
@@ -228,11 +229,11 @@ def test_multipliers_freeze_and_scale_and_the_first_pattern_counts(tmp_path: Pat
     more = "--multiplier 'embed_tokens|lm_head=0' --multiplier 'layers.0=0.5' --multiplier 'layers=2'"
     assert expo(*folders, tmp_path / "out", 0.5, more=more) == 0
     expected = {}
-    for name, one in dpo.items():
+    for name, tensor in dpo.items():
         factor = (
             0.0 if name in (EMBEDDING, HEAD) else 0.5 if "layers.0" in name else 2 if "layers" in name else 1
         )
-        expected[name] = nearest(sft[name], one, 0.5 * factor)
+        expected[name] = nearest(sft[name], tensor, 0.5 * factor)
     assert same_bits(read_weights(tmp_path / "out"), expected)
     assert same_bits({HEAD: expected[HEAD]}, {HEAD: dpo[HEAD]})
 
@@ -275,14 +276,14 @@ def test_tied_weights_stay_equal_and_are_stored_as_dpo_has_them(
     folders = write_both(tmp_path, sft, dpo, {**LLAMA, "tie_word_embeddings": True}, dpo_shards=2)
     more = "--multiplier embed_tokens=0.5"
     assert expo(*folders, tmp_path / "out", 0.6, rounding=rounding, more=more) == 0
-    found = read_weights(tmp_path / "out")
-    assert found.keys() == dpo.keys()
+    result = read_weights(tmp_path / "out")
+    assert result.keys() == dpo.keys()
     if rounding == "nearest":
         assert same_bits(
-            {EMBEDDING: found[EMBEDDING]}, {EMBEDDING: nearest(sft[EMBEDDING], dpo[EMBEDDING], 0.3)}
+            {EMBEDDING: result[EMBEDDING]}, {EMBEDDING: nearest(sft[EMBEDDING], dpo[EMBEDDING], 0.3)}
         )
     if dpo_head:
-        assert torch.equal(found[HEAD], found[EMBEDDING])
+        assert torch.equal(result[HEAD], result[EMBEDDING])
 
 
 def test_an_untied_head_is_matched_with_the_tied_one_of_sft(tmp_path: Path) -> None:
@@ -312,7 +313,9 @@ def test_buffers_on_one_side_and_integers_are_kept_as_dpo_has_them(
     assert expo(*folders, tmp_path / "out", 0.5) == 0
     assert note in capsys.readouterr().err
     kept = ("model.layers.0.self_attn.rotary_emb.inv_freq", "counts", "mask")
-    expected = {name: one if name in kept else nearest(sft[name], one, 0.5) for name, one in dpo.items()}
+    expected = {
+        name: tensor if name in kept else nearest(sft[name], tensor, 0.5) for name, tensor in dpo.items()
+    }
     assert same_bits(read_weights(tmp_path / "out"), expected)
 
 
@@ -363,7 +366,7 @@ def test_the_bytes_do_not_depend_on_pages_chunks_or_threads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounding: str
 ) -> None:
     sft, dpo = write_pair(tmp_path, sft_shards=2, dpo_shards=3, dtype=F32 if rounding == "nearest" else BF16)
-    found = []
+    digests = []
     for page_bytes, chunk_bytes, threads in (
         (4 << 20, 1 << 20, 2), (32768, 8192, 1), (5000, 1000, 4), (4 << 20, 514, 7), (8, 8, 2),
     ):  # fmt: skip
@@ -372,9 +375,9 @@ def test_the_bytes_do_not_depend_on_pages_chunks_or_threads(
         monkeypatch.setattr(LocalStore, "concurrency", threads)
         out = tmp_path / f"out-{page_bytes}-{chunk_bytes}"
         assert expo(sft, dpo, out, 0.3, rounding=rounding, more="--shard-size 100kB") == 0
-        found.append(digest(out))
-    assert len(found[0]) > 1
-    assert all(one == found[0] for one in found)
+        digests.append(digest(out))
+    assert len(digests[0]) > 1
+    assert all(other == digests[0] for other in digests)
 
 
 def test_four_alphas_in_one_pass_are_four_passes(tmp_path: Path) -> None:
@@ -427,23 +430,23 @@ def test_side_files_are_dpos_byte_for_byte(tmp_path: Path) -> None:
         (dpo / key).parent.mkdir(exist_ok=True)
         (dpo / key).write_bytes(data)
     assert expo(sft, dpo, tmp_path / "out", 0.5) == 0
-    found = files_of(tmp_path / "out")
-    assert {key: found.get(key) for key in SIDE_FILES} == SIDE_FILES
-    assert found["config.json"] == (dpo / "config.json").read_bytes()
+    files = files_of(tmp_path / "out")
+    assert {key: files.get(key) for key in SIDE_FILES} == SIDE_FILES
+    assert files["config.json"] == (dpo / "config.json").read_bytes()
     own = {"config.json", "model.safetensors", "README.md", "expo.json"}
-    assert {key for key in found if not key.startswith(".expo/")} == {*SIDE_FILES, *own}
-    assert b"dpo's own card" not in found["README.md"]
+    assert {key for key in files if not key.startswith(".expo/")} == {*SIDE_FILES, *own}
+    assert b"dpo's own card" not in files["README.md"]
 
 
 def test_the_manifest_names_everything_with_size_and_digest(tmp_path: Path) -> None:
     sft, dpo = write_pair(tmp_path)
     assert expo(sft, dpo, tmp_path / "out", 0.5, more="--shard-size 100kB") == 0
     manifest = read_json(tmp_path / "out" / "expo.json")
-    found = {key: data for key, data in files_of(tmp_path / "out").items() if not key.startswith(".expo/")}
-    del found["expo.json"]
-    listed = {one["file"]: one for one in manifest["shards"]} | manifest["files"]
-    assert {key: (one["size"], one["sha256"]) for key, one in listed.items()} == {
-        key: (len(data), hashlib.sha256(data).hexdigest()) for key, data in found.items()
+    files = {key: data for key, data in files_of(tmp_path / "out").items() if not key.startswith(".expo/")}
+    del files["expo.json"]
+    listed = {entry["file"]: entry for entry in manifest["shards"]} | manifest["files"]
+    assert {key: (entry["size"], entry["sha256"]) for key, entry in listed.items()} == {
+        key: (len(data), hashlib.sha256(data).hexdigest()) for key, data in files.items()
     }
     assert manifest["parents"]["dpo"]["uri"] == str(dpo)
     assert manifest["alpha"] == 0.5
@@ -456,14 +459,14 @@ def test_the_statistics_are_those_of_the_written_weights(tmp_path: Path) -> None
     assert expo(*folders, tmp_path / "out", 0.5, more="--multiplier norm=0") == 0
     statistics = read_json(tmp_path / "out" / "expo.json")["statistics"]
     assert statistics["tensors"].keys() == {name for name in dpo if "norm" not in name}
-    for name, one in statistics["tensors"].items():
+    for name, described in statistics["tensors"].items():
         d, s, out = (side[name].double() for side in (dpo, sft, read_weights(tmp_path / "out")))
         delta = d - s
-        assert one["elements"] == d.numel()
-        assert one["changed_share"] == pytest.approx((delta != 0).double().mean().item(), rel=1e-5)
-        assert one["rms_weight"] == pytest.approx(d.square().mean().sqrt().item(), rel=1e-4)
-        assert one["rms_delta"] == pytest.approx(delta.square().mean().sqrt().item(), rel=1e-4)
-        assert one["effective_alpha"] == pytest.approx(
+        assert described["elements"] == d.numel()
+        assert described["changed_share"] == pytest.approx((delta != 0).double().mean().item(), rel=1e-5)
+        assert described["rms_weight"] == pytest.approx(d.square().mean().sqrt().item(), rel=1e-4)
+        assert described["rms_delta"] == pytest.approx(delta.square().mean().sqrt().item(), rel=1e-4)
+        assert described["effective_alpha"] == pytest.approx(
             (((out - d) * delta).sum() / delta.square().sum()).item(), rel=1e-4
         )
 
@@ -513,14 +516,14 @@ def test_the_card_and_the_command_warn_of_alphas_that_rounding_swallowed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sft = llama_tensors()
-    dpo = {name: (one.float() * (1 + 2**-8)).bfloat16() for name, one in sft.items()}  # one ulp or none
+    dpo = {name: (tensor.float() * (1 + 2**-8)).bfloat16() for name, tensor in sft.items()}  # one ulp or none
     folders = write_both(tmp_path, sft, dpo)
     for rounding, words in (("nearest", "rounding to nearest loses small changes"), ("stochastic", "")):
         out = tmp_path / rounding
         assert expo(*folders, out, 0.2, rounding=rounding) == 0
         printed = capsys.readouterr().out
         warnings = read_json(out / "expo.json")["warnings"]
-        assert [words in one for one in warnings] == ([True] if words else [])
+        assert [words in warning for warning in warnings] == ([True] if words else [])
         assert (
             (words in printed and words in (out / "README.md").read_text())
             if words

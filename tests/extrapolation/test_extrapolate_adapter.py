@@ -32,7 +32,7 @@ def merged(sft: Path, adapter: Path, dtype: torch.dtype = F64) -> Tensors:
     """The weights of base and adapter, multiplied out by peft."""
     base = AutoModelForCausalLM.from_pretrained(sft, dtype=dtype)
     model = PeftModel.from_pretrained(base, str(adapter)).to(dtype).merge_and_unload()
-    return {name: one.detach().clone() for name, one in model.state_dict().items()}
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -56,10 +56,10 @@ def test_only_the_scale_of_a_scaled_adapter_changes(tmp_path: Path, alpha: float
     (dpo / "tokenizer.json").write_text("{}")
     # An adapter is one file for its readers, whatever the largest file of a model may be.
     assert expo(sft, dpo, tmp_path / "out", alpha, more="--shard-size 1kB") == 0
-    found = files_of(tmp_path / "out")
+    files = files_of(tmp_path / "out")
     assert same_bits(read_weights(tmp_path / "out"), read_weights(dpo))
     own = {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md", "expo.json"}
-    assert {key for key in found if not key.startswith(".expo/")} == own
+    assert {key for key in files if not key.startswith(".expo/")} == own
     before, after = (
         read_json(dpo / "adapter_config.json"),
         read_json(tmp_path / "out" / "adapter_config.json"),
@@ -70,34 +70,34 @@ def test_only_the_scale_of_a_scaled_adapter_changes(tmp_path: Path, alpha: float
     assert {k: v for k, v in after.items() if k not in changed} == {
         k: v for k, v in before.items() if k not in changed
     }
-    assert "effective alpha" not in found["README.md"].decode()
+    assert "effective alpha" not in files["README.md"].decode()
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_merged_adapter_is_the_formula_over_what_peft_merges(tmp_path: Path, name: str) -> None:
     sft, dpo = save_lora(tmp_path, causal_model(tiny_llama(), dtype=F32), **SETTINGS[name])
     assert expo(sft, dpo, tmp_path / "out", 0.5, more="--adapter merge --shard-size 20kB") == 0
-    base, trained, found = read_weights(sft), merged(sft, dpo), read_weights(tmp_path / "out")
-    assert found.keys() == base.keys()
+    base, trained, result = read_weights(sft), merged(sft, dpo), read_weights(tmp_path / "out")
+    assert result.keys() == base.keys()
     for key, weight in base.items():
         exact = trained[key] + 0.5 * (trained[key] - weight.double())
-        assert found[key].dtype == F32
+        assert result[key].dtype == F32
         torch.testing.assert_close(
-            found[key], exact.float(), rtol=2e-7, atol=1e-9
+            result[key], exact.float(), rtol=2e-7, atol=1e-9
         )  # one unit in the last place
         if torch.equal(trained[key], weight.double()):
-            assert torch.equal(found[key], weight)
+            assert torch.equal(result[key], weight)
 
 
 def test_a_merged_adapter_on_bf16_is_rounded_once(tmp_path: Path) -> None:
     sft, dpo = save_lora(tmp_path, causal_model(tiny_llama()))
     more = "--adapter merge --multiplier q_proj=0"
     assert expo(sft, dpo, tmp_path / "out", 0.5, more=more) == 0
-    base, trained, found = read_weights(sft), merged(sft, dpo), read_weights(tmp_path / "out")
+    base, trained, result = read_weights(sft), merged(sft, dpo), read_weights(tmp_path / "out")
     for key, weight in base.items():
         alpha = 0.0 if "q_proj" in key else 0.5
         exact = rounded(trained[key] + alpha * (trained[key] - weight.double()), torch.bfloat16)
-        assert (found[key] == exact).double().mean() > 0.999, (
+        assert (result[key] == exact).double().mean() > 0.999, (
             key
         )  # the sum over ranks may end an ulp of float64 off
         assert torch.equal(exact, weight) == (not ("q_proj" in key or "down_proj" in key))
@@ -111,24 +111,24 @@ def test_a_merged_model_takes_its_configuration_from_sft_and_its_tokenizer_from_
         (folder / "tokenizer_config.json").write_text(f'"{text}"')
     (sft / "tokenizer.json").write_text("{}")
     assert expo(sft, dpo, tmp_path / "out", 0.5, more="--adapter merge") == 0
-    found = files_of(tmp_path / "out")
-    assert found["config.json"] == (sft / "config.json").read_bytes()
-    assert found["tokenizer_config.json"] == b'"dpo"'
-    assert found["tokenizer.json"] == b"{}"
-    assert "adapter_config.json" not in found
+    files = files_of(tmp_path / "out")
+    assert files["config.json"] == (sft / "config.json").read_bytes()
+    assert files["tokenizer_config.json"] == b'"dpo"'
+    assert files["tokenizer.json"] == b"{}"
+    assert "adapter_config.json" not in files
 
 
 def test_the_merge_does_not_depend_on_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from expo_ray.storage.local import LocalStore
 
     sft, dpo = save_lora(tmp_path, causal_model(tiny_llama()), **SETTINGS["all linear"])
-    found = []
+    results = []
     for chunk_bytes in (1 << 20, 1000, 258):
         monkeypatch.setattr(LocalStore, "chunk_bytes", chunk_bytes)
         out = tmp_path / f"out-{chunk_bytes}"
         assert expo(sft, dpo, out, 0.3, rounding="stochastic", more="--adapter merge") == 0
-        found.append(read_weights(out))
-    assert all(same_bits(one, found[0]) for one in found)
+        results.append(read_weights(out))
+    assert all(same_bits(other, results[0]) for other in results)
 
 
 def test_what_an_adapter_cannot_take_is_refused_together(
@@ -158,5 +158,5 @@ def test_the_formula_of_the_tests_and_the_one_of_peft_agree(tmp_path: Path) -> N
     sft, dpo = save_lora(tmp_path, causal_model(tiny_llama(), dtype=F32))
     assert expo(sft, dpo, tmp_path / "out", 0.5, more="--adapter merge") == 0
     base, trained = read_weights(sft), merged(sft, dpo, F32)
-    for key, found in read_weights(tmp_path / "out").items():
-        torch.testing.assert_close(found, nearest(base[key], trained[key], 0.5), rtol=1e-6, atol=1e-7)
+    for key, result in read_weights(tmp_path / "out").items():
+        torch.testing.assert_close(result, nearest(base[key], trained[key], 0.5), rtol=1e-6, atol=1e-7)

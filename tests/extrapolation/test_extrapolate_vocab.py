@@ -45,13 +45,13 @@ def write_side(folder: Path, tensors: Tensors, tokenizer: Tokenizer | None, tied
 def resized(tensors: Tensors, rows: int, seed: int = 7) -> Tensors:
     """The same weights with `rows` rows in embedding and head, new ones at random."""
     generator = torch.Generator().manual_seed(seed)
-    found = dict(tensors)
+    resized = dict(tensors)
     for name in (EMBEDDING, HEAD):
         if name in tensors:
             old = tensors[name][:rows]
             new = torch.randn(rows - len(old), old.shape[1], generator=generator) * 0.05
-            found[name] = torch.cat([old, new.to(old.dtype)])
-    return found
+            resized[name] = torch.cat([old, new.to(old.dtype)])
+    return resized
 
 
 def by_token(
@@ -59,7 +59,9 @@ def by_token(
 ) -> Tensors:
     """Row by row, the long way."""
     expected = {
-        name: nearest(sft[name], one, alpha) for name, one in dpo.items() if name not in (EMBEDDING, HEAD)
+        name: nearest(sft[name], tensor, alpha)
+        for name, tensor in dpo.items()
+        if name not in (EMBEDDING, HEAD)
     }
     for name in (EMBEDDING, HEAD):
         expected[name] = dpo[name].clone()
@@ -151,8 +153,8 @@ def test_keep_dpo_matches_by_position_and_keeps_the_rest(
     assert expo(*folders, tmp_path / "out", 0.5, more=f"--vocab keep-dpo --dtype {dtype}") == 0
     wanted = torch.float32 if dtype == "fp32" else torch.bfloat16
     expected = {
-        name: nearest(sft[name], one, 0.5, wanted)
-        for name, one in dpo.items()
+        name: nearest(sft[name], tensor, 0.5, wanted)
+        for name, tensor in dpo.items()
         if name not in (EMBEDDING, HEAD)
     }
     shared = min(sft_rows, dpo_rows)
@@ -170,9 +172,9 @@ def test_tokenizers_that_are_missing_are_told_for_both_sides_with_every_other_pr
     del sft["model.norm.weight"]
     folders = write_side(tmp_path / "sft", sft, None), write_side(tmp_path / "dpo", dpo, None)
     assert expo(*folders, tmp_path / "out", 0.5, more="--vocab by-token") == 2
-    told = capsys.readouterr().err
-    assert "3 problem(s), nothing was written" in told
+    printed = capsys.readouterr().err
+    assert "3 problem(s), nothing was written" in printed
     for folder in folders:
-        assert f"{folder}: no tokenizer, and matching rows by token needs tokenizer.json" in told
-    assert "sft lacks 1 tensor(s) of dpo: model.norm.weight" in told
+        assert f"{folder}: no tokenizer, and matching rows by token needs tokenizer.json" in printed
+    assert "sft lacks 1 tensor(s) of dpo: model.norm.weight" in printed
     assert not (tmp_path / "out").exists()

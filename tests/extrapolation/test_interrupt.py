@@ -17,7 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from tests.support.paths import ROOT
 from tests.support.ray_cluster import wait_until
 
-# Whoever starts the tests may have told their children to ignore SIGINT.
+# A shell that runs the tests in the background makes its children ignore SIGINT.
 COMMAND = """
 import signal, sys
 from expo_ray.cli.process import main

@@ -245,27 +245,27 @@ def meanwhile(stage: Stage, act: Callable[[], None]) -> Iterator[None]:
 
 
 def race(job: Job, box: RayBox, alphas: tuple[float, float]) -> list[Process]:
-    """Two jobs that reach their claims at the same time; returns when both have ended."""
+    """Run two jobs that reach their claims at the same time; return when both have ended."""
     job.stage.way.hold(*SMALL_WRITES["claim"])
-    jobs = [box.run(*job.command(alpha)) for alpha in alphas]
-    wait_until(lambda: job.stage.way.held == len(jobs), "both are about to claim the output")
+    processes = [box.run(*job.command(alpha)) for alpha in alphas]
+    wait_until(lambda: job.stage.way.held == len(processes), "both are about to claim the output")
     job.stage.way.release()
-    for one in jobs:
-        one.wait()
-    return jobs
+    for process in processes:
+        process.wait()
+    return processes
 
 
 def test_two_jobs_of_one_plan_both_finish(job: Job, ray_box: RayBox) -> None:
-    jobs = race(job, ray_box, (0.3, 0.3))
-    assert [one.wait() for one in jobs] == [0, 0], jobs[0].stderr + jobs[1].stderr
+    processes = race(job, ray_box, (0.3, 0.3))
+    assert [process.wait() for process in processes] == [0, 0], processes[0].stderr + processes[1].stderr
     assert job.complete()
 
 
 def test_of_two_plans_exactly_one_finishes(job: Job, ray_box: RayBox) -> None:
     alphas = (0.3, 0.5)
-    jobs = race(job, ray_box, alphas)
-    statuses = [one.wait() for one in jobs]
+    processes = race(job, ray_box, alphas)
+    statuses = [process.wait() for process in processes]
     assert sorted(statuses) == [0, 2]
     winner, loser = statuses.index(0), statuses.index(2)
     assert job.complete(alphas[winner])
-    assert f"output {job.stage.uri} was claimed by another job" in jobs[loser].stderr
+    assert f"output {job.stage.uri} was claimed by another job" in processes[loser].stderr

@@ -1,4 +1,4 @@
-"""Pairs whose two sides name, store or declare one thing in two ways, held against transformers, PEFT and the formula."""
+"""Pairs whose two sides name, store or declare the same thing differently, compared with transformers, PEFT and the formula."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_integers_that_differ_are_noted(tmp_path: Path, capsys: Print) -> None:
 def test_placeholders_of_zero_3_are_refused(tmp_path: Path, capsys: Print, side: str) -> None:
     sft = llama_tensors()
     folders = write_both(tmp_path, sft, moved(sft))
-    hollow = {name: one if one.dim() == 1 else one.new_empty(0) for name, one in sft.items()}
+    hollow = {name: tensor if tensor.dim() == 1 else tensor.new_empty(0) for name, tensor in sft.items()}
     write_model(tmp_path / side, hollow)
     said = refused(capsys, *folders, tmp_path / "out")
     assert f"{side}: " in said
@@ -170,7 +170,7 @@ def test_an_adapter_of_placeholders_is_refused(tmp_path: Path, capsys: Print) ->
     model.save_pretrained(tmp_path / "sft")
     adapt(model, tmp_path / "dpo", ["q_proj"])
     file = tmp_path / "dpo" / "adapter_model.safetensors"
-    save_file({name: one.new_empty(0) for name, one in load_file(file).items()}, file)
+    save_file({name: tensor.new_empty(0) for name, tensor in load_file(file).items()}, file)
     for mode in ("scale", "merge"):
         said = refused(capsys, tmp_path / "sft", tmp_path / "dpo", tmp_path / "out", more=f"--adapter {mode}")
         assert "4 weight(s) are empty placeholders of shape [0]" in said
@@ -199,9 +199,9 @@ def test_a_tied_weight_has_one_result_under_either_name(tmp_path: Path) -> None:
     sides = {}
     for side, tensors in (("sft", sft), ("dpo", dpo)):
         sides[side] = write_model(tmp_path / side, tensors, LLAMA | tied)
-        other = {HEAD if name == EMBEDDING else name: one for name, one in tensors.items()}
+        other = {HEAD if name == EMBEDDING else name: tensor for name, tensor in tensors.items()}
         sides[f"{side}-head"] = write_model(tmp_path / f"{side}-head", other, LLAMA | tied)
-    expected = {name: nearest(sft[name], one, 0.5) for name, one in dpo.items()}
+    expected = {name: nearest(sft[name], tensor, 0.5) for name, tensor in dpo.items()}
     for a, b in (("sft", "dpo"), ("sft", "dpo-head"), ("sft-head", "dpo"), ("sft-head", "dpo-head")):
         out = tmp_path / f"{a}-{b}"
         assert expo(sides[a], sides[b], out, 0.5) == 0
@@ -273,14 +273,12 @@ def test_all_names_of_a_tied_weight_in_a_pickle(tmp_path: Path, kind: str, side:
     ]
     assert main([*arguments, "--alpha", "0.5", "--allow-pickle"]) == 0
     weights = read_weights(out)
-    for (
-        name,
-        one,
-    ) in weights.items():  # stochastic: tied copies stay equal, and each is one of the two neighbours
+    # Stochastic: tied copies stay equal, and each weight is one of the two neighbours.
+    for name, tensor in weights.items():
         exact = loaded[1][name].double() + 0.5 * (loaded[1][name].double() - loaded[0][name].double())
-        assert ((one.double() - exact).abs() <= exact.abs() * 2**-7 + 1e-30).all()
+        assert ((tensor.double() - exact).abs() <= exact.abs() * 2**-7 + 1e-30).all()
     made = type(model).from_pretrained(out).state_dict()
-    assert all(torch.equal(made[name], one) for name, one in weights.items())
+    assert all(torch.equal(made[name], tensor) for name, tensor in weights.items())
 
 
 @pytest.mark.parametrize("kind", OTHER_EMBEDDINGS)
@@ -288,7 +286,7 @@ def test_a_grown_vocabulary_is_recognised_whatever_its_name(tmp_path: Path, caps
     torch.manual_seed(0)
     model = OTHER_EMBEDDINGS[kind]()
     model.save_pretrained(tmp_path / "sft")
-    before = {name: one.clone() for name, one in model.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.resize_token_embeddings(104, mean_resizing=False)
     after_training(model).save_pretrained(tmp_path / "dpo")
     after = model.state_dict()
@@ -298,13 +296,13 @@ def test_a_grown_vocabulary_is_recognised_whatever_its_name(tmp_path: Path, caps
     made, info = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["mismatched_keys"]
-    for name, one in made.state_dict().items():
+    for name, tensor in made.state_dict().items():
         rows = [min(a, b) for a, b in zip(before[name].shape, after[name].shape, strict=True)]
         shared = tuple(slice(count) for count in rows)
         expected = after[name].clone()
         if name != "final_logits_bias":
             expected[shared] = nearest(before[name][shared], after[name][shared], 0.5)
-        assert torch.equal(one, expected), name
+        assert torch.equal(tensor, expected), name
 
 
 # Rows of equally large vocabularies
@@ -329,11 +327,11 @@ def test_by_token_means_by_token_whatever_the_sizes(tmp_path: Path, capsys: Prin
     )
     assert expo(*folders, tmp_path / "token", 0.5, more="--vocab by-token") == 0
     out = read_weights(tmp_path / "token")
-    for name, one in dpo.items():
-        expected = nearest(sft[name], one, 0.5)
+    for name, tensor in dpo.items():
+        expected = nearest(sft[name], tensor, 0.5)
         if name in (EMBEDDING, HEAD):
-            expected[250:] = one[250:]
-            expected[251:253] = nearest(sft[name][250:252], one[251:253], 0.5)
+            expected[250:] = tensor[250:]
+            expected[251:253] = nearest(sft[name][250:252], tensor[251:253], 0.5)
         assert torch.equal(out[name], expected)
 
 
@@ -369,10 +367,11 @@ def test_a_wrapper_s_prefix_is_named_once_with_a_remedy_that_works(
 ) -> None:
     sft = llama_tensors()
     dpo = moved(sft)
-    folders = write_both(tmp_path, sft, {prefix + name: one for name, one in dpo.items()})
+    folders = write_both(tmp_path, sft, {prefix + name: tensor for name, tensor in dpo.items()})
     unwrap_as_told(capsys, folders, tmp_path / "out", f"`{prefix}`")
     assert same_bits(
-        read_weights(tmp_path / "out"), {name: nearest(sft[name], one, 0.5) for name, one in dpo.items()}
+        read_weights(tmp_path / "out"),
+        {name: nearest(sft[name], tensor, 0.5) for name, tensor in dpo.items()},
     )
 
 
@@ -380,8 +379,8 @@ def test_several_wrappers_inside_each_other(tmp_path: Path, capsys: Print) -> No
     sft = llama_tensors() | {"model.pooling_module.weight": torch.rand(4, 4)}
     dpo = moved(sft)
     wrapped = {
-        "_orig_mod." + name.replace(".self_attn", "._checkpoint_wrapped_module.self_attn"): one
-        for name, one in dpo.items()
+        "_orig_mod." + name.replace(".self_attn", "._checkpoint_wrapped_module.self_attn"): tensor
+        for name, tensor in dpo.items()
     }
     folders = write_both(tmp_path, sft, wrapped)
     unwrap_as_told(capsys, folders, tmp_path / "out", "`_orig_mod.`, `_checkpoint_wrapped_module.`")
@@ -410,17 +409,18 @@ def test_renamed_modules_of_sft_are_paired(tmp_path: Path, capsys: Print, prefix
             name if prefix.startswith("model.") and name.startswith(("visual", "lm_head")) else prefix + name
         )
 
-    folders = write_both(tmp_path, {other(name): one for name, one in sft.items()}, dpo)
+    folders = write_both(tmp_path, {other(name): tensor for name, tensor in sft.items()}, dpo)
     assert expo(*folders, tmp_path / "out", 0.5) == 0
     assert "call" in capsys.readouterr().err
     assert same_bits(
-        read_weights(tmp_path / "out"), {name: nearest(sft[name], one, 0.5) for name, one in dpo.items()}
+        read_weights(tmp_path / "out"),
+        {name: nearest(sft[name], tensor, 0.5) for name, tensor in dpo.items()},
     )
 
 
 def test_a_model_saved_without_its_head_is_named(tmp_path: Path, capsys: Print) -> None:
     sft = llama_tensors()
-    dpo = {name.removeprefix("model."): one for name, one in moved(sft).items() if name != HEAD}
+    dpo = {name.removeprefix("model."): tensor for name, tensor in moved(sft).items() if name != HEAD}
     said = refused(capsys, *write_both(tmp_path, sft, dpo), tmp_path / "out")
     assert "it was saved without its head, as `AutoModel` does" in said
     assert said.count("\n- ") == 1
@@ -482,9 +482,9 @@ def adapt(model: PreTrainedModel, folder: Path, targets: str | list[str]) -> Non
     adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=targets))
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
-        for name, one in adapted.named_parameters():
+        for name, parameter in adapted.named_parameters():
             if "lora_" in name:
-                one.copy_(torch.randn(one.shape, generator=generator) * 0.05)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
     adapted.save_pretrained(str(folder))
 
 
@@ -494,7 +494,7 @@ def test_an_adapter_names_modules_as_they_are_in_memory(tmp_path: Path, mode: st
     model.save_pretrained(tmp_path / "sft")
     assert any(name.startswith("language_model.model.") for name in read_weights(tmp_path / "sft"))
     adapt(model, tmp_path / "dpo", r".*(language_model|vision_model).*\.(q_proj|down_proj)")
-    sft = {name: one.clone() for name, one in llava().state_dict().items()}
+    sft = {name: tensor.clone() for name, tensor in llava().state_dict().items()}
     full = PeftModel.from_pretrained(llava(), str(tmp_path / "dpo")).double().merge_and_unload().state_dict()
     assert expo(tmp_path / "sft", tmp_path / "dpo", tmp_path / "out", 0.5, more=f"--adapter {mode}") == 0
     if mode == "scale":
@@ -503,8 +503,8 @@ def test_an_adapter_names_modules_as_they_are_in_memory(tmp_path: Path, mode: st
         )
     else:
         made = type(model).from_pretrained(tmp_path / "out", dtype=torch.float64).state_dict()
-    for name, one in full.items():
-        torch.testing.assert_close(made[name], sft[name] + 1.5 * (one - sft[name]), rtol=1e-9, atol=1e-9)
+    for name, tensor in full.items():
+        torch.testing.assert_close(made[name], sft[name] + 1.5 * (tensor - sft[name]), rtol=1e-9, atol=1e-9)
 
 
 def test_a_name_that_no_module_can_have_is_refused(tmp_path: Path, capsys: Print) -> None:
@@ -512,7 +512,9 @@ def test_a_name_that_no_module_can_have_is_refused(tmp_path: Path, capsys: Print
     model.save_pretrained(tmp_path / "sft")
     adapt(model, tmp_path / "dpo", ["q_proj"])
     file = tmp_path / "dpo" / "adapter_model.safetensors"
-    save_file({name.replace("self_attn", "../../etc"): one for name, one in load_file(file).items()}, file)
+    save_file(
+        {name.replace("self_attn", "../../etc"): tensor for name, tensor in load_file(file).items()}, file
+    )
     assert "no LoRA matrices" in refused(capsys, tmp_path / "sft", tmp_path / "dpo", tmp_path / "out")
 
 

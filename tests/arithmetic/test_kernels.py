@@ -40,8 +40,8 @@ def assert_equal_to_the_cpu(rule: Rule, device: str, first: int) -> None:
         dpo[:1000] = sft[:1000]
     expected, statistics = run(rule, dpo, sft, ALPHAS, key=KEY, first=first, kernel=CpuKernel(rule))
     outs, sums = run(rule, dpo, sft, ALPHAS, key=KEY, first=first, kernel=TorchKernel(rule, device))
-    for out, one in zip(outs, expected, strict=True):
-        np.testing.assert_array_equal(out, one)
+    for out, words in zip(outs, expected, strict=True):
+        np.testing.assert_array_equal(out, words)
     assert sums == statistics
 
 
@@ -72,7 +72,7 @@ def test_any_division_into_chunks_gives_the_same(rounding: RoundingName) -> None
     np.testing.assert_array_equal(np.concatenate(parts), whole)
 
 
-def test_threads_have_buffers_of_their_own() -> None:
+def test_each_thread_has_its_own_buffers() -> None:
     rule = Rule("BF16", "BF16", "BF16", "stochastic")
     pairs = [(tuned(sft, "BF16", 7), sft) for sft in (weights("BF16", 1000 * k, k) for k in range(1, 21))]
     kernel = TorchKernel(rule, "cpu")
@@ -82,15 +82,15 @@ def test_threads_have_buffers_of_their_own() -> None:
         )
     for pair, (outs, statistics) in zip(pairs * 3, together, strict=True):
         expected, sums = run(rule, pair[0], pair[1], [0.3, 0.5], key=KEY)
-        for out, one in zip(outs, expected, strict=True):
-            np.testing.assert_array_equal(out, one)
+        for out, words in zip(outs, expected, strict=True):
+            np.testing.assert_array_equal(out, words)
         assert sums == statistics
 
 
 def test_nothing_is_nothing() -> None:
     rule, nothing = Rule("BF16", "BF16", "BF16", "stochastic"), np.empty(0, np.uint16)
-    (out,), (one,) = run(rule, nothing, nothing, [0.5], kernel=TorchKernel(rule, "cpu"))
-    assert (len(out), one.elements, one.dpo_square) == (0, 0, 0)
+    (out,), (statistics,) = run(rule, nothing, nothing, [0.5], kernel=TorchKernel(rule, "cpu"))
+    assert (len(out), statistics.elements, statistics.dpo_square) == (0, 0, 0)
 
 
 def test_a_kernel_is_made_once() -> None:
@@ -101,7 +101,7 @@ def test_a_kernel_is_made_once() -> None:
 
 
 class Machine:
-    """What resolve_device looks at."""
+    """The parts of a machine that `resolve_device` looks at."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         self.patch, self.folder = monkeypatch, folder
@@ -173,5 +173,5 @@ from expo_ray.arithmetic.rule import Rule
 kernel_for(Rule("BF16", "BF16", "BF16", "nearest"), resolve_device("auto"))
 print("torch" in sys.modules)
 """
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "False"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert child.stdout.strip() == "False"
