@@ -27,7 +27,7 @@ class JobError(ExpoError):
 
 
 class CheckpointError(ExpoError):
-    """One parent is not a checkpoint that can be extrapolated."""
+    """A parent is not a checkpoint that can be extrapolated."""
 
 
 class PairError(ExpoError):
@@ -122,7 +122,7 @@ class Collected:
         return Catching(self)
 
     def add(self, error: ExpoError) -> None:
-        """Keep one more problem; of a `Problems`, each of its own."""
+        """Keep a problem; of a `Problems`, each of those that it holds."""
         self.problems += problems_of(error)
 
     def raise_any(self) -> None:

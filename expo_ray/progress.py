@@ -31,7 +31,7 @@ _TELLING_BYTES = 1_000_000
 
 @dataclass(frozen=True)
 class Counts:
-    """One moment of some work: what is done and what is expected, which may still grow. Sizes are in bytes.
+    """The state of some work at one moment: what is done, and what is expected, which may still grow.
 
     Attributes:
         kept: rows of an earlier run, which are not asked for or scored again.

@@ -58,7 +58,7 @@ def shown(text: object, most: int = 200) -> str:
 
 
 def shown_end(text: object, most: int = 200) -> str:
-    """As `shown`, but a long text keeps its end as well, which tells paths and messages apart."""
+    """As `shown`, but a long text keeps its end as well, by which paths and messages differ."""
     string = text if isinstance(text, str) else str(text)
     if len(string) <= most:
         return shown(string, most)
@@ -83,7 +83,7 @@ def visible(text: str, *, kept: str = "\n") -> str:
 
 
 def message(text: str, *, lines: bool = False) -> str:
-    """What an error says: redacted, visible, at most 4,000 characters, on one line unless `lines`."""
+    """The text of an error: redacted, visible, at most 4,000 characters, on one line unless `lines`."""
     if lines:
         return visible(redact(text))
     if len(text) <= _LONGEST_MESSAGE:
@@ -219,7 +219,7 @@ def _pattern(secrets: frozenset[str]) -> re.Pattern[str] | None:
 
 
 def _forms(secret: str) -> Iterator[str]:
-    """How `secret` may be written: as it is, escaped for a URL, Python, JSON or HTML, or as a part of base64."""
+    """The ways to write `secret`: as it is, escaped for a URL, Python, JSON or HTML, or as a part of base64."""
     data = secret.encode("utf-8", "surrogateescape")
     yield from (
         secret,

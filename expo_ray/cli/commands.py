@@ -1,4 +1,4 @@
-"""What each command of `expo-ray` does: parse, call, print."""
+"""Commands of `expo-ray`: parse, call, print."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def missing_extra(error: ImportError, of_command: str = "") -> str:
 
 
 def require(module: str) -> None:
-    """Find out before any work that a package which the command will import is there.
+    """Check, before any work, that a package which the command will import is installed.
 
     Raises:
         JobError: if it is not.

@@ -1,4 +1,4 @@
-"""The command line `expo-ray` as a process: signals, streams, and what becomes of errors. The commands are in `expo_ray.cli.commands`.
+"""The command line `expo-ray` as a process: signals, streams, and the text and exit status of errors. The commands are in `expo_ray.cli.commands`.
 
 Little is imported here, so that signals are handled before the seconds that the rest takes to import.
 """
@@ -89,7 +89,7 @@ def guarded(command: Callable[[], int], flags: Collection[str] = ()) -> int:
 
 
 def _described(error: Exception) -> tuple[str, int]:
-    """What to print about an error, and the exit status; an empty text for what a traceback explains better."""
+    """The text to print about an error, and the exit status; an empty text where a traceback explains more."""
     if isinstance(error, Problems):
         return f"{len(error.problems)} problem(s), nothing was written:\n{error}", BAD_INPUT
     if isinstance(error, ExpoError):
@@ -145,11 +145,11 @@ def _prepare_streams() -> None:
 
 
 class _UnwritableOutput(OSError):
-    """The standard output is full, or nobody reads it any more."""
+    """The standard output is full, or its reader is gone."""
 
 
 class _StandardOutput(io.FileIO):
-    """The standard output, whose errors can be told from those of other files; after the first it takes all and forgets it."""
+    """The standard output, whose errors have a class of their own; after the first one it drops everything that is written."""
 
     _failed = False
 

@@ -15,7 +15,7 @@ from expo_ray.serving.served_models import plan_served_pairs
 
 
 def command(arguments: argparse.Namespace) -> int:
-    """Run `expo-ray serve`; the exit status is 0 once it has answered and is told to stop."""
+    """Run `expo-ray serve`; the exit status is 0 once it has served and is interrupted."""
     require("ray")
     job = load_job(arguments.job)
     settings = (

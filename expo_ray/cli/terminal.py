@@ -40,7 +40,7 @@ class GuardedStream:
 
 
 def printable(text: str) -> str:
-    """What is left of `text` for a terminal: lines, tabs, colours and progress bars, and nothing secret."""
+    """The part of `text` that a terminal may show: lines, tabs, colours and progress bars, and nothing secret."""
     if text.isprintable() and len(text) < 4:  # the separators and line ends of `print`
         return text
     match = _BAR.fullmatch(text)

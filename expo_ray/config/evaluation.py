@@ -1,4 +1,4 @@
-"""What a job file says of prompts, responses, engines and rewards."""
+"""Sections of a job file about prompts, responses, engines and rewards."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class PublishedModel(Frozen):
     """A model folder to evaluate as it is, beside the pairs."""
 
     name: Annotated[str, Field(pattern=NAME)]
-    """What requests and reports call it."""
+    """Name in requests and reports."""
 
     uri: Annotated[str, Field(min_length=1)]
     """The folder: a path, `s3://bucket/prefix` or `hf://org/name@revision`."""
@@ -40,7 +40,7 @@ class PromptSource(Frozen):
 
 
 class Sampling(Frozen):
-    """How responses are drawn. The defaults are the paper's."""
+    """Settings of sampling. The defaults are the paper's."""
 
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] = 0.7
     """Sampling temperature; 0 takes the likeliest token."""
@@ -74,7 +74,7 @@ class Serving(Frozen):
     """Engines of each pair or model."""
 
     max_replicas: Annotated[int, Field(ge=1)] | None = None
-    """Where it is above `replicas`, Ray Serve adds engines up to this number under load, and removes them again."""
+    """If it is above `replicas`, Ray Serve adds engines up to this number under load, and removes them again."""
 
     tensor_parallel_size: Annotated[int, Field(ge=1)] = 1
     """GPUs that one engine is spread over."""
@@ -110,7 +110,7 @@ class Serving(Frozen):
 
 
 class RewardModel(Frozen):
-    """What scores responses: a sequence classifier with one label, or a Python function."""
+    """A scorer of responses: a sequence classifier with one label, or a Python function."""
 
     model: Annotated[str, Field(min_length=1)]
     """Folder or URI of the reward model, or `python:module:function`, a function or other callable of prompt and response

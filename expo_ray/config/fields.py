@@ -91,7 +91,7 @@ def check_alphas(alphas: tuple[float, ...]) -> tuple[float, ...]:
 Alpha = Annotated[float, AfterValidator(check_alpha)]
 Alphas = Annotated[
     tuple[Alpha, ...],
-    BeforeValidator(lambda found: (found,) if isinstance(found, int | float | str) else found),
+    BeforeValidator(lambda value: (value,) if isinstance(value, int | float | str) else value),
     AfterValidator(check_alphas),
 ]
 Multiplier = Annotated[float, Field(ge=0, allow_inf_nan=False)]

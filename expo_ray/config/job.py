@@ -29,28 +29,28 @@ class Job(Frozen):
     """Options of every pair that does not set them itself."""
 
     device: Device = "auto"
-    """Where the arithmetic runs; the bytes are the same. `auto` takes a GPU where the task has one."""
+    """Device of the arithmetic; the bytes are the same on each. `auto` takes a GPU where the task has one."""
 
     prompts: tuple[PromptSource, ...] = ()
-    """What the models are asked."""
+    """Prompts for the models."""
 
     sampling: Sampling = Sampling()
-    """How responses are drawn."""
+    """Settings of sampling."""
 
     serving: Serving = Serving()
     """The engines that answer."""
 
     rewards: tuple[RewardModel, ...] = ()
-    """What scores the responses; the first one chooses alpha, the others have to confirm it."""
+    """Scorers of the responses; the first one chooses alpha, the others have to confirm it."""
 
     search: Search = Search()
-    """How alpha is chosen."""
+    """The search for alpha."""
 
     publish: Literal["winners", "all"] = "winners"
-    """What `expo-ray run` publishes: the chosen alpha of each pair, or that and all `alphas` of the pair."""
+    """Models that `expo-ray run` publishes: the chosen alpha of each pair, or that and all `alphas` of the pair."""
 
     push_to: str | None = None
-    """Where `expo-ray run` pushes each winner on the Hugging Face Hub: `my-org/{pair}-expo`. Repositories that it creates are private."""
+    """Repository on the Hugging Face Hub to which `expo-ray run` pushes each winner: `my-org/{pair}-expo`. One that it creates is private."""
 
     @model_validator(mode="before")
     @classmethod

@@ -1,4 +1,4 @@
-"""Reading a job file: everything wrong with it is told at once, each with its place and its remedy."""
+"""Read a job file, and report everything wrong with it at once, each problem with its place and its remedy."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _explain(error: ValidationError) -> Iterator[str]:
     in_pairs = any(problem["loc"][:1] == ("pairs",) and len(problem["loc"]) > 1 for problem in problems)
     for problem in problems:
         if problem["loc"][:1] == ("pairs",) and (problem["loc"][2:], problem["msg"]) in in_defaults:
-            continue  # inherited; told once, where it stands
+            continue  # inherited; reported once, at its place
         if problem["loc"] == ("pairs",) and problem["type"] == "too_short" and in_pairs:
             continue  # pydantic counts the valid pairs only
         place = "".join(

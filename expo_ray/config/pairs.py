@@ -1,4 +1,4 @@
-"""What a job file says of a pair."""
+"""Sections of a job file about pairs."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from expo_ray.config.fields import (
 
 
 class PairOptions(Frozen):
-    """How a pair is extrapolated. Set under `defaults` for all pairs, or in one pair."""
+    """Options of the extrapolation of a pair. Set under `defaults` for all pairs, or in one pair."""
 
     alphas: Alphas = ()
     """Steps past dpo, each a finite number of at least -1; every alpha gives one model."""
 
     rounding: RoundingName = "stochastic"
-    """How a weight is rounded to 16 bits. `stochastic` keeps small alphas alive, `nearest` loses them, `reference` repeats
+    """Rounding of weights to 16 bits. `stochastic` keeps small alphas alive, `nearest` loses them, `reference` repeats
     the paper's script bit for bit. fp32 outputs are rounded to nearest."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -39,7 +39,7 @@ class PairOptions(Frozen):
     """Data type of the written weights; `keep` is dpo's, tensor by tensor."""
 
     vocab: VocabPolicy = "refuse"
-    """How rows of embeddings are matched: `refuse` by position, if both parents have the same number of rows; `by-token`
+    """Matching of the rows of embeddings: `refuse` by position, if both parents have the same number of rows; `by-token`
     through both tokenizers, whatever the numbers; `keep-dpo` by position, with dpo's rows kept past sft's last."""
 
     adapter: AdapterPolicy = "scale"
@@ -59,7 +59,7 @@ class PairOptions(Frozen):
 
 
 class Pair(PairOptions):
-    """One SFT model and the DPO/RLHF model trained from it."""
+    """An SFT model and the DPO/RLHF model trained from it."""
 
     sft: Annotated[str, Field(min_length=1)]
     """Folder of the SFT model: a path, `s3://bucket/prefix` or `hf://org/name@revision`."""

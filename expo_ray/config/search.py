@@ -1,4 +1,4 @@
-"""What a job file says of choosing alpha."""
+"""Sections of a job file about choosing alpha."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Rungs = Annotated[tuple[Annotated[int, Field(ge=16)], ...], Field(min_length=1),
 
 
 class Limit(Frozen):
-    """Where a guardrail warns, and where it rejects an alpha."""
+    """The values at which a guardrail warns, and at which it rejects an alpha."""
 
     warn: Positive
     """The report warns above this."""
@@ -40,7 +40,7 @@ class Limit(Frozen):
 
 
 class Guardrails(Frozen):
-    """What an alpha may change in the responses, against dpo on the same prompts, whatever its reward."""
+    """Limits on what an alpha may change in the responses, relative to dpo on the same prompts, whatever its reward."""
 
     length_ratio: Limit = Limit(warn=1.3, reject=1.6)
     """Mean tokens of a response over dpo's; responses that shrink by as much count as well."""
@@ -59,7 +59,7 @@ class Guardrails(Frozen):
 
 
 class Search(Frozen):
-    """How alpha is chosen."""
+    """The search for alpha."""
 
     method: Literal["ladder", "grid"] = "ladder"
     """`ladder` doubles alpha until the reward falls or a guardrail trips, and then refines around the best; `grid` tries
@@ -85,4 +85,4 @@ class Search(Frozen):
     alone is taken. `multipliers` of the pair count first."""
 
     guardrails: Guardrails = Guardrails()
-    """What an alpha may change in the responses."""
+    """Limits on what an alpha may change in the responses."""

@@ -38,7 +38,7 @@ class _Lfs(Foreign):
 
 
 class _Listed(Foreign):
-    """One file in a listing of the Hub."""
+    """A file in a listing of the Hub."""
 
     name: str
     size: Annotated[int, Field(ge=0, lt=2**63)] | None
@@ -57,7 +57,7 @@ class HubStore:
             with `%2F`, or as `refs/pr/<n>`.
 
     Attributes:
-        uri: with the commit as revision, so that whoever opens it again reads the same files.
+        uri: with the commit as revision, so that opening it again reads the same files.
         revision: the commit, 40 hex digits.
     """
 
@@ -112,7 +112,9 @@ class HubStore:
             data = Path(self._ask(partial(self._download, key, force=again), uri)).read_bytes()
             if _digest(data, info.etag) == info.etag:
                 return data
-        raise TransientStorageError(f"{uri}: what arrives has not the digest {info.etag} that the Hub lists")
+        raise TransientStorageError(
+            f"{uri}: the bytes that arrive do not have the digest {info.etag} that the Hub lists"
+        )
 
     def read_into(self, key: str, start: int, out: memoryview, *, etag: str) -> None:
         info = self.stat(key)
@@ -156,11 +158,11 @@ class HubStore:
         return self._api.endpoint.startswith("https://")
 
     def _look(self, named: str, revision: str | None) -> tuple[str, dict[str, FileInfo]]:
-        """Commit and files, sorted by key; in one request that, unlike a listing of the tree, can be given a timeout."""
-        found = self._api.model_info(
+        """Ask for the commit and its files, sorted by key; one request, which unlike a listing of the tree can be given a timeout."""
+        model = self._api.model_info(
             self._repo, revision=revision, files_metadata=True, timeout=LOOKUP_TIMEOUT_S
         )
-        if not isinstance(found.sha, str) or not found.sha.isalnum():
+        if not isinstance(model.sha, str) or not model.sha.isalnum():
             raise StorageError(f"{named}: the Hub names no commit; is HF_ENDPOINT a Hub?")
         start = len(self._folder)
         # huggingface_hub passes on what the Hub says, whatever its type.
@@ -177,10 +179,10 @@ class HubStore:
                 error=StorageError,
                 remedy="correct HF_ENDPOINT",
             )
-            for file in found.siblings or []
+            for file in model.siblings or []
         ]
         check_listing((file.name for file in files), named)
-        return found.sha, {
+        return model.sha, {
             file.name[start:]: FileInfo(
                 file.name[start:], file.size or 0, file.lfs.sha256 if file.lfs else file.blob_id or ""
             )
@@ -207,7 +209,7 @@ class HubStore:
             os.close(fd)
 
     def _range(self, key: str, start: int, size: int) -> Iterator[bytes]:
-        """Bytes of one file, in pieces, from where the Hub last redirected to.
+        """Fetch bytes of a file, in pieces, from the address to which the Hub last redirected.
 
         So a file costs one look-up and not one per range: the Hub allows a few thousand per five minutes, and a model of 70 B
         parameters has ten times as many ranges.
@@ -237,10 +239,10 @@ class HubStore:
             yield from answer.iter_raw()
 
     def _check_version(self, key: str, start: int, size: int, answer: Any) -> None:
-        """Find out a mirror that answers with another commit or another file.
+        """Refuse the answer of a mirror that serves another commit or another file.
 
         Raises:
-            InputChanged: if what it tells of the bytes is not what was asked for.
+            InputChanged: if its headers name other bytes than those that were asked for.
         """
         whole = self._files[key].size
         ranges = {f"bytes {start}-{start + size - 1}/{length}" for length in (whole, "*")}
@@ -278,7 +280,7 @@ def remember_token() -> None:
 
 
 def _digest(data: bytes, like: str) -> str:
-    """SHA-256 of a file in LFS or Xet, Git's blob id of any other."""
+    """The digest that the Hub lists: SHA-256 of a file in LFS or Xet, Git's blob id of any other."""
     if len(like) == hashlib.sha256().digest_size * 2:
         return hashlib.sha256(data).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()

@@ -1,4 +1,4 @@
-"""What an error of huggingface_hub means, and what the user can do about it."""
+"""Errors of huggingface_hub in our words, each with its remedy."""
 
 from __future__ import annotations
 

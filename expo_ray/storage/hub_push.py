@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 def check_token() -> str:
-    """Name of the account whose token is set; asks the Hub, which limits how often: once per command.
+    """Ask the Hub for the account whose token is set, and return its name; the Hub limits this request, so once per command.
 
     Raises:
         StorageError: if there is no token, or one that cannot write.
@@ -32,12 +32,12 @@ def check_token() -> str:
     remedy = "set HF_TOKEN to a token that may write, or log in with `hf auth login`"
     if get_token() is None:
         raise StorageError(f"no token for {api.endpoint}; {remedy}")
-    found: dict[str, Any] = _ask(api.whoami, f"token for {api.endpoint}", api.endpoint, remedy)
-    if found.get("auth", {}).get("accessToken", {}).get("role") == "read":
+    user: dict[str, Any] = _ask(api.whoami, f"token for {api.endpoint}", api.endpoint, remedy)
+    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise StorageError(
-            f"the token of {shown(found.get('name'))} for {api.endpoint} may only read; {remedy}"
+            f"the token of {shown(user.get('name'))} for {api.endpoint} may only read; {remedy}"
         )
-    return str(found.get("name"))
+    return str(user.get("name"))
 
 
 class HubRepository:
@@ -56,7 +56,7 @@ class HubRepository:
         self.uri, self.url = f"hf://{repo_id}", f"{self._api.endpoint}/{repo_id}"
 
     def look(self) -> HubStore | None:
-        """The repository as it is now; None if it is not there, or cannot be seen."""
+        """Look at the repository as it is now; None if it is not there, or hidden from this token."""
         try:
             return HubStore(self.uri)
         except NotFound:
@@ -69,7 +69,7 @@ class HubRepository:
         return HubStore(self.uri)
 
     def upload(self, key: str, path: str, sha256: str) -> CommitOperationAdd:
-        """Send one big file, which nobody sees before `commit`; afterwards the file at `path` may be deleted.
+        """Send a big file, which is invisible until `commit`; afterwards the file at `path` may be deleted.
 
         Raises:
             InputChanged: if the bytes sent are not those of `sha256`.
@@ -99,7 +99,7 @@ class HubRepository:
         parent: str,
         message: str,
     ) -> HubStore:
-        """Make everything visible at once, on top of the commit `parent`; the repository as it then is.
+        """Make everything visible at once, on top of the commit `parent`, and return the repository as it then is.
 
         Raises:
             InputChanged: if there is a newer commit than `parent`.
@@ -139,7 +139,7 @@ def _ask(ask: Callable[[], T], what: str, endpoint: str, remedy: str) -> T:
 
 
 def _translated(error: Exception, what: str, endpoint: str, remedy: str) -> StorageError:
-    """As for reading, but for what only a writer is told."""
+    """The error to raise in place of `error`: as for reading, but for the answers that only a writer gets."""
     if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
         error = error.__cause__  # huggingface_hub wraps what happens to an LFS upload
     status = getattr(getattr(error, "response", None), "status_code", None)

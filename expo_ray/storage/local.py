@@ -72,12 +72,12 @@ class LocalStore:
         path = self._path(key)
         with _opened(path) as fd:
             filled = fill(fd, start, out)
-            found = os.fstat(fd)
+            status = os.fstat(fd)
         # Looked at after reading, so that a file rewritten during the read is found out as well.
-        if etag_of(found) != etag:
+        if etag_of(status) != etag:
             raise InputChanged(f"{path} was replaced since it was planned; plan again")
         if filled < out.nbytes:
-            raise StorageError(f"{path} ends at byte {found.st_size}, before byte {start + out.nbytes}")
+            raise StorageError(f"{path} ends at byte {status.st_size}, before byte {start + out.nbytes}")
 
     def put(self, key: str, data: bytes) -> FileInfo:
         with self.writer(key, len(data)) as writer:
@@ -109,7 +109,7 @@ class LocalStore:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[int]:
-    """A descriptor of a regular file. Anything else is refused before it is read: a FIFO would wait for ever.
+    """Open a regular file. Anything else is refused before it is read: a FIFO would wait for ever.
 
     Raises:
         NotFound: if there is no such file, or it is a folder.
@@ -146,7 +146,7 @@ def _kind(status: os.stat_result) -> str:
 
 
 def _listed(key: str, path: Path, real_root: str) -> FileInfo:
-    """One entry of a listing; `fault` says what is wrong with it."""
+    """An entry of a listing; `fault` says what is wrong with it."""
     is_link = path.is_symlink()
     target = f"a link to {shown(os.readlink(path))}" if is_link else ""
     try:
@@ -194,7 +194,7 @@ def _stays(target: str, real_root: str) -> bool:
 
 
 def _entries(folder: Path) -> Iterator[Path]:
-    """Every file below, and every link to a folder; not our own temp files. A missing folder has none."""
+    """List every file below, and every link to a folder, but not our own temp files; a missing folder has none."""
 
     def refuse(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError | NotADirectoryError):

@@ -63,7 +63,7 @@ _REMEDIES = {
 class LocalWriter(Writer):
     """A temp file beside its goal, renamed onto it once it is on disk.
 
-    It is locked while it is open, so that the next writer in the folder can tell what a killed process left behind.
+    It is locked while it is open, so that the next writer in the folder recognises the file of a killed process.
     """
 
     def __init__(self, path: Path, key: str, size: int) -> None:
@@ -90,7 +90,7 @@ class LocalWriter(Writer):
                 view = view[self._count(os.write(self._fd, view)) :]
 
     def _write_past_cache(self, view: memoryview) -> int:
-        """Bytes written; none where the file system, or this buffer's address, does not allow it."""
+        """Write with O_DIRECT and return the number of bytes; 0 where the file system, or this buffer's address, does not allow it."""
         written = 0
         flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
         try:
@@ -111,12 +111,12 @@ class LocalWriter(Writer):
 
     def commit(self) -> FileInfo:
         with named(self._path):
-            temp, found = self._sync()
+            temp, status = self._sync()
             temp.replace(self._path)
             self._temp = None
             _sync_folder(self._path.parent)
         self.abort()  # closes the file
-        return info_of(self._key, found)
+        return info_of(self._key, status)
 
     def commit_if_absent(self) -> FileInfo:
         """`commit`, but a file already there stays. Of several writers, on several machines too, one wins.
@@ -125,10 +125,10 @@ class LocalWriter(Writer):
             FileExistsError: if there is one.
         """
         with named(self._path):
-            temp, found = self._sync()
+            temp, status = self._sync()
             _give_new_name(temp, self._path)
             _sync_folder(self._path.parent)
-        return info_of(self._key, found)
+        return info_of(self._key, status)
 
     def abort(self) -> None:
         if self._temp is not None:
@@ -139,7 +139,7 @@ class LocalWriter(Writer):
             self._fd = -1
 
     def _sync(self) -> tuple[Path, os.stat_result]:
-        """The finished temp file, on disk."""
+        """Write the finished temp file to disk, and return it with its status."""
         assert self._temp is not None, "committed or aborted before"
         if self._written != self._size:
             raise StorageError(f"{self._path}: {self._written} bytes written, {self._size} announced")
@@ -227,7 +227,7 @@ def _reserved(path: Path, now: float) -> Iterator[None]:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Delete the temp files of processes that were killed: those that nobody has locked.
+    """Delete the temp files of processes that were killed: those that are not locked.
 
     Locks may be unknown to other machines, so that a temp file that was begun on another one must be old as well.
     """
@@ -312,7 +312,7 @@ def _tolerated(errors: frozenset[int]) -> Iterator[None]:
 
 
 def check_writable(folder: str) -> None:
-    """Find out without writing that nothing can be written into `folder`, or that it cannot be made.
+    """Check, without writing, that files can be written into `folder`, or that it can be made.
 
     Raises:
         StorageError: with the cause.
@@ -350,11 +350,11 @@ def _is_fuse(folder: str) -> bool:
     return False
 
 
-def etag_of(found: os.stat_result) -> str:
+def etag_of(status: os.stat_result) -> str:
     """Names one version of a file."""
-    return f"{found.st_mtime_ns}-{found.st_size}"
+    return f"{status.st_mtime_ns}-{status.st_size}"
 
 
-def info_of(key: str, found: os.stat_result) -> FileInfo:
-    """What a store tells of a file."""
-    return FileInfo(key, found.st_size, etag_of(found))
+def info_of(key: str, status: os.stat_result) -> FileInfo:
+    """The entry of a file in a listing."""
+    return FileInfo(key, status.st_size, etag_of(status))

@@ -42,10 +42,10 @@ class MemoryStore:
     def list(self, prefix: str = "") -> list[FileInfo]:
         start = len(self._folder)
         with _LOCK:
-            found = [
+            matching = [
                 (path, data) for path, data in self._objects.items() if path.startswith(self._folder + prefix)
             ]
-        return sorted((_info(path[start:], data) for path, data in found), key=lambda info: info.key)
+        return sorted((_info(path[start:], data) for path, data in matching), key=lambda info: info.key)
 
     def stat(self, key: str) -> FileInfo:
         return _info(key, self.read(key))

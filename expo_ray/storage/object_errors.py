@@ -1,4 +1,4 @@
-"""What an error of obstore means, and what the user can do about it."""
+"""Errors of obstore in our words, each with its remedy."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def translate(error: Exception, uri: str, connection: Connection) -> StorageErro
     """The error to raise in place of `error`, met while working on `uri`.
 
     Raises:
-        KeyboardInterrupt: if that is what it was: of all Python code, obstore runs the one that looks up credentials, where
-            Ctrl-C then arrives, and it reports that as credentials which could not be had.
+        KeyboardInterrupt: if a signal caused the error. The only Python code that obstore runs is our credential provider, so a
+            signal may arrive there; obstore reports its KeyboardInterrupt as a failure of the provider.
     """
     if "credential provider: KeyboardInterrupt" in str(error):
         raise KeyboardInterrupt from error

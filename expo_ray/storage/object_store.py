@@ -160,7 +160,7 @@ class S3Store:
             self._retry(lambda: obstore.delete(self._connection.puts, path), f"{self.uri}/{key}")
 
     def _taken(self, key: str, data: bytes) -> FileInfo:
-        """The object that kept us from writing, if it holds the same bytes."""
+        """Return the object that kept us from writing, if it holds the same bytes."""
         uri = f"{self.uri}/{key}"
         try:
             held = self.read(key)
@@ -171,7 +171,7 @@ class S3Store:
         return self.stat(key)
 
     def _range(self, path: str, start: int, size: int, etag: str, uri: str) -> Iterable[bytes]:
-        """A range as it arrives, in pieces: eight whole ranges in flight would take 30 MiB more, and no less time."""
+        """Fetch a range in pieces, as it arrives: eight whole ranges in flight would take 30 MiB more, and no less time."""
         import obstore
         from obstore.exceptions import PreconditionError
 

@@ -20,8 +20,8 @@ PARTS_IN_FLIGHT = 4
 class S3Writer(Writer):
     """A multipart upload, `PARTS_IN_FLIGHT` parts at a time; one plain PUT if it fits into a part.
 
-    Where the answer to the very first request is lost, or the process is killed, an upload stays pending whose id nobody knows:
-    as everywhere on S3, only a lifecycle rule (`AbortIncompleteMultipartUpload`) removes it.
+    If the answer to the very first request is lost, or the process is killed, an upload with an unknown id stays pending: as
+    everywhere on S3, only a lifecycle rule (`AbortIncompleteMultipartUpload`) removes it.
 
     Args:
         path: key in the bucket.
@@ -50,7 +50,7 @@ class S3Writer(Writer):
         )
 
     def write(self, data: Buffer) -> None:
-        # A copy, for obstore reads the buffer later, while a part is sent.
+        # A copy, because obstore reads the buffer later, while it sends a part.
         piece = bytes(data)
         if self._written + len(piece) > self._size:
             raise StorageError(f"{self._uri}: more than the {self._size} bytes announced")
@@ -68,10 +68,10 @@ class S3Writer(Writer):
             self._file.close()
         except Exception as error:
             return self._landed_nevertheless(translate(error, self._uri, self._connection))
-        found = self._stat()
-        if found.size != self._size:
-            raise StorageError(f"{self._uri} has {found.size} bytes after an upload of {self._size}")
-        return found
+        info = self._stat()
+        if info.size != self._size:
+            raise StorageError(f"{self._uri} has {info.size} bytes after an upload of {self._size}")
+        return info
 
     def abort(self) -> None:
         if not self._open:
@@ -82,10 +82,10 @@ class S3Writer(Writer):
             self._file.__exit__(RuntimeError, RuntimeError("aborted"), None)
 
     def _landed_nevertheless(self, error: StorageError) -> FileInfo:
-        """The object, if only the acknowledgement of the upload was lost; obstore asked again and was told `NoSuchUpload`."""
-        found = self._find()
-        if found is not None and found.size == self._size and found != self._before:
-            return found
+        """Return the object, if only the acknowledgement of the upload was lost: obstore then asks again and gets `NoSuchUpload`."""
+        info = self._find()
+        if info is not None and info.size == self._size and info != self._before:
+            return info
         raise error
 
     def _find(self) -> FileInfo | None:

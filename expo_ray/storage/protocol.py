@@ -20,7 +20,7 @@ MOST_BYTES = 2**30
 
 @dataclass(frozen=True, slots=True)
 class FileInfo:
-    """One stored object as it was when last seen.
+    """A stored object as it was when last seen.
 
     Attributes:
         key: path below the store's folder, parts joined by `/`.
@@ -49,7 +49,7 @@ def check_size(uri: str, size: int, most_bytes: int) -> None:
 
 
 class Writer(Protocol):
-    """A file being written front to back; nobody sees it before `commit`.
+    """A file being written front to back; it is invisible until `commit`.
 
     As a context manager it aborts on the way out unless it was committed.
     """
@@ -77,7 +77,7 @@ class Writer(Protocol):
 
 
 class Store(Protocol):
-    """One folder of objects. Keys are relative; methods are safe to call from several threads.
+    """A folder of objects. Keys are relative; methods are safe to call from several threads.
 
     Every method raises `NotFound`, `TransientStorageError` (after its own retries) or `StorageError`, with the object's URI in
     the text. Stores pickle as their URI, so a Ray worker opens its own connection.
@@ -136,7 +136,7 @@ class Store(Protocol):
 
 
 def check_conditional_writes(store: Store) -> None:
-    """Find out that `put_if_absent` refuses a key that is taken; two jobs with one output rely on it.
+    """Check that `put_if_absent` refuses a key that is taken, which a client cannot enforce; two jobs with one output rely on it.
 
     Writes a probe object beside the outputs, twice, and removes it.
 

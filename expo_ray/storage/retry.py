@@ -1,4 +1,4 @@
-"""Asking again: after a transient failure, and where nothing guards the bytes on their way."""
+"""Repeated requests: after a transient failure, and to compare bytes that nothing guards on their way."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ T = TypeVar("T")
 
 
 def retry_transient(ask: Callable[[], T]) -> T:
-    """The first answer of at most `ATTEMPTS`, with exponentially growing, jittered pauses; about 6 s in all.
+    """Call `ask` until it answers, at most `ATTEMPTS` times, with exponentially growing, jittered pauses; about 6 s in all.
 
     Raises:
-        TransientStorageError: the last one, if no attempt was answered. Any other error passes at once.
+        TransientStorageError: the last one, if every attempt failed. Any other error passes at once.
     """
     for attempt in range(1, ATTEMPTS):
         try:
@@ -53,7 +53,7 @@ def retry_translated(ask: Callable[[], T], translate: Callable[[Exception], Stor
 
 
 def read_agreed(read: Callable[[], T], agrees: Callable[[T], bool], uri: str) -> T:
-    """What `read` gave, once a second reading (`agrees`) finds the same; for connections without TLS.
+    """Read until a second reading (`agrees`) finds the same bytes; for connections without TLS.
 
     Over plain HTTP nothing but TCP's weak checksum guards the bytes, and a ranged GET carries no digest of its range: the only
     witness of a flipped bit is a second read.
@@ -91,7 +91,7 @@ def copy_pieces(pieces: Iterable[bytes], out: memoryview, uri: str) -> None:
 
 
 def equal_pieces(pieces: Iterable[bytes], out: memoryview) -> bool:
-    """True if what arrives is what `out` holds."""
+    """Compare the bytes that arrive with those in `out`."""
     seen = 0
     for piece in pieces:
         # `tobytes` because comparing a memoryview goes byte by byte: 6 ms for 4 MiB, where this takes 0.5 ms.

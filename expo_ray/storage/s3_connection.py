@@ -1,4 +1,4 @@
-"""From the AWS settings that every tool takes to obstore clients of one bucket.
+"""Clients of obstore for a bucket, made from the AWS settings that every tool takes.
 
 botocore decides credentials, region, endpoint and addressing style; obstore moves the bytes, at a third of the CPU time.
 """
@@ -65,7 +65,7 @@ class Connection:
 
 @cache
 def connect(bucket: str) -> Connection:
-    """The connection of this process to `bucket`; nothing is sent yet.
+    """Make the connection of this process to `bucket`; no request is sent to it yet.
 
     Raises:
         StorageError: without usable credentials or settings.
@@ -141,7 +141,7 @@ def _remember_files() -> None:
 
 @dataclass(frozen=True)
 class Address:
-    """How botocore would reach a bucket: `endpoint` has the bucket in its host if `virtual_hosted`."""
+    """Address of a bucket as botocore would use it: `endpoint` has the bucket in its host if `virtual_hosted`."""
 
     endpoint: str
     virtual_hosted: bool
