@@ -101,7 +101,7 @@ def _row(task: RewardTask, scored: ScoredResponses) -> Sequence[str]:
         f"{summary.mean:.4f}",
         f"{summary.standard_error:.4f}",
         f"{summary.num_tokens:.1f}",
-        str(scored.made),
+        str(scored.num_new),
         str(summary.truncated),
     )
 

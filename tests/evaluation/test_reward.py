@@ -66,7 +66,7 @@ def test_what_was_scored_before_a_stop_is_stored_and_not_scored_again(tmp_path: 
         (f"p{number}", 0): number for number in range(1, 12) if number != 7
     }
     assert [one.prompt_id for one in outcome.failed] == ["p7"]
-    assert outcome.made == 4
+    assert outcome.num_new == 4
     third = Lengths()
     score_responses([*rows, row(12)], third, parts, Counters())
     assert third.asked == ["p7", "p12"]  # a failed one is tried again

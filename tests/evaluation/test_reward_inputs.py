@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 
 from expo_ray.config import RewardModel
 from expo_ray.errors import ExpoError, Problems
-from expo_ray.evaluation.rewards.reward_inputs import check_tokenizer, model_inputs, parse_response, token_ids
+from expo_ray.evaluation.rewards.reward_file import parse_response
+from expo_ray.evaluation.rewards.reward_inputs import check_tokenizer, model_inputs, token_ids
 from expo_ray.evaluation.rewards.reward_model import Classifier, inspect_reward_model
 from tests.support.tiny_models import causal_model, tiny_llama
 from tests.support.tiny_reward_models import (
@@ -149,7 +150,7 @@ def test_code_of_its_own_is_refused(tmp_path: Path) -> None:
     save_reward_model(tmp_path)
     change(tmp_path, auto_map={"AutoModel": "modeling.Own"}, max_position_embeddings=None)
     text = problem(tmp_path)
-    assert "needs code of its own" in text
+    assert "needs the model's own code" in text
     assert "how long inputs may be" in text
 
 

@@ -1,4 +1,4 @@
-"""What a reward function's scores depend on besides prompt and response: its sources, its packages, and the values it holds."""
+"""Digest of everything a reward function's scores depend on: its sources, its packages, and the values it holds."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from typing import Any
 from expo_ray import __version__
 from expo_ray.evaluation.records import digest
 
-# A value with more parts than this is described as far as here.
+# Limits of the description: a function may hold a whole data set, or a list in itself.
 _MOST_VALUES = 100_000
 _DEEPEST = 100
 _SITES = {"site-packages", "dist-packages"}
-# Attributes of a class that Python makes itself.
+# Attributes that Python adds to a class; some differ from process to process.
 _MADE = {
     "__dict__", "__weakref__", "__doc__", "__module__", "__qualname__", "__firstlineno__", "__static_attributes__", "_abc_impl",
     "__annotations__", "__annotate__", "__annotate_func__", "__annotations_cache__",
@@ -34,11 +34,11 @@ _MADE = {
 
 @dataclass(frozen=True)
 class Sources:
-    """Where a module's code comes from.
+    """The code of a module and of what it imports.
 
     Attributes:
-        files: digest of the text of the module, and of each module it imports that is of its package or of none that is installed, by
-            module name.
+        files: digests of the text, by module name, of the module and of all that it imports from its own package or from outside the
+            installed ones.
         packages: versions of the installed packages that they import.
     """
 
@@ -47,10 +47,10 @@ class Sources:
 
 
 def function_identity(uri: str, function: object, sources: Sources) -> str:
-    """Digest of all that decides the scores of `function`, as far as Python can tell.
+    """Digest of all that decides the scores of `function`, as far as Python shows it.
 
-    These are the sources, the versions of packages and Python, and the values held by closures, defaults, partial arguments,
-    instances and the module variables that the code names. Unseen are files, services and variables of the environment that are
+    It covers the sources, the versions of packages and Python, and the values held by closures, defaults, partial arguments,
+    instances and the module variables that the code names. Not covered are files, services and environment variables that are
     read while a response is scored.
     """
     held = _Describer(frozenset(sources.files)).describe(function)
@@ -59,7 +59,7 @@ def function_identity(uri: str, function: object, sources: Sources) -> str:
 
 
 def sources_of(module: str) -> Sources:
-    """Follow the imports of a module, also those inside functions, through every file that belongs to no installed package."""
+    """Read a module and follow its imports, also those inside functions, through every file outside the installed packages."""
     files: dict[str, str] = {}
     packages: dict[str, str] = {}
     waiting, seen = [module], set[str]()
@@ -68,12 +68,12 @@ def sources_of(module: str) -> Sources:
         if name in seen:
             continue
         seen.add(name)
-        spec = _find(name)
+        spec = _find_spec(name)
         if spec is None or not spec.origin or spec.origin in {"built-in", "frozen"}:
             continue
         path = Path(spec.origin)
         package = name.partition(".")[0]
-        # The function's own package may be installed again and again under one version.
+        # An installed package is its version. Not the function's own: it may be reinstalled under one version while it is developed.
         if (_SITES & set(path.parts) and package != module.partition(".")[0]) or package == "expo_ray":
             packages[package] = ""
         elif not _is_standard(path) and path.is_file():
@@ -83,10 +83,11 @@ def sources_of(module: str) -> Sources:
     return Sources(files, _versions(packages))
 
 
-def _find(name: str) -> ModuleSpec | None:
-    """The spec of a module, without importing it or its parents."""
-    if (there := sys.modules.get(name)) is not None and there.__spec__ is not None:
-        return there.__spec__
+def _find_spec(name: str) -> ModuleSpec | None:
+    """Find the spec of a module without importing it or its parents, whose code could have effects."""
+    loaded = sys.modules.get(name)
+    if loaded is not None and loaded.__spec__ is not None:
+        return loaded.__spec__
     path: Iterable[str] | None = None
     spec: ModuleSpec | None = None
     parts = name.split(".")
@@ -110,7 +111,7 @@ def _is_standard(path: Path) -> bool:
 
 
 def _imported(data: bytes, module: str, *, is_package: bool) -> Iterator[str]:
-    """Every name that an import statement of this text may stand for."""
+    """Every module that the import statements of a text may mean; `from a import b` may mean `a` or `a.b`."""
     try:
         tree = ast.parse(data)
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # a compiled extension
@@ -134,7 +135,7 @@ def _with_parents(name: str) -> Iterator[str]:
 
 
 def _named_by_values(module: str) -> Iterator[str]:
-    """Modules that the values of a loaded module come from, however they were imported."""
+    """Modules that define the values of a loaded module, even if it got them by `importlib`."""
     for value in list(vars(sys.modules[module]).values()) if module in sys.modules else ():
         name = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
         if isinstance(name, str):
@@ -151,16 +152,16 @@ def _versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 class _Describer:
-    """Values as plain data: equal for equal values, in every process; each object once.
+    """Describes values as plain data: equal for equal values, in every process. Each object is described once.
 
     Args:
-        own: names of the modules whose text is known; of what others define, the name is enough.
+        own: names of the modules whose text is part of the identity; for what others define, the name is enough.
     """
 
     def __init__(self, own: frozenset[str]) -> None:
         self._own = own
         self._seen: dict[int, int] = {}
-        self._kept: list[object] = []  # an id is free for reuse once its object is gone
+        self._kept: list[object] = []  # keeps objects alive: Python reuses the id of one that is gone
         self._depth = 0
 
     def describe(self, value: object) -> Any:
@@ -195,7 +196,7 @@ class _Describer:
         return self._code(value) or _array(value) or self._instance(value)
 
     def _code(self, value: Any) -> Any:
-        """What is called or defined; nothing for other values."""
+        """Description of a function, class or module; None for other values."""
         if isinstance(value, types.FunctionType):
             return self._function(value)
         if isinstance(value, type):
@@ -247,7 +248,7 @@ class _Describer:
         name = ["object", self.describe(type(value))]
         try:
             reduced = value.__reduce_ex__(4)  # as pickle takes it apart
-        except Exception:  # locks, sockets, weak references: nothing to tell of them
+        except Exception:  # locks, sockets and weak references have no content
             return name
         if isinstance(reduced, str):  # a function in C, or one behind functools.cache
             owner = getattr(value, "__self__", None)
@@ -270,7 +271,7 @@ def _names(code: types.CodeType) -> set[str]:
 
 
 def _array(value: Any) -> Any:
-    """A NumPy array or a tensor of torch, by its bytes."""
+    """Description of a NumPy array or a torch tensor by its bytes; None for other values."""
     torch, numpy = sys.modules.get("torch"), sys.modules.get("numpy")
     if torch is not None and isinstance(value, torch.Tensor):
         data = value.detach().cpu().contiguous()

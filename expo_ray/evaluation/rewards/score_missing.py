@@ -1,4 +1,4 @@
-"""Score what has no score yet: the stored rewards are read, the missing ones made, and kept as they come."""
+"""Score the responses that have no reward yet, and store the rewards while they are made."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from expo_ray.evaluation.rewards.reward_function import ScoreFailure
 from expo_ray.evaluation.rewards.reward_inputs import RewardInput
 from expo_ray.progress import Counters
 
-# Scores kept in memory at most this long: what a killed driver has to do again.
+# A killed driver loses the rewards of at most this many seconds.
 _STORE_EVERY_S = 5.0
 
 
@@ -21,14 +21,14 @@ class Scorer(Protocol):
     """A reward model at work, such as a pool of actors."""
 
     def inputs(self, responses: Sequence[Response]) -> list[RewardInput]:
-        """What the model reads of each response, before any model is loaded.
+        """Make what the model reads of each response; no weights are loaded for it.
 
         Raises:
-            Problems: with everything that cannot be scored.
+            Problems: with every response that cannot be scored.
         """
 
     def score(self, inputs: Sequence[RewardInput]) -> Iterator[Sequence[Reward | ScoreFailure]]:
-        """The scores, some at a time, in any order, each exactly once.
+        """Score inputs, and yield the rewards in batches: in any order, each exactly once.
 
         Raises:
             ExpoError: if the model cannot score at all.
@@ -48,14 +48,14 @@ class NamedScorer(Scorer, Protocol):
 
     @property
     def about(self) -> Mapping[str, Any]:
-        """What made the rewards, for people who look into the folder."""
+        """Description of what made the rewards, stored beside them."""
 
     def close(self) -> None:
         """Release what was loaded; what is scored next loads it again."""
 
 
 class RewardStore(Protocol):
-    """Where the rewards of one model's responses by one reward model are kept: `RowStore`, or a file."""
+    """Rewards of one model's responses by one reward model: a `RowStore`, or a `RewardFile`."""
 
     def read(self, wanted: Callable[[Reward], bool]) -> Mapping[Hashable, Reward]: ...
 
@@ -64,27 +64,27 @@ class RewardStore(Protocol):
 
 @dataclass
 class ScoredResponses:
-    """What came of scoring.
+    """The rewards of some responses, and the failures.
 
     Attributes:
-        rewards: of all responses asked for that have one, by (prompt id, sample).
-        failed: why the others have none; empty unless a function failed or a score was no number.
-        made: how many of `rewards` were not stored before.
+        rewards: by prompt id and sample, those stored before among them.
+        failed: the responses without a reward, because a function failed or a score was not finite.
+        num_new: number of `rewards` that were not stored before.
     """
 
     rewards: dict[Hashable, Reward] = field(default_factory=dict)
     failed: list[ScoreFailure] = field(default_factory=list)
-    made: int = 0
+    num_new: int = 0
 
 
 @dataclass(frozen=True)
 class UnscoredResponses:
-    """What is to be scored for one model's responses.
+    """The responses of one model that have no reward yet.
 
     Attributes:
-        stored: rewards of the responses that have one.
-        inputs: the responses without.
-        reward_store: where the rewards are, and will be.
+        stored: rewards of the model's other responses.
+        inputs: the responses to score.
+        reward_store: receives their rewards.
     """
 
     stored: Mapping[Hashable, Reward]
@@ -95,50 +95,46 @@ class UnscoredResponses:
 def find_unscored(
     responses: Sequence[Response], scorer: Scorer, reward_store: RewardStore
 ) -> UnscoredResponses:
-    """Find out which responses have no reward yet.
+    """Read the stored rewards, and find the responses that have none.
 
     Raises:
         Problems: with every response that cannot be scored.
         StorageError: if the stored rewards cannot be read.
     """
     wanted = {response.key: response for response in responses}
-    # A response may have been made anew under the same name since it was scored.
+    # By content, not by key: a response may have been replaced under the same key after it was scored.
     current = {key: scored_digest(response.messages, response.text) for key, response in wanted.items()}
     stored = reward_store.read(lambda reward: reward.scored == current.get(reward.key))
     missing = [response for key, response in wanted.items() if key not in stored]
     return UnscoredResponses(stored, scorer.inputs(missing), reward_store)
 
 
-def score_missing(todo: UnscoredResponses, scorer: Scorer, progress: Counters) -> ScoredResponses:
-    """Score what is missing and store it as it comes.
+def score_missing(unscored: UnscoredResponses, scorer: Scorer, progress: Counters) -> ScoredResponses:
+    """Score responses, and store their rewards while they are made.
 
     Args:
         progress: expects these inputs already.
 
     Raises:
-        ExpoError: if the reward model cannot score at all; what was scored before is stored.
+        ExpoError: if the reward model cannot score at all; the rewards so far are stored.
     """
-    outcome = ScoredResponses(dict(todo.stored))
+    scored = ScoredResponses(dict(unscored.stored))
     unsaved: list[Reward] = []
     saved_at = time.monotonic()
     try:
-        for batch in scorer.score(todo.inputs) if todo.inputs else ():
-            for one in batch:
-                if isinstance(one, ScoreFailure):
-                    outcome.failed.append(one)
-                else:
-                    outcome.rewards[one.key] = one
-                    unsaved.append(one)
-                    outcome.made += 1
-            progress.add(
-                rows=len(batch), tokens=sum(one.num_tokens for one in batch if isinstance(one, Reward))
-            )
+        for batch in scorer.score(unscored.inputs) if unscored.inputs else ():
+            rewards = [reward for reward in batch if isinstance(reward, Reward)]
+            scored.rewards |= {reward.key: reward for reward in rewards}
+            scored.failed += [failure for failure in batch if isinstance(failure, ScoreFailure)]
+            scored.num_new += len(rewards)
+            unsaved += rewards
+            progress.add(rows=len(batch), tokens=sum(reward.num_tokens for reward in rewards))
             if time.monotonic() - saved_at > _STORE_EVERY_S:
-                todo.reward_store.write(unsaved)
+                unscored.reward_store.write(unsaved)
                 unsaved, saved_at = [], time.monotonic()
     finally:
-        todo.reward_store.write(unsaved)
-    return outcome
+        unscored.reward_store.write(unsaved)
+    return scored
 
 
 def score_responses(
@@ -147,27 +143,27 @@ def score_responses(
     reward_store: RewardStore,
     progress: Counters,
 ) -> ScoredResponses:
-    """The rewards of some responses: stored ones are read, missing ones made and stored.
+    """Score the responses that have no reward in `reward_store`, store the rewards, and return all of them.
 
     Raises:
-        Problems: with every response that cannot be scored; nothing has been scored then.
+        Problems: with every response that cannot be scored, before any is.
         ExpoError: if the reward model cannot score at all.
     """
-    todo = find_unscored(responses, scorer, reward_store)
-    progress.expect(rows=len(todo.inputs), kept=len(todo.stored))
-    return score_missing(todo, scorer, progress)
+    unscored = find_unscored(responses, scorer, reward_store)
+    progress.expect(rows=len(unscored.inputs), kept=len(unscored.stored))
+    return score_missing(unscored, scorer, progress)
 
 
 @dataclass(frozen=True)
 class RewardSummary:
-    """One row of a table of rewards.
+    """The mean reward of one model by one reward model, as a row of a table shows it.
 
     Attributes:
         prompts: number of different prompts.
         mean: of the prompts' mean rewards over their samples.
         standard_error: of `mean`, over prompts; NaN for a single one.
         num_tokens: mean length of the responses.
-        truncated: how many responses were scored from their beginning only.
+        truncated: number of responses of which only the beginning was scored.
     """
 
     prompts: int
@@ -178,19 +174,20 @@ class RewardSummary:
 
 
 def summarise_rewards(responses: Sequence[Response], rewards: Mapping[Hashable, Reward]) -> RewardSummary:
-    """Mean reward and its standard error; the samples of a prompt count as one draw, as they are no independent ones."""
+    """Mean reward and its standard error. The samples of a prompt are averaged first, because they are not independent."""
     by_prompt: dict[str, list[float]] = {}
-    for one in responses:
-        if found := rewards.get(one.key):
-            by_prompt.setdefault(one.prompt_id, []).append(found.reward)
+    for response in responses:
+        if reward := rewards.get(response.key):
+            by_prompt.setdefault(response.prompt_id, []).append(reward.reward)
     means = [math.fsum(values) / len(values) for values in by_prompt.values()]
     count = len(means)
     mean = math.fsum(means) / count if count else math.nan
-    spread = math.fsum((one - mean) ** 2 for one in means)
+    squares = math.fsum((value - mean) ** 2 for value in means)
+    lengths = math.fsum(response.num_tokens for response in responses)
     return RewardSummary(
         prompts=count,
         mean=mean,
-        standard_error=math.sqrt(spread / (count - 1) / count) if count > 1 else math.nan,
-        num_tokens=math.fsum(one.num_tokens for one in responses) / len(responses) if responses else math.nan,
-        truncated=sum(found.truncated for found in rewards.values()),
+        standard_error=math.sqrt(squares / (count - 1) / count) if count > 1 else math.nan,
+        num_tokens=lengths / len(responses) if responses else math.nan,
+        truncated=sum(reward.truncated for reward in rewards.values()),
     )

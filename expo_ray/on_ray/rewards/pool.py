@@ -35,7 +35,7 @@ from expo_ray.evaluation.rewards.reward_model import (
     inspect_reward_model,
     reward_id,
 )
-from expo_ray.on_ray.rewards.backends import PARITY_TEXTS, load_backend
+from expo_ray.on_ray.rewards.backends import PARITY_TEXTS, SCORING_PACKAGES, load_backend
 from expo_ray.on_ray.rewards.placement import check_room, choose_dtype, gpu_share
 from expo_ray.serving.node_cache import download_model
 from expo_ray.text import shown
@@ -76,7 +76,7 @@ class RewardPool:
 
     @property
     def id(self) -> str:
-        return reward_id(self.model, self.spec, self.dtype)
+        return reward_id(self.model, self.spec, self.dtype, SCORING_PACKAGES)
 
     @property
     def about(self) -> Mapping[str, Any]:
