@@ -210,7 +210,7 @@ def test_code_that_a_file_beside_the_model_names_is_refused(
     path.write_text(json.dumps(data | {"auto_map": auto_map}))
     text = problem(tmp_path)
     assert file in text
-    assert "code of its own" in text
+    assert "the model's own code" in text
 
 
 def test_a_pickled_model_needs_permission_which_rewards_take(tmp_path: Path) -> None:
