@@ -29,7 +29,7 @@ from expo_ray.extrapolation.plan_job import JobPlan
 from expo_ray.extrapolation.publish import Published
 from expo_ray.extrapolation.run_job import run_job
 from expo_ray.on_ray.cluster import cluster
-from expo_ray.on_ray.extrapolation import Made, OnRay
+from expo_ray.on_ray.extrapolation import OnRay, ShardReport
 from expo_ray.progress import Progress
 from expo_ray.storage.protocol import FileInfo
 
@@ -131,9 +131,9 @@ class Simulated(OnRay):
                 self.seen[self._moments[self._done]] = Memory.now()
 
 
-def make_nothing(plan: PairPlan, index: int, alphas: Sequence[float], device: str) -> Made:
+def make_nothing(plan: PairPlan, index: int, alphas: Sequence[float], device: str) -> ShardReport:
     """What a worker does for a shard."""
-    return Made(plan.shards[index].size, 0.0, "")
+    return ShardReport(plan.shards[index].size, 0.0, "")
 
 
 def publish_nothing(plan: PairPlan, alpha: float) -> Published:

@@ -1,7 +1,7 @@
-"""The only importer of Ray and vLLM, which read these settings once, when they are imported; so they are set here.
+"""The only importer of Ray and vLLM. Both read their settings once, on import, so these are set here.
 
-Not among them: the keepalive settings of the manifests under cluster/. They must be the same in every process of a cluster; a
-driver that pings nodes which do not expect it is cut off by them after half a minute, again and again.
+The keepalive settings of the manifests under cluster/ are not among them: they must be the same in every process of a cluster.
+Nodes cut a driver off that pings them more often than they expect, again and again, each time after half a minute.
 """
 
 import os
@@ -10,5 +10,5 @@ from expo_ray.home import prepare_home
 
 prepare_home()
 os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # job logs are files
-# Its warnings are about settings that are chosen here, and that a user cannot mend.
+# Its warnings are about settings that are chosen in this package, and that a user cannot change.
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

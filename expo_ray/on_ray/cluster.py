@@ -1,4 +1,4 @@
-"""The Ray cluster a job runs on: the one it finds itself in, or a private one on this machine."""
+"""The Ray cluster that a job runs on: an existing one, or a private one on this machine."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ log = logging.getLogger("expo_ray")
 # Custom resource that bounds the shards under way on one node: what its network and disk can carry, not its cores.
 SHARD_IO = "shard_io"
 
-# Ray itself would ask an address where nobody answers for a quarter of an hour.
+# Ray itself tries an address where nobody answers for a quarter of an hour.
 CONNECT_TIMEOUT_S = 5.0
 # A busy cluster may take its time to answer.
 _ANSWER_TIMEOUT_S = 20.0
-# Of a service that every Ray has; to others it is unknown.
+# A method that every Ray head serves, and no other gRPC server knows.
 _ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 # Where it is "0", 127.0.0.1 stays 127.0.0.1 in every process of Ray that reads it.
 _LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-# What Ray's sockets and logs need at least, and the longest folder below which its sockets' names are short enough.
+# Least room for Ray's sockets and logs, and the longest path of their folder: names of sockets have at most 107 bytes.
 _TEMPORARY_BYTES = 64 << 20
 _TEMPORARY_LENGTH = 30
 # Only plans pass through it; weights never do.
@@ -49,18 +49,18 @@ OBJECT_STORE_BYTES = 256 << 20
 
 @contextlib.contextmanager
 def cluster() -> Iterator[None]:
-    """Connect to the cluster named by RAY_ADDRESS or begun on this machine with `ray start`, or start a private one.
+    """Connect to the cluster named by RAY_ADDRESS or started on this machine with `ray start`, or start a private one.
 
     Raises:
         JobError: if RAY_ADDRESS names a cluster that cannot be reached.
     """
     with contextlib.ExitStack() as stack:
-        if address := _address():
+        if address := _find_address():
             stack.callback(ray.shutdown)
             _connect(address)
             log.info("connected to the Ray cluster at %s", address)
         else:
-            _start(stack)
+            _start_private(stack)
         yield
 
 
@@ -76,7 +76,7 @@ def _connect(address: str) -> None:
 
 @contextlib.contextmanager
 def _signals_left_alone() -> Iterator[None]:
-    """Keep `ray.init` from putting its own handler of SIGTERM in the place of ours, which cleans up."""
+    """Keep `ray.init` from replacing our handler of SIGTERM, which cleans up, with its own."""
     theirs = ray._private.utils.set_sigterm_handler
     ray._private.utils.set_sigterm_handler = lambda handler: None
     ours = signal.getsignal(signal.SIGTERM)
@@ -88,8 +88,8 @@ def _signals_left_alone() -> Iterator[None]:
             signal.signal(signal.SIGTERM, ours)
 
 
-def _address() -> str | None:
-    """Where a cluster answers that was meant for this job, or None. Another program's private Ray is not."""
+def _find_address() -> str | None:
+    """Address of the cluster to use, or None to start a private one. A Ray that another program started for itself is ignored."""
     named = os.environ.get("RAY_ADDRESS", "")
     if named == "local":
         return None
@@ -109,15 +109,19 @@ def _address() -> str | None:
                 "--head` prints (its port is usually 6379), or unset it to work on this machine"
             )
         return named
-    found: str | None = read_ray_address()
-    if found and not (_answers(found) and _is_ray(found)):
-        log.info("the Ray cluster at %s, begun here with `ray start`, is gone; starting a local one", found)
+    # The file that `ray start` leaves on its machine; `ray stop` removes it, a killed Ray does not.
+    started_here: str | None = read_ray_address()
+    if started_here and not (_answers(started_here) and _is_ray(started_here)):
+        log.info(
+            "the Ray cluster at %s, started here with `ray start`, is gone; starting a local one",
+            started_here,
+        )
         return None
-    return found
+    return started_here
 
 
 def _code() -> dict[str, Any]:
-    """What workers need to run this very code: a submitted job has brought it along already."""
+    """Runtime environment that brings this very code to the workers; a submitted job has brought it already."""
     return {} if RAY_JOB_CONFIG_JSON_ENV_VAR in os.environ else {"py_modules": [expo_ray]}
 
 
@@ -131,7 +135,10 @@ def _answers(address: str) -> bool:
 
 
 def _is_ray(address: str) -> bool:
-    """Ask as Ray itself would, which waits for minutes. One that wants a token or TLS is found to be one as well."""
+    """Check that the head of a Ray cluster answers, in seconds where Ray itself waits for minutes.
+
+    A cluster that wants a token or TLS counts, although it refuses to answer.
+    """
     if os.environ.get("RAY_USE_TLS", "0").lower() in {"1", "true"}:
         return True
     # A proxy for the internet is no way to a cluster.
@@ -145,8 +152,8 @@ def _is_ray(address: str) -> bool:
     return True
 
 
-def _temporary_folder() -> str:
-    """A folder with room for Ray's session; its sockets' names must stay short, whatever TMPDIR is.
+def _find_temporary_folder() -> str:
+    """Find a folder with room for Ray's session, and with a path so short that names of sockets below it are allowed.
 
     Raises:
         JobError: if there is none.
@@ -163,10 +170,10 @@ def _temporary_folder() -> str:
     )
 
 
-def _start(stack: contextlib.ExitStack) -> None:
-    """Start a Ray that nobody else can reach: on loopback alone, and with a token that only this user can read."""
+def _start_private(stack: contextlib.ExitStack) -> None:
+    """Start a Ray that nobody else can reach: it listens on loopback only, and its token is readable by this user only."""
     temporary = tempfile.TemporaryDirectory(
-        prefix="expo-ray-", dir=_temporary_folder(), ignore_cleanup_errors=True
+        prefix="expo-ray-", dir=_find_temporary_folder(), ignore_cleanup_errors=True
     )
     folder = stack.enter_context(temporary)
     if "RAY_AUTH_TOKEN_PATH" not in os.environ:  # else Ray leaves one in ~/.ray
@@ -175,8 +182,8 @@ def _start(stack: contextlib.ExitStack) -> None:
         Path(folder, "token").write_text(secrets.token_hex(32))
     # An engine takes minutes to start, and Serve would complain of it every half a minute.
     os.environ.setdefault("RAY_SERVE_SLOW_STARTUP_WARNING_S", "600")
-    # What Ray does on macOS. Otherwise it puts the network card's address in the place of 127.0.0.1 and opens every port to
-    # the network. This process has read the variable already; those that it starts read it anew, among them vLLM's engine
+    # As Ray sets it on macOS. Otherwise it replaces 127.0.0.1 by the address of the network card and opens every port to the
+    # network. This process has read the variable already; those that it starts read it anew, among them vLLM's engine
     # core on a GPU, a spawned child that connects as a driver and would look for the cluster behind the network card.
     ray_constants.ENABLE_RAY_CLUSTER = False
     if _LOOPBACK_ONLY not in os.environ:
@@ -198,7 +205,7 @@ def _start(stack: contextlib.ExitStack) -> None:
 
 
 def _init_twice(**options: Any) -> None:
-    """Start Ray; once more if it fails, as it does where other work keeps it from starting within its time.
+    """Start Ray, and try once more if it fails: on a busy machine it does not always start within its own time limit.
 
     Raises:
         JobError: if it fails again.

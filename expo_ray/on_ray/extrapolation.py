@@ -1,4 +1,4 @@
-"""The executor of a cluster: one Ray task for each shard."""
+"""Extrapolate on a Ray cluster: a task for each shard, and one for each model that is published."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ log = logging.getLogger("expo_ray")
 
 T = TypeVar("T")
 
-# Deaths of worker or node that one shard outlives, beside transient storage errors, which count the same.
+# Retries of a shard after the death of its worker or node, or after a transient storage error.
 MAX_RETRIES = 5
 # Shards are bound by input and output, so several share a GPU.
 GPU_PER_SHARD = 0.25
@@ -43,8 +43,8 @@ _LOOK_UP_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
-    """What the driver is told of one shard; its receipts are in storage."""
+class ShardReport:
+    """Size and time of a shard that a worker has written, for the driver's log; the receipts are in storage."""
 
     size: int
     seconds: float
@@ -52,7 +52,7 @@ class Made:
     failures: Failures = field(default_factory=dict)
 
 
-ShardTask = Callable[[PairPlan, int, Sequence[float], str], Made]
+ShardTask = Callable[[PairPlan, int, Sequence[float], str], ShardReport]
 PublishTask = Callable[[PairPlan, float], Published]
 
 
@@ -60,8 +60,8 @@ class OnRay(Executor):
     """Runs shards on the connected Ray cluster; see `expo_ray.extrapolation.run_job.Executor`.
 
     Args:
-        shard_task: what writes one shard on a worker; another one, to see what Ray and the driver cost by themselves.
-        publish_task: what completes a model; likewise.
+        shard_task: writes one shard on a worker. Benchmarks give another, to measure Ray and the driver alone.
+        publish_task: completes a model; likewise.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class OnRay(Executor):
         shard_task: ShardTask | None = None,
         publish_task: PublishTask | None = None,
     ) -> None:
-        resources = _resources()
+        resources = _wait_for_resources()
         self._progress, self._device = progress, device
         self._plans: dict[str, ray.ObjectRef[Any]] = {}
         self._refs: dict[Future[Any], ray.ObjectRef[Any]] = {}
@@ -94,13 +94,13 @@ class OnRay(Executor):
         self.slots = max(_FEWEST_SLOTS, int(resources.get(SHARD_IO, resources.get("CPU", 1))))
 
     def extrapolate(self, plan: PairPlan, index: int, alphas: Sequence[float]) -> Future[Failures]:
-        def done(made: Made) -> Failures:
+        def done(made: ShardReport) -> Failures:
             self._progress.add(bytes=made.size)
             name = f"{plan.name} {plan.shards[index].file}"
             log.info("%s: %s in %.1f s on %s", name, size_text(made.size), made.seconds, made.node)
             return made.failures
 
-        shared = [self._shared(plan)]  # in a list, it reaches the worker as a reference
+        shared = [self._share(plan)]  # in a list, it reaches the worker as a reference
         return self._follow(
             self._run_shard.remote(self._shard_task, shared, index, alphas, self._device), done
         )
@@ -110,43 +110,45 @@ class OnRay(Executor):
             self._plans.pop(plan.name, None)  # nothing else of this pair needs it
             return published
 
-        return self._follow(self._publish.remote(self._shared(plan), alpha), done)
+        return self._follow(self._publish.remote(self._share(plan), alpha), done)
 
     def cancel(self) -> None:
         refs = list(self._refs.values())
-        self._refs.clear()  # waited for once, whoever else calls
+        self._refs.clear()  # a second call must not wait for them again
         deadline = time.monotonic() + _CLEAN_UP_S
         while refs and time.monotonic() < deadline:  # a cancelled task still has to remove its uploads
-            for ref in refs:  # again, as a cancellation that arrives before its task is lost
+            for ref in refs:  # repeatedly: Ray loses a cancellation that arrives before its task has started
                 ray.cancel(ref)
             _, refs = ray.wait(refs, num_returns=len(refs), timeout=_CANCEL_AGAIN_S)
 
-    def _shared(self, plan: PairPlan) -> ray.ObjectRef[Any]:
-        """The plan in the object store, put there once however many shards it has."""
+    def _share(self, plan: PairPlan) -> ray.ObjectRef[Any]:
+        """Put the plan into the object store, once however many shards it has."""
         if plan.name not in self._plans:
             self._plans[plan.name] = ray.put(plan)
         return self._plans[plan.name]
 
     def _follow(self, ref: ray.ObjectRef[Any], done: Callable[[Any], T]) -> Future[T]:
-        """A future of what `done` makes of the result; it fails with the task's own error, not with Ray's wrapping of it."""
-        ours: Future[T] = Future()
-        self._refs[ours] = ref
+        """Make a future of a task: it holds what `done` returns for the result, or the task's own error without Ray's wrapping."""
+        outcome: Future[T] = Future()
+        self._refs[outcome] = ref
 
-        def settle(theirs: Future[Any]) -> None:
-            self._refs.pop(ours, None)
+        def settle(of_ray: Future[Any]) -> None:
+            self._refs.pop(outcome, None)
             try:
-                result = done(theirs.result())
+                result = done(of_ray.result())
             except BaseException as error:
-                ours.set_exception(error.cause if isinstance(error, RayTaskError) and error.cause else error)
+                outcome.set_exception(
+                    error.cause if isinstance(error, RayTaskError) and error.cause else error
+                )
             else:
-                ours.set_result(result)
+                outcome.set_result(result)
 
         ref.future().add_done_callback(settle)
-        return ours
+        return outcome
 
 
-def _resources() -> dict[str, float]:
-    """What the cluster has, once it has a node to work on: an autoscaled one may begin without."""
+def _wait_for_resources() -> dict[str, float]:
+    """Wait until the cluster has a node to work on, and return its resources: an autoscaled one may begin without nodes."""
     resources: dict[str, float] = ray.cluster_resources()
     if not resources.get("CPU"):
         log.info("waiting for the cluster's first worker node")
@@ -161,38 +163,42 @@ def _arrive() -> None:
 
 def _run_shard(
     task: ShardTask, shared: Sequence[ray.ObjectRef[Any]], index: int, alphas: Sequence[float], device: str
-) -> Made:
-    """The Ray task."""
-    return task(_plan(shared[0]), index, alphas, device)
+) -> ShardReport:
+    """Run `task` in a Ray task, with the plan that the driver has shared."""
+    return task(_read_plan(shared[0]), index, alphas, device)
 
 
-# Kept by the worker for the pair's other shards: reading the plan of 800 tensors takes longer than all else Ray does for a task.
+# Kept for the pair's other shards: to read the plan of 800 tensors takes longer than everything else that Ray does for a task.
 @lru_cache(maxsize=2)
-def _plan(shared: ray.ObjectRef[Any]) -> PairPlan:
+def _read_plan(shared: ray.ObjectRef[Any]) -> PairPlan:
     plan: PairPlan = ray.get(shared)
     return plan
 
 
-def _extrapolate(plan: PairPlan, index: int, alphas: Sequence[float], device: str) -> Made:
+def _extrapolate(plan: PairPlan, index: int, alphas: Sequence[float], device: str) -> ShardReport:
     started = time.monotonic()
-    written = stopped_between_pages(
+    written = run_until_cancelled(
         lambda on_bytes: extrapolate_shard(
             plan, index, alphas, device=resolve_device(device), on_bytes=on_bytes
         )
     )
     size = sum(receipt.size for receipt in written.receipts)
-    return Made(size, time.monotonic() - started, socket.gethostname(), written.failures)
+    return ShardReport(size, time.monotonic() - started, socket.gethostname(), written.failures)
 
 
 def _publish(plan: PairPlan, alpha: float) -> Published:
+    """Complete a model in a Ray task."""
     return publish(ModelFolder(plan, alpha))
 
 
-def stopped_between_pages(work: Callable[[Callable[[int], None]], T]) -> T:
-    """What `work` returns; if the task is cancelled, it stops the next time it calls its argument, and cleans up in peace.
+def run_until_cancelled(work: Callable[[Callable[[int], None]], T]) -> T:
+    """Run `work` in a thread, so that a Ray cancellation takes effect at its next progress callback and not in the middle of an upload.
 
-    Ray interrupts the main thread of the worker wherever it is, and again when it is asked again. Within a request to a
-    store, the interrupt comes back as an error of its credentials; within the removal of an upload, the upload stays.
+    Ray interrupts the main thread of the worker wherever it is, and once more for each repeated cancellation. Inside a request to
+    a store such an interrupt surfaces as an error of the credentials; inside the removal of an upload, the upload is left behind.
+
+    Args:
+        work: receives the progress callback, to call after each page.
 
     Raises:
         KeyboardInterrupt: if the task was cancelled.
@@ -200,23 +206,23 @@ def stopped_between_pages(work: Callable[[Callable[[int], None]], T]) -> T:
     cancelled = threading.Event()
     future: Future[T] = Future()
 
-    def go_on(_: int) -> None:
+    def check_cancelled(_: int) -> None:
         if cancelled.is_set():
             raise Cancelled
 
     def run() -> None:
         try:
-            future.set_result(work(go_on))
+            future.set_result(work(check_cancelled))
         except BaseException as error:
             future.set_exception(error)
 
-    begun, thread = False, threading.Thread(target=run, name="shard", daemon=True)
+    started, thread = False, threading.Thread(target=run, name="shard", daemon=True)
     while True:
         try:
-            if not begun:
-                begun = True
+            if not started:
+                started = True
                 thread.start()
-            while not future.done():  # an interrupt does not end a wait, it is noticed after it
+            while not future.done():  # an interrupt is noticed only after a wait, so waits are short
                 wait([future], timeout=_LOOK_UP_S)
             break
         except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""Settings that an engine is certain to refuse: values of other types than vLLM's own, and heads that do not divide."""
+"""Find settings that an engine is certain to refuse: values of other types than vLLM's, and heads that do not divide."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 from expo_ray.checkpoint.small_files import read_json, text_configs
 from expo_ray.config import Serving
-from expo_ray.errors import Attempts, JobError
+from expo_ray.errors import Collected, JobError
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.storage import open_store
 from expo_ray.text import first_few, shown
@@ -47,18 +46,20 @@ print("\\n" + json.dumps(problems))
 
 
 def check_engine(settings: Serving, plans: Sequence[PairPlan]) -> None:
-    """See that vLLM takes these values, and that each pair's heads can be spread over the workers; nothing is started.
+    """Check that vLLM takes these values, and that each pair's heads can be spread over the workers; nothing is started.
 
     Raises:
         Problems: with everything that is certain to fail.
     """
-    attempts = Attempts()
+    problems = Collected()
     if settings.engine:
-        attempts.attempt(partial(_check_arguments, settings.engine))
+        with problems.catching():
+            _check_arguments(settings.engine)
     workers = settings.engine.get("tensor_parallel_size", settings.tensor_parallel_size)
     for plan in plans if isinstance(workers, int) and workers > 1 else ():
-        attempts.attempt(partial(_check_workers, plan, workers))
-    attempts.end()
+        with problems.catching():
+            _check_workers(plan, workers)
+    problems.raise_any()
 
 
 def _check_workers(plan: PairPlan, workers: int) -> None:
@@ -75,7 +76,7 @@ def _check_workers(plan: PairPlan, workers: int) -> None:
 
 
 def _check_arguments(engine: Mapping[str, Any]) -> None:
-    """Ask vLLM, where it is installed, for the names and types of its engine's arguments, in a process of its own."""
+    """Ask vLLM, where it is installed, for the names and types of its engine's arguments, in its own process."""
     if find_spec("vllm") is None:
         return
     try:

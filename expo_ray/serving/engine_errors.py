@@ -1,4 +1,4 @@
-"""Why an engine did not start, in one line: the error itself, which tracebacks, links and pointers to logs stand around."""
+"""Find the reason why an engine did not start among tracebacks, links and pointers to logs, and say it in one line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def root_cause(text: str, log: str = "") -> str:
-    """The line of an error's text that says why; where that only points to a log, the last error in `log`."""
+    """The line of an error's text that gives the reason; if the text only points to a log, the last error in `log`."""
     lines = [line for line in _ANSI.sub("", text).splitlines() if line.strip()]
     value_errors = [line.partition("Value error, ")[2] for line in lines if "Value error, " in line]
     if value_errors:
@@ -41,7 +41,7 @@ def root_cause(text: str, log: str = "") -> str:
 
 
 def read_own_log() -> str:
-    """The end of the log of this process and those that it started: the file that Ray gives a worker's standard error."""
+    """Read the end of the log of this process and its children: the file that Ray connects to a worker's standard error."""
     try:
         with Path("/proc/self/fd/2").resolve().open("rb") as file:
             file.seek(max(0, Path("/proc/self/fd/2").stat().st_size - _LOG_BYTES))

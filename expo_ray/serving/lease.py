@@ -1,4 +1,4 @@
-"""Whose turn it is in an engine that holds the weights of one step at a time."""
+"""Share an engine, which holds the weights of one step at a time, among requests for different steps."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from contextlib import asynccontextmanager
 from expo_ray.errors import ArithmeticFault, ExpoError
 from expo_ray.extrapolation.step import Step
 
-# Newcomers for the step in the engine are let in until another step has waited this many times as long as a swap takes.
+# Newcomers for the step in the engine are admitted until another step has waited this many times the length of a swap.
 PATIENCE_IN_SWAPS = 4.0
 SHORTEST_PATIENCE_S = 0.5
-# Steps that wait at once, beside those that are expected: so many swaps at most stand before a request that is let in.
+# Most steps that wait at the same time, beside those that are expected; it bounds the swaps before any request's turn.
 MOST_WAITING = 16
 # Steps whose weights cannot be computed are remembered, by groups.
 _MOST_REFUSED = 1024
@@ -26,12 +26,12 @@ class Busy(ExpoError):
 class Lease:
     """Requests for the step in the engine share it; another step waits until they have drained.
 
-    Then there is one swap, and all that wait for the new step are let in together. Steps take turns by who has waited longest, so
-    with n of them each comes up after at most n - 1 others. When `MOST_WAITING` steps wait, another takes the place of the one
-    that came last: a burst of alphas costs its own tail, not those who come after it.
+    Then there is one swap, and all requests that wait for the new step are admitted together. The step that has waited longest
+    is next, so that of n steps each has its turn after at most n - 1 others. When `MOST_WAITING` steps wait, a new one replaces
+    the one that came last: a burst of alphas loses its tail, and does not keep out those who come after it.
 
-    A step whose weights cannot be computed costs its own requests; the engine is swapped anew for the next. After any other
-    failed swap nobody is let in again: what the engine holds is unknown. All methods belong to one event loop.
+    If the weights of a step cannot be computed, its requests fail, and the engine is swapped anew for the next step. After any
+    other failed swap no request is admitted again, as the weights in the engine are unknown. All methods belong to one event loop.
 
     Args:
         swap: puts the weights of a step into the engine, which is idle while it runs.
@@ -58,7 +58,7 @@ class Lease:
 
     @property
     def failure(self) -> Exception | None:
-        """Why the engine must not be used any more."""
+        """Error after which the engine must not be used any more; None while it may."""
         return self._failure
 
     @asynccontextmanager
@@ -96,7 +96,10 @@ class Lease:
             raise
 
     def _check_refused(self, step: Step) -> None:
-        """An element that overflows at one alpha does so at every larger one: |dpo + alpha delta| is convex in alpha."""
+        """Refuse a step past one whose weights overflowed, without a swap.
+
+        An element that overflows at one alpha does so at every larger one, as |dpo + alpha delta| is convex in alpha.
+        """
         alpha, fault = self._too_far.get(step.factors, (step.alpha, None))
         if fault is not None and step.alpha >= alpha:
             raise ArithmeticFault(str(fault))
@@ -119,7 +122,7 @@ class Lease:
                 turn.set_exception(error)
 
     def _leave(self, step: Step, turn: asyncio.Future[None]) -> None:
-        """Forget a request that was given up, whether or not its turn had come."""
+        """Forget an abandoned request, whether or not its turn had come."""
         if turn.done() and not turn.cancelled() and not turn.exception():
             self._active -= 1
         elif turn in self._waiting.get(step, []):
@@ -129,13 +132,13 @@ class Lease:
         self._advance()
 
     def _closed(self) -> bool:
-        """True if another step has waited so long that it is due."""
+        """True if another step has waited so long that newcomers queue behind it."""
         patience_s = max(SHORTEST_PATIENCE_S, PATIENCE_IN_SWAPS * self._swap_s)
         oldest = min(self._since.values(), default=None)
         return oldest is not None and time.monotonic() - oldest > patience_s
 
     def _advance(self) -> None:
-        """Give the engine to who has waited longest, once it is free."""
+        """Once the engine is free, give it to the step that has waited longest."""
         if self._active or self._swapping or self._failure or not self._waiting:
             return
         step = next(iter(self._waiting))

@@ -1,4 +1,4 @@
-"""What a request must be before a model sees it: of a known host, with the key, of bounded size and depth."""
+"""Check requests before a model sees them: a known host, the key, a bounded size and depth."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from expo_ray.untrusted import parse_json
 # A request with a million tokens in it is smaller.
 MOST_BYTES = 32 * 2**20
 RETRY_AFTER_S = 5
-# For load balancers; it shows nothing, and takes no key.
+# For load balancers; it reveals nothing, and needs no key.
 HEALTH = "/health"
 _LOCAL = {"localhost", "localhost.localdomain", "ip6-localhost"}
 
@@ -33,7 +33,7 @@ class _Refusal(Exception):
 
 
 class RequestChecks:
-    """ASGI middleware.
+    """ASGI middleware that answers bad requests itself and passes the others on.
 
     Args:
         hosts: names that a request may give as its host, beside addresses and this machine's own; a page of another site whose
@@ -106,7 +106,7 @@ async def _body(length: bytes, receive: Receive) -> bytes:
 
 
 def _check_json(body: bytes) -> None:
-    """Refuse what the parsers behind would fail on: half a surrogate pair, a thousand brackets; and prompts without a token."""
+    """Refuse bodies that later parsers fail on, such as half a surrogate pair or a thousand brackets, and prompts without a token."""
     try:
         data = parse_json(body, "the request", most_bytes=MOST_BYTES, remedy="send one JSON object")
     except ExpoError as error:
@@ -117,7 +117,7 @@ def _check_json(body: bytes) -> None:
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """The body once more, then what comes after it: the end of the connection."""
+    """Make a `receive` that gives the body once more, then what follows it: the end of the connection."""
     sent = False
 
     async def replay() -> Message:

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from expo_ray.config import Job, Pair, format_alpha
-from expo_ray.errors import Attempts, ExpoError
+from expo_ray.errors import Collected, ExpoError
 from expo_ray.extrapolation.plan import PairPlan, plan_pair, plan_parents
 from expo_ray.extrapolation.plan_job import outputs_of
 from expo_ray.extrapolation.step import Step, parse_step
@@ -19,7 +18,7 @@ from expo_ray.storage import open_store
 
 
 class NameFault(ExpoError):
-    """A request names something that is not served."""
+    """The name in a request is not one that can be served."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +74,14 @@ def plan_served_pairs(job: Job) -> list[PairPlan]:
     Raises:
         Problems: with everything that is wrong with any pair or published model.
     """
-    attempts = Attempts()
-    plans = [plan for pair in job.pairs for plan in attempts.attempt(partial(_plan_whole, job, pair))]
+    problems, plans = Collected(), []
+    for pair in job.pairs:
+        with problems.catching():
+            plans.append(_plan_whole(job, pair))
     for model in job.models:
-        attempts.attempt(partial(check_model, model.uri))
-    attempts.end()
+        with problems.catching():
+            check_model(model.uri)
+    problems.raise_any()
     return plans
 
 

@@ -219,7 +219,7 @@ def test_only_transient_errors_are_tried_again_and_all_arrive_as_they_are(
 
 
 def test_a_cancelled_shard_cleans_up_in_peace() -> None:
-    from expo_ray.on_ray.extrapolation import stopped_between_pages
+    from expo_ray.on_ray.extrapolation import run_until_cancelled
 
     cleaned_up = False
 
@@ -236,7 +236,7 @@ def test_a_cancelled_shard_cleans_up_in_peace() -> None:
             cleaned_up = True
 
     with pytest.raises(KeyboardInterrupt):
-        stopped_between_pages(work)
+        run_until_cancelled(work)
     assert cleaned_up
 
 

@@ -36,7 +36,7 @@ def logs_of_its_own() -> Iterator[None]:
 
 @pytest.fixture
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A pair whose dpo is a LoRA adapter, which is scaled unless told otherwise."""
+    """A pair whose dpo is a LoRA adapter, which is scaled by default."""
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "brief.py").write_text("def reward(prompt, response):\n    return -len(response)\n")
     sft, dpo = save_lora(tmp_path, causal_model(tiny_llama()))

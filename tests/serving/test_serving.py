@@ -185,7 +185,7 @@ def test_a_replica_whose_swap_fails_is_taken_out(
     )
     os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert status == 503
-    assert "not to be trusted" in error["message"]
+    assert "of this replica are unknown" in error["message"]
     wait_until(lambda: before - set(endpoint.replicas()), "the replica is gone", START_S)
     assert {key: _patiently(endpoint, *key) for key in alone} == alone
 
@@ -281,7 +281,8 @@ def test_a_taken_port_is_told() -> None:
         assert process.wait() == 2
         errors = process.stderr
     assert (
-        f"port {port} of 127.0.0.1 cannot be had (Address already in use); give another with --port" in errors
+        f"port {port} of 127.0.0.1 is unavailable (Address already in use); give another with --port"
+        in errors
     )
 
 

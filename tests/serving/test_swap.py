@@ -42,7 +42,7 @@ def test_after_swaps_both_ways_an_engine_answers_as_one_started_on_the_published
     assert ("refused" in found) == tied
     if tied:
         assert "does not hold the weights of alpha 1: model.embed_tokens.weight differ" in found["refused"]
-        assert "not to be trusted" in found["health"]
+        assert "of this replica are unknown" in found["health"]
 
 
 def swaps(sft: Path, dpo: Path, folder: Path) -> dict[str, Any]:

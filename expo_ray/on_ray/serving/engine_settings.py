@@ -1,4 +1,4 @@
-"""How the engines of a job file's `serving` section are set up."""
+"""Settings of engines, from the `serving` section of a job file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from expo_ray.serving.node_cache import CACHE_VARIABLE
 
 # Requests that one engine works on at once, unless `engine: {max_num_seqs: ...}` says otherwise.
 CPU_SLOTS, GPU_SLOTS = 32, 256
-# vLLM would take nine tenths of the machine's memory for the keys and values of an engine on CPUs.
+# By default vLLM takes nine tenths of the machine's memory for the keys and values of an engine on CPUs.
 CPU_CACHE_BYTES = 1 << 30
 _VLLM_DTYPES = {"auto": "auto", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _NO_DOMAIN = "none.invalid"
@@ -31,7 +31,7 @@ def slots_of(settings: Serving, on_gpu: bool) -> int:
 def engine_config(
     name: str, settings: Serving, on_gpu: bool, cpus: float = 1, threads: int = 1, *, for_pair: bool = True
 ) -> LLMConfig:
-    """What Ray's LLM library needs to know of one engine; the replica adds the folder once it has fetched it.
+    """Configuration of an engine for Ray's LLM library; the replica adds the model's folder once it has downloaded it.
 
     Args:
         cpus: of the cluster's, for each worker of an engine on CPUs.
@@ -49,25 +49,25 @@ def engine_config(
 
 
 def engine_arguments(settings: Serving, on_gpu: bool, *, for_pair: bool) -> dict[str, Any]:
-    """What vLLM's engine is given: the job's `engine` counts before what is set here."""
+    """Arguments of vLLM's engine; those in the job's `engine` override the ones set here."""
     ours: dict[str, Any] = {
         "max_num_seqs": slots_of(settings, on_gpu),
         "dtype": _VLLM_DTYPES[settings.dtype],
         "tensor_parallel_size": settings.tensor_parallel_size,
         "worker_extension_cls": "expo_ray.on_ray.serving.swap.PairWorker",
         "use_tqdm_on_load": False,
-        # An image in a request is no reason to fetch a URL from this network.
+        # A URL of an image in a request must not make the engine ask machines of this network.
         "allowed_media_domains": [_NO_DOMAIN],
     }
     if settings.max_model_len:
         ours["max_model_len"] = settings.max_model_len
-    if not on_gpu:  # compiling took 331 s
+    if not on_gpu:  # eager, as compiling took 331 s
         ours |= {"enforce_eager": True, "kv_cache_memory_bytes": CPU_CACHE_BYTES}
     elif for_pair:
-        # Experts as they are loaded: other kernels store them in an order of their own, which cannot be compared after a swap.
+        # This backend keeps experts as they are loaded; others reorder them, and a swap could not be verified.
         ours["moe_backend"] = "triton"
     given = dict(settings.engine)
-    # A limit of the model's own would cut answers of requests that give none; null leaves vLLM's, the end of the context.
+    # A limit in the model's generation_config.json would cut answers of requests without one; with null, only the context does.
     limit = {"max_new_tokens": None, **(given.pop("override_generation_config", None) or {})}
     return ours | given | {"override_generation_config": limit}
 
@@ -107,13 +107,13 @@ def _cpu_placement(settings: Serving, cpus: float) -> dict[str, Any]:
 
 
 def _environment(on_gpu: bool, threads: int) -> dict[str, str]:
-    # Ray would let these take the place of the job's own.
+    # Ray lets the variables given here replace the job's, so those are merged in.
     passed_on = dict(ray.get_runtime_context().runtime_env.get("env_vars") or {})
     passed_on |= {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
     level = {"VLLM_LOGGING_LEVEL": os.environ["VLLM_LOGGING_LEVEL"]}  # this package has set it
     if on_gpu:
         return passed_on | level
-    # vLLM's own choice puts every engine on the first core, and Ray's gives it one thread: 0.75 of the tokens a second.
+    # vLLM binds every engine to the first core, and Ray gives it one thread; that makes 0.75 of the tokens a second.
     ours = {
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": str(threads),

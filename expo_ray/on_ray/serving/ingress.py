@@ -33,7 +33,7 @@ class Ingress(OpenAiIngress):
 
     Args:
         deployments: by the name of the pair or model.
-        pairs: which of them take an alpha, and the alphas to list of each.
+        pairs: the alphas to list of each pair, by name; other deployments take no alpha.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Ingress(OpenAiIngress):
         return _card(model, await self._deployments[name.base].card.remote(str(name)))
 
     def _find(self, model: str | None) -> ServedName:
-        """The served name that a request means, in its one spelling.
+        """Parse the name of a request and check that it is served; the result spells it in one way.
 
         Raises:
             OpenAIHTTPException: 400 for a bad alpha or none, 404 for an unknown name.
@@ -99,9 +99,10 @@ def _refusal(status: int, message: str, kind: str) -> OpenAIHTTPException:
 
 
 def web_app(hosts: Collection[str] = (), key_digest: str = "") -> FastAPI:
-    """The HTTP application: errors as OpenAI's clients expect them, the message and nothing around it.
+    """Make the HTTP application, whose errors have the form that OpenAI's clients expect.
 
-    Not Ray's own, which lets any web page a browser has open ask the endpoint (CORS), and wraps messages twice.
+    Ray's own application is not used: it lets every web page that is open in a browser ask the endpoint (CORS), and wraps the
+    messages of errors twice.
 
     Args:
         hosts, key_digest: see `RequestChecks`.
@@ -124,8 +125,8 @@ def web_app(hosts: Collection[str] = (), key_digest: str = "") -> FastAPI:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        told = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
-        return _error(400, first_few(told), "invalid_request_error")
+        problems = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
+        return _error(400, first_few(problems), "invalid_request_error")
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> JSONResponse:

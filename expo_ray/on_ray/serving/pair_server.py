@@ -1,4 +1,4 @@
-"""One vLLM engine behind Ray Serve: for a published model, or for all alphas of a pair."""
+"""A vLLM engine behind Ray Serve: for a published model, or for all alphas of a pair."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from expo_ray.on_ray.serving.engine_adapter import (
     engine_version,
     fit_shared_memory,
     free_shared_memory,
-    plain_logs,
+    restore_plain_logs,
     stop_engine,
 )
 from expo_ray.serving.engine_errors import read_own_log, root_cause
@@ -37,7 +37,7 @@ from expo_ray.serving.node_cache import rebuild_engine_folder
 from expo_ray.serving.served_models import ServedName, parse_name
 
 log = logging.getLogger("expo_ray")
-plain_logs()  # the imports above have changed them
+restore_plain_logs()  # which the imports above have changed
 
 SWAP_TIMEOUT_S = 3600.0
 
@@ -69,7 +69,7 @@ class ModelServer(LLMServer):
 
     Args:
         llm_config: with the model's name as the engine's id of it.
-        fetch: gives the model's folder on the node where it is called.
+        fetch: downloads the model to the node where it is called, and returns its folder.
         weights: names the weights; see `weights_of`.
     """
 
@@ -92,12 +92,12 @@ class ModelServer(LLMServer):
         self._about = (await self.collective_rpc("expo_describe"))[0]
 
     async def __del__(self) -> None:
-        # Ray's own leaves the engine's processes to find out for themselves
+        # Ray's `__del__` does not end the engine's processes; they would notice after a while
         stop_engine(self)
         await super().__del__()
 
     async def card(self, name: str) -> dict[str, Any]:
-        """What `/v1/models/<name>` tells of a served name."""
+        """Describe a served name, for `/v1/models/<name>`."""
         return {
             "engine": f"vllm {engine_version()}",
             "template": self._template,
@@ -128,7 +128,7 @@ class ModelServer(LLMServer):
         return request
 
     async def _answer(self, method: Method, request: Any, raw_request_info: Any) -> AsyncGenerator[Any, None]:
-        """The engine's answer, under the name that was asked for."""
+        """Stream the engine's answer, under the name that was asked for."""
         served = request.model
         async for part in await method(self._for_engine(request), raw_request_info):
             yield _renamed(part, self._name, served)
@@ -167,10 +167,10 @@ class PairServer(ModelServer):
             yield _error(503, self._unusable(), "service_unavailable")
 
     async def _swap(self, step: Step) -> None:
-        """Change the weights of the engine, which no request uses now.
+        """Swap the weights of the engine, which no request uses now.
 
-        Requests that were given up may still be in it; the pause throws them out, and clears what is cached of prompts, which
-        belongs to the old weights.
+        Abandoned requests may still be in it. The pause aborts them, and clears the prefix cache, which belongs to the old
+        weights.
 
         Raises:
             ArithmeticFault: if the weights cannot be computed; the engine can take others.
@@ -187,7 +187,7 @@ class PairServer(ModelServer):
         await super().check_health()
 
     def _unusable(self) -> str:
-        return f"{self._name}: the weights of this replica are not to be trusted ({self._lease.failure}); it is being replaced, ask again"
+        return f"{self._name}: the weights of this replica are unknown ({self._lease.failure}); it is being replaced, ask again"
 
     async def record_routing_stats(self) -> dict[str, Any]:
         held = self._lease.held
@@ -201,7 +201,7 @@ def starts_at_dpo(plan: PairPlan) -> bool:
 
 
 def _with_source(config: LLMConfig, folder: Path) -> LLMConfig:
-    """The same for the model in `folder`; a new one, as the old one remembers an engine without."""
+    """Copy a configuration with the model's folder. A copy, as `config` has cached an engine's settings without it."""
     fields = {name: getattr(config, name) for name in type(config).model_fields}
     return LLMConfig(
         **fields | {"model_loading_config": {"model_id": config.model_id, "model_source": str(folder)}}
@@ -209,7 +209,7 @@ def _with_source(config: LLMConfig, folder: Path) -> LLMConfig:
 
 
 def files_of(folder: Path) -> str:
-    """Digest of the files beside the weights; of those, engines read configurations, vocabularies and tokens that end an answer."""
+    """Digest of the files beside the weights: engines read configurations, vocabularies and end-of-answer tokens from them."""
     paths = [
         path
         for path in folder.rglob("*")
@@ -235,9 +235,9 @@ def _error(status: int, message: str, kind: str) -> ErrorResponse:
 
 
 def _renamed(part: Any, engine_name: str, served: str) -> Any:
-    """A response or a batch of streamed ones; all name the model."""
+    """Put the served name in the place of the engine's, in a response, a streamed event or a list of them."""
     if isinstance(part, list):
-        return [_renamed(one, engine_name, served) for one in part]
+        return [_renamed(each, engine_name, served) for each in part]
     if isinstance(part, str):
         # Quotes inside JSON strings are escaped, so that the first such text is the field itself.
         return part.replace(f'"model":{json.dumps(engine_name)}', f'"model":{json.dumps(served)}', 1)
@@ -247,7 +247,7 @@ def _renamed(part: Any, engine_name: str, served: str) -> Any:
 
 
 def _fetch_on_nodes(fetch: Callable[[], Path]) -> Path:
-    """Fetch on every node that an engine is spread over; the folder is the same on all.
+    """Call `fetch` on every node that the engine is spread over; returns the folder, which is the same on all.
 
     Raises:
         ExpoError: if it cannot be fetched.

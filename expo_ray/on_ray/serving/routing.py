@@ -1,4 +1,4 @@
-"""Which replica gets a request: one that holds its weights, as long as that one is not full."""
+"""Choose the replica for a request: one that holds its weights already, unless it is full."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from expo_ray.serving.served_models import NameFault, parse_name
 
 
 class AlphaRouter(RequestRouter):
-    """Saves swaps, and nothing else: whichever replica is chosen swaps if it has to.
+    """Prefers replicas that hold the step of a request. That only saves swaps: any replica swaps its weights if it has to.
 
-    What a replica holds is the step last sent to it, else the one that it tells of itself. An idle replica is better than a full
-    one that holds the step, so that one step alone spreads over all replicas.
+    A replica is taken to hold the step that was last sent to it, or, before the first request, the one in its statistics.
     """
 
     def initialize_state(self, **kwargs: Any) -> None:
-        """Take `slots`, the number of requests that one engine works on at once."""
+        """Store `slots`, the number of requests that an engine works on at once; called by Ray with the router's arguments."""
         self._slots: int = kwargs["slots"]
         self._sent: dict[ReplicaID, str] = {}
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
+        # Ray tries the ranks in this order and waits before it starts over, so that a full cluster is not asked in a busy loop.
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True
         step = _step_of(pending_request)
@@ -34,7 +34,15 @@ class AlphaRouter(RequestRouter):
         return [rank for rank in ranks if rank]
 
     def _rank(self, replica: RunningReplica, step: str | None) -> int:
+        """Rank of a replica for a request; 0 is the best.
+
+        0. It holds the step and has room: no swap, no queue.
+        1. It is idle: one swap. Better than a queue behind a full replica, so that a single step spreads over all replicas.
+        2. It holds the step and is full: the request queues, without a swap.
+        3. It works for another step: the request waits until that has drained, and then for a swap.
+        """
         load = self.replica_queue_len_cache.get(replica.replica_id) or 0
+        # The statistics are up to two seconds old, and a swap may be under way: what was sent last is what it will hold.
         held = self._sent.get(replica.replica_id, replica.routing_stats.get("step"))
         if step is None or held == step:
             return 0 if load < self._slots else 2

@@ -36,9 +36,9 @@ from expo_ray.storage import open_store
 log = logging.getLogger("expo_ray")
 
 HOST = "127.0.0.1"
-# Requests at an engine for each that it works on: with none waiting it runs dry while the next is on its way.
+# Requests sent to an engine for each that it works on: with none waiting, it would idle while the next is on its way.
 QUEUE = 2
-# Of one request, in which it may wait for other alphas: Ray's own limit of ten minutes is short for an engine on a CPU.
+# Of one request, the wait for other alphas included. Ray's limit of ten minutes is too short for an engine on a CPU.
 REQUEST_TIMEOUT_S = 24 * 3600
 
 
@@ -65,7 +65,7 @@ class Endpoint:
 def serving(
     pairs: Sequence[PairPlan], models: Sequence[PublishedModel], settings: Serving
 ) -> Iterator[Endpoint]:
-    """Serve on the connected Ray cluster; every engine answers when the block begins, and none is left when it ends.
+    """Serve models on the connected Ray cluster: engines answer when the block begins, and are stopped when it ends.
 
     Args:
         pairs: of whole models, see `plan_served_pairs`.
@@ -81,16 +81,17 @@ def serving(
 
     def deploy(server: type[ModelServer], name: str, **arguments: Any) -> serve.Application:
         config = engine_config(name, settings, on_gpu, cpus, threads, for_pair=server is PairServer)
-        # Ray's own name would be one for a.b and a_b.
-        own = {"name": f"{server.__name__}:{name}"}
+        # The name that Ray makes is the same for a.b and a_b.
+        named = {"name": f"{server.__name__}:{name}"}
         return build_llm_deployment(
-            config, bind_kwargs=arguments, deployment_cls=server, override_serve_options=own
+            config, bind_kwargs=arguments, deployment_cls=server, override_serve_options=named
         )
 
     deployments = {plan.name: deploy(PairServer, plan.name, plan=plan) for plan in pairs}
     for model in models:
-        fetch = partial(download_model, model.uri)
-        deployments[model.name] = deploy(ModelServer, model.name, fetch=fetch, weights=weights_of(model))
+        deployments[model.name] = deploy(
+            ModelServer, model.name, fetch=partial(download_model, model.uri), weights=weights_of(model)
+        )
     ingress = serve.deployment(
         name="ingress",
         num_replicas=1,
@@ -98,8 +99,8 @@ def serving(
         ray_actor_options={"num_cpus": 0, "runtime_env": _ingress_environment()},
     )(make_fastapi_ingress(Ingress, endpoint_map=dict(ENDPOINTS), app=web_app(settings.hosts, key_digest)))
     alphas = {plan.name: list(plan.outputs) for plan in pairs}
-    # The same job finds what it left behind when it was killed, and two jobs on one cluster do not meet.
-    name = f"expo-ray-{digest([[plan.plan_id(0) for plan in pairs], [[one.name, one.uri] for one in models]], 8)}"
+    # The same for the same models: a job that was killed is replaced by its rerun, and other jobs on the cluster are left alone.
+    name = f"expo-ray-{digest([[plan.plan_id(0) for plan in pairs], [[model.name, model.uri] for model in models]], 8)}"
     with _http(settings.port, name, keyed=bool(key_digest)) as (url, prefix):
         log.info("starting %d engine(s) of %s", settings.replicas * len(deployments), ", ".join(deployments))
         with _running(ingress.bind(deployments=deployments, pairs=alphas), name, prefix):
@@ -163,7 +164,7 @@ def _cpus_of_worker(settings: Serving, deployments: int) -> tuple[float, int]:
 
 @contextlib.contextmanager
 def _http(port: int, name: str, *, keyed: bool) -> Iterator[tuple[str, str]]:
-    """Serve's HTTP proxy, on loopback alone: the URL of the application `name`, and its path."""
+    """Start Serve's HTTP proxy on loopback, or join a running one; yields the URL of the application `name`, and its path."""
     if address := http_address():  # another job's, or left by one that was killed
         host, port = address
         log.info("joining the Ray Serve that listens at %s:%d", host, port)
@@ -174,7 +175,7 @@ def _http(port: int, name: str, *, keyed: bool) -> Iterator[tuple[str, str]]:
             )  # fmt: skip
         yield f"http://{HOST if host == '0.0.0.0' else host}:{port}/{name}", f"/{name}"
         return
-    port = _free(port)
+    port = _free_port(port)
     serve.start(
         proxy_location="HeadOnly",
         http_options={"host": HOST, "port": port},
@@ -193,8 +194,8 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _free(port: int) -> int:
-    """The port itself, or a free one for 0.
+def _free_port(port: int) -> int:
+    """Check that the port is free, and return it; for 0, find a free one.
 
     Raises:
         JobError: if it is taken.
@@ -204,7 +205,7 @@ def _free(port: int) -> int:
             return int(listener.getsockname()[1])
     except OSError as error:
         raise JobError(
-            f"port {port} of {HOST} cannot be had ({os.strerror(error.errno or 0)}); give another with --port or `serving.port`, 0 for any free one"
+            f"port {port} of {HOST} is unavailable ({os.strerror(error.errno or 0)}); give another with --port or `serving.port`, 0 for any free one"
         ) from error
 
 
@@ -214,19 +215,21 @@ def _running(application: serve.Application, name: str, prefix: str) -> Iterator
         try:
             serve.run(application, name=name, route_prefix=prefix, logging_config={"log_level": "WARNING"})
         except RuntimeError as error:
-            raise JobError(f"an engine did not start: {_reasons(name) or error}") from error
+            raise JobError(f"an engine did not start: {_read_failures(name) or error}") from error
         yield
     finally:
         with contextlib.suppress(Exception):
             serve.delete(name)
 
 
-def _reasons(application: str) -> str:
-    """What Serve says of each deployment that failed: the error itself, below its traceback."""
+def _read_failures(application: str) -> str:
+    """Read the errors of the deployments that failed, without their tracebacks."""
     status = serve.status().applications.get(application)
     if status is None:
         return ""
     texts: Mapping[str, str] = {
-        name: one.message.strip() for name, one in status.deployments.items() if one.message.strip()
+        name: deployment.message.strip()
+        for name, deployment in status.deployments.items()
+        if deployment.message.strip()
     }
     return "; ".join(f"{name}: {root_cause(text)}" for name, text in texts.items())

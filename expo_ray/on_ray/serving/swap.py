@@ -47,12 +47,12 @@ class PairWorker:
             RuntimeError: if too little of what the engine holds can be compared with the plan.
             StorageError: if a parent cannot be fetched.
         """
-        from expo_ray.on_ray.serving.engine_adapter import plain_logs
+        from expo_ray.on_ray.serving.engine_adapter import restore_plain_logs
         from expo_ray.on_ray.serving.engine_weights import VllmWeights, pack_experts_again
         from expo_ray.serving.node_cache import download_parents
         from expo_ray.serving.weight_check import Comparison
 
-        plain_logs()
+        restore_plain_logs()
         self.expo_plan = download_parents(pickle.loads(plan))
         dtype = self.model_config.dtype
         assert isinstance(dtype, torch.dtype)
