@@ -1,7 +1,7 @@
-"""PEFT LoRA adapters: which low-rank delta each layer adds, with its exact scale.
+"""PEFT LoRA adapters: the low-rank delta that each layer adds to its weight, with its exact scale.
 
 `W = W_sft + scale * B @ A`, so the delta of ExPO is `scale * B @ A` and the extrapolated model is the same adapter with its
-scale times (1 + alpha). Everything that is not linear in the scale, or changes more than that product, is refused by name.
+scale times (1 + alpha). Variants that are not linear in the scale, or change more than that product, are refused by name.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from expo_ray.untrusted import compile_pattern, is_ambiguous
 
 _MERGE_FIRST = "merge the adapter first (`merge_and_unload`, save) and pass the merged folder"
 
-# Settings of PEFT's LoraConfig that do not change what the adapter computes, or that are taken into account here. Any other
-# setting that is switched on is refused, so that a variant of next year is not taken for plain LoRA.
+# Settings of PEFT's LoraConfig that do not change the result of the adapter, or that this module takes into account. Any other
+# setting that is switched on is refused, so that a future variant is not taken for plain LoRA.
 _UNDERSTOOD = frozenset({
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "eva_config", "exclude_modules", "fan_in_fan_out",
     "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout",
@@ -38,7 +38,7 @@ _NAME = re.compile(
 )
 _PREFIX = "base_model.model."
 _PLAIN = re.compile(r"[A-Za-z0-9_.-]+")
-# Comparing one takes a microsecond and a half.
+# A comparison takes about 1.5 us.
 _MOST_COMPARISONS = 5_000_000
 _MOST_EXPRESSIONS = 400
 
@@ -68,7 +68,7 @@ class FittedAdapter:
 
     Attributes:
         layers: in the order they are stored; when scaling, only those whose weight the base has.
-        notes: what a user should know and nothing is wrong with.
+        notes: remarks for the user that are no errors.
     """
 
     layers: tuple[LoraLayer, ...]
@@ -84,11 +84,11 @@ def lora_layers(adapter: Checkpoint, base: Checkpoint, *, merging: bool = False)
     Args:
         adapter: a checkpoint whose `adapter` is set.
         base: the model it was trained on.
-        merging: also refuse what can be rescaled and not merged: a layer without a weight, and an embedding that is tied to
-            the output head, where the adapter changes one of the two uses and a merged weight both.
+        merging: also refuse adapters that can be rescaled but not merged: with a layer whose weight `base` lacks, or on an
+            embedding that is tied to the output head, where the adapter changes one use of the weight and a merge changes both.
 
     Raises:
-        CheckpointError: if it is no plain LoRA, or does not fit `base`.
+        CheckpointError: if it is not plain LoRA, or does not fit `base`.
     """
     _refuse_variants(adapter.adapter, adapter.uri)
     pairs = _pairs(adapter)
@@ -116,7 +116,9 @@ def lora_layers(adapter: Checkpoint, base: Checkpoint, *, merging: bool = False)
         if name and stored:
             layers.append(_layer(adapter, module, name, factors, stored))
         else:
-            _rank_and_scale(adapter.adapter, module, adapter.uri)  # raises where the scale is no number
+            _rank_and_scale(
+                adapter.adapter, module, adapter.uri
+            )  # only for its checks: the layer is kept as it is
     _refuse_ambiguous(layers, adapter)
     return FittedAdapter(tuple(layers), tuple(notes))
 
@@ -190,14 +192,16 @@ def _refuse_variants(config: Mapping[str, Any], where: str) -> None:
         raise CheckpointError(
             f"{where}: peft_type is {kind}, and only plain LoRA can be rescaled; {_MERGE_FIRST}"
         )
-    found = [f"{key} is {_short(value)}" for key, value in config.items() if value and key not in _UNDERSTOOD]
+    variants = [
+        f"{key} is {_short(value)}" for key, value in config.items() if value and key not in _UNDERSTOOD
+    ]
     if config.get("bias", "none") != "none":
-        found.append(f"bias is {config['bias']}")
+        variants.append(f"bias is {config['bias']}")
     start = config.get("init_lora_weights", True)
     if not any(start is known or (isinstance(start, str) and start == known) for known in _INITIALISATIONS):
-        found.append(f"init_lora_weights is {_short(start)}, which changes the base weights")
-    if found:
-        raise CheckpointError(f"{where}: not plain LoRA ({'; '.join(found)}); {_MERGE_FIRST}")
+        variants.append(f"init_lora_weights is {_short(start)}, which changes the base weights")
+    if variants:
+        raise CheckpointError(f"{where}: not plain LoRA ({'; '.join(variants)}); {_MERGE_FIRST}")
 
 
 def _refuse_many_patterns(config: Mapping[str, Any], modules: int, where: str) -> None:
@@ -212,7 +216,7 @@ def _refuse_many_patterns(config: Mapping[str, Any], modules: int, where: str) -
 
 
 def _pairs(adapter: Checkpoint) -> dict[str, tuple[Tensor, Tensor]]:
-    """Module -> its A and B."""
+    """A and B of each adapted module."""
     sides: dict[str, dict[str, Tensor]] = {}
     others = []
     for name, tensor in adapter.tensors.items():
@@ -226,13 +230,13 @@ def _pairs(adapter: Checkpoint) -> dict[str, tuple[Tensor, Tensor]]:
     copies = {f"{_PREFIX}{module}.base_layer.weight" for module in sides}
     _refuse_others([name for name in others if name not in copies], adapter.uri)
     pairs = {}
-    for module, found in sides.items():
-        if set(found) not in ({"A", "B"}, {"embedding_A", "embedding_B"}):
+    for module, factors in sides.items():
+        if set(factors) not in ({"A", "B"}, {"embedding_A", "embedding_B"}):
             raise CheckpointError(
-                f"{adapter.uri}: {shown(module)} has {', '.join(f'lora_{side}' for side in sorted(found))} instead of A and B; "
+                f"{adapter.uri}: {shown(module)} has {', '.join(f'lora_{side}' for side in sorted(factors))} instead of A and B; "
                 "save the adapter again"
             )
-        a, b = (found[side] for side in sorted(found))
+        a, b = (factors[side] for side in sorted(factors))
         pairs[module] = (a, b)
     if not pairs:
         raise CheckpointError(f"{adapter.uri}: no lora_A and lora_B tensors; save the adapter again")
@@ -279,7 +283,11 @@ def _is_embedding(a: Tensor) -> bool:
 
 
 def _refuse_ambiguous(layers: Iterable[LoraLayer], adapter: Checkpoint) -> None:
-    """PEFT settles `fan_in_fan_out` layer by layer and saves the last; a square layer then has no sure orientation."""
+    """Refuse an adapter whose square layers have no certain orientation.
+
+    PEFT decides `fan_in_fan_out` layer by layer and saves the value of the last one; the shape shows the true value of every layer
+    but a square one.
+    """
     linear = [layer for layer in layers if not _is_embedding(layer.a)]
     square = [layer.base_name for layer in linear if layer.b.shape[0] == layer.a.shape[1]]
     declared = bool(adapter.adapter.get("fan_in_fan_out"))
@@ -303,7 +311,7 @@ def _rank_and_scale(config: Mapping[str, Any], module: str, where: str) -> tuple
 
 
 def _by_pattern(config: Mapping[str, Any], key: str, module: str, default: object, where: str) -> object:
-    """As PEFT has it: the first key that is, as a regular expression, the whole or a dotted end of the module's name."""
+    """Value for a module by PEFT's rule: of the first key that matches its whole name or a dotted end of it as a regex."""
     for pattern, value in _pattern(config, key, where):
         if _PLAIN.fullmatch(pattern):
             if _ends_with(module, pattern):
@@ -311,10 +319,10 @@ def _by_pattern(config: Mapping[str, Any], key: str, module: str, default: objec
             continue
         if is_ambiguous(pattern):
             raise CheckpointError(
-                f"{where}: {key}: the pattern {shown(pattern)!r} repeats a repetition, which takes PEFT for ever; save the adapter again"
+                f"{where}: {key}: the pattern {shown(pattern)!r} repeats a repetition, and PEFT would never finish matching it; save the adapter again"
             )
         try:
-            compile_pattern(pattern)  # by itself, so that the message names what stands in the file
+            compile_pattern(pattern)  # alone first, so that an error shows the pattern as it is in the file
             if compile_pattern(rf"(.*\.)?({pattern})").fullmatch(module):
                 return value
         except JobError as error:
@@ -323,7 +331,7 @@ def _by_pattern(config: Mapping[str, Any], key: str, module: str, default: objec
 
 
 def _ends_with(module: str, plain: str) -> bool:
-    """Match a pattern without any operator but dots: adapters have one for each module, too many to compile."""
+    """True if a pattern whose only operators are dots matches; adapters have one for each module, too many to compile."""
     tail, rest = module[-len(plain) :], module[: -len(plain)]
     if (rest and not rest.endswith(".")) or not tail.endswith(plain.rpartition(".")[2]):
         return False

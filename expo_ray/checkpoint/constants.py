@@ -1,7 +1,7 @@
-"""Stored tensors that no optimiser moves: constants, caches, running statistics, calibration.
+"""Recognise stored tensors that no optimiser changes: constants, caches, running statistics, calibration.
 
-`transformers` registers them as buffers. Older versions stored many that newer ones compute, so one parent may have them and the
-other not, or in another dtype or with another value. They are no weights: what one model has of them fits that model only.
+`transformers` registers them as buffers. Older versions stored many that newer ones compute, so one parent may lack them, or have
+them in another dtype or with another value. They are not extrapolated: the values of a model fit that model only.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _MASK = re.compile(r"(?:^|\.)(?:attn|attention)\.(?:masked_)?bias$")
 
 
 def is_constant(tensor: Tensor) -> bool:
-    """True if `tensor` is kept as dpo has it, whatever sft has."""
+    """True if `tensor` is copied from dpo instead of extrapolated."""
     return bool(_NAMES.search(tensor.name)) or (bool(_MASK.search(tensor.name)) and _is_mask(tensor.shape))
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint folder, read from its listing and the headers of its files."""
+"""Read a checkpoint folder from its listing and the headers of its files; no weight is read."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ class Checkpoint:
 
 
 def read_checkpoint(store: Store, *, allow_pickle: bool = False) -> Checkpoint:
-    """What the folder holds, from its listing, `config.json`, the index and the weight files' headers.
+    """Read the listing, `config.json`, the index and the headers of the weight files; every fault is reported at once.
 
     Args:
-        allow_pickle: read `pytorch_model*.bin` where there are no safetensors; no code in them is run.
+        allow_pickle: read `pytorch_model*.bin` if there are no safetensors; code in them is refused, not run.
 
     Raises:
         CheckpointError: if one thing is wrong with the folder.
@@ -68,12 +68,14 @@ def read_checkpoint(store: Store, *, allow_pickle: bool = False) -> Checkpoint:
     if not listing:
         raise CheckpointError(missing_folder(store))
     problems: list[ExpoError] = []
-    config = _config(store, listing, "config.json", problems, required="adapter_config.json" not in listing)
+    config = _read_config(
+        store, listing, "config.json", problems, required="adapter_config.json" not in listing
+    )
     carried = _carried_adapter(listing, config)
     is_adapter = "adapter_config.json" in listing and not carried
-    adapter = _config(store, listing, "adapter_config.json", problems) if is_adapter else {}
-    weights = _find(store, listing, is_adapter, allow_pickle, problems)
-    tensors = _tensors(store, listing, weights, problems)
+    adapter = _read_config(store, listing, "adapter_config.json", problems) if is_adapter else {}
+    weights = _find_weight_files(store, listing, is_adapter, allow_pickle, problems)
+    tensors = _read_tensors(store, listing, weights, problems)
     own = {*weights.keys, *filter(None, [weights.index])} | ({"adapter_config.json"} if is_adapter else set())
     side, wrong = find_side_files(store, listing, own, config=config, carried=carried)
     problems += wrong
@@ -95,7 +97,7 @@ def read_checkpoint(store: Store, *, allow_pickle: bool = False) -> Checkpoint:
 
 
 def _carried_adapter(listing: Mapping[str, FileInfo], config: Mapping[str, Any]) -> list[str]:
-    """Files of an adapter that belongs to the whole model beside it, as Granite Speech has one for its audio."""
+    """Keys of an adapter that is part of the model beside it: Granite Speech loads one for audio input."""
     implied = str(config.get("model_type", "")).startswith("granite_speech")
     if config.get("has_lora_adapter", implied) is not True:
         return []
@@ -103,7 +105,7 @@ def _carried_adapter(listing: Mapping[str, FileInfo], config: Mapping[str, Any])
     return [key for key in files if key in listing]
 
 
-def _config(
+def _read_config(
     store: Store,
     listing: Mapping[str, FileInfo],
     key: str,
@@ -124,7 +126,7 @@ def _config(
         return {}
 
 
-def _find(
+def _find_weight_files(
     store: Store,
     listing: Mapping[str, FileInfo],
     is_adapter: bool,
@@ -151,21 +153,21 @@ def _find(
         return WeightFiles()
 
 
-def _tensors(
+def _read_tensors(
     store: Store, listing: Mapping[str, FileInfo], weights: WeightFiles, problems: list[ExpoError]
 ) -> dict[str, Tensor]:
     headers = _read_headers(store, [listing[key] for key in weights.keys], weights.pickled, problems)
     tensors: dict[str, Tensor] = {}
-    for found in headers.values():
-        twice = [name for name in found if name in tensors]
+    for header in headers.values():
+        twice = [name for name in header if name in tensors]
         if twice:
-            files = " and ".join(sorted({tensors[name].file for name in twice} | {found[twice[0]].file}))
+            files = " and ".join(sorted({tensors[name].file for name in twice} | {header[twice[0]].file}))
             problems.append(
                 CheckpointError(
                     f"{store.uri}: {first_few(twice)} stands in several files ({files}); remove the stale ones"
                 )
             )
-        tensors |= found
+        tensors |= header
     if weights.missing:
         needed = len(weights.keys) + len(weights.missing)
         problems.append(
@@ -175,7 +177,7 @@ def _tensors(
             )
         )
     elif len(headers) == len(weights.keys):
-        problems += _against_index(store, weights, headers)
+        problems += _check_index(store, weights, headers)
         if weights.keys and not tensors:
             problems.append(
                 CheckpointError(
@@ -188,7 +190,7 @@ def _tensors(
 def _read_headers(
     store: Store, infos: Sequence[FileInfo], pickled: bool, problems: list[ExpoError]
 ) -> dict[str, dict[str, Tensor]]:
-    """Tensors by file, of the files whose headers are sound."""
+    """Read the headers of all files at once: tensors by name, by file. Faulty files are left out and added to `problems`."""
     read: Callable[[Store, FileInfo], dict[str, Tensor]] = read_header
     if pickled:
         from expo_ray.checkpoint.torch_zip import read_torch_zip as read  # imports torch
@@ -202,23 +204,23 @@ def _read_headers(
 
     headers: dict[str, dict[str, Tensor]] = {}
     with ThreadPoolExecutor(_HEADERS_AT_ONCE) as pool:
-        for info, found in zip(infos, pool.map(attempt, infos), strict=True):
-            if isinstance(found, ExpoError):
-                problems.append(found)
+        for info, header in zip(infos, pool.map(attempt, infos), strict=True):
+            if isinstance(header, ExpoError):
+                problems.append(header)
             else:
-                headers[info.key] = found
+                headers[info.key] = header
     return headers
 
 
 def _is_constant(name: str) -> bool:
-    """True if a tensor that an index names and no file holds is one that every loader computes."""
+    """True if loaders compute the tensor of this name, so that an index may name it although no file holds it."""
     return is_constant(Tensor(name, "F32", (), "", 0))
 
 
-def _against_index(
+def _check_index(
     store: Store, weights: WeightFiles, headers: Mapping[str, Mapping[str, Tensor]]
 ) -> list[CheckpointError]:
-    """What index and headers tell differently."""
+    """Compare the index with the headers: each tensor has to be in the file that the index names, and in no other."""
     if not weights.index:
         return []
     where = f"{store.uri}/{weights.index}"
@@ -236,8 +238,8 @@ def _against_index(
         )
     extra = [
         f"{name} ({file})"
-        for file, found in headers.items()
-        for name in found
+        for file, header in headers.items()
+        for name in header
         if weights.mapped.get(name) != file
     ]
     if extra:

@@ -1,4 +1,4 @@
-"""The safetensors header: read with ranged reads and believed only where the whole file agrees with it."""
+"""Read and write the header of a safetensors file; a header that does not account for every byte of the file is refused."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ _LFS_POINTER = b"version https://git-lfs"
 
 
 def read_header(store: Store, info: FileInfo) -> dict[str, Tensor]:
-    """The tensors of one safetensors file by name, in the order of their bytes; one ranged read, rarely two.
+    """Read the tensors of a safetensors file by name, in the order of their bytes; one ranged read, rarely two.
 
     The format: 8 bytes of length N, little-endian; N bytes of JSON; the data, without overlaps, holes or a tail
-    (https://github.com/huggingface/safetensors, "Format"). Like its library, this takes white space around the JSON, keys that it
-    does not know, and null for `__metadata__`; unlike it, no name twice and no shape that another reader could overflow on.
+    (https://github.com/huggingface/safetensors, "Format"). As the library does, this accepts white space around the JSON,
+    unknown keys, and null for `__metadata__`. Unlike the library, it refuses duplicate names and shapes that another reader could
+    overflow on.
 
     Raises:
-        CheckpointError: if anything in the header, or the size of the file, is not as the format has it.
+        CheckpointError: if the header or the size of the file breaks the format.
         StorageError: if the file cannot be read, or is no longer the one of `info`.
     """
     where = f"{store.uri}/{info.key}"
@@ -49,14 +50,14 @@ def read_header(store: Store, info: FileInfo) -> dict[str, Tensor]:
 
 
 def write_header(tensors: Iterable[tuple[str, str, Iterable[int]]]) -> bytes:
-    """What stands before the data of a safetensors file: length and JSON, padded with spaces to 8 bytes.
+    """Bytes that precede the data of a safetensors file: length and JSON, padded with spaces to 8 bytes.
 
     Args:
         tensors: (name, dtype, shape) in the order of their bytes, which follow each other without gaps. Readers map the file,
             so wide dtypes before narrow ones keep elements aligned.
 
     Returns:
-        A function of the arguments alone; the data begins at its length.
+        The same bytes for the same arguments; the data begins right behind them.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begin = 0
@@ -103,7 +104,7 @@ def _parse(text: bytes, info: FileInfo, where: str) -> dict[str, Tensor]:
     entries = parse_json_object(text, f"{where}: header", most_bytes=MAX_HEADER_BYTES, strict=True)
     _check_metadata(entries.pop("__metadata__", None), where)
     data_start = 8 + len(text)
-    placed = [_placed(name, entry, data_start, info.key, where) for name, entry in entries.items()]
+    placed = [_parse_entry(name, entry, data_start, info.key, where) for name, entry in entries.items()]
     placed.sort(key=lambda item: (item[0], item[1], item[2].name))
     _check_layout(placed, data_start, info.size, where)
     return {tensor.name: tensor for _, _, tensor in placed}
@@ -123,8 +124,8 @@ def _check_metadata(metadata: object, where: str) -> None:
             )
 
 
-def _placed(name: str, entry: object, data_start: int, file: str, where: str) -> tuple[int, int, Tensor]:
-    """Begin and end in the data section, and the tensor."""
+def _parse_entry(name: str, entry: object, data_start: int, file: str, where: str) -> tuple[int, int, Tensor]:
+    """Check one entry of the header; returns begin and end in the data section, and the tensor."""
     here = f"{where}: tensor {_short(name)}"
     if not isinstance(entry, dict) or not entry.keys() >= _KEYS:
         raise CheckpointError(

@@ -22,7 +22,7 @@ _ENDINGS: Mapping[str, str] = {
     "weight_packed": "compressed-tensors",
     "weight_scale_inv": "fp8 (block scales)",
 }
-# The same where no plain weight stands beside it: a model may use such a name as well.
+# The same, unless a plain weight is beside it: models use these names too.
 _LIKELY_ENDINGS: Mapping[str, str] = {
     "W_q": "hqq",
     "q_weight": "exl2",
@@ -49,7 +49,7 @@ _LARGEST_SHARE_OF_INTEGERS = 0.5
 
 
 def refuse_unusable(checkpoint: Checkpoint) -> Iterator[CheckpointError]:
-    """Yield why the weights of `checkpoint` are none to compute with: quantised, or empty placeholders."""
+    """Yield an error if the weights of `checkpoint` cannot be computed with: quantised ones, and empty placeholders."""
     empty = empty_weights(checkpoint.tensors)
     if empty:
         yield CheckpointError(
@@ -73,7 +73,7 @@ def refuse_unusable(checkpoint: Checkpoint) -> Iterator[CheckpointError]:
 
 
 def empty_weights(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of weights of shape [0], which DeepSpeed ZeRO-3 leaves in a state dict that it has not gathered."""
+    """Names of weights of shape [0], as DeepSpeed ZeRO-3 leaves them in a state dict that was not gathered."""
     return [
         name
         for name, tensor in tensors.items()
@@ -82,10 +82,10 @@ def empty_weights(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def quantisation_of(checkpoint: Checkpoint) -> str | None:
-    """The scheme that quantised a checkpoint, or None if its weights are plain floats.
+    """Name of the scheme that quantised a checkpoint; None if its weights are plain floats.
 
-    The declaration in `config.json` counts first; without it names and dtypes of the tensors tell. The `config.json` beside an
-    adapter is that of its base model and does not count.
+    Taken from `config.json`, else from the names and dtypes of the tensors. The `config.json` beside an adapter belongs to its base
+    model and is ignored.
     """
     declared = None if checkpoint.adapter else _declaration(checkpoint.config)
     if declared:
@@ -94,7 +94,7 @@ def quantisation_of(checkpoint: Checkpoint) -> str | None:
 
 
 def is_stale(checkpoint: Checkpoint) -> bool:
-    """True if only `config.json` says that the weights are quantised, and every tensor is plain."""
+    """True if the declaration in `config.json` is out of date: every tensor is plain."""
     return bool(checkpoint.tensors) and _by_tensors(checkpoint.tensors) is None
 
 
@@ -168,16 +168,16 @@ def _by_dtype(tensors: Mapping[str, Tensor]) -> str | None:
             return "fp8 (with scales)" if scaled else "fp8"
         if tensor.dtype in _CODES and tensor.name.endswith(".weight"):
             return f"{tensor.dtype} weights"
-    return _by_company(tensors) or _by_share(tensors)
+    return _by_factors(tensors) or _by_share(tensors)
 
 
-def _by_company(tensors: Mapping[str, Tensor]) -> str | None:
-    """Integer matrices with floating-point factors beside them in a module without another weight."""
+def _by_factors(tensors: Mapping[str, Tensor]) -> str | None:
+    """Recognise integer matrices with floating-point factors beside them, in a module without another weight."""
     modules: dict[str, list[Tensor]] = {}
     for name, tensor in tensors.items():
         modules.setdefault(name.rpartition(".")[0], []).append(tensor)
     for module, inside in modules.items():
-        # No scheme stores its codes in 64 bits; tables of indices are.
+        # No scheme stores its codes in 64 bits, but tables of indices have 64.
         codes = [tensor for tensor in inside if _is_code(tensor) and tensor.dtype not in ("U64", "I64")]
         factors = [
             tensor

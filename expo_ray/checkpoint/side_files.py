@@ -1,7 +1,8 @@
-"""Which files of a checkpoint travel with its weights: by their names, or because another file of it names them.
+"""Find the files to copy beside new weights.
 
-A loader may read any file that a configuration, a tokenizer or the model's own code names, so those travel byte for byte. Weights,
-their indexes and the state of a training run do not. Everything else is left behind, and named.
+A loader may read any file that a configuration, a tokenizer or the model's own code names, so a file is copied for its name or
+because a copied file mentions it. Weights, their indexes and the state of a training run are not copied. All other files are left
+behind and reported.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _WEIGHTS = (
     "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.ggml", "*.h5", "*.msgpack", "*.onnx", "*.onnx_data",
     "*.ot", "*.pkl", "*.pickle", "*.npy", "*.nemo", "*.distcp", "*.tflite", "*.engine", "weights*.npz",
 )  # fmt: skip
-# Of the model itself, in one form or another; code that names them means the weights.
+# Weights of the model itself, in any format; code that names such a file means the weights, which are written anew.
 _OWN_WEIGHTS = (
     "model*.safetensors", "model*.bin", "model*.pt", "pytorch_model*", "diffusion_pytorch_model*", "consolidated*",
     "adapter_model*", "tf_model*", "flax_model*", "rust_model*", "weights*.npz", "*.gguf", "*.ggml", "*.ckpt", "*.nemo",
@@ -46,7 +47,7 @@ _TRAINING = (
     "events.out.tfevents*", "latest", "latest_checkpointed_iteration.txt",
 )  # fmt: skip
 _TRAINING_FOLDERS = ("checkpoint-*", "global_step*", "runs", "logs", "wandb", "tensorboard")
-# Written anew, or of one folder only.
+# Written anew by this package, or true of the original folder only.
 _OWN = ("adapter_config.json", "expo.json", "readme*", "zero_to_fp32.py")
 _TEMPLATES = "additional_chat_templates/"
 
@@ -61,7 +62,7 @@ class SideFiles:
     Attributes:
         copied: keys to copy byte for byte beside new weights.
         weights: those of `copied` that hold weights: modules of sentence-transformers, an adapter that belongs to the model.
-        left: keys of files that stay behind though they are neither weights nor of a training run.
+        left: keys of files that are left behind although they are neither weights nor of a training run.
     """
 
     copied: tuple[str, ...] = ()
@@ -77,7 +78,7 @@ def find_side_files(
     config: Mapping[str, Any],
     carried: Iterable[str] = (),
 ) -> tuple[SideFiles, list[ExpoError]]:
-    """Sort out the files beside the weights; each that travels is opened, so that one that cannot be copied is known now.
+    """Choose the files to copy, and open each, so that a file that cannot be read is reported before any work begins.
 
     Args:
         listing: every file of the folder by key.
@@ -86,18 +87,18 @@ def find_side_files(
         carried: further keys to copy.
 
     Returns:
-        The files, and what is wrong with any of them.
+        The files, and a problem for each that cannot be copied.
     """
     candidates = [key for key in sorted(listing) if key not in set(own) and not _is_dropped(key)]
     wanted = {key for key in candidates if _is_wanted(listing[key])} | set(carried)
     names, problems = _Names(), []
     names.add("config.json", _json_strings(config))
     fresh = wanted - {"config.json"}
-    while True:  # what a file names may name others: a configuration its code, the code its vocabulary
+    while True:  # a configuration names the model's code, which may name a vocabulary: repeat until nothing new is named
         for key, data, problem in _open_all(store, [listing[key] for key in sorted(fresh)]):
             names.add(key, _strings(key, data) if data else ())
             problems += [problem] if problem else []
-        fresh = {key for key in candidates if key not in wanted and names.name(key)}
+        fresh = {key for key in candidates if key not in wanted and names.mention(key)}
         if not fresh:
             break
         wanted |= fresh
@@ -106,14 +107,14 @@ def find_side_files(
         SideFiles(
             tuple(sorted(wanted)),
             tuple(sorted(key for key in wanted if _matches(key, _WEIGHTS) and key != "spk_dict.pt")),
-            tuple(key for key in left if not _matches(key, _WEIGHTS) or names.name_folder(key)),
+            tuple(key for key in left if not _matches(key, _WEIGHTS) or names.mention_folder(key)),
         ),
         problems,
     )
 
 
 def _is_dropped(key: str) -> bool:
-    """True if a file is a matter of course: hidden, of a training run, an index or another form of the weights."""
+    """True if a file is left behind without a report: hidden, of a training run, an index or another form of the weights."""
     *folders, name = key.lower().split("/")
     if any(part.startswith(".") for part in (*folders, name)):
         return True
@@ -126,7 +127,7 @@ def _is_dropped(key: str) -> bool:
 
 
 def _is_wanted(info: FileInfo) -> bool:
-    """True if a file travels for its name: at the top level, or an additional chat template."""
+    """True if a file is copied for its name: at the top level, or an additional chat template."""
     name = info.key.removeprefix(_TEMPLATES).lower()
     if "/" in name or not _matches(name, _WANTED):
         return False
@@ -141,7 +142,7 @@ def _matches(key: str, patterns: Sequence[str]) -> bool:
 
 
 class _Names:
-    """Names of files and folders that stand in the files read so far."""
+    """Names of files and folders that the files read so far mention."""
 
     def __init__(self) -> None:
         self._texts: set[str] = set()
@@ -156,22 +157,22 @@ class _Names:
         if key == "modules.json":  # of sentence-transformers: folders of pooling, normalisation, dense layers
             self._modules |= texts
 
-    def name(self, key: str) -> bool:
-        """True if a file has been named, or a folder that holds it.
+    def mention(self, key: str) -> bool:
+        """True if the file or a folder that holds it has been mentioned.
 
-        Of weights below a named folder only those of sentence-transformers' modules count: the name of a folder is often an
-        ordinary word.
+        Weights below a mentioned folder count only if the folder is a module of sentence-transformers: the name of a folder is
+        often an ordinary word.
         """
         if "/" not in key:
             return key in self._ends
         if any(end in self._texts for end in _ends_of(key)):
             return True
-        return self.name_folder(key) and (
+        return self.mention_folder(key) and (
             not _matches(key, _WEIGHTS) or any(folder in self._modules for folder in _folders_of(key))
         )
 
-    def name_folder(self, key: str) -> bool:
-        """True if a folder that holds the file has been named, or the key is itself one (a link to a folder)."""
+    def mention_folder(self, key: str) -> bool:
+        """True if a folder that holds the file has been mentioned, or the key itself (a link to a folder)."""
         return any(folder in self._texts for folder in (*_folders_of(key), key))
 
 
@@ -187,12 +188,12 @@ def _folders_of(key: str) -> Iterator[str]:
 
 
 def _strings(key: str, data: bytes) -> Iterable[str]:
-    """What a file of JSON or code has between quotes."""
+    """Strings of a file of JSON, or the quoted texts of a file of code."""
     if key.endswith(".json"):
         try:
             return _json_strings(parse_json(data, key, most_bytes=_TEXT_BYTES))
         except ExpoError:
-            pass  # it travels as it is
+            pass  # broken JSON is copied as it is; its strings are found as in code
     return _QUOTED.findall(data.decode("utf-8", "replace"))
 
 
@@ -211,7 +212,7 @@ def _json_strings(value: Any) -> Iterator[str]:
 def _open_all(
     store: Store, infos: Sequence[FileInfo]
 ) -> Iterator[tuple[str, bytes | None, ExpoError | None]]:
-    """Key, content if it may name other files, and what is wrong with it."""
+    """Open files in threads; yields key, content if the file may name others, and the problem if it cannot be opened."""
 
     def attempt(info: FileInfo) -> tuple[str, bytes | None, ExpoError | None]:
         try:
@@ -227,8 +228,8 @@ def _open(store: Store, info: FileInfo) -> bytes | None:
     refuse_fault(store, info)
     if info.size > MOST_BYTES:
         raise CheckpointError(
-            f"{store.uri}/{shown(info.key)}: {info.size} bytes, more than the {MOST_BYTES} that a file beside the weights can "
-            "have; move it out of the folder"
+            f"{store.uri}/{shown(info.key)}: {info.size} bytes, more than the {MOST_BYTES} allowed for a file beside the weights; "
+            " move it out of the folder"
         )
     if _may_name_files(info):
         return read_small(store, info, most_bytes=_TEXT_BYTES)

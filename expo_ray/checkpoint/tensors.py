@@ -18,7 +18,7 @@ WEIGHT_DTYPES = ("BF16", "F16", "F32", "F64")
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One stored tensor.
+    """A stored tensor.
 
     Attributes:
         dtype: safetensors' name, such as `BF16`.

@@ -1,4 +1,4 @@
-"""The vocabulary weights of a checkpoint: its embedding, its output head, and which of them are one weight under two names."""
+"""The vocabulary weights of a checkpoint: its embedding, its output head, and whether the two are tied into one weight."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from expo_ray.checkpoint.folder import Checkpoint
 from expo_ray.checkpoint.small_files import text_configs
 from expo_ray.checkpoint.tensors import WEIGHT_DTYPES, Tensor
 
-# Last parts of the names of input embeddings, as the architectures of `transformers` have them.
+# Last parts of the names of input embeddings in the architectures of `transformers`.
 _EMBEDDINGS = (
     "embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "word_embedding", "tokens_embed",
     "input_embedding", "embedding_projection",
 )  # fmt: skip
-# These name many other things as well, so that the number of rows has to agree.
+# Other modules have these names too, so a tensor counts only if its number of rows is the size of the vocabulary.
 _AMBIGUOUS_EMBEDDINGS = ("embeddings", "shared", "w")
-# Output heads, the part of the name behind what head and embedding share.
+# Output heads: the part of the name behind the parents that head and embedding share.
 _HEADS = (
     "lm_head", "output_layer", "output", "embed_out", "proj_out", "output_projection", "cls.predictions.decoder",
     "predictions.decoder", "lm_head.decoder", "lm_head.out_proj", "decoder", "vocab_projector", "pred_layer.proj", "lm_loss",
     "unembedding_projection", "generator_lm_head", "text_decoder_postnet.lm_head",
 )  # fmt: skip
-# An encoder and a decoder that share an embedding have it under their own names too, whatever becomes of the head.
+# An encoder and a decoder that share an embedding also have it under their own names, tied head or not.
 _COPIES = ("encoder", "decoder", "text_encoder", "text_decoder", "text_model")
 _VOCAB_SIZES = ("vocab_size", "padded_vocab_size", "n_vocab", "n_words", "src_vocab_size", "tgt_vocab_size")
 _WITH_LANGUAGE_MODEL = ("vlm_config", "decoder", "encoder", "text_encoder", "generator")
 
 
 class VocabularyWeights:
-    """Which stored tensor of one checkpoint holds a vocabulary weight, by any name that the weight can go by.
+    """Lookup of the stored tensor that holds a vocabulary weight, by any name that the weight can have.
 
     Attributes:
-        embedding: name of the input embedding; where only the head is stored, of that; None without either.
+        embedding: name of the input embedding; of the head if only that is stored; None if neither is.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -45,16 +45,16 @@ class VocabularyWeights:
 
     @cached_property
     def rows(self) -> int:
-        """The number of rows of the vocabulary, as stored or else as declared; 0 if neither is known."""
+        """Number of rows of the vocabulary, as stored, else as declared in `config.json`; 0 if unknown."""
         if self.embedding:
             return self._tensors[self.embedding].shape[0]
         return max(self._rows, default=0)
 
     def owner(self, name: str) -> str:
-        """The name of the stored tensor that holds the weight called `name`; `name` itself if no other does.
+        """Name of the stored tensor that holds the weight called `name`; `name` itself if no other does.
 
-        A head that is stored counts as tied only if the configuration says so and nowhere denies it: two tensors then hold
-        one weight. Where no head is stored the embedding has to serve, unless the configuration denies it; an absent
+        A stored head counts as tied only if the configuration says so and nowhere denies it; two tensors then hold one weight.
+        Without a stored head the embedding is the head, unless the configuration denies that they are tied. An absent
         `tie_word_embeddings` denies nothing, as its default differs between architectures.
         """
         if name.endswith(".bias"):
@@ -79,7 +79,7 @@ class VocabularyWeights:
         return name in self._head_names
 
     def is_vocabulary(self, name: str) -> bool:
-        """True if `name` can only be that of an embedding, of a head or of a head's bias of this checkpoint."""
+        """True if `name` can only be an embedding, a head or the bias of a head of this checkpoint."""
         if name.endswith(".bias"):
             module = name.removesuffix("bias")
             return self.is_head(f"{module}weight") or self.is_head(f"{module}decoder.weight")
@@ -96,7 +96,7 @@ class VocabularyWeights:
         return any(head != name and self.owner(head) == name for head in heads)
 
     @cached_property
-    def _said(self) -> list[bool]:
+    def _tie_settings(self) -> list[bool]:
         return [
             bool(part["tie_word_embeddings"])
             for part in text_configs(self._config)
@@ -105,7 +105,7 @@ class VocabularyWeights:
 
     @property
     def _denied(self) -> bool:
-        return bool(self._said) and not any(self._said)
+        return bool(self._tie_settings) and not any(self._tie_settings)
 
     def _same_shape(self, name: str, owner: str) -> str:
         """`owner`, unless `name` is stored and cannot be the same weight."""
@@ -115,7 +115,7 @@ class VocabularyWeights:
     @cached_property
     def _is_tied(self) -> bool:
         if self._stored_heads:
-            return bool(self._said) and all(self._said)
+            return bool(self._tie_settings) and all(self._tie_settings)
         return not self._denied
 
     @cached_property
@@ -138,13 +138,13 @@ class VocabularyWeights:
             return False
         if embedding == "shared" or len(own_path) == len(own_bare):
             return len(path) > len(bare)
-        # Only a copy is stored: under the shared name, or for the other half, as long as each half has none of its own.
+        # Only a copy is stored. It serves under the shared name, and for the other half if that half does not store its own.
         halves = [name for name in self._tensors if _is_half(name, own_bare)]
         return (own == "shared" or len(path) > len(bare)) and len(halves) == 1
 
     @cached_property
     def _decoder_half(self) -> str | None:
-        """The embedding of a decoder whose encoder has another one; the head goes with it."""
+        """Name of the decoder's embedding if the encoder has a separate one; the head is then tied to the decoder's."""
         if self._input is None or "encoder" not in self._input.split("."):
             return None
         half = ".".join("decoder" if part == "encoder" else part for part in self._input.split("."))
@@ -166,10 +166,10 @@ class VocabularyWeights:
         )
 
     def _named_embedding(self) -> str | None:
-        """The name of the text embedding, None without any.
+        """Name of the text embedding; None if none is stored.
 
-        Of the tensors that are called as one, those count first that have as many rows as the configuration's vocabulary; of
-        these the language model's, an encoder's before a decoder's, the outermost.
+        Of several candidates by name, the first in this order: as many rows as the configured vocabulary, inside the language
+        model, an encoder's before a decoder's, fewer parents.
         """
         named = []
         for name, tensor in self._tensors.items():
@@ -184,7 +184,7 @@ class VocabularyWeights:
         return None if head and head not in _heads(name) else name
 
     def _lonely_head(self) -> str | None:
-        """The head of a checkpoint that stores it and not the embedding."""
+        """Name of the head of a checkpoint that stores its head and not its embedding."""
         named = [
             name
             for name, tensor in self._tensors.items()
@@ -195,7 +195,7 @@ class VocabularyWeights:
         return named[0] if len(named) == 1 else None
 
     def _owner_of_bias(self, name: str) -> str:
-        """BERT and its like keep the bias of the head twice, as `X.bias` and `X.decoder.bias`."""
+        """Stored name of a head's bias: BERT and its relatives have it twice, as `X.bias` and `X.decoder.bias`."""
         outer = name.removesuffix(".decoder.bias") + ".bias" if name.endswith(".decoder.bias") else ""
         if outer and outer.endswith(("predictions.bias", "lm_head.bias", "_head.bias")):
             return outer if outer in self._tensors else name
@@ -224,13 +224,13 @@ def _is_matrix(tensor: Tensor) -> bool:
 
 
 def _prefixes(name: str) -> list[str]:
-    """The beginnings of a dotted name, from none to all but the module's own part."""
+    """Parents of a dotted name as prefixes, from the empty one to all of them."""
     outer = name.split(".")[:-2]
     return ["".join(f"{part}." for part in outer[:depth]) for depth in range(len(outer) + 1)]
 
 
 def _heads(embedding: str) -> Iterator[str]:
-    """Every name that the head of an embedding can have."""
+    """Every name that the head tied to an embedding can have."""
     for prefix in _prefixes(embedding):
         for head in _HEADS:
             yield f"{prefix}{head}.weight"

@@ -1,4 +1,4 @@
-"""PyTorch's zip files (`torch.save`) without their data: where each tensor's bytes lie.
+"""Find where the bytes of each tensor lie in a PyTorch zip file (`torch.save`), without reading the data.
 
 The pickle is read by `torch.load(weights_only=True)` on fake tensors, which know the offset of their storage in the file
 (https://docs.pytorch.org/docs/stable/notes/serialization.html). Weights then stream from the file as from safetensors; the
@@ -27,20 +27,20 @@ _CACHED_BLOCKS = 64
 _MAX_PICKLE_BYTES = 100_000_000
 # Python's objects of a directory take ten times its size; 100,000 tensors need some 10 MB.
 _MAX_DIRECTORY_BYTES = 16_000_000
-# How the lines of PyTorch's message begin that advise how to load the file all the same.
+# Beginnings of the lines in which PyTorch advises to load the file with code execution allowed.
 _ADVICE = ("Weights only load failed", "(1)", "(2)", "Check the documentation", "Please file an issue")
 _DTYPES = {
     "bool": "BOOL", "uint8": "U8", "int8": "I8", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
     "uint16": "U16", "int16": "I16", "float16": "F16", "bfloat16": "BF16", "uint32": "U32", "int32": "I32",
     "float32": "F32", "uint64": "U64", "int64": "I64", "float64": "F64", "complex64": "C64",
 }  # fmt: skip
-# What PyTorch's zip writer puts between the data of one record and the next header: nothing, or a data descriptor.
+# Bytes that PyTorch's zip writer puts between the data of a record and the next header: none, or a data descriptor of 16 or 24.
 _DESCRIPTORS = (0, 16, 24)
 _CONVERT = "convert it to safetensors (load and `save_pretrained` with transformers)"
 
 
 class RangedFile(io.RawIOBase):
-    """A stored object as a seekable read-only file; blocks of 64 KiB are fetched as needed and the last 4 MiB kept."""
+    """A stored object as a seekable read-only file: blocks of 64 KiB are read as needed, and the last 64 are kept."""
 
     def __init__(self, store: Store, info: FileInfo) -> None:
         super().__init__()
@@ -103,9 +103,9 @@ class RangedFile(io.RawIOBase):
 
 
 def read_torch_zip(store: Store, info: FileInfo) -> dict[str, Tensor]:
-    """The tensors of one `torch.save`d state dict by name, in the order of their bytes; their data is not read.
+    """Read the tensors of a saved state dict by name, in the order of their bytes; their data is not read.
 
-    Tensors that share storage are listed each, with the same or overlapping bytes.
+    Tensors that share storage are all listed, with the same or overlapping bytes.
 
     Raises:
         CheckpointError: if the file is not a zip file as PyTorch writes it, holds anything but dense tensors, or its pickle
@@ -204,7 +204,7 @@ def _load(file: RangedFile, where: str) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """What PyTorch refuses, without its advice to load the file all the same."""
+    """The reason that PyTorch gives, without its advice to load the file with code execution allowed."""
     lines = [line.strip() for line in str(error).splitlines()]
     reasons = [line for line in lines if line and not line.startswith(_ADVICE)]
     reason = next((line for line in reasons if "Unpickler error" in line), reasons[0] if reasons else "")
@@ -252,15 +252,16 @@ def _tensor(name: str, value: torch.Tensor, directory: _Directory, file: str, wh
             f"{here}: shape {list(value.shape)} with strides {list(value.stride())} is not contiguous; save "
             "`tensor.contiguous()`, or convert it to safetensors"
         )
+    # A private name of PyTorch: `torch.load` sets it on the storages of fake tensors, as the offset in the file.
     storage_start = getattr(value.untyped_storage(), "_checkpoint_offset", None)
     size = -1 if storage_start is None else directory.holds(storage_start)
     begin = int(value.storage_offset()) * DTYPE_BYTES[dtype]
-    found = Tensor(name, dtype, tuple(value.shape), file, (storage_start or 0) + begin)
-    if not found.nbytes:
-        return found
-    if size < 0 or begin < 0 or begin + found.nbytes > size:
+    tensor = Tensor(name, dtype, tuple(value.shape), file, (storage_start or 0) + begin)
+    if not tensor.nbytes:
+        return tensor
+    if size < 0 or begin < 0 or begin + tensor.nbytes > size:
         raise CheckpointError(
-            f"{here}: bytes {begin} to {begin + found.nbytes} of its storage are not where PyTorch would have written them "
+            f"{here}: bytes {begin} to {begin + tensor.nbytes} of its storage are not where PyTorch would have written them "
             f"({max(size, 0)} bytes there); download it again, or convert it to safetensors"
         )
-    return found
+    return tensor

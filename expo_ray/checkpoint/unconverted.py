@@ -1,4 +1,4 @@
-"""Checkpoints as training programs write them, before their converter was run: what they are, and which command comes next."""
+"""Recognise checkpoints in the formats of training programs, and name the command that converts them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from expo_ray.text import shown
 
 _BESIDE = "copy config.json and the tokenizer into OUTPUT, and pass it"
 
-# Mark of a format among the keys of a folder -> its name and the next step. `{folder}` is where the mark was found. The first that
-# fits counts: the shards of Megatron and FSDP end alike.
+# Pattern of a key that only one format has -> name of the format and the next step. `{folder}` is the folder of that key. The first
+# match counts, in this order, because shards of Megatron and FSDP end alike.
 _FORMATS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(mark), text)
     for mark, text in (
@@ -78,7 +78,7 @@ _FORMATS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 
 
 def unconverted_checkpoint(uri: str, keys: Iterable[str]) -> str:
-    """Name and next step of a training program's own format, empty if the folder `uri` with these keys holds none."""
+    """Description of a training program's format and the command that converts it; empty if the folder has no such format."""
     listed = sorted(keys)
     for pattern, text in _FORMATS:
         for key in listed:

@@ -1,4 +1,4 @@
-"""Which files of a folder hold its weights, and what an index promises about them."""
+"""Find the files of a folder that hold its weights, and the index that names them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _OTHER_FORMATS = {
     ".nemo": "NeMo",
 }  # fmt: skip
 STEM = "model"
-# What the library `diffusers` names the weights of its models, and looks for.
+# Stem of the weight files of models of the library `diffusers`.
 DIFFUSERS_STEM = "diffusion_pytorch_model"
 
 
@@ -29,9 +29,9 @@ class WeightFiles:
 
     Attributes:
         keys: those that exist, sorted.
-        missing: files that the index or the numbers in the names call for and that are not there.
+        missing: keys of absent files, which the index names or the numbering of the others requires.
         index: key of the index that names them, or empty.
-        mapped: what the index says: tensor name -> key.
+        mapped: tensor name -> key, from the index.
         pickled: whether they are PyTorch pickles.
     """
 
@@ -43,13 +43,13 @@ class WeightFiles:
 
 
 def find_weights(store: Store, listing: Mapping[str, FileInfo], *, allow_pickle: bool) -> WeightFiles:
-    """The weight files of a model folder: safetensors where there are any, else `pytorch_model*.bin` if allowed.
+    """Find the weight files of a model folder: safetensors if there are any, else `pytorch_model*.bin` if allowed.
 
     Args:
         listing: every file of the folder by key.
 
     Raises:
-        CheckpointError: if there are none, some are missing, or it is not clear which are meant.
+        CheckpointError: if there are none, or several sets of them.
     """
     top = [key for key in sorted(listing) if "/" not in key and not key.startswith("adapter_model.")]
     safe = [key for key in top if key.endswith((".safetensors", ".safetensors.index.json"))]
@@ -67,7 +67,7 @@ def find_weights(store: Store, listing: Mapping[str, FileInfo], *, allow_pickle:
 
 
 def stem_of(keys: Iterable[str]) -> str:
-    """How to name the weight files of a model whose parent has these: as the library that loads it does, without a variant."""
+    """Stem for the weight files of a model whose parent has files `keys`: the name that the library that loads it looks for."""
     return DIFFUSERS_STEM if any(map(_is_of_diffusers, keys)) else STEM
 
 
@@ -76,7 +76,7 @@ def _is_of_diffusers(key: str) -> bool:
 
 
 def find_adapter_weights(store: Store, listing: Mapping[str, FileInfo], *, allow_pickle: bool) -> WeightFiles:
-    """The weight file of a PEFT adapter folder; errors as of `find_weights`."""
+    """Find the weight file of a PEFT adapter folder; errors as of `find_weights`."""
     if "adapter_model.safetensors" in listing:
         return WeightFiles(("adapter_model.safetensors",))
     if "adapter_model.bin" not in listing:
@@ -90,7 +90,7 @@ def find_adapter_weights(store: Store, listing: Mapping[str, FileInfo], *, allow
 
 
 def _choose(store: Store, listing: Mapping[str, FileInfo], keys: Sequence[str], single: str) -> WeightFiles:
-    """The meant ones among the weight files and indexes of one format, of which `single` is the usual only file."""
+    """Choose among the weight files and indexes of one format; `single` is the name of a model's only file."""
     suffix = f".{single.partition('.')[2]}"
     files = [key for key in keys if key.endswith(suffix)]
     pickled = suffix == ".bin"
@@ -132,14 +132,14 @@ def _two_models(store: Store, single: str, other: str) -> CheckpointError:
     )
 
 
-def _index_key(store: Store, found: list[str], usual: str) -> str:
-    if usual in found or not found:
-        return usual if found else ""
-    if len(found) > 1:
+def _index_key(store: Store, indexes: list[str], usual: str) -> str:
+    if usual in indexes or not indexes:
+        return usual if indexes else ""
+    if len(indexes) > 1:
         raise CheckpointError(
-            f"{store.uri}: {len(found)} indexes ({first_few(found)}) and no {usual}; keep one of them"
+            f"{store.uri}: {len(indexes)} indexes ({first_few(indexes)}) and no {usual}; keep one of them"
         )
-    return found[0]
+    return indexes[0]
 
 
 def _read_index(store: Store, info: FileInfo, suffix: str) -> dict[str, str]:
@@ -160,7 +160,7 @@ def _read_index(store: Store, info: FileInfo, suffix: str) -> dict[str, str]:
 
 
 def _missing_shards(store: Store, shards: Sequence[re.Match[str]], suffix: str) -> tuple[str, ...]:
-    """Without an index only the numbers in the names tell whether all are there."""
+    """Names of shards that the numbers in the other names require; used where no index says which files there should be."""
     sets = sorted({(shard["stem"], shard["total"]) for shard in shards})
     if len(sets) > 1:
         names = first_few([f"{stem}-*-of-{total}{suffix}" for stem, total in sets])
@@ -196,9 +196,9 @@ def _no_weights(store: Store, listing: Mapping[str, FileInfo]) -> CheckpointErro
             f"{store.uri}/{nested[0]}"
         )
     if formats:
-        found = "; ".join(f"{kind}: {first_few(keys)}" for kind, keys in formats.items())
+        present = "; ".join(f"{kind}: {first_few(keys)}" for kind, keys in formats.items())
         remedy = "pass the original checkpoint in safetensors, or convert this one"
-        return CheckpointError(f"{store.uri}: no safetensors, only other formats ({found}); {remedy}")
+        return CheckpointError(f"{store.uri}: no safetensors, only other formats ({present}); {remedy}")
     return CheckpointError(
         f"{store.uri}: no weights; there are {first_few(top) or 'only subfolders'}; pass the folder that holds the *.safetensors"
     )
