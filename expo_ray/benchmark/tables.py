@@ -65,7 +65,7 @@ def differences_table(differences: Sequence[ArmDifference]) -> Table:
             label,
             points(figure),
             f"{figure.detectable:.1f}",
-            verdict_of(figure.interval),
+            _verdict_of(figure.interval),
             str(each.prompts),
         )
         for each in differences
@@ -90,7 +90,7 @@ def head_to_head_table(duels: Sequence[HeadToHead]) -> Table:
     rows = [_duel_row(duel, p) for duel, p in zip(duels, adjusted, strict=True)]
     if mean := pooled_head_to_head(duels):
         raw = pooled([duel.win_rate for duel in duels])
-        verdict = verdict_of(_minus_half(mean.interval))
+        verdict = _verdict_of(_minus_half(mean.interval))
         rows.append((
             f"mean of {len(duels)} pairs", rate(raw), rate(mean), f"{mean.detectable:.1f}", "", verdict, "", str(duels[0].prompts), ""
         ))  # fmt: skip
@@ -180,7 +180,7 @@ def ratings_difference_table(model: str, reference: str, figure: Estimate, quest
             f"{model} - {reference}",
             f"{interval.mean:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]",
             f"{figure.detectable:.2f}",
-            verdict_of(interval),
+            _verdict_of(interval),
             str(questions),
         ),),
         ("Detectable: the true difference that so many questions show with 80 % power.",),
@@ -324,7 +324,7 @@ def points(figure: Estimate) -> str:
     return f"{interval.mean:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]"
 
 
-def verdict_of(interval: Interval) -> str:
+def _verdict_of(interval: Interval) -> str:
     """Name the claim that an unadjusted interval of a difference allows."""
     return "better" if interval.low > 0 else "worse" if interval.high < 0 else "inconclusive"
 

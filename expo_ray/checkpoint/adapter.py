@@ -13,7 +13,7 @@ from math import isfinite, sqrt
 from typing import Any
 
 from expo_ray.checkpoint.folder import Checkpoint
-from expo_ray.checkpoint.renaming import renamed
+from expo_ray.checkpoint.renaming import match_names
 from expo_ray.checkpoint.tensors import WEIGHT_DTYPES, Tensor
 from expo_ray.checkpoint.tied import VocabularyWeights
 from expo_ray.errors import CheckpointError, JobError
@@ -75,7 +75,7 @@ class FittedAdapter:
     notes: tuple[str, ...] = ()
 
 
-def lora_layers(adapter: Checkpoint, base: Checkpoint, *, merging: bool = False) -> FittedAdapter:
+def match_lora_layers(adapter: Checkpoint, base: Checkpoint, *, merging: bool = False) -> FittedAdapter:
     """Match every layer of a plain LoRA adapter with its weight in `base`.
 
     PEFT names modules as `transformers` has them in memory, a checkpoint as they are stored; the two differ in the parents that
@@ -128,7 +128,7 @@ def _base_names(modules: Collection[str], base: Checkpoint) -> dict[str, str | N
     vocabulary = VocabularyWeights(base)
     names = {module: f"{module}.weight" for module in modules}
     unknown = [name for name in names.values() if vocabulary.tensor(name) is None]
-    others = renamed(unknown, [name for name in base.tensors if name not in names.values()])
+    others = match_names(unknown, [name for name in base.tensors if name not in names.values()])
     return {
         module: others.get(name) if name in unknown and name not in base.tensors else name
         for module, name in names.items()

@@ -50,7 +50,7 @@ _LARGEST_SHARE_OF_INTEGERS = 0.5
 
 def refuse_unusable(checkpoint: Checkpoint) -> Iterator[CheckpointError]:
     """Yield an error if the weights of `checkpoint` cannot be computed with: quantised ones, and empty placeholders."""
-    empty = empty_weights(checkpoint.tensors)
+    empty = _empty_weights(checkpoint.tensors)
     if empty:
         yield CheckpointError(
             f"{checkpoint.uri}: {len(empty)} weight(s) are empty placeholders of shape [0] ({first_few(list(map(shown, empty)))}), as "
@@ -58,7 +58,7 @@ def refuse_unusable(checkpoint: Checkpoint) -> Iterator[CheckpointError]:
             "checkpoint and pass its result, or train with `stage3_gather_16bit_weights_on_model_save: true`"
         )
     scheme = quantisation_of(checkpoint)
-    if scheme and is_stale(checkpoint):
+    if scheme and _is_stale(checkpoint):
         plain = "/".join(sorted({tensor.dtype for tensor in checkpoint.tensors.values()}))
         yield CheckpointError(
             f"{checkpoint.uri}: config.json declares that the weights are quantised ({scheme}), and all "
@@ -72,7 +72,7 @@ def refuse_unusable(checkpoint: Checkpoint) -> Iterator[CheckpointError]:
         )
 
 
-def empty_weights(tensors: Mapping[str, Tensor]) -> list[str]:
+def _empty_weights(tensors: Mapping[str, Tensor]) -> list[str]:
     """Names of weights of shape [0], as DeepSpeed ZeRO-3 leaves them in a state dict that was not gathered."""
     return [
         name
@@ -93,7 +93,7 @@ def quantisation_of(checkpoint: Checkpoint) -> str | None:
     return _by_tensors(checkpoint.tensors)
 
 
-def is_stale(checkpoint: Checkpoint) -> bool:
+def _is_stale(checkpoint: Checkpoint) -> bool:
     """True if the declaration in `config.json` is out of date: every tensor is plain."""
     return bool(checkpoint.tensors) and _by_tensors(checkpoint.tensors) is None
 

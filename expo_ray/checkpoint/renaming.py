@@ -23,7 +23,7 @@ def canonical(name: str) -> str:
     )
 
 
-def renamed(names: Iterable[str], wanted: Collection[str]) -> dict[str, str]:
+def match_names(names: Iterable[str], wanted: Collection[str]) -> dict[str, str]:
     """Map each of `names` that is missing in `wanted` to the name in `wanted` of the same tensor, if there is exactly one.
 
     Two names mean the same tensor if they differ only in moved parents, or in one leading part that all names of one side have

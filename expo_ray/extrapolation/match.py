@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 
 from expo_ray.arithmetic.rule import ROUNDINGS
-from expo_ray.checkpoint.adapter import LoraLayer, lora_layers
+from expo_ray.checkpoint.adapter import LoraLayer, match_lora_layers
 from expo_ray.checkpoint.constants import is_constant
 from expo_ray.checkpoint.folder import Checkpoint
-from expo_ray.checkpoint.renaming import renamed
+from expo_ray.checkpoint.renaming import match_names
 from expo_ray.checkpoint.tensors import WEIGHT_DTYPES, Tensor
 from expo_ray.checkpoint.tied import VocabularyWeights
 from expo_ray.checkpoint.vocabulary import (
@@ -120,7 +120,7 @@ def _match_adapter(sft: Checkpoint, dpo: Checkpoint, options: PairOptions) -> Ma
     """Plan sft's tensors, some with a layer of the adapter to merge; or the adapter's own, which is scaled as a whole."""
     merging = options.adapter == "merge"
     try:
-        fitted = lora_layers(dpo, sft, merging=merging)
+        fitted = match_lora_layers(dpo, sft, merging=merging)
     except ExpoError as error:
         return Match(problems=[error])
     layers = {layer.base_name: layer for layer in fitted.layers}
@@ -199,7 +199,7 @@ class _Matcher:
         options: PairOptions,
         map_rows: Callable[[int, int], Sequence[RowRun]],
     ) -> None:
-        self.names = renamed(sft.tensors, dpo.tensors)
+        self.names = match_names(sft.tensors, dpo.tensors)
         self.sft = replace(
             sft, tensors={self.names.get(name, name): tensor for name, tensor in sft.tensors.items()}
         )

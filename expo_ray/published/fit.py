@@ -12,7 +12,7 @@ import numpy as np
 from expo_ray.arithmetic.low_rank import Float64, widen
 from expo_ray.checkpoint.constants import is_constant
 from expo_ray.checkpoint.folder import Checkpoint, read_checkpoint
-from expo_ray.checkpoint.renaming import renamed
+from expo_ray.checkpoint.renaming import match_names
 from expo_ray.checkpoint.tensors import DTYPE_BYTES, WEIGHT_DTYPES, Tensor
 from expo_ray.checkpoint.tied import VocabularyWeights
 from expo_ray.errors import CheckpointError
@@ -82,7 +82,7 @@ def fit_alphas(model: str, sft: str, dpo: str, *, allow_pickle: bool = False) ->
 
 def _with_names_of(model: Checkpoint, parent: Checkpoint) -> Checkpoint:
     """`parent` with the names that `model` has for its tensors, where the two differ."""
-    names = renamed(parent.tensors, model.tensors)
+    names = match_names(parent.tensors, model.tensors)
     return replace(parent, tensors={names.get(name, name): tensor for name, tensor in parent.tensors.items()})
 
 

@@ -54,12 +54,12 @@ def verify_files(store: Store, manifest: Mapping[str, Any]) -> list[ExpoError]:
         CheckpointError(
             f"{store.uri}/{shown(key)}: is not part of the model, and what loads it may read it; move it elsewhere"
         )
-        for key in foreign_files(present, manifest)
+        for key in _foreign_files(present, manifest)
     )
     return problems
 
 
-def foreign_files(present: Iterable[str], manifest: Mapping[str, Any]) -> list[str]:
+def _foreign_files(present: Iterable[str], manifest: Mapping[str, Any]) -> list[str]:
     """Keys that a published model's manifest does not name, without the bookkeeping of expo-ray, Git and the Hub's client."""
     wanted = {MANIFEST, *(shard["file"] for shard in manifest["shards"]), *manifest["files"]}
     return [key for key in present if key not in wanted and not key.startswith(_BOOKKEEPING)]
@@ -77,7 +77,7 @@ def refuse_foreign_files(store: Store) -> None:
         StorageError: if there are such files.
     """
     manifest = read_manifest(store)
-    foreign = foreign_files([info.key for info in store.list()], manifest) if manifest else []
+    foreign = _foreign_files([info.key for info in store.list()], manifest) if manifest else []
     if foreign:
         raise StorageError(
             f"{store.uri}: holds {len(foreign)} file(s) that are not part of the published model "

@@ -10,7 +10,7 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from expo_ray.checkpoint.adapter import LoraLayer, lora_layers, scaled_adapter_config
+from expo_ray.checkpoint.adapter import LoraLayer, match_lora_layers, scaled_adapter_config
 from expo_ray.checkpoint.folder import Checkpoint, read_checkpoint
 from expo_ray.errors import CheckpointError
 from tests.support.stored_files import stored_folder
@@ -48,7 +48,7 @@ def save_adapter(base: PreTrainedModel, path: Path, **settings: Any) -> None:
 
 
 def layers_of(path: Path, *, merging: bool = False) -> list[LoraLayer]:
-    return list(lora_layers(*parents(path), merging=merging).layers)
+    return list(match_lora_layers(*parents(path), merging=merging).layers)
 
 
 def parents(path: Path) -> tuple[Checkpoint, Checkpoint]:
@@ -67,7 +67,7 @@ def merged_by_peft(model: PreTrainedModel, adapter: Path) -> dict[str, torch.Ten
 
 
 def merged_by_hand(path: Path, alpha: float) -> dict[str, torch.Tensor]:
-    """sft + (1 + alpha) * delta, with each layer as `lora_layers` describes it."""
+    """sft + (1 + alpha) * delta, with each layer as `match_lora_layers` describes it."""
     weights = load_file(path / "base" / "model.safetensors")
     factors = load_file(path / "adapter" / "adapter_model.safetensors")
     for layer in layers_of(path):
@@ -307,7 +307,7 @@ def test_tensors_that_do_not_fit(change: Any, message: str, copy: Path) -> None:
 def test_a_layer_that_sft_lacks_is_refused_when_merging_and_noted_when_scaling(copy: Path) -> None:
     rewrite(copy, lambda t: {k.replace("layers.0", "layers.9"): v for k, v in t.items()})
     assert "adapts 1 weight(s) that memory://checkpoints/" in refusal(copy, merging=True)
-    fitted = lora_layers(*parents(copy))
+    fitted = match_lora_layers(*parents(copy))
     assert {layer.base_name.split(".")[2] for layer in fitted.layers} == {"1", "2"}
     assert "model.layers.9.self_attn.q_proj.weight" in fitted.notes[0]
 

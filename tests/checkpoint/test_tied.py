@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoModelForCausalLM, GemmaConfig, GPT2Config, LlamaConfig, PreTrainedConfig
 
 from expo_ray.checkpoint.folder import Checkpoint, read_checkpoint
-from expo_ray.checkpoint.renaming import renamed
+from expo_ray.checkpoint.renaming import match_names
 from expo_ray.checkpoint.tensors import Tensor
 from expo_ray.checkpoint.tied import VocabularyWeights
 from tests.support.stored_files import stored_folder
@@ -151,4 +151,4 @@ def test_the_embedding_has_the_rows_that_the_language_model_declares() -> None:
     ],
 )  # fmt: skip
 def test_names_of_one_tensor(names: list[str], wanted: list[str], expected: dict[str, str]) -> None:
-    assert renamed(names, wanted) == expected
+    assert match_names(names, wanted) == expected
