@@ -18,6 +18,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from expo_ray.errors import ExpoError
+from expo_ray.interrupt import begin_clean_up, raise_if_interrupted
 from expo_ray.storage import Store
 from expo_ray.text import message
 
@@ -73,7 +74,12 @@ class Counters:
             )
 
     def add(self, *, shards: int = 0, bytes: int = 0, rows: int = 0, tokens: int = 0) -> None:
-        """Count work that is done; bytes of a shard that is written again are taken back with a negative number."""
+        """Count work that is done; bytes of a shard that is written again are taken back with a negative number.
+
+        Raises:
+            KeyboardInterrupt: if a signal should have ended the work.
+        """
+        raise_if_interrupted()
         with self._lock:
             old = self._counts
             self._counts = replace(
@@ -163,6 +169,8 @@ class Progress(Counters):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            begin_clean_up()
         if error is not None:
             self._write_last("failed" if isinstance(error, Exception) else "interrupted", {})
         self._end()

@@ -12,7 +12,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Collection, Sequence
 from typing import TypeVar
 
@@ -22,10 +21,9 @@ from expo_ray.cli.exit_status import BAD_INPUT, BROKEN_PIPE, FAILED, INTERRUPTED
 from expo_ray.cli.extras import missing_extra
 from expo_ray.cli.terminal import guard_terminal
 from expo_ray.errors import ExpoError, JobError, Problems
+from expo_ray.interrupt import forget_signals, remember_signal
 from expo_ray.text import visible
 
-# A second signal within this time is part of the same wish, and would disturb the cleaning up.
-_IMPATIENCE_S = 5.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 T = TypeVar("T")
 # Errors of the machine, which a traceback does not explain.
@@ -81,6 +79,8 @@ def guarded(command: Callable[[], int], flags: Collection[str] = ()) -> int:
         text, status = _described(error)
         if not text and status != BROKEN_PIPE:
             raise
+    finally:
+        forget_signals()
     if text:
         from expo_ray.cli.flags import with_flags
 
@@ -108,12 +108,10 @@ def _described(error: Exception) -> tuple[str, int]:
 
 def _handle_signals() -> None:
     """Clean up on SIGTERM, and on the SIGHUP of a lost terminal, as on Ctrl-C. What `nohup` ignores stays ignored."""
-    interrupted_at = float("-inf")
+    forget_signals()
 
     def interrupt(*_: object) -> None:
-        nonlocal interrupted_at
-        if time.monotonic() - interrupted_at > _IMPATIENCE_S:
-            interrupted_at = time.monotonic()
+        if remember_signal():
             raise KeyboardInterrupt
 
     if threading.current_thread() is threading.main_thread():

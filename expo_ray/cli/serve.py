@@ -10,6 +10,7 @@ import signal
 from expo_ray.cli.extras import require
 from expo_ray.config import Job, format_alpha, load_job
 from expo_ray.evaluation.responses.check_served import check_served
+from expo_ray.interrupt import begin_clean_up
 from expo_ray.serving.engine_checks import check_engine
 from expo_ray.serving.served_models import plan_served_pairs
 
@@ -32,6 +33,7 @@ def command(arguments: argparse.Namespace) -> int:
         try:
             signal.pause()
         except KeyboardInterrupt:  # SIGTERM as well
+            begin_clean_up()
             print("stopping", flush=True)
     return 0
 

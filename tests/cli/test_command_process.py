@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import expo_ray
+from expo_ray import interrupt
 from expo_ray.cli.process import guarded
 from expo_ray.errors import StorageError
 from expo_ray.storage import open_store
@@ -151,6 +152,53 @@ def test_a_second_signal_does_not_disturb_the_cleaning_up(capsys: pytest.Capture
         for number, handler in before:
             signal.signal(number, handler)
     assert cleaned == ["all"]
+
+
+def test_a_signal_that_a_library_drops_ends_the_work_at_its_next_count() -> None:
+    code = (
+        "import signal, sys\n"
+        "from expo_ray.cli.process import guarded\n"
+        "from expo_ray.progress import Counters\n"
+        "def command():\n"
+        "    try:\n"
+        "        signal.raise_signal(signal.SIGTERM)\n"
+        "    except KeyboardInterrupt:\n"  # as a library does with the exceptions of its callbacks
+        "        print('dropped')\n"
+        "    Counters().add(rows=1)\n"
+        "    print('went on')\n"
+        "    return 0\n"
+        "sys.exit(guarded(command))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=False)
+    assert done.stdout == b"dropped\n"
+    assert done.returncode == INTERRUPTED
+    assert done.stderr.startswith(b"interrupted")
+
+
+@pytest.mark.parametrize("cleaning", [True, False])
+def test_a_second_signal_ends_a_command_unless_it_is_cleaning_up(
+    monkeypatch: pytest.MonkeyPatch, cleaning: bool
+) -> None:
+    monkeypatch.setattr(interrupt, "SAME_SIGNAL_S", 0.0)
+    reached: list[str] = []
+
+    def command() -> int:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            if cleaning:
+                interrupt.begin_clean_up()
+            signal.raise_signal(signal.SIGTERM)
+            reached.append("the end of the cleaning up")
+        return 0
+
+    before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    try:
+        assert guarded(command) == (0 if cleaning else INTERRUPTED)
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+    assert bool(reached) is cleaning
 
 
 def test_nohup_is_respected() -> None:
