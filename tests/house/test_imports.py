@@ -31,7 +31,7 @@ FLOORS = (
     ("progress", "home"),
     ("storage",),
     ("config",),
-    ("errors", "text", "untrusted", "time_limit"),
+    ("errors", "text", "untrusted", "time_limit", "interrupt"),
 )
 PACKAGE = Path(expo_ray.__file__).parent
 ON_A_CLUSTER = tuple(f"expo_ray.cli.{command}" for command in ("run", "serve", "respond", "reward"))
