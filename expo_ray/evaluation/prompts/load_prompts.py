@@ -1,4 +1,4 @@
-"""Where prompts come from: files in any store, and the sets of UltraFeedback and AlpacaEval."""
+"""Load sets of prompts: from files in any store, or by the names `ultrafeedback` and `alpaca-eval` from the Hub."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ import logging
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 from expo_ray.checkpoint.small_files import read_small
 from expo_ray.config import PromptSource
-from expo_ray.errors import Attempts, PromptError
+from expo_ray.errors import Collected, PromptError
 from expo_ray.evaluation.prompts.prompt_rows import IGNORED, parse_prompt, unasked
 from expo_ray.evaluation.prompts.prompt_set import PromptSet
 from expo_ray.evaluation.records import Prompt
@@ -25,7 +24,7 @@ from expo_ray.untrusted import kind_of, parse_json
 
 log = logging.getLogger("expo_ray")
 
-# What the Hub calls the sets that have a name here: repository, and its split or file.
+# The Hub's names of the sets that have a short name here: repository, and split or file.
 _ULTRAFEEDBACK = "HuggingFaceH4/ultrafeedback_binarized"
 _ULTRAFEEDBACK_SPLIT = "test_gen"
 _ALPACA_EVAL = "hf://datasets/tatsu-lab/alpaca_eval/alpaca_eval.json"
@@ -33,13 +32,13 @@ _NAMED = {
     "ultrafeedback": lambda: _load_dataset(_ULTRAFEEDBACK, split=_ULTRAFEEDBACK_SPLIT),
     "alpaca-eval": lambda: _load_dataset("json", data_files=_ALPACA_EVAL, split="train"),
 }
-# How files are read, by the end of their name; each but Parquet also with .gz.
+# Kind of a file by the end of its name; each but Parquet may also end in .gz.
 _KINDS = {
     ".jsonl": "lines", ".ndjson": "lines", ".jsonlines": "lines", ".txt": "text", ".json": "list", ".csv": "table", ".tsv": "table",
     ".parquet": "parquet",
 }  # fmt: skip
 _ENDINGS = ".jsonl, .txt, .json, .csv, .tsv or .parquet"
-# Kinds of files that others give such names, by their first bytes.
+# Files of other kinds under these names, recognised by their first bytes.
 _MAGIC = {
     b"PAR1": "a Parquet file; name it .parquet",
     b"PK\x03\x04": "a zip archive or spreadsheet; save it as .csv or .jsonl",
@@ -47,63 +46,69 @@ _MAGIC = {
     b"BZh": "compressed with bzip2; unpack it, or compress it with gzip",
     b"\xfd7zXZ": "compressed with xz; unpack it, or compress it with gzip",
 }
-# The largest set of prompts in use is a tenth of this; its rows take some five times as much memory.
+# Ten times the largest set of prompts in use. Rows take about five times as much memory as their file.
 _MOST_BYTES = 256 * 2**20
 _ROWS_AT_ONCE = 64
 
-# What stands in each place, such as `line 3`, and what makes a row of it or raises a ValueError.
+# Pairs of a place, such as `line 3`, and its content; and a function that makes a row of the content, or raises a ValueError.
 _Rows = tuple[Iterable[tuple[str, Any]], Callable[[Any], Any]]
 
 
 def load_prompts(sources: Iterable[PromptSource]) -> list[PromptSet]:
-    """The prompts of each source; rows that repeat an earlier one are left out, and told of.
+    """Load the prompts of each source. Rows that repeat an earlier one are left out, with a warning.
 
     Raises:
-        Problems: with everything that is wrong with any of them, all bad rows of a file in one.
+        Problems: with every problem of any source, all bad rows of a file in one.
     """
-    attempts = Attempts()
-    sets = [one for source in sources for one in attempts.attempt(partial(load_prompt_set, source))]
-    attempts.end()
+    problems, sets = Collected(), list[PromptSet]()
+    for source in sources:
+        with problems.catching():
+            sets.append(load_prompt_set(source))
+    problems.raise_any()
     return sets
 
 
 def load_prompt_set(source: PromptSource) -> PromptSet:
-    """The prompts of one source.
+    """Load the prompts of one source.
 
     Raises:
-        PromptError: if it holds rows that are no prompts, or none at all, or cannot be had from the Hub.
+        PromptError: if it holds rows that are not prompts, or no prompts at all, or cannot be downloaded from the Hub.
         StorageError: if it cannot be read.
     """
-    found = PromptSet.of(source.name, _parse(source.source, *_rows(source.source)))
-    if not found.prompts:
+    prompts = PromptSet.of(source.name, _parse_rows(source.source, *_read_rows(source.source)))
+    if not prompts.prompts:
         raise PromptError(f"{source.source}: holds no prompts; give a file with at least one")
-    if found.repeated:
-        log.warning("%s: %d row(s) repeat an earlier prompt and are left out", source.source, found.repeated)
-    if source.limit and source.limit > len(found):
-        log.warning("%s: has %d prompts, fewer than the limit of %d", source.source, len(found), source.limit)
-    return found.limit(source.limit)
+    if prompts.repeated:
+        log.warning(
+            "%s: %d row(s) repeat an earlier prompt and are left out", source.source, prompts.repeated
+        )
+    if source.limit and source.limit > len(prompts):
+        log.warning(
+            "%s: has %d prompts, fewer than the limit of %d", source.source, len(prompts), source.limit
+        )
+    return prompts.limit(source.limit)
 
 
-def _parse(source: str, rows: Iterable[tuple[str, Any]], row_in: Callable[[Any], Any]) -> list[Prompt]:
+def _parse_rows(source: str, rows: Iterable[tuple[str, Any]], row_in: Callable[[Any], Any]) -> list[Prompt]:
     prompts: list[Prompt] = []
-    wrong: list[str] = []
+    problems: list[str] = []
     first: dict[str, tuple[str, Mapping[str, str]]] = {}
     size = 0
-    for place, held in rows:
+    for place, content in rows:
         try:
-            row = row_in(held)
+            row = row_in(content)
             prompt = parse_prompt(row)
             known_at, known = first.setdefault(prompt.id, (place, unasked(row)))
             _check_repeated(known_at, known, unasked(row))
         except ValueError as error:
-            wrong.append(f"{place}: {error}")
+            problems.append(f"{place}: {error}")
             continue
         prompts.append(prompt)
         size += sum(len(turn["content"]) for turn in prompt.messages)
         if size > _MOST_BYTES:
             raise PromptError(f"{source}: more than {_MOST_BYTES} characters of prompts; split the set")
-    if wrong:
-        raise PromptError(f"{source}: {bad_rows_message(wrong)}")
+    if problems:
+        raise PromptError(f"{source}: {bad_rows_message(problems)}")
     if columns := sorted({name for _, texts in first.values() for name in texts}):
         names = first_few([f"`{shown(name, 60)}`" for name in columns])
         log.warning(
@@ -115,7 +120,11 @@ def _parse(source: str, rows: Iterable[tuple[str, Any]], row_in: Callable[[Any],
 
 
 def _check_repeated(place: str, earlier: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Refuse a row that asks the same as an earlier one, but for a text that is not asked: it belongs to the question."""
+    """Refuse a row that differs from an earlier one only in a text that is not asked: that text must be part of the question.
+
+    Raises:
+        ValueError: naming the columns that differ.
+    """
     differing = [name for name in now if now[name] != earlier.get(name)]
     if differing:
         names = ", ".join(f"`{shown(name, 60)}`" for name in differing)
@@ -124,35 +133,35 @@ def _check_repeated(place: str, earlier: Mapping[str, str], now: Mapping[str, st
         )
 
 
-def _rows(source: str) -> _Rows:
+def _read_rows(source: str) -> _Rows:
     if source in _NAMED:
-        return _numbered(_NAMED[source]()), _as_it_is
+        return _numbered(_NAMED[source]()), _unchanged
     folder, name = split_file(source)
     kind = _kind(name)
     if not kind:
-        return _numbered(_in_folder(source)), _as_it_is
+        return _numbered(_read_folder(source)), _unchanged
     store = open_store(folder)
-    data = _unpacked(source, _read(source, store, name))
+    data = _unpacked(source, _read_file(source, store, name))
     if kind == "parquet":
-        return _numbered(_in_parquet(source, data)), _as_it_is
+        return _numbered(_parquet_rows(source, data)), _unchanged
     for magic, text in _MAGIC.items():
         if data.startswith(magic):
             raise PromptError(f"{source}: is {text}")
     text = _decoded(source, data)
     if kind == "list":
-        return _numbered(_in_list(source, text)), _as_it_is
+        return _numbered(_list_rows(source, text)), _unchanged
     if kind == "table":
-        return _in_table(source, text, tabs=".tsv" in name.lower()), _as_it_is
+        return _table_rows(source, text, tabs=".tsv" in name.lower()), _unchanged
     return _lines(text), _plain_row if kind == "text" else _json_row
 
 
 def _kind(name: str) -> str:
-    """How a file of this name is read; empty if it is no file of prompts."""
+    """The kind of a file by its name; empty if it is not a file of prompts."""
     plain = name.lower().removesuffix(".gz")
     return next((kind for ending, kind in _KINDS.items() if plain.endswith(ending)), "")
 
 
-def _read(source: str, store: Store, name: str) -> bytes:
+def _read_file(source: str, store: Store, name: str) -> bytes:
     info = store.stat(name)
     if info.size > _MOST_BYTES:
         raise PromptError(
@@ -177,7 +186,7 @@ def _unpacked(source: str, data: bytes) -> bytes:
     return whole
 
 
-def _as_it_is(row: Any) -> Any:
+def _unchanged(row: Any) -> Any:
     return row
 
 
@@ -186,7 +195,7 @@ def _numbered(rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _lines(text: str) -> Iterator[tuple[str, str]]:
-    """The lines that are not blank. Not splitlines(): texts hold U+2028 and its like."""
+    """The lines that are not blank. Not splitlines(), which also splits at U+2028 and U+0085; texts hold both."""
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield f"line {number}", line.removesuffix("\r")
@@ -213,8 +222,8 @@ def _decoded(source: str, data: bytes) -> str:
         ) from error
 
 
-def _in_list(source: str, text: str) -> list[Any]:
-    """AlpacaEval's own form: one list of rows."""
+def _list_rows(source: str, text: str) -> list[Any]:
+    """The rows of a JSON list, which is the form of AlpacaEval's own files."""
     remedy = "name a file with a row in each line .jsonl"
     rows = parse_json(text, source, most_bytes=_MOST_BYTES, error=PromptError, remedy=remedy)
     if not isinstance(rows, list):
@@ -225,7 +234,7 @@ def _in_list(source: str, text: str) -> list[Any]:
     return rows
 
 
-def _in_table(source: str, text: str, *, tabs: bool) -> Iterator[tuple[str, Any]]:
+def _table_rows(source: str, text: str, *, tabs: bool) -> Iterator[tuple[str, Any]]:
     """The rows of a table with the names of its columns in the first line."""
     lines = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if tabs else ",", strict=True)
     csv.field_size_limit(_MOST_BYTES)
@@ -243,7 +252,7 @@ def _in_table(source: str, text: str, *, tabs: bool) -> Iterator[tuple[str, Any]
         raise PromptError(f"{source}, line {lines.line_num}: {shown(error)}; save the table again") from error
 
 
-def _in_parquet(source: str, data: bytes) -> Iterator[Mapping[str, Any]]:
+def _parquet_rows(source: str, data: bytes) -> Iterator[Mapping[str, Any]]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -257,7 +266,7 @@ def _in_parquet(source: str, data: bytes) -> Iterator[Mapping[str, Any]]:
             if not {"prompt", "messages", "instruction", "turns"} & {*names}:
                 answers -= {"chosen", "rejected"}
             wanted = [name for name in names if name.lower() not in answers]
-            # Few at a time: a column that says one long text a million times is small in the file.
+            # Few at a time: a column that repeats one long text a million times is small in the file, and huge in memory.
             for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=wanted):
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
@@ -266,11 +275,11 @@ def _in_parquet(source: str, data: bytes) -> Iterator[Mapping[str, Any]]:
         ) from error
 
 
-def _in_folder(source: str) -> Iterable[Any]:
-    """A copy of a repository of the Hub: UltraFeedback with its splits, or any with files of one kind."""
+def _read_folder(source: str) -> Iterable[Any]:
+    """Read the rows in a copy of a Hub repository: UltraFeedback with its splits, or any with files of one kind."""
     if local_path(source) is None:
         raise PromptError(
-            f"{source}: is no file of prompts; name one that ends in {_ENDINGS}, or `ultrafeedback` or `alpaca-eval`"
+            f"{source}: is not a file of prompts; name one that ends in {_ENDINGS}, or `ultrafeedback` or `alpaca-eval`"
         )
     files = [info.key for info in open_store(source).list()]
     if not files and os.path.lexists(os.path.expanduser(source)):
@@ -303,13 +312,13 @@ def _load_dataset(path: str, **options: Any) -> Iterable[Any]:
         raise _missing("datasets", path) from error
     name = options.get("data_files", path)
     try:
-        found: Iterable[Any] = datasets.load_dataset(path, **options)
-    except Exception as error:  # whatever its many file systems and the Hub's client raise
+        rows: Iterable[Any] = datasets.load_dataset(path, **options)
+    except Exception as error:  # its file systems and the Hub's client raise errors of any class
         raise PromptError(
-            f"{name}: cannot be loaded ({type(error).__name__}: {shown(' '.join(str(error).split()), 300)}); without a way to the "
+            f"{name}: cannot be loaded ({type(error).__name__}: {shown(' '.join(str(error).split()), 300)}); if this machine does not reach the "
             "Hub, download the file elsewhere and name it as the source"
         ) from error
-    return found
+    return rows
 
 
 def _missing(module: str, source: str) -> PromptError:

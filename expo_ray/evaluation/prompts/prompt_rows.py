@@ -1,17 +1,18 @@
-"""One row of a prompt file, in each form that sets of prompts come in. A row is asked whole, or refused."""
+"""Make a prompt of a row, in each of the forms in which sets of prompts come. A row is asked whole, or refused."""
 
 from __future__ import annotations
 
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 from expo_ray.evaluation.prompts.prompt_set import prompt_of
 from expo_ray.evaluation.records import Message, Prompt
 from expo_ray.text import shown
 
-# FastChat's `temperature_config`: MT-Bench's results are comparable at these alone.
+# FastChat's `temperature_config`: results of MT-Bench are comparable only at these temperatures.
 MT_BENCH_TEMPERATURES = {
     "writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1,
     "humanities": 0.1,
@@ -19,11 +20,12 @@ MT_BENCH_TEMPERATURES = {
 
 _ROLES = ("system", "user", "assistant")
 _FORMS = "`prompt`, `messages`, `instruction` (Alpaca) or `turns` (MT-Bench)"
-# Texts that belong to an `instruction`: of Alpaca, and of Dolly.
+# Columns whose text belongs to an `instruction`: Alpaca's and Dolly's.
 _INPUTS = ("input", "context")
 _SYSTEMS = ("system", "system_prompt")
 _ASKED = ("prompt", "messages", "instruction", "turns", "history", *_INPUTS, *_SYSTEMS)
-# Further parts of a question, for which no form says where in the prompt they stand.
+# Columns that are part of the question in some data set, and no form says where in the prompt they belong. A row with one of them
+# is refused: asked without it, the question would be another, and nobody would notice.
 _PARTS = frozenset(
     [
         "question",
@@ -78,7 +80,7 @@ _PARTS = frozenset(
 )
 # `option_a`, `passage2`
 _NUMBERED = re.compile(r"(?:[_\-. ]?[0-9]+|[_\-. ][a-z])$")
-# Answers, and what a data set says about its rows.
+# Columns that are not asked: answers, and notes about the row.
 IGNORED = frozenset(
     [
         "output",
@@ -159,13 +161,13 @@ IGNORED = frozenset(
 
 
 def parse_prompt(row: Any) -> Prompt:
-    """The prompt of a row.
+    """Make the prompt of a row.
 
-    Alpaca's `input` and Dolly's `context` follow the instruction after an empty line; `system` comes first, and the pairs of
-    `history` before the question.
+    Alpaca's `input` and Dolly's `context` follow the instruction after an empty line. `system` comes first, then the pairs of
+    `history`, then the question.
 
     Raises:
-        ValueError: saying what is wrong with the row, or which of its columns would not be asked.
+        ValueError: naming the fault of the row, or its columns that would not be asked.
     """
     if not isinstance(row, Mapping):
         raise ValueError(f"holds {type(row).__name__}; a row is an object with {_FORMS}")
@@ -175,7 +177,7 @@ def parse_prompt(row: Any) -> Prompt:
         name: value for name, value in row.items() if name in {"turns", "messages"} or not _is_empty(value)
     }
     if "turns" in row:
-        prompt = _mt_bench(row, category)
+        prompt = _mt_bench_prompt(row, category)
         _check_whole(row, [*prompt.messages, *map(_user, prompt.follow_ups)], "turns")
         return prompt
     asked = _asked(row)
@@ -195,20 +197,20 @@ def parse_prompt(row: Any) -> Prompt:
 
 
 def unasked(row: Any) -> dict[str, str]:
-    """Texts of a row that are neither asked nor known to be answers or notes, by column."""
+    """The texts of a row, by column, that are neither asked nor known to be answers or notes."""
     known = {*_ASKED, *IGNORED}
     return {
         name: text
         for name, text in (row.items() if isinstance(row, Mapping) else ())
         if isinstance(name, str)
         and isinstance(text, str)
-        and len(text.split()) > 1  # else a name or a number
+        and len(text.split()) > 1  # a single word is a name or a number
         and name.lower() not in known
     }
 
 
 def _asked(row: Mapping[str, Any]) -> list[Message]:
-    """The turns of `prompt`, `instruction`, `messages`, or those that two preferences share."""
+    """The turns of `prompt`, `instruction` or `messages`, or those that `chosen` and `rejected` share."""
     messages = _messages(row["messages"], "messages") if row.get("messages") is not None else []
     if row.get("prompt") is not None:
         prompt = row["prompt"]
@@ -223,24 +225,20 @@ def _asked(row: Mapping[str, Any]) -> list[Message]:
         return _shared(row["chosen"], row["rejected"])
     else:
         return messages
-    # UltraFeedback has both: the question, and the dialogue that begins with it and ends with an answer.
+    # UltraFeedback has both: `prompt` is the question, `messages` begins with it and ends with an answer.
     if messages and (messages[: len(asked)] != asked or messages[-1]["role"] != "assistant"):
         raise ValueError("has both `prompt` and `messages`, and they differ; keep one of them")
     return asked
 
 
 def _shared(chosen: Any, rejected: Any) -> list[Message]:
-    """What was asked in two dialogues that differ in the answer, as in TRL's preferences without a prompt."""
+    """The question of two dialogues that differ in the answer, as in TRL's preferences without a prompt."""
     if not (isinstance(chosen, list) and isinstance(rejected, list)):
         raise ValueError(
             "has `chosen` and `rejected` as texts, and no `prompt`; write the question into `prompt`"
         )
-    both = zip(_messages(chosen, "chosen"), _messages(rejected, "rejected"), strict=False)
-    shared: list[Message] = []
-    for one, other in both:
-        if one != other:
-            break
-        shared.append(one)
+    turns = zip(_messages(chosen, "chosen"), _messages(rejected, "rejected"), strict=False)
+    shared = [turn for turn, _ in takewhile(lambda pair: pair[0] == pair[1], turns)]
     if not shared:
         raise ValueError(
             "has `chosen` and `rejected` that share no turn, and no `prompt`; write the question into `prompt`"
@@ -276,7 +274,11 @@ def _before(row: Mapping[str, Any], asked: Sequence[Message]) -> list[Message]:
 
 
 def _check_whole(row: Mapping[str, Any], asked: Sequence[Message], form: str) -> None:
-    """Refuse a row with a part of the question that is not among the turns that are asked."""
+    """Refuse a row that has parts of the question outside the turns that are asked.
+
+    Raises:
+        ValueError: naming those columns.
+    """
     text = "\n".join(turn["content"] for turn in asked)
     known = {*_PARTS, *_INPUTS, *_SYSTEMS, "history", "instruction", "prompt"} - {form}
     left_out = [
@@ -298,7 +300,7 @@ def _user(text: str) -> Message:
     return {"role": "user", "content": text}
 
 
-def _mt_bench(row: Mapping[str, Any], category: str) -> Prompt:
+def _mt_bench_prompt(row: Mapping[str, Any], category: str) -> Prompt:
     turns = row["turns"]
     if not isinstance(turns, list) or not turns:
         raise ValueError(f"`turns` is {_value(turns)}; it must be a list of texts")
@@ -332,7 +334,7 @@ def _messages(turns: Any, name: str) -> list[Message]:
 def _label(row: Mapping[str, Any]) -> str:
     label = row.get("question_id")
     if isinstance(label, float) and label.is_integer():
-        label = int(label)  # as pandas writes a column with a gap
+        label = int(label)  # pandas writes integers as floats in a column with gaps
     if label is None or label == "":
         return ""
     if isinstance(label, bool) or not isinstance(label, int | str):
@@ -351,12 +353,16 @@ def _is_empty(value: Any) -> bool:
 
 
 def _value(value: Any) -> str:
-    """A value in an error, cut before it is made a text: a row may hold megabytes."""
+    """A value as an error shows it, cut before it becomes a text: a row may hold megabytes."""
     return shown(reprlib.repr(value), 100)
 
 
 def _text(value: Any, name: str) -> str:
-    """`value` itself, if it can be asked."""
+    """`value`, if it is a text that can be asked.
+
+    Raises:
+        ValueError: if it is not.
+    """
     if not isinstance(value, str):
         raise ValueError(f"`{name}` is {_value(value)}; it must be a text")
     if not value.strip():

@@ -15,11 +15,12 @@ from expo_ray.storage import Store
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts in the order of their source, each of them once.
+    """Prompts in the order of their source, without repetitions.
 
     Attributes:
-        name: of the set in paths and reports.
-        repeated: rows of the source that repeated an earlier one and were left out.
+        name: in paths and reports.
+        repeated: number of rows that were left out because they repeat an earlier prompt.
+        digest: of ids, categories and temperatures, in order.
     """
 
     name: str
@@ -36,31 +37,31 @@ class PromptSet:
 
     @classmethod
     def of(cls, name: str, prompts: Iterable[Prompt]) -> Self:
-        """The set of `prompts`, of equal ones the first."""
+        """The set of `prompts`; of equal prompts the first is kept."""
         listed = list(prompts)
         kept = {prompt.id: prompt for prompt in reversed(listed)}
         order = dict.fromkeys(prompt.id for prompt in listed)
-        return cls(name, tuple(kept[one] for one in order), len(listed) - len(kept))
+        return cls(name, tuple(kept[prompt_id] for prompt_id in order), len(listed) - len(kept))
 
     def limit(self, count: int | None) -> PromptSet:
-        """The subset of `count` prompts, each category and half in proportion, in the set's order; all of them for None.
+        """The subset of `count` prompts in the set's order, with each category and half in proportion; the whole set for None.
 
-        A larger subset contains every smaller one, and the order of the source does not matter.
+        A larger subset contains every smaller one, whatever the order of the source.
         """
         if count is None or count >= len(self):
             return self
         chosen = {prompt.id for prompt in self.drawn().prompts[:count]}
-        return replace(self, prompts=tuple(one for one in self.prompts if one.id in chosen))
+        return replace(self, prompts=tuple(prompt for prompt in self.prompts if prompt.id in chosen))
 
     def drawn(self) -> PromptSet:
         """The set in the order in which subsets are drawn: its first `n` prompts are those of `limit(n)`."""
-        return replace(self, prompts=tuple(_drawn(self.prompts)))
+        return replace(self, prompts=tuple(_in_order_of_drawing(self.prompts)))
 
     def halves(self) -> tuple[PromptSet, PromptSet]:
-        """The prompts to choose an alpha on, and those to confirm the choice on.
+        """The prompts on which an alpha is chosen, and those on which the choice is confirmed.
 
-        A prompt's half follows from its id alone: however the set grows, is cut or is ordered, and in whichever set the prompt
-        is met again, one that was chosen on is never confirmed on. So the halves are equal but for chance.
+        A prompt's half follows from its id alone: a prompt that once chose never confirms, however sets grow, are cut or share
+        prompts. The price is that the halves are of equal size only by chance.
         """
         choose, confirm = (
             tuple(prompt for prompt in self.prompts if _confirms(prompt) is half) for half in (False, True)
@@ -76,7 +77,7 @@ def prompt_of(
     temperature: float | None = None,
     label: str = "",
 ) -> Prompt:
-    """A prompt with its id."""
+    """A prompt, with the id that follows from its turns."""
     return Prompt(
         _id(messages, follow_ups), tuple(map(dict, messages)), category, tuple(follow_ups), temperature, label
     )
@@ -88,34 +89,32 @@ def store_prompts(store: Store, prompts: PromptSet) -> None:
 
 
 def _id(messages: Sequence[Message], follow_ups: Sequence[str]) -> str:
-    asked: list[Any] = [dict(message) for message in messages]
-    return digest([asked, list(follow_ups)] if follow_ups else asked)
+    turns: list[Any] = [dict(message) for message in messages]
+    return digest([turns, list(follow_ups)] if follow_ups else turns)
 
 
 def _confirms(prompt: Prompt) -> bool:
+    """True if the prompt belongs to the half on which the choice is confirmed."""
     return int(digest(["half", prompt.id]), 16) % 2 == 1
 
 
-def _drawn(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The prompts in the order in which subsets take them.
-
-    Any number of the first holds each category in proportion, and of each category both halves.
-    """
-    by_chance = sorted(prompts, key=lambda prompt: digest(["subset", prompt.id]))
-    mixed = _spread(by_chance, lambda prompt: (prompt.category, _confirms(prompt)))
+def _in_order_of_drawing(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Order prompts so that the first `n` hold each category in proportion, and both halves of each category."""
+    shuffled = sorted(prompts, key=lambda prompt: digest(["subset", prompt.id]))
+    mixed = _spread(shuffled, lambda prompt: (prompt.category, _confirms(prompt)))
     return _spread(mixed, lambda prompt: (prompt.category,))
 
 
 def _spread(prompts: Sequence[Prompt], stratum_of: Callable[[Prompt], tuple[object, ...]]) -> list[Prompt]:
-    """The prompts so ordered that each stratum is spaced evenly, as in systematic sampling."""
+    """Order prompts so that each stratum is spaced evenly, as in systematic sampling."""
     sizes = Counter(map(stratum_of, prompts))
     seen = Counter[tuple[object, ...]]()
     places = []
     for prompt in prompts:
         stratum = stratum_of(prompt)
-        # Each stratum is shifted by chance, so that small ones do not all come last.
+        # A random shift for each stratum: without it, the first prompts of all strata would stand together at the beginning.
         shift = int(digest(["shift", *stratum]), 16) / 16**16
         places.append(((seen[stratum] + shift) / sizes[stratum], prompt.id))
         seen[stratum] += 1
     by_id = {prompt.id: prompt for prompt in prompts}
-    return [by_id[one] for _, one in sorted(places)]
+    return [by_id[prompt_id] for _, prompt_id in sorted(places)]
