@@ -1,4 +1,4 @@
-"""What would fail after engines have started is found in a dry run, from files alone."""
+"""Failures that would come after engines have started are found from files alone."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ def model(folder: Path, template: str | None = TURNS, **config: Any) -> Path:
 
 
 def problems(folder: Path, sets: Sequence[PromptSet] = (), *, needs_all: bool = True, **serving: Any) -> str:
-    """All that is wrong; empty if nothing is."""
+    """The text of all problems; empty if there are none."""
     served = PublishedModel(name="m", uri=str(folder))
     try:
         check_served([], [served], Serving(**serving), sets, needs_all=needs_all)
-    except Problems as found:
-        return str(found)
+    except Problems as error:
+        return str(error)
     return ""
 
 
-def test_a_sound_model_is_taken(tmp_path: Path) -> None:
+def test_a_model_without_faults_passes(tmp_path: Path) -> None:
     assert problems(model(tmp_path), prompts("a", "b" * 200, system="s"), max_model_len=256) == ""
 
 

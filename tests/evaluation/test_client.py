@@ -1,4 +1,4 @@
-"""What a client does with endpoints that limit, refuse and rename."""
+"""A client of endpoints that limit, refuse and rename."""
 
 from __future__ import annotations
 

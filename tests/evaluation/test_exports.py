@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,14 @@ from typing import Any
 import pytest
 
 from expo_ray.cli.process import main
+from expo_ray.config import PromptSource
 from expo_ray.errors import PromptError
+from expo_ray.evaluation.prompts.load_prompts import load_prompt_set
 from expo_ray.evaluation.prompts.prompt_set import PromptSet, prompt_of
 from expo_ray.evaluation.records import Response
 from expo_ray.evaluation.responses.benchmark_exports import alpaca_eval, mt_bench, turns_of
+from tests.support.eval_data import read_jsonl_gz, real_data
 from tests.support.fake_endpoint import LINE_ENDS, fake_endpoint, text_for
-from tests.support.paths import SHARED
-
-EVAL = SHARED / "data" / "eval"
 
 
 def questions(count: int) -> PromptSet:
@@ -74,14 +73,14 @@ def test_the_second_turn_is_asked_with_the_first_answer(tmp_path: Path) -> None:
         {"question_id": 141, "category": "stem", "turns": ["v1", "v2"]},
     ]
     (tmp_path / "question.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found, again, bodies = respond_twice(
+    exported, again, bodies = respond_twice(
         tmp_path / "question.jsonl", tmp_path / "m.jsonl", "mt-bench", "--samples", "2"
     )
-    assert [row["question_id"] for row in found] == [81, 101, 141]
-    assert [row["choices"] for row in again] == [row["choices"] for row in found]
+    assert [row["question_id"] for row in exported] == [81, 101, 141]
+    assert [row["choices"] for row in again] == [row["choices"] for row in exported]
     assert len(bodies) == 3 * 2 * 2
-    assert {row["model_id"] for row in found} == {"m"}
-    for row, question in zip(found, rows, strict=True):
+    assert {row["model_id"] for row in exported} == {"m"}
+    for row, question in zip(exported, rows, strict=True):
         first, second = question["turns"]
         temperature = {81: 0.7, 101: 0.0, 141: 0.1}[row["question_id"]]
         assert [choice["index"] for choice in row["choices"]] == [0, 1]
@@ -118,17 +117,11 @@ def test_turns_of_a_prompt_that_began_with_an_answer() -> None:
 
 
 def test_alpaca_evals_own_order() -> None:
-    file = EVAL / "alpaca" / "prompts.jsonl.gz"
-    if not file.is_file():
-        pytest.skip("../shared/data/eval/alpaca/prompts.jsonl.gz is not there")
-    from expo_ray.config import PromptSource
-    from expo_ray.evaluation.prompts.load_prompts import load_prompt_set
-
+    file = real_data("alpaca") / "prompts.jsonl.gz"
     prompts = load_prompt_set(PromptSource(source=str(file)))
-    with gzip.open(file) as lines:
-        rows = [json.loads(line) for line in lines]
-    found = alpaca_eval(prompts, answered(prompts))
-    assert [(row["instruction"], row["dataset"]) for row in found] == [
+    rows = read_jsonl_gz(file)
+    exported = alpaca_eval(prompts, answered(prompts))
+    assert [(row["instruction"], row["dataset"]) for row in exported] == [
         (row["instruction"], row["dataset"]) for row in sorted(rows, key=lambda row: row["index"])
     ]
 
@@ -136,7 +129,7 @@ def test_alpaca_evals_own_order() -> None:
 def respond_twice(
     prompts: Path, output: Path, form: str, *more: str
 ) -> tuple[list[Any], list[Any], list[Any]]:
-    """What the command exports, what it exports when run again, and the requests of both runs together."""
+    """Run the command twice. Returns the rows of the first export, those of the second, and the requests of both runs."""
     arguments = ["--prompts", str(prompts), "--output", str(output), "--format", form, *more]
     exports = []
     with fake_endpoint("m") as endpoint:

@@ -20,7 +20,7 @@ import pytest
 from examples.local_s3 import SeaweedFS
 from expo_ray.config import PromptSource
 from expo_ray.errors import ExpoError, Problems, PromptError, StorageError
-from expo_ray.evaluation.prompts import load_prompts as prompt_sources
+from expo_ray.evaluation.prompts import load_prompts as load_prompts_module
 from expo_ray.evaluation.prompts.load_prompts import load_prompt_set, load_prompts
 from expo_ray.evaluation.prompts.prompt_set import (
     PromptSet,
@@ -28,9 +28,8 @@ from expo_ray.evaluation.prompts.prompt_set import (
     store_prompts,
 )
 from expo_ray.storage import open_store, split_file
-from tests.support.paths import SHARED
+from tests.support.eval_data import read_jsonl_gz, real_data
 
-EVAL = SHARED / "data" / "eval"
 # Line ends to str.splitlines() alone.
 TEXT = "one\u2028two\u2029three\u0085four\x0bfive"
 
@@ -91,7 +90,7 @@ def test_every_form_of_a_row(tmp_path: Path) -> None:
     assert fourth.id != prompt_of(fourth.messages).id
 
 
-def test_all_bad_rows_are_told_with_file_line_and_reason(tmp_path: Path) -> None:
+def test_all_bad_rows_are_reported_with_file_line_and_reason(tmp_path: Path) -> None:
     good = tmp_path / "good.jsonl"
     jsonl(good, {"prompt": "a"})
     bad = tmp_path / "bad.jsonl"
@@ -109,20 +108,23 @@ def test_all_bad_rows_are_told_with_file_line_and_reason(tmp_path: Path) -> None
         '{"turns": []}',
     ]
     bad.write_text("\n".join(lines))
-    with pytest.raises(Problems) as found:
+    with pytest.raises(Problems) as caught:
         load_prompts([PromptSource(source=str(file)) for file in (bad, good, tmp_path / "none.txt")])
-    told, missing = map(str, found.value.problems)
-    assert told.startswith(f"{bad}: 10 bad row(s)")
+    bad_rows, missing = map(str, caught.value.problems)
+    assert bad_rows.startswith(f"{bad}: 10 bad row(s)")
     for line, reason in enumerate(
         ["not valid JSON", "holds list", "has none of `prompt`", "is 5", "is empty", "surrogate", "role 'tool'", "'assistant'",
          "they differ", "is []"],
         start=2,
     ):  # fmt: skip
-        assert any(reason in text for text in told.split("\n") if f"line {line}:" in text), (line, told)
+        assert any(reason in text for text in bad_rows.split("\n") if f"line {line}:" in text), (
+            line,
+            bad_rows,
+        )
     assert "none.txt" in missing
 
 
-def test_what_is_no_prompt_file_is_refused(tmp_path: Path) -> None:
+def test_files_that_hold_no_prompts_are_refused(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes(b"a\nb\xe9\n")
     with pytest.raises(PromptError, match=r"latin\.txt, line 2: is not UTF-8"):
         load(tmp_path / "latin.txt")
@@ -255,7 +257,7 @@ def test_files_that_are_something_else_are_refused_by_what_they_are(
 
 
 def test_no_set_is_read_beyond_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompt_sources, "_MOST_BYTES", 1000)
+    monkeypatch.setattr(load_prompts_module, "_MOST_BYTES", 1000)
     (tmp_path / "bomb.jsonl.gz").write_bytes(gzip.compress(b"\n" * 10**6, 9)[:990])
     (tmp_path / "large.jsonl").write_bytes(b"\n" * 1001)
     pyarrow.parquet.write_table(pyarrow.table({"prompt": ["x" * 300] * 10}), tmp_path / "texts.parquet")
@@ -273,8 +275,8 @@ def test_no_set_is_read_beyond_the_limit(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_prompt_that_comes_twice_is_kept_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = jsonl(tmp_path / "p.jsonl", *({"prompt": text} for text in "abaca"))
     with caplog.at_level(logging.WARNING, "expo_ray"):
-        found = load(file)
-    assert (asked(found), found.repeated) == (["a", "b", "c"], 2)
+        prompts = load(file)
+    assert (asked(prompts), prompts.repeated) == (["a", "b", "c"], 2)
     assert "2 row(s) repeat an earlier prompt" in caplog.text
 
 
@@ -325,7 +327,7 @@ def test_copies_of_the_hubs_repositories(tmp_path: Path, monkeypatch: pytest.Mon
     assert [prompt.category for prompt in load(alpaca).prompts] == ["koala"] * 2
 
 
-def test_without_a_way_to_the_hub_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_reported_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
     def fail(*_: object, **__: object) -> None:
@@ -399,7 +401,7 @@ def test_subsets_are_drawn_without_regard_to_place() -> None:
     assert abs(statistics.mean(numbers) - 499.5) < 4 * 27
 
 
-def test_a_set_that_was_stored_is_the_same_set() -> None:
+def test_a_stored_set_holds_every_field_of_its_prompts() -> None:
     store = open_store("memory://kept/out")
     prompts = PromptSet.of(
         "p", [prompt_of([{"role": "user", "content": TEXT}], follow_ups=["b"], temperature=0.1)]
@@ -414,20 +416,12 @@ def test_a_set_that_was_stored_is_the_same_set() -> None:
 # --- real sets
 
 
-def evaluation_file(path: str) -> Path:
-    if not (EVAL / path).is_file():
-        pytest.skip(f"../shared/data/eval/{path} is not there")
-    return EVAL / path
-
-
 def test_alpaca_evals_own_prompts() -> None:
-    file = evaluation_file("alpaca/prompts.jsonl.gz")
-    found = load(file)
-    with gzip.open(file) as lines:
-        rows = [json.loads(line) for line in lines]  # a binary file ends its lines at \n alone
-    assert asked(found) == [row["instruction"] for row in rows]
-    assert [prompt.category for prompt in found.prompts] == [row["dataset"] for row in rows]
-    assert (len(found), found.repeated) == (805, 0)
+    file = real_data("alpaca") / "prompts.jsonl.gz"
+    prompts, rows = load(file), read_jsonl_gz(file)
+    assert asked(prompts) == [row["instruction"] for row in rows]
+    assert [prompt.category for prompt in prompts.prompts] == [row["dataset"] for row in rows]
+    assert (len(prompts), prompts.repeated) == (805, 0)
     wanted = {
         "selfinstruct": 25,
         "oasst": 19,
@@ -435,12 +429,12 @@ def test_alpaca_evals_own_prompts() -> None:
         "helpful_base": 13,
         "vicuna": 8,
     }  # 252, 188, ... of 805
-    drawn = Counter(prompt.category for prompt in found.limit(80).prompts)
+    drawn = Counter(prompt.category for prompt in prompts.limit(80).prompts)
     assert all(abs(drawn[category] - size) <= 1 for category, size in wanted.items())
 
 
 def test_mt_benchs_own_questions() -> None:
-    found = load(evaluation_file("mtbench/question.jsonl"))
-    assert [prompt.label for prompt in found.prompts] == [str(number) for number in range(81, 161)]
-    assert Counter(prompt.temperature for prompt in found.prompts) == {0.0: 40, 0.1: 20, 0.7: 20}
-    assert all(len(prompt.follow_ups) == 1 for prompt in found.prompts)
+    questions = load(real_data("mtbench") / "question.jsonl")
+    assert [prompt.label for prompt in questions.prompts] == [str(number) for number in range(81, 161)]
+    assert Counter(prompt.temperature for prompt in questions.prompts) == {0.0: 40, 0.1: 20, 0.7: 20}
+    assert all(len(prompt.follow_ups) == 1 for prompt in questions.prompts)

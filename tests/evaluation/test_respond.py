@@ -1,4 +1,4 @@
-"""Responses from an endpoint that fails as real ones do: nothing is lost, nothing asked twice, each fault is told once."""
+"""Responses from an endpoint that fails as real ones do: nothing is lost, nothing asked twice, each fault reported once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields
@@ -80,10 +81,10 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 def test_rows_hold_what_was_asked_and_answered(endpoint: FakeEndpoint) -> None:
     prompts = sample_set(5)
-    found = answers_of(endpoint, prompts, "memory://rows/out", Sampling(samples=2)).responses
-    assert sorted(found) == sorted((prompt.id, sample) for prompt in prompts.prompts for sample in (0, 1))
+    responses = answers_of(endpoint, prompts, "memory://rows/out", Sampling(samples=2)).responses
+    assert sorted(responses) == sorted((prompt.id, sample) for prompt in prompts.prompts for sample in (0, 1))
     by_request = {(body["messages"][0]["content"], body["seed"]): body for body in endpoint.chats}
-    for (prompt_id, sample), row in found.items():
+    for (prompt_id, sample), row in responses.items():
         body = by_request[row.messages[0]["content"], seed_of(Sampling(), prompt_id, sample)]
         assert row.text == text_for(body)
         assert (row.seed, row.model, row.engine, row.template) == (body["seed"], NAME, "vllm 0.0-fake", "t1")
@@ -137,8 +138,6 @@ def test_only_what_is_missing_is_asked(endpoint: FakeEndpoint) -> None:
 
 def test_the_engine_is_kept_full_but_not_flooded(endpoint: FakeEndpoint) -> None:
     endpoint.gate.clear()
-    import threading
-
     asking = threading.Thread(target=answers_of, args=(endpoint, sample_set(100), "memory://full/out"))
     asking.start()
     wait_until(lambda: endpoint.most_at_once >= 32, "as many requests as slots are in flight")
@@ -177,12 +176,12 @@ def test_a_job_asks_every_alpha_dpo_itself_and_every_model() -> None:
 # --- faults
 
 
-def test_what_may_pass_is_asked_again_with_the_same_seed(endpoint: FakeEndpoint) -> None:
+def test_failures_that_may_pass_are_asked_again_with_the_same_seed(endpoint: FakeEndpoint) -> None:
     faults = iter([(0, ""), (500, "engine died"), (503, "no replica"), (429, "slow down"), (0, "")] * 3)
     endpoint.failing = lambda body: next(faults, None)
     prompts = sample_set(40)
-    found = answers_of(endpoint, prompts, "memory://faults/out")
-    assert (len(found.responses), found.problems) == (40, ())
+    answered = answers_of(endpoint, prompts, "memory://faults/out")
+    assert (len(answered.responses), answered.problems) == (40, ())
     assert sum(endpoint.asked().values()) == 55
     assert len(endpoint.asked()) == 40  # the same question with another seed would be another one
 
@@ -192,13 +191,13 @@ def test_prompts_that_always_fail_cost_only_themselves(endpoint: FakeEndpoint) -
         f"q{number}{LINE_ENDS}" for number in (3, 9)
     }  # the last one fails when no others are left to be answered
     endpoint.failing = lambda body: (500, "it hurts") if body["messages"][0]["content"] in hurts else None
-    found = answers_of(endpoint, sample_set(10), "memory://one/out", slots=1)
-    assert len(found.responses) == 8
-    (problem,) = found.problems
+    answered = answers_of(endpoint, sample_set(10), "memory://one/out", slots=1)
+    assert len(answered.responses) == 8
+    (problem,) = answered.problems
     assert "failed on 2 prompt(s) (status 500, it hurts; asked 10 times)" in str(problem)
 
 
-def test_an_endpoint_that_goes_away_is_told_once_and_the_rest_is_kept(
+def test_an_endpoint_that_stops_is_reported_once_and_its_answers_are_kept(
     endpoint: FakeEndpoint, tmp_path: Path, capsys: Print
 ) -> None:
     prompts, output = prompt_file(tmp_path, 300), tmp_path / "out.jsonl"
@@ -216,7 +215,7 @@ def test_an_endpoint_that_goes_away_is_told_once_and_the_rest_is_kept(
     assert len({row["prompt_id"] for row in rows_of(output)}) == len(rows_of(output)) == 300
 
 
-def test_an_endpoint_that_is_not_there_is_told_at_once(tmp_path: Path, capsys: Print) -> None:
+def test_a_missing_endpoint_is_reported_at_once(tmp_path: Path, capsys: Print) -> None:
     url = f"http://127.0.0.1:{free_port()}"
     arguments = ["--prompts", str(prompt_file(tmp_path, 3)), "--output", str(tmp_path / "o.jsonl")]
     assert main(["respond", "--model", url, *arguments]) == 2
@@ -243,9 +242,7 @@ def test_prompts_longer_than_the_context_cost_only_themselves(
     assert [row["messages"][0]["content"] for row in rows_of(output)] == [texts[0], texts[2]]
 
 
-def test_an_answer_always_has_a_limit_of_its_own_and_every_sampling_setting(
-    endpoint: FakeEndpoint, tmp_path: Path
-) -> None:
+def test_every_request_has_a_limit_and_every_sampling_setting(endpoint: FakeEndpoint, tmp_path: Path) -> None:
     endpoint.context = endpoint.cards[NAME]["max_model_len"] = 60
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": "word " * count}) + "\n" for count in (1, 30, 59)))
@@ -283,22 +280,22 @@ CARD: dict[str, Any] = {
             "temperature": 0.3, "top_p": 0.5, "top_k": 7, "presence_penalty": 0.3, "frequency_penalty": 0.3,
             "max_tokens": 99, "seed": 43,
         }.items()),
-        ({"name": "another"}, {}, True),  # weights have a name of their own
+        ({"name": "another"}, {}, True),  # weights are known by their digest
         ({}, {"samples": 5}, True),  # further rows of the same
     ],
 )  # fmt: skip
-def test_whatever_decides_a_response_names_it(
+def test_the_origin_depends_on_all_that_decides_a_response(
     of_card: dict[str, Any], of_sampling: dict[str, Any], same: bool
 ) -> None:
     before = origin_of(Card(**CARD), Sampling())
     assert (origin_of(Card(**{**CARD, **of_card}), Sampling(**of_sampling)) == before) == same
 
 
-def test_no_setting_of_a_response_is_forgotten() -> None:
-    told = origin_fields(Card(**CARD), Sampling())
+def test_the_origin_names_every_setting() -> None:
+    origin = origin_fields(Card(**CARD), Sampling())
     # Neither what a card says for the asking alone, nor the number of samples, decides a response.
-    assert {field.name for field in fields(Card)} - {"name", "vllm", "special_ids"} <= told.keys()
-    assert set(Sampling.model_fields) - {"samples"} == told["sampling"].keys()
+    assert {field.name for field in fields(Card)} - {"name", "vllm", "special_ids"} <= origin.keys()
+    assert set(Sampling.model_fields) - {"samples"} == origin["sampling"].keys()
 
 
 def test_a_prompt_s_id_holds_its_content_and_the_order_of_its_turns() -> None:
@@ -342,7 +339,7 @@ def test_an_endpoint_that_tells_nothing_and_refuses_top_k(tmp_path: Path, capsys
     assert {row["engine"] for row in rows_of(output)} == {""}
 
 
-def test_a_full_disk_is_told_once_and_nothing_is_torn(
+def test_a_full_disk_is_reported_once_and_no_row_is_torn(
     endpoint: FakeEndpoint, tmp_path: Path, capsys: Print
 ) -> None:
     with disk(tmp_path / "disk", "128k") as folder:
@@ -418,7 +415,7 @@ def test_a_file_is_completed_and_never_mixed(endpoint: FakeEndpoint, tmp_path: P
     assert "line 40: not a row" in capsys.readouterr().err
 
 
-def test_everything_wrong_is_told_before_anything_starts(tmp_path: Path, capsys: Print) -> None:
+def test_all_problems_are_reported_before_anything_starts(tmp_path: Path, capsys: Print) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": 1}\n')
     arguments = ["--prompts", str(bad), "--output", str(tmp_path) + "/", "--top-p", "2", "--seed", "x"]

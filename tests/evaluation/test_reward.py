@@ -29,7 +29,7 @@ def row(number: int, sample: int = 0, text: str = "") -> Response:
 
 
 class Lengths:
-    """Scores with the text's length, two at a time; remembers what it was asked, and may stop after some."""
+    """Scores with the text's length, two at a time; records the prompts, and may fail after some batches."""
 
     def __init__(self, stop_after: int = 10**9) -> None:
         self.asked: list[str] = []
@@ -43,33 +43,33 @@ class Lengths:
             if self._left <= 0:
                 raise ExpoError("stopped")
             self._left -= 1
-            some = inputs[first : first + 2]
-            self.asked += [one.prompt_id for one in some]
+            batch = inputs[first : first + 2]
+            self.asked += [scored.prompt_id for scored in batch]
             yield [
-                Reward(one.prompt_id, one.sample, float(len(one.text)), scored=one.digest)
-                if one.prompt_id != "p7"
-                else ScoreFailure("p7", one.sample, "no 7")
-                for one in some
+                Reward(scored.prompt_id, scored.sample, float(len(scored.text)), scored=scored.digest)
+                if scored.prompt_id != "p7"
+                else ScoreFailure("p7", scored.sample, "no 7")
+                for scored in batch
             ]
 
 
 def test_what_was_scored_before_a_stop_is_stored_and_not_scored_again(tmp_path: Path) -> None:
-    parts = RowStore(open_store(str(tmp_path)), "rewards/rm-1", reward_from_row)
+    row_store = RowStore(open_store(str(tmp_path)), "rewards/rm-1", reward_from_row)
     rows = [row(number) for number in range(1, 12)]
     first, second = Lengths(stop_after=3), Lengths()
     with pytest.raises(ExpoError, match="stopped"):
-        score_responses(rows, first, parts, Counters())
-    outcome = score_responses(rows, second, parts, Counters())
+        score_responses(rows, first, row_store, Counters())
+    outcome = score_responses(rows, second, row_store, Counters())
     assert first.asked == [f"p{number}" for number in range(1, 7)]
     assert second.asked == [f"p{number}" for number in range(7, 12)]
-    assert {key: one.reward for key, one in outcome.rewards.items()} == {
+    assert {key: reward.reward for key, reward in outcome.rewards.items()} == {
         (f"p{number}", 0): number for number in range(1, 12) if number != 7
     }
-    assert [one.prompt_id for one in outcome.failed] == ["p7"]
+    assert [failure.prompt_id for failure in outcome.failed] == ["p7"]
     assert outcome.num_new == 4
     third = Lengths()
-    score_responses([*rows, row(12)], third, parts, Counters())
-    assert third.asked == ["p7", "p12"]  # a failed one is tried again
+    score_responses([*rows, row(12)], third, row_store, Counters())
+    assert third.asked == ["p7", "p12"]  # a failed response is tried again
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_what_was_scored_before_a_stop_is_stored_and_not_scored_again(tmp_path: 
     ],
 )
 @pytest.mark.parametrize("kept_as", ["parts", "file"])
-def test_a_reward_is_of_the_very_response_that_was_scored(
+def test_a_reward_belongs_to_the_exact_response_that_was_scored(
     tmp_path: Path, changed: dict[str, Any], kept_as: str
 ) -> None:
     first, second = row(1, text="a"), replace(row(1, text="a"), **changed)
@@ -110,34 +110,43 @@ def test_a_reward_is_of_the_very_response_that_was_scored(
     assert at_last.asked == []
 
 
-def test_the_standard_error_takes_the_samples_of_a_prompt_as_one() -> None:
+def test_the_samples_of_a_prompt_count_once_in_the_standard_error() -> None:
     rows = [row(number, sample) for number in range(5) for sample in range(2)]
     values = [0.5, 1.5, 3, 3, -2, 0, 4, 5, 1, 2]
     rewards: dict[Hashable, Reward] = {
-        one.key: Reward(*one.key, value) for one, value in zip(rows, values, strict=True)
+        response.key: Reward(*response.key, value) for response, value in zip(rows, values, strict=True)
     }
-    found = summarise_rewards(rows, rewards)
+    summary = summarise_rewards(rows, rewards)
     means = [1.0, 3.0, -1.0, 4.5, 1.5]
-    assert found.mean == pytest.approx(statistics.mean(means))
-    assert found.standard_error == pytest.approx(statistics.stdev(means) / math.sqrt(5))
-    assert found.prompts == 5
-    assert found.num_tokens == pytest.approx(2.0)
+    assert summary.mean == pytest.approx(statistics.mean(means))
+    assert summary.standard_error == pytest.approx(statistics.stdev(means) / math.sqrt(5))
+    assert summary.prompts == 5
+    assert summary.num_tokens == pytest.approx(2.0)
 
 
 def test_a_file_is_completed_in_the_order_of_the_responses(tmp_path: Path) -> None:
     file = str(tmp_path / "rewards.jsonl")
     rows = [row(number) for number in (3, 1, 2)]
-    order = [one.key for one in rows]
+    order = [response.key for response in rows]
     kept = [
-        Reward(one.prompt_id, 0, float(len(one.text)), scored=scored_digest(one.messages, one.text))
-        for one in (rows[2], rows[0])
+        Reward(
+            response.prompt_id,
+            0,
+            float(len(response.text)),
+            scored=scored_digest(response.messages, response.text),
+        )
+        for response in (rows[2], rows[0])
     ]
     RewardFile(file, order, {"model": "a"}).write(kept)
     scorer = Lengths()
     score_responses(rows, scorer, RewardFile(file, order, {"model": "a"}), Counters())
     assert scorer.asked == ["p1"]
     written = [json.loads(line) for line in (tmp_path / "rewards.jsonl").read_text().splitlines()]
-    assert [(one["prompt_id"], one["reward"]) for one in written] == [("p3", 3.0), ("p1", 1.0), ("p2", 2.0)]
+    assert [(reward["prompt_id"], reward["reward"]) for reward in written] == [
+        ("p3", 3.0),
+        ("p1", 1.0),
+        ("p2", 2.0),
+    ]
 
 
 def test_a_file_of_another_reward_model_is_refused(tmp_path: Path) -> None:
@@ -155,13 +164,13 @@ def test_a_bad_row_is_named_by_its_line(tmp_path: Path) -> None:
     good = rows_text([row(1, text="one\u2028line")])
     file.write_text(good)
     assert read_responses(str(file))[0].text == "one\u2028line"
-    for bad, told in (
+    for bad, message in (
         ("{", "line 2"),
         ('{"prompt_id": "a", "sample": 0, "text": "b"}', "line 2.*`messages`"),
         ('{"prompt_id": "a", "sample": 0, "messages": [{"role": "user", "content": "q"}]}', "line 2.*`text`"),
     ):
         file.write_text(good + bad + "\n" + good)
-        with pytest.raises(ExpoError, match=told):
+        with pytest.raises(ExpoError, match=message):
             read_responses(str(file))
     file.write_text(good + good)
     with pytest.raises(ExpoError, match="p1 sample 0"):

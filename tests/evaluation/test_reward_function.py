@@ -1,4 +1,4 @@
-"""Reward functions: each kind of callable scores or is refused before anything starts, and a score is kept for what made it."""
+"""Reward functions: each kind of callable scores, or is refused before anything starts; the identity covers all that decides scores."""
 
 from __future__ import annotations
 
@@ -157,7 +157,9 @@ def test_a_function_in_c_scores(folder: str) -> None:
         ("os:system", r"takes \(command\)"),
     ],
 )
-def test_what_cannot_score_is_refused_when_it_is_looked_at(folder: str, name: str, reason: str) -> None:
+def test_callables_that_cannot_score_are_refused_when_they_are_loaded(
+    folder: str, name: str, reason: str
+) -> None:
     with pytest.raises(ExpoError, match=reason):
         load_function(f"python:{name}", folder)
 
@@ -191,13 +193,13 @@ def test_a_module_that_cannot_be_imported_is_refused(tmp_path: Path, text: str, 
         ("complex_number", "TypeError"),
     ],
 )
-def test_what_is_no_number_is_no_reward(folder: str, name: str, reason: str) -> None:
+def test_a_result_that_is_not_a_number_is_a_failure(folder: str, name: str, reason: str) -> None:
     failed = scored(f"python:kept_rewards:{name}", folder)
     assert isinstance(failed, ScoreFailure)
     assert reason.replace("\\", "") in failed.error
 
 
-def test_what_a_function_does_wrong_is_told_with_the_prompt(folder: str) -> None:
+def test_failures_of_a_function_name_the_prompt(folder: str) -> None:
     score = function_scorer(load_function("python:kept_rewards:root", folder))
     rows = [response("a", "1234"), response("b", "123"), response("c", "")]
     inputs = function_inputs(rows)
@@ -247,7 +249,7 @@ BASE = {
 
 
 def identity(folder: Path, name: str = "judge", **variables: str) -> str:
-    """As a process of its own finds it."""
+    """The identity that a separate process computes."""
     code = f"from expo_ray.evaluation.rewards.reward_function import load_function; print(load_function('python:judged:{name}').identity)"
     run = subprocess.run(
         [sys.executable, "-c", code],
@@ -308,7 +310,7 @@ def test_an_installed_module_is_known_by_its_text(tmp_path: Path) -> None:
     assert identity(folder) != first
 
 
-def test_values_that_no_file_tells_of_are_in_the_identity(tmp_path: Path) -> None:
+def test_values_that_are_in_no_file_are_in_the_identity(tmp_path: Path) -> None:
     write(tmp_path, BASE)
     load_function("python:judged:judge", str(tmp_path))
     module: Any = importlib.import_module("judged")
@@ -364,7 +366,7 @@ def test_values_of_every_kind_are_described_alike_in_every_process(tmp_path: Pat
         assert changed != first, old
 
 
-def test_code_that_is_another_in_another_process_is_refused(folder: str) -> None:
+def test_code_that_differs_in_another_process_is_refused(folder: str) -> None:
     described = load_function("python:kept_rewards:length", folder)
     Path(folder, "kept_weights.py").write_text("WEIGHT = 4\n")
     with pytest.raises(InputChanged, match="run it again"):

@@ -1,4 +1,4 @@
-"""Every way to score nonsense is refused or told of before a model is loaded."""
+"""Every way to score nonsense is refused or reported before a model is loaded."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def problem(folder: Path) -> str:
 def change(folder: Path, **values: Any) -> None:
     config = json.loads((folder / "config.json").read_text()) | values
     (folder / "config.json").write_text(
-        json.dumps({key: one for key, one in config.items() if one is not None})
+        json.dumps({key: value for key, value in config.items() if value is not None})
     )
 
 
@@ -65,11 +65,11 @@ def test_a_template_that_hides_the_response_is_refused() -> None:
 def test_a_second_bos_is_refused() -> None:
     with pytest.raises(ExpoError, match=r"BOS \(token 0\) twice"):
         check_tokenizer(byte_tokenizer("{{ bos_token }}{{ bos_token }}" + TURNS), "rm")
-    # The one that the tokenizer would add is not added.
+    # The BOS that the tokenizer would add itself is left out.
     assert check_tokenizer(byte_tokenizer("{{ bos_token }}" + TURNS, adds_bos=True), "rm") == []
 
 
-def test_a_missing_bos_is_told_of() -> None:
+def test_a_missing_bos_is_noted() -> None:
     (note,) = check_tokenizer(byte_tokenizer(TURNS, adds_bos=True), "rm")
     assert "the chat template writes none" in note
     assert check_tokenizer(byte_tokenizer(TURNS), "rm") == []
@@ -99,7 +99,7 @@ def test_long_chats_are_cut_at_their_end_and_marked_when_asked() -> None:
     rows = [response("short", "a"), response("long", "b" * 300), response("empty", "")]
     tokenizer = byte_tokenizer(TURNS)
     inputs = model_inputs(rows, tokenizer, where="rm", max_tokens=MAX_TOKENS, truncate=True)
-    assert [one.truncated for one in inputs] == [False, True, False]
+    assert [row.truncated for row in inputs] == [False, True, False]
     assert list(inputs[1].ids) == token_ids(tokenizer, rows[1].messages, rows[1].text)[:MAX_TOKENS]
     assert tokenizer.decode(list(inputs[2].ids)) == "[user] empty</s>[assistant] </s>"
 
@@ -112,11 +112,11 @@ def test_a_chat_that_the_template_refuses_is_named() -> None:
 
 
 def test_a_sound_model_is_described(tmp_path: Path) -> None:
-    found = inspect_reward_model(RewardModel(model=str(save_reward_model(tmp_path))))
-    assert isinstance(found, Classifier)
+    model = inspect_reward_model(RewardModel(model=str(save_reward_model(tmp_path))))
+    assert isinstance(model, Classifier)
     weights = load_file(tmp_path / "model.safetensors")
-    assert found.numel == sum(one.numel() for one in weights.values())
-    assert (found.max_tokens, found.stored, found.kv_values) == (MAX_TOKENS, "fp32", 2 * 2 * 1 * 32)
+    assert model.numel == sum(tensor.numel() for tensor in weights.values())
+    assert (model.max_tokens, model.stored, model.kv_values) == (MAX_TOKENS, "fp32", 2 * 2 * 1 * 32)
 
 
 def test_a_model_without_its_head_is_refused(tmp_path: Path) -> None:
@@ -140,13 +140,13 @@ def test_more_labels_are_refused(tmp_path: Path) -> None:
     )
 
 
-def test_labels_that_nobody_counted_are_two_for_transformers(tmp_path: Path) -> None:
+def test_a_configuration_without_labels_has_two_as_in_transformers(tmp_path: Path) -> None:
     save_reward_model(tmp_path)
     change(tmp_path, id2label=None)
     assert "1 by the score.weight of its weights and 2 by config.json" in problem(tmp_path)
 
 
-def test_code_of_its_own_is_refused(tmp_path: Path) -> None:
+def test_a_model_that_needs_its_own_code_is_refused(tmp_path: Path) -> None:
     save_reward_model(tmp_path)
     change(tmp_path, auto_map={"AutoModel": "modeling.Own"}, max_position_embeddings=None)
     text = problem(tmp_path)
@@ -223,7 +223,7 @@ def test_a_pickled_model_needs_permission_which_rewards_take(tmp_path: Path) -> 
     assert allowed.stored == "fp32"
 
 
-def test_a_row_that_is_no_response_is_refused() -> None:
+def test_a_row_that_is_not_a_response_is_refused() -> None:
     good = {"prompt_id": "a", "sample": 0, "messages": [{"role": "user", "content": "q"}], "text": "t"}
     assert parse_response(good).text == "t"
     for wrong in (
