@@ -1,9 +1,9 @@
-"""The lease without an engine: a swap is a pause, and a request notes which alpha it met."""
+"""The lease without an engine and without waiting: a clock that moves when work is done, and events that end it."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from typing import Any
 
 import pytest
@@ -11,27 +11,50 @@ import pytest
 from expo_ray.errors import ArithmeticFault
 from expo_ray.extrapolation.step import Step
 from expo_ray.serving import lease as lease_module
-from expo_ray.serving.lease import MOST_WAITING, Busy, Lease
+from expo_ray.serving.lease import MOST_WAITING, SHORTEST_PATIENCE_S, Busy, Lease
 
-STEP_S = 0.002
+# Longer than the loop needs for all that a few tasks can do without each other.
+TURNS = 100
+
+
+class Clock:
+    """Takes the place of the module `time` in the lease."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(lease_module, "time", clock)
+    return clock
 
 
 class Engine:
-    """Stands for an engine: knows what it holds, and would notice a swap while it is in use."""
+    """Stands for an engine: knows what it holds, and notices a swap while it is in use."""
 
     def __init__(self, held: float | None = 0.0, expected: Collection[Step] = ()) -> None:
         self.held = held
         self.swaps: list[float] = []
         self.served: list[float] = []
         self.users = 0
+        self.swapping = False
         self.fail_on: float | None = None
+        self.may_swap = asyncio.Event()
+        self.may_swap.set()
         self.lease = Lease(self._swap, None if held is None else Step(held), expected)
 
     async def _swap(self, step: Step) -> None:
         alpha = step.alpha
         assert self.users == 0
-        self.held = None
-        await asyncio.sleep(STEP_S)
+        self.held, self.swapping = None, True
+        await asyncio.sleep(0)
+        await self.may_swap.wait()
+        self.swapping = False
         assert self.users == 0
         if alpha == self.fail_on:
             raise RuntimeError("the weights are wrong")
@@ -40,16 +63,29 @@ class Engine:
         self.held = alpha
         self.swaps.append(alpha)
 
-    async def request(self, alpha: float, seconds: float = STEP_S) -> None:
+    async def request(self, alpha: float, until: asyncio.Event | None = None, turns: int = 1) -> None:
+        """Use the engine at `alpha` for some turns of the loop, or until an event."""
         async with self.lease.on(Step(alpha)):
             self.users += 1
             try:
                 assert self.held == alpha
-                await asyncio.sleep(seconds)
+                await (until.wait() if until else pass_turns(turns))
                 assert self.held == alpha
                 self.served.append(alpha)
             finally:
                 self.users -= 1
+
+
+async def pass_turns(turns: int = TURNS) -> None:
+    """Let the other tasks do what they can."""
+    for _ in range(turns):
+        await asyncio.sleep(0)
+
+
+async def wait_for(is_reached: Callable[[], bool]) -> None:
+    """Let the other tasks work until a state is reached; `run` ends a test that never reaches it."""
+    while not is_reached():
+        await asyncio.sleep(0)
 
 
 def run(scenario: Coroutine[Any, Any, None]) -> None:
@@ -58,17 +94,11 @@ def run(scenario: Coroutine[Any, Any, None]) -> None:
 
 def test_requests_for_the_alpha_in_the_engine_share_it_without_a_swap() -> None:
     async def scenario() -> None:
-        engine = Engine()
-        most = 0
-
-        async def watch() -> None:
-            nonlocal most
-            while not most:  # all are let in at the same turn of the loop, before any of them is done
-                await asyncio.sleep(0)
-                most = engine.users
-
-        await asyncio.gather(*(engine.request(0.0) for _ in range(20)), watch())
-        assert most == 20
+        engine, done = Engine(), asyncio.Event()
+        requests = [asyncio.create_task(engine.request(0.0, done)) for _ in range(20)]
+        await wait_for(lambda: engine.users == 20)
+        done.set()
+        await asyncio.gather(*requests)
         assert engine.swaps == []
 
     run(scenario())
@@ -85,11 +115,14 @@ def test_an_engine_that_holds_nothing_known_is_swapped_first() -> None:
 
 def test_another_alpha_waits_until_the_engine_has_drained_and_all_that_want_it_share_one_swap() -> None:
     async def scenario() -> None:
-        engine = Engine()
-        first = asyncio.create_task(engine.request(0.0, 10 * STEP_S))
-        await asyncio.sleep(0)
-        await asyncio.gather(*(engine.request(0.5) for _ in range(10)))
-        assert first.done()
+        engine, done = Engine(), asyncio.Event()
+        first = asyncio.create_task(engine.request(0.0, done))
+        await wait_for(lambda: engine.users == 1)
+        others = [asyncio.create_task(engine.request(0.5)) for _ in range(10)]
+        await pass_turns()
+        assert engine.swaps == []
+        done.set()
+        await asyncio.gather(first, *others)
         assert engine.swaps == [0.5]
         assert engine.served == [0.0] + [0.5] * 10
 
@@ -107,64 +140,66 @@ def test_many_alphas_at_once_are_all_served_and_each_swap_serves_all_that_waited
     run(scenario())
 
 
-def test_a_stream_of_requests_for_one_alpha_does_not_starve_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease_module, "SHORTEST_PATIENCE_S", 10 * STEP_S)
-
+def test_a_stream_of_requests_for_one_alpha_does_not_starve_another(clock: Clock) -> None:
     async def scenario() -> None:
         engine = Engine()
         other_served = asyncio.Event()
 
-        async def stream() -> None:  # always two in flight: the engine is never idle by itself
+        async def stream(first_turn: int) -> None:
+            """Two of them overlap, so that the engine is never idle."""
+            await pass_turns(first_turn)
             while not other_served.is_set():
-                await engine.request(0.0, 3 * STEP_S)
+                await engine.request(0.0, turns=3)
+                clock.now += SHORTEST_PATIENCE_S / 10
 
         async def other() -> None:
-            await asyncio.sleep(5 * STEP_S)
+            await wait_for(lambda: engine.users == 2)
             await engine.request(0.5)
             other_served.set()
 
-        async def late_stream() -> None:
-            await asyncio.sleep(1.5 * STEP_S)
-            await stream()
-
-        await asyncio.gather(stream(), late_stream(), other())
+        await asyncio.gather(stream(0), stream(1), other())
         assert 0.5 in engine.served
-        assert engine.swaps[-1:] == [0.0]  # and the stream goes on afterwards
+        assert engine.served[0] == engine.served[-1] == 0.0  # the stream goes on afterwards
+        assert engine.swaps == [0.5, 0.0]
 
     run(scenario())
 
 
-def test_two_streams_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease_module, "SHORTEST_PATIENCE_S", 2 * STEP_S)
-
+def test_streams_take_turns(clock: Clock) -> None:
     async def scenario() -> None:
         engine = Engine()
 
         async def stream(alpha: float) -> None:
             for _ in range(20):
                 await engine.request(alpha)
+                clock.now += SHORTEST_PATIENCE_S / 10
 
         await asyncio.gather(*(stream(alpha) for alpha in (0.0, 0.5, 1.0) for _ in range(4)))
         assert len(engine.served) == 240
-        assert len(engine.swaps) < 120  # turns, not a swap for each request
+        assert (
+            6 < len(engine.swaps) < 60
+        )  # turns: neither one stream after the other, nor a swap for each request
 
     run(scenario())
 
 
-def test_requests_that_are_given_up_leave_nothing_behind() -> None:
+def test_abandoned_requests_leave_nothing_behind() -> None:
     async def scenario() -> None:
         engine = Engine()
-        running = asyncio.create_task(engine.request(0.0, 5 * STEP_S))
-        await asyncio.sleep(0)
+        running = asyncio.create_task(engine.request(0.0, asyncio.Event()))
+        await wait_for(lambda: engine.users == 1)
         waiting = [asyncio.create_task(engine.request(0.5)) for _ in range(3)]
-        await asyncio.sleep(STEP_S)
+        await pass_turns()
         for task in [running, *waiting[:2]]:
             task.cancel()
         await asyncio.gather(running, *waiting, return_exceptions=True)
         assert engine.served == [0.5]
+        engine.may_swap.clear()
         in_swap = asyncio.create_task(engine.request(1.0))
-        await asyncio.sleep(STEP_S / 2)
+        await wait_for(lambda: engine.swapping)
         in_swap.cancel()
+        await pass_turns()
+        engine.may_swap.set()
         await engine.request(0.5)
         await engine.request(1.0)
         assert engine.served == [0.5, 0.5, 1.0]
@@ -173,13 +208,13 @@ def test_requests_that_are_given_up_leave_nothing_behind() -> None:
     run(scenario())
 
 
-def test_after_a_failed_swap_nobody_is_let_in_again() -> None:
+def test_after_a_failed_swap_no_request_is_admitted() -> None:
     async def scenario() -> None:
         engine = Engine()
         engine.fail_on = 0.5
         waiting = [engine.request(alpha) for alpha in (0.5, 0.5, 1.0)]
-        found = await asyncio.gather(*waiting, return_exceptions=True)
-        assert [str(error) for error in found] == ["the weights are wrong"] * 3
+        errors = await asyncio.gather(*waiting, return_exceptions=True)
+        assert [str(error) for error in errors] == ["the weights are wrong"] * 3
         with pytest.raises(RuntimeError, match="the weights are wrong"):
             await engine.request(0.0)
         assert engine.served == []
@@ -218,7 +253,7 @@ def test_requests_that_wait_beside_an_alpha_that_overflows_are_served() -> None:
     run(scenario())
 
 
-def test_a_burst_of_alphas_costs_its_tail_and_not_who_comes_after_it() -> None:
+def test_a_burst_of_alphas_loses_its_tail_and_keeps_no_later_request_out() -> None:
     async def scenario() -> None:
         engine = Engine(expected=[Step(0.25)])
         burst = [asyncio.create_task(engine.request(1 + index / 1000)) for index in range(500)]
