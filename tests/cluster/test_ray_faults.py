@@ -51,7 +51,7 @@ def test_a_killed_worker_costs_one_shard(stage: Stage, ray_head: RayHead, all_bu
 
 def test_a_killed_driver_costs_one_shard(stage: Stage, ray_head: RayHead, all_but_one: Starter) -> None:
     job = all_but_one(ray_head)
-    wait_until(lambda: stage.status()["state"] == "running", "status.json tells of it")
+    wait_until(lambda: stage.status()["state"] == "running", "status.json shows it")
     job.signal(signal.SIGKILL)
     job.wait()
     wait_until(lambda: not working(ray_head.pid), "the dead driver's worker has ended")

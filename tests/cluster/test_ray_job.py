@@ -46,16 +46,16 @@ def broken_pair(s3_server: SeaweedFS, tmp_path_factory: pytest.TempPathFactory) 
     }
 
 
-# --- a Ray of its own
+# --- on its own Ray
 
 
 def test_a_job_on_a_ray_of_its_own(stage: Stage, ray_box: RayBox, broken_pair: Broken) -> None:
     stage.way.hold(*PART)
     job = ray_box.job(stage.job_file(pairs=broken_pair))
     wait_until(
-        lambda: stage.way.waiting and "shards, " in job.stderr, "shards are under way and a line tells"
+        lambda: stage.way.waiting and "shards, " in job.stderr, "shards are under way and a line shows it"
     )
-    wait_until(lambda: stage.status()["state"] == "running", "status.json tells so, too")
+    wait_until(lambda: stage.status()["state"] == "running", "status.json shows it, too")
     assert stage.status()["shards"]["all"] == SHARDS + 1
     family = [psutil.Process(job.pid), *job.descendants()]
     assert_on_loopback_alone(family)
@@ -69,7 +69,7 @@ def test_a_job_on_a_ray_of_its_own(stage: Stage, ray_box: RayBox, broken_pair: B
     end = stage.status()
     assert (end["state"], end["published"], end["failed"]) == ("failed", 2, ["broken"])
     assert end["shards"] == {"done": SHARDS, "all": SHARDS + 1}
-    weights = [one["Size"] for key, one in stage.listed().items() if key.endswith(".safetensors")]
+    weights = [entry["Size"] for key, entry in stage.listed().items() if key.endswith(".safetensors")]
     assert end["bytes"]["done"] == sum(weights)
     assert not re.search(r"worker\.py|dashboard|raylet|\x1b|Traceback", job.stderr + job.stdout)
     assert list((ray_box.folder / "home").iterdir()) == []
@@ -218,7 +218,7 @@ def test_only_transient_errors_are_tried_again_and_all_arrive_as_they_are(
     assert stage.unfinished() == []
 
 
-def test_a_cancelled_shard_cleans_up_in_peace() -> None:
+def test_a_cancelled_shard_cleans_up_undisturbed() -> None:
     from expo_ray.on_ray.extrapolation import run_until_cancelled
 
     cleaned_up = False
@@ -274,7 +274,7 @@ def test_a_cluster_without_nodes_is_waited_for(
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """What a user would submit, and nothing else."""
+    """The files that a user would submit, and nothing else."""
     for part in ("expo_ray", "jobs"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / part, tmp_path / "checkout" / part, ignore=ignored)

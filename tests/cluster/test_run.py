@@ -1,4 +1,4 @@
-"""What `expo-ray run` and `jobs/pipeline.py` look at before any engine starts; `tests/cluster/test_pipeline.py` has what follows."""
+"""The checks of `expo-ray run` and `jobs/pipeline.py` before any engine starts; the rest is in `tests/cluster/test_pipeline.py`."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ BAD_INPUT = 2
 
 @pytest.fixture(autouse=True)
 def logs_of_its_own() -> Iterator[None]:
-    """Importing Ray's LLM library makes all logs go to the stderr of that moment, which here is one test's alone."""
+    """Importing Ray's LLM library sends all logs to the stderr of that moment, which here ends with the test."""
     before = logging.root.handlers[:]
     yield
-    for handler in [one for one in logging.root.handlers if one not in before]:
+    for handler in [handler for handler in logging.root.handlers if handler not in before]:
         logging.root.removeHandler(handler)
 
 
@@ -56,21 +56,21 @@ def written(job: dict[str, Any], folder: Path) -> Path:
     return file
 
 
-def test_a_dry_run_tells_what_would_be_done_and_writes_nothing(
+def test_a_dry_run_prints_the_plan_and_writes_nothing(
     job: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = written(job, tmp_path)
     assert main(["run", str(file), "--dry-run"]) == 0
-    told = capsys.readouterr().out
-    assert "1 pair(s): lora" in told
-    assert "64 prompts (prompts.txt): 22 to choose alpha on, 42 to confirm it on" in told
+    printed = capsys.readouterr().out
+    assert "1 pair(s): lora" in printed
+    assert "64 prompts (prompts.txt): 22 to choose alpha on, 42 to confirm it on" in printed
     script = [sys.executable, str(ROOT / "jobs" / "pipeline.py"), str(file), "--dry-run"]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
-    assert subprocess.check_output(script, text=True, env=environment) == told
+    assert subprocess.check_output(script, text=True, env=environment) == printed
     assert not (tmp_path / "out").exists()
 
 
-def test_everything_wrong_with_a_job_is_told_before_anything_starts(
+def test_everything_wrong_with_a_job_is_reported_before_anything_starts(
     job: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "prompts.txt").write_text("Only one.\n")
@@ -78,30 +78,30 @@ def test_everything_wrong_with_a_job_is_told_before_anything_starts(
     job["models"] = [{"name": "none", "uri": "/nowhere/model"}]
     job["rewards"].append({"model": "python:nowhere:function"})
     assert main(["run", str(written(job, tmp_path))]) == BAD_INPUT
-    told = capsys.readouterr().err
+    errors = capsys.readouterr().err
     for text in (
         "absent: sft: ",
         "/nowhere/model: no such folder",
         "nowhere",
         "problem(s), nothing was written",
     ):
-        assert text in told
+        assert text in errors
     del job["pairs"][1], job["models"], job["rewards"][1]
     Path(job["pairs"][0]["sft"], "chat_template.jinja").unlink()
     job["serving"] = {"max_model_len": 1 << 20}
     assert main(["run", str(written(job | {"search": {"groups": ["mlp"]}}, tmp_path))]) == BAD_INPUT
-    told = capsys.readouterr().err
-    assert "lora: has no chat template" in told
-    assert "lora: `serving.max_model_len` is 1048576" in told
-    assert "there are 0 prompts to choose alpha on, half of the set; a search needs at least 16" in told
+    errors = capsys.readouterr().err
+    assert "lora: has no chat template" in errors
+    assert "lora: `serving.max_model_len` is 1048576" in errors
+    assert "there are 0 prompts to choose alpha on, half of the set; a search needs at least 16" in errors
     assert (
         "lora: dpo is an adapter with one scale for all tensors, and `search.groups` gives them several"
-        in told
+        in errors
     )
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_of_other_options_in_the_output_is_told_before_the_search(
+def test_a_model_of_other_options_in_the_output_is_reported_before_the_search(
     job: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, (pair,) = written(job, tmp_path), job["pairs"]
@@ -112,9 +112,9 @@ def test_a_model_of_other_options_in_the_output_is_told_before_the_search(
     assert main([*words, str(out), "--seed", "7", "--overwrite"]) == 0
     capsys.readouterr()
     assert main(["run", str(file)]) == BAD_INPUT
-    told = capsys.readouterr().err
-    assert f"lora: output {out} holds the model of another plan" in told
-    assert "choose another output folder, or remove this one" in told
+    errors = capsys.readouterr().err
+    assert f"lora: output {out} holds the model of another plan" in errors
+    assert "choose another output folder, or remove this one" in errors
 
 
 def test_an_engine_argument_that_is_not_the_users_to_set_is_refused(

@@ -18,7 +18,7 @@ from expo_ray.cli.extras import EXTRAS
 from tests.support.paths import ROOT
 
 HEAVY = ("ray", "vllm", "transformers")
-# Rooms from the top of the house down: a room imports rooms of its own line and of the lines below.
+# Rooms from the top of the house down: a room imports rooms of the same line and of those below.
 FLOORS = (
     ("cli",),
     ("on_ray",),
@@ -50,15 +50,15 @@ for name in {names!r}:
     importlib.import_module(name)
 print(sorted(set({HEAVY!r}) & set(sys.modules)))
 """
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == "[]"
     assert len(names) > 20
 
 
 def test_the_command_line_starts_without_torch_or_a_store_client() -> None:
     code = "import sys, expo_ray.cli; print(sorted({'torch', 'numba', 'boto3', 'obstore', 'huggingface_hub'} & set(sys.modules)))"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == "[]"
 
 
 # Only the base dependencies can be imported.

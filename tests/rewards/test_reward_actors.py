@@ -1,4 +1,4 @@
-"""`expo-ray reward` on a Ray of its own: whatever is killed, every response is scored exactly once."""
+"""`expo-ray reward` on its own Ray: whatever is killed, every response is scored exactly once."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_an_actor_that_dies_costs_no_response(box: RayBox) -> None:
     assert run.wait() == 0, run.stderr
     assert "another takes over" in run.stderr
     written = [json.loads(line) for line in (box.folder / "r.jsonl").read_text().splitlines()]
-    assert {one["prompt_id"]: one["reward"] for one in written} == {
+    assert {row["prompt_id"]: row["reward"] for row in written} == {
         row.prompt_id: len(row.text) for row in rows.values()
     }
     assert len(written) == RESPONSES
@@ -181,8 +181,8 @@ def test_a_job_prints_the_mean_rewards_of_each_reward_model(box: RayBox) -> None
     assert by_model["rm"][6] == "12"
     assert (origin / "rewards").is_dir()
     (folder,) = (origin / "rewards").glob("rm-*/")
-    found = RowStore(open_store(str(folder.parent)), folder.name, reward_from_row).read()
-    assert [found[row.key].num_tokens for row in rows] == [len(one) for one in ids]
+    rewards = RowStore(open_store(str(folder.parent)), folder.name, reward_from_row).read()
+    assert [rewards[row.key].num_tokens for row in rows] == [len(text_ids) for text_ids in ids]
     again = reward(box, file)
     assert again.wait() == 0, again.stderr
     assert [line.split()[6] for line in again.stdout.splitlines()[1:]] == ["0", "0"]
@@ -234,7 +234,7 @@ def test_a_function_that_ends_its_process_is_named_with_the_prompt(box: RayBox) 
     assert "look for what ends the process in python:leaving:leave" in run.stderr
     assert "Traceback" not in run.stderr
     kept = [json.loads(line) for line in (box.folder / "r.jsonl").read_text().splitlines()]
-    assert {one["prompt_id"]: one["reward"] for one in kept} == {
+    assert {row["prompt_id"]: row["reward"] for row in kept} == {
         row.prompt_id: len(row.text) for row in (rows[0], rows[3])
     }
     (box.folder / "responses.jsonl").write_text(rows_text([rows[0], rows[1]]))
@@ -244,7 +244,7 @@ def test_a_function_that_ends_its_process_is_named_with_the_prompt(box: RayBox) 
     assert f"prompt {rows[1].prompt_id}: python:leaving:leave called sys.exit(3)" in again.stderr
 
 
-def test_a_full_disk_is_told_once_and_what_is_stored_is_kept(box: RayBox) -> None:
+def test_a_full_disk_is_reported_once_and_what_is_stored_is_kept(box: RayBox) -> None:
     name = "python:slow_rewards:length"
     rows = list(prompts().values())[:200]
     (box.folder / "responses.jsonl").write_text(rows_text(rows))
@@ -274,24 +274,24 @@ def test_a_full_disk_is_told_once_and_what_is_stored_is_kept(box: RayBox) -> Non
         )
         written = [json.loads(line) for line in output.read_text().splitlines()]
     expected = [-1.0] * 20 + [float(len(row.text)) for row in rows[20:]]
-    assert [(one["prompt_id"], one["reward"]) for one in written] == [
+    assert [(row["prompt_id"], row["reward"]) for row in written] == [
         (row.prompt_id, value) for row, value in zip(rows, expected, strict=True)
     ]
 
 
-# --- what is wrong with the input, told before a Ray is started
+# --- what is wrong with the input, reported before a Ray is started
 
 
-def refused(told: pytest.CaptureFixture[str], *words: object) -> str:
-    """What the command says of problems, in this very process."""
+def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """Run the command in this process; returns the problems that it reports."""
     assert main(["reward", *map(str, words)]) == 2
-    said = told.readouterr().err
-    assert "nothing was written" in said
-    assert "started a local Ray" not in said
-    return said
+    errors = capsys.readouterr().err
+    assert "nothing was written" in errors
+    assert "started a local Ray" not in errors
+    return errors
 
 
-def test_everything_wrong_is_told_at_once_before_anything_is_loaded(
+def test_everything_wrong_is_reported_at_once_before_anything_is_loaded(
     box: RayBox, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(box.folder)
@@ -302,35 +302,35 @@ def test_everything_wrong_is_told_at_once_before_anything_is_loaded(
     rename_head(box.folder / "headless", "v_head.weight")
     models = ["rm", "three", "headless", "absent", "python:slow_rewards:other"]
     file, _ = job(box, rows, [{"model": name} for name in models])
-    said = refused(capsys, file)
-    for told in (
+    errors = refused(capsys, file)
+    for text in (
         "4 problem(s)",
         "3 by config.json label(s)",
         "absent: no such folder",
         "other does not exist",
     ):
-        assert told in said
-    assert "headless: has no score head" in said
-    assert "random numbers. Give the folder of the trained reward model, with its head" in said
+        assert text in errors
+    assert "headless: has no score head" in errors
+    assert "random numbers. Give the folder of the trained reward model, with its head" in errors
 
     good = rows_text(rows)
     (box.folder / "good.jsonl").write_text(good)
-    said = refused(capsys, "--responses", "good.jsonl", "--reward-model", "rm", "--output", "r.jsonl")
-    assert f"{rows[1].prompt_id} with" in said
-    assert "set `--truncate` to score their beginnings" in said
+    errors = refused(capsys, "--responses", "good.jsonl", "--reward-model", "rm", "--output", "r.jsonl")
+    assert f"{rows[1].prompt_id} with" in errors
+    assert "set `--truncate` to score their beginnings" in errors
     (box.folder / "bad.jsonl").write_bytes(good.encode() + b'{"prompt_id": "p"}\n\n{"prompt_id": "\xff"}\n{')
-    said = refused(capsys, "--responses", "bad.jsonl", "--reward-model", "headless", "--output", "d/")
-    for told in (
+    errors = refused(capsys, "--responses", "bad.jsonl", "--reward-model", "headless", "--output", "d/")
+    for text in (
         "3 problem(s)",
         "bad.jsonl: 3 bad row(s), fix or remove them",
         "headless: has no score head",
     ):
-        assert told in said
-    for told in (
+        assert text in errors
+    for text in (
         "line 3: not a row that can be read (`messages`",
         "line 5: ",
         "line 6: ",
         "d/: names no file",
     ):
-        assert told in said
+        assert text in errors
     assert not list(box.folder.glob("r.jsonl*"))

@@ -40,13 +40,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ids(folder: Path) -> list[tuple[int, ...]]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     inputs = model_inputs(english(40), tokenizer, where="rm", max_tokens=MAX_TOKENS, truncate=True)
-    return [one.ids for one in inputs]
+    return [asked.ids for asked in inputs]
 
 
 def test_batches_score_the_last_token_though_it_is_the_padding_s(
     folder: Path, ids: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert all(one[-1] == 1 for one in ids if len(one) < MAX_TOKENS)  # eos, which is pad
+    assert all(text[-1] == 1 for text in ids if len(text) < MAX_TOKENS)  # eos, which is pad
     expected = last_token_scores(folder, ids)
     monkeypatch.setattr(reward_models, "_BATCH_TOKENS", 2000)
     scores = TransformersBackend(folder, "fp32", cuda=False).score(ids)
@@ -86,7 +86,7 @@ class _OffByOne:
         self._reference = TransformersBackend(folder, dtype, cuda=cuda)
 
     def score(self, ids: Sequence[Sequence[int]]) -> list[float]:
-        return [one + 1 for one in self._reference.score(ids)]
+        return [score + 1 for score in self._reference.score(ids)]
 
 
 @pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
@@ -114,7 +114,9 @@ def test_auto_takes_the_reference_for_what_vllm_does_not_know(
     network = GPTNeoForSequenceClassification(config)
     network.save_pretrained(tmp_path)
     monkeypatch.setattr(reward_models, "VllmBackend", _OffByOne)
-    unknown, known = (inspect_reward_model(RewardModel(model=str(one))) for one in (tmp_path, folder))
+    unknown, known = (
+        inspect_reward_model(RewardModel(model=str(model_folder))) for model_folder in (tmp_path, folder)
+    )
     assert isinstance(unknown, Classifier)
     assert isinstance(known, Classifier)
     assert load_backend(known, folder, "fp32", gpu_share=0).name == "off by one"  # in the place of vLLM

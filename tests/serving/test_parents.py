@@ -100,7 +100,7 @@ def test_a_published_model_is_held_against_its_manifest(tmp_path: Path) -> None:
         download_model("memory://nowhere/model")
 
 
-def test_a_disk_without_room_is_told_before_anything_is_download_once(
+def test_a_disk_without_room_is_reported_before_anything_is_downloaded(
     plan: PairPlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("expo_ray.serving.node_cache.free_bytes", lambda folder: 1000)

@@ -1,4 +1,4 @@
-"""What the endpoint refuses before a model sees it, through the application itself; no engine behind it."""
+"""Requests that the endpoint refuses before a model sees them, through the application itself, without an engine."""
 
 from __future__ import annotations
 

@@ -32,8 +32,8 @@ Print = pytest.CaptureFixture[str]
 
 @pytest.fixture
 def box() -> Iterator[RayBox]:
-    with RayBox() as one:
-        yield one
+    with RayBox() as box:
+        yield box
 
 
 def prompt_file(folder: Path, count: int) -> Path:
@@ -117,9 +117,9 @@ def test_a_prompt_longer_than_the_context(endpoint: Running, tmp_path: Path, cap
     texts = ["Tell me\u2028about 0.", "word " * 2000]
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     assert main(arguments(endpoint, prompts, tmp_path / "o.jsonl")) == 1
-    said = capsys.readouterr().err
-    assert said.count("failed: ") == 1
-    assert "1 prompt(s) do not fit into 256 tokens of tiny@0.5" in said
+    errors = capsys.readouterr().err
+    assert errors.count("failed: ") == 1
+    assert "1 prompt(s) do not fit into 256 tokens of tiny@0.5" in errors
     assert_each_once(tmp_path / "o.jsonl", 1)
 
 
@@ -140,7 +140,9 @@ def test_a_job_asks_every_alpha_and_a_published_model_from_a_bucket(
     endpoint: Running, box: RayBox, tmp_path: Path, s3_server: SeaweedFS, s3_uri: str
 ) -> None:
     prefix = s3_uri.rpartition("/")[2]
-    sft, dpo = (upload(s3_server, one, f"{prefix}/{one.name}") for one in (endpoint.sft, endpoint.dpo))
+    sft, dpo = (
+        upload(s3_server, folder, f"{prefix}/{folder.name}") for folder in (endpoint.sft, endpoint.dpo)
+    )
     job = {
         "output": f"{s3_uri}/out",
         "pairs": [{"name": "tiny.1", "sft": sft, "dpo": dpo, "alphas": [2]}],
@@ -158,7 +160,7 @@ def test_a_job_asks_every_alpha_and_a_published_model_from_a_bucket(
     out = open_store(f"{s3_uri}/out")
     texts = {}
     for name in ("tiny.1@0", "tiny.1@2", "published"):
-        (about,) = (one.key for one in out.list(f"evaluation/{name}/") if one.key.endswith("/about.json"))
+        (about,) = (info.key for info in out.list(f"evaluation/{name}/") if info.key.endswith("/about.json"))
         folder_of_rows = about.removesuffix("about.json") + "responses"
         rows = RowStore[Response](out, folder_of_rows, response_from_row).read()
         assert len(rows) == 24

@@ -42,7 +42,7 @@ def test_alphas_answer_as_transformers_does_with_the_formula(
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(endpoint.dpo)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(endpoint.dpo)
     for name, alpha in zip(ALPHAS, (0, 0.5, 2), strict=True):
-        model.load_state_dict({key: one + alpha * (one - sft[key]) for key, one in dpo.items()})
+        model.load_state_dict({key: weight + alpha * (weight - sft[key]) for key, weight in dpo.items()})
         assert [alone[name, question] for question in QUESTIONS] == _answers(model, tokenizer)
     assert len(set(alone.values())) > 2 * len(QUESTIONS)  # the alphas do answer differently
 
@@ -91,22 +91,22 @@ def test_a_client_that_goes_away_in_mid_stream_gives_its_lease_back(endpoint: Ru
 def test_echoed_prompts_have_the_logprobs_of_the_formula(endpoint: Running) -> None:
     answer = endpoint.post("/v1/completions", model="tiny@0.5", prompt="Hello there", echo=True, logprobs=1, max_tokens=1, temperature=0)  # fmt: skip
     assert answer["model"] == "tiny@0.5"
-    found = answer["choices"][0]["logprobs"]["token_logprobs"]
+    logprobs = answer["choices"][0]["logprobs"]["token_logprobs"]
     sft, dpo = read_weights(endpoint.sft), read_weights(endpoint.dpo)
     model = transformers.AutoModelForCausalLM.from_pretrained(endpoint.dpo)
-    model.load_state_dict({key: one + 0.5 * (one - sft[key]) for key, one in dpo.items()})
+    model.load_state_dict({key: weight + 0.5 * (weight - sft[key]) for key, weight in dpo.items()})
     ids = transformers.AutoTokenizer.from_pretrained(endpoint.dpo)("Hello there", return_tensors="pt")[
         "input_ids"
     ]
     with torch.no_grad():
         logprobs = torch.log_softmax(model(ids).logits[0], -1)
     wanted = [float(logprobs[position, ids[0, position + 1]]) for position in range(ids.shape[1] - 1)]
-    assert found[0] is None
-    assert found[1 : len(wanted) + 1] == pytest.approx(wanted, abs=1e-4)
+    assert logprobs[0] is None
+    assert logprobs[1 : len(wanted) + 1] == pytest.approx(wanted, abs=1e-4)
 
 
 def test_models_are_listed_and_described(endpoint: Running) -> None:
-    assert [one["id"] for one in endpoint.get("/v1/models")["data"]] == ["tiny", "tiny@0.5"]
+    assert [model["id"] for model in endpoint.get("/v1/models")["data"]] == ["tiny", "tiny@0.5"]
     half, other = (endpoint.get(f"/v1/models/tiny@{alpha}")["metadata"] for alpha in (0.5, 0.3))
     assert half["engine"] == "vllm 0.29.0"
     assert half["max_model_len"] == 256
@@ -117,7 +117,7 @@ def test_models_are_listed_and_described(endpoint: Running) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "status", "told"),
+    ("model", "status", "message"),
     [
         ("tiny@half", 400, "'half' is not a number; write `tiny@0.5`"),
         ("tiny@nan", 400, "it must be a finite number of at least -1"),
@@ -127,13 +127,13 @@ def test_models_are_listed_and_described(endpoint: Running) -> None:
     ],
 )  # fmt: skip
 def test_a_name_that_is_not_served_is_refused_with_what_is(
-    endpoint: Running, model: str, status: int, told: str
+    endpoint: Running, model: str, status: int, message: str
 ) -> None:
-    found, error = endpoint.refusal(
+    answered, error = endpoint.refusal(
         "/v1/chat/completions", model=model, messages=[{"role": "user", "content": "Hello"}]
     )
-    assert (found, error["code"]) == (status, status)
-    assert told in error["message"]
+    assert (answered, error["code"]) == (status, status)
+    assert message in error["message"]
 
 
 def test_bad_requests_are_refused_as_openai_refuses_them(endpoint: Running) -> None:
@@ -153,9 +153,9 @@ def test_bad_requests_are_refused_as_openai_refuses_them(endpoint: Running) -> N
 def test_serve_listens_on_loopback_only(endpoint: Running) -> None:
     port = int(endpoint.url.rpartition(":")[2])
     listening = [
-        one.laddr.ip
-        for one in psutil.net_connections("tcp")
-        if one.status == psutil.CONN_LISTEN and one.laddr.port == port
+        connection.laddr.ip
+        for connection in psutil.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
     ]
     assert set(listening) == {"127.0.0.1"}
 
@@ -191,7 +191,7 @@ def test_a_replica_whose_swap_fails_is_taken_out(
 
 
 def _adapter_answers(sft: Path, dpo: Path, *, alpha: float, folder: Path) -> list[str]:
-    """What peft makes of the scaled adapter that `expo-ray extrapolate` publishes."""
+    """Answers of peft with the scaled adapter that `expo-ray extrapolate` publishes."""
     out = folder / "scaled"
     parents = ["--sft", str(sft), "--dpo", str(dpo)]
     assert main(["extrapolate", *parents, "--alpha", str(alpha), "--output", str(out)]) == 0
@@ -203,15 +203,15 @@ def _adapter_answers(sft: Path, dpo: Path, *, alpha: float, folder: Path) -> lis
 
 def _answers(model: Any, tokenizer: Any) -> list[str]:
     """Greedy, 12 tokens to each question."""
-    found = []
+    texts = []
     for question in QUESTIONS:
         messages = [{"role": "user", "content": question}]
         prompt = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
         out = model.generate(**prompt, max_new_tokens=12, do_sample=False, pad_token_id=1)
-        found.append(tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
-    return found
+        texts.append(tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
+    return texts
 
 
 def _patiently(endpoint: Running, model: str, question: str) -> str:
@@ -259,7 +259,7 @@ def test_a_published_model_and_a_lora_pair_are_served_until_sigterm_which_leaves
         wait_until(lambda: all(map(ended, started)), "all that it started has ended", 20)
 
 
-def test_every_bad_pair_is_told_before_anything_starts() -> None:
+def test_every_bad_pair_is_reported_before_anything_starts() -> None:
     pairs = [
         {"name": name, "sft": f"/nowhere/{name}/sft", "dpo": f"/nowhere/{name}/dpo"}
         for name in ("one", "two")
@@ -273,7 +273,7 @@ def test_every_bad_pair_is_told_before_anything_starts() -> None:
     assert "Ray" not in errors
 
 
-def test_a_taken_port_is_told() -> None:
+def test_a_taken_port_is_reported() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener, RayBox() as box:
         port = str(listener.getsockname()[1])
         (box.folder / "config.json").write_text("{}")

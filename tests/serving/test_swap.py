@@ -30,19 +30,19 @@ def test_after_swaps_both_ways_an_engine_answers_as_one_started_on_the_published
     tied: bool, tmp_path: Path
 ) -> None:
     sft, dpo = save_chat_pair(tmp_path / "parents", tied=tied, dtype=torch.bfloat16)
-    found = swaps(sft, dpo, tmp_path)
-    first, second = found["started"]
-    assert first != second != found["dpo"]
-    assert found["first"] == first
-    assert found["second"] == second
-    assert found["first again"] == first
+    answers = swaps(sft, dpo, tmp_path)
+    first, second = answers["started"]
+    assert first != second != answers["dpo"]
+    assert answers["first"] == first
+    assert answers["second"] == second
+    assert answers["first again"] == first
     # and each step is needed
-    assert found["second, cache kept"] != second
-    assert (found["first, head kept"] != first) == tied
-    assert ("refused" in found) == tied
+    assert answers["second, cache kept"] != second
+    assert (answers["first, head kept"] != first) == tied
+    assert ("refused" in answers) == tied
     if tied:
-        assert "does not hold the weights of alpha 1: model.embed_tokens.weight differ" in found["refused"]
-        assert "of this replica are unknown" in found["health"]
+        assert "does not hold the weights of alpha 1: model.embed_tokens.weight differ" in answers["refused"]
+        assert "of this replica are unknown" in answers["health"]
 
 
 def swaps(sft: Path, dpo: Path, folder: Path) -> dict[str, Any]:
@@ -62,8 +62,8 @@ def swaps(sft: Path, dpo: Path, folder: Path) -> dict[str, Any]:
             VLLM_CPU_OMP_THREADS_BIND="nobind",
         )
         assert process.wait(300) == 0, process.stderr[-3000:]
-    found: dict[str, Any] = json.loads((folder / "answers").read_text())
-    return found
+    answers: dict[str, Any] = json.loads((folder / "answers").read_text())
+    return answers
 
 
 def test_experts_are_packed_again_after_a_swap_and_an_engine_where_they_are_not_is_found_out() -> None:

@@ -43,7 +43,7 @@ def wait_until(condition: Callable[[], object], what: str, patience_s: float = P
 
 
 def ended(process: psutil.Process) -> bool:
-    """Whether it has; a zombie, too: whoever inherits it, such as a container's first process, may collect it late."""
+    """True if it has ended; a zombie counts, as its new parent, such as a container's first process, may collect it late."""
     try:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -56,7 +56,7 @@ def free_port() -> int:
 
 
 class Process:
-    """A child in a session of its own, whose output goes to files."""
+    """A child in its own session, whose output goes to files."""
 
     def __init__(self, command: list[str], environment: Mapping[str, str], folder: Path) -> None:
         name = secrets.token_hex(4)
@@ -153,7 +153,7 @@ class RayBox:
         return self.run(sys.executable, script, str(file), *arguments, **environment)
 
     def _start(self) -> None:
-        """What runs in the box from the start."""
+        """Start the processes that run in the box from the beginning."""
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
@@ -217,7 +217,7 @@ class RayHead(RayBox):
         self.environment["RAY_ADDRESS"] = f"127.0.0.1:{port}"
 
     def ask(self, method: str, path: str) -> dict[str, Any]:
-        """What the job server answers; `ray job stop` and `status` ask the same, and take seconds to start."""
+        """Ask the job server directly; `ray job stop` and `status` ask the same, and take seconds to start."""
         headers = {"Authorization": f"Bearer {(self.folder / 'token').read_text()}"}
         request = urllib.request.Request(self.dashboard + path, method=method, headers=headers)
         with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
@@ -227,18 +227,18 @@ class RayHead(RayBox):
 
 def working(process: int) -> list[psutil.Process]:
     """The workers below a process that are in a shard just now."""
-    found = []
+    children = []
     for child in psutil.Process(process).children(recursive=True):
         with contextlib.suppress(psutil.Error):
             if child.cmdline()[:1] == ["ray::_run_shard"]:
-                found.append(child)
-    return found
+                children.append(child)
+    return children
 
 
 def shipped_settings() -> dict[str, str]:
     """Ray's settings in our manifest, for every process of a cluster."""
     manifests = yaml.safe_load_all((ROOT / "cluster" / "rayjob.yaml").read_text())
-    (data,) = (one["data"] for one in manifests if one["metadata"]["name"] == "expo-ray-env")
+    (data,) = (manifest["data"] for manifest in manifests if manifest["metadata"]["name"] == "expo-ray-env")
     return {name: text for name, text in data.items() if name.startswith("RAY_")}
 
 
@@ -251,14 +251,14 @@ def ray_head(through_gateway: dict[str, str]) -> Iterator[RayHead]:
 
 @pytest.fixture
 def ray_box(through_gateway: dict[str, str]) -> Iterator[RayBox]:
-    """Where a job finds no Ray and starts its own."""
+    """A box in which a job finds no Ray and starts its own."""
     with RayBox(**through_gateway) as box:
         yield box
 
 
 @pytest.fixture(scope="session")
 def ray_here(through_gateway: dict[str, str]) -> Iterator[None]:
-    """One Ray of one CPU that this process is connected to."""
+    """A Ray of one CPU that this process is connected to."""
     import ray
     from ray._private import ray_constants
 

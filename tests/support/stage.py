@@ -1,4 +1,4 @@
-"""Where whole jobs are tested: a pair in the bucket, an output, a proxy on the way, and what the local command makes of it."""
+"""A stage for whole jobs: a pair in the bucket, an output, a proxy on the way, and the models that the local command makes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ RECEIPT = ("PUT", r"/\.expo/\w+/model-")
 
 @dataclass(frozen=True)
 class StoredPair:
-    """Where the parents lie in S3, and what the local command made of them: digests by alpha and file."""
+    """Parents in S3, and the digests of the models that the local command made of them, by alpha and file."""
 
     sft: str
     dpo: str
@@ -44,7 +44,7 @@ class StoredPair:
 
 @dataclass(frozen=True)
 class Stage:
-    """One test's folder in the bucket.
+    """The folder of a test in the bucket.
 
     Attributes:
         uri: the output of the test's jobs.
@@ -76,7 +76,7 @@ class Stage:
         return f"{self.uri}/pairs/{pair}/alpha={alpha}"
 
     def listed(self, uri: str = "") -> dict[str, dict[str, Any]]:
-        """What S3 lists below a URI, by the rest of the key."""
+        """List the objects below a URI, by the rest of the key."""
         prefix = (uri or self.uri).removeprefix(f"s3://{self.server.bucket}/").rstrip("/") + "/"
         pages = (
             _client(self.server)
@@ -97,7 +97,7 @@ class Stage:
         return sorted(map(_shard, self.pending(self.uri)))
 
     def begun_again(self) -> dict[str, int]:
-        """How often a shard of the pair was begun beyond the first time, over all runs; one that never was is left out."""
+        """Count how often shards of the pair were begun after the first time, over all runs; those never begun are left out."""
         times = Counter[str]()
         for path, count in self.way.count(*BEGIN).items():
             times[_shard(path)] = max(times[_shard(path)], count)
@@ -119,7 +119,7 @@ class Stage:
         }
 
     def complete(self, *alphas: float) -> bool:
-        """Whether the models of the pair are there, with the bytes that the local command wrote."""
+        """True if the models of the pair are there, with the bytes that the local command wrote."""
         return all(
             self.files(self.model(alpha)) == self.pair.digests[alpha]
             and "expo.json" in self.listed(self.model(alpha))
@@ -182,7 +182,7 @@ def upload(server: SeaweedFS, folder: Path, prefix: str) -> str:
 
 
 def fetch(server: SeaweedFS, uri: str) -> bytes:
-    """One stored object, not by way of the proxy."""
+    """Read a stored object, not by way of the proxy."""
     key = uri.removeprefix(f"s3://{server.bucket}/")
     data: bytes = _client(server).get_object(Bucket=server.bucket, Key=key)["Body"].read()
     return data

@@ -1,4 +1,4 @@
-"""What one engine answers after swaps, and engines that were started on published folders; in a process of its own.
+"""Answers of an engine after swaps, and of engines that were started on published folders; run as its own process.
 
     python -m tests.support.swap_script PLAN STEP FOLDER STEP FOLDER OUT
 
@@ -37,7 +37,7 @@ Answers = list[tuple[str, list[float]]]
 
 
 class ForgetfulWorker(PairWorker):
-    """Can be told to leave out steps of the swap."""
+    """Leaves steps of the swap out on request."""
 
     forgotten: Sequence[str] = ()
 
@@ -85,29 +85,29 @@ async def start(kind: type[Server], name: str, settings: Serving, **arguments: A
 async def swapped(plan: PairPlan, settings: Serving, first: str, second: str) -> dict[str, Any]:
     server = await start(PairServer, plan.name, settings, plan=plan)
     name = plan.name
-    found: dict[str, Any] = {"dpo": await ask(server, name)}
-    found["first"] = await ask(server, f"{name}@{first}")
-    found["second"] = await ask(server, f"{name}@{second}")
-    found["first again"] = await ask(server, f"{name}@{first}")
+    answers: dict[str, Any] = {"dpo": await ask(server, name)}
+    answers["first"] = await ask(server, f"{name}@{first}")
+    answers["second"] = await ask(server, f"{name}@{second}")
+    answers["first again"] = await ask(server, f"{name}@{first}")
 
     pause = server.pause
     server.pause = lambda **options: pause(**options | {"clear_cache": False})  # type: ignore[method-assign]
-    found["second, cache kept"] = await ask(server, f"{name}@{second}")
+    answers["second, cache kept"] = await ask(server, f"{name}@{second}")
     server.pause = pause  # type: ignore[method-assign]
 
     await server.collective_rpc("expo_forget", args=(["repack", "compare"],))
-    found["first, head kept"] = await ask(server, f"{name}@{first}")
+    answers["first, head kept"] = await ask(server, f"{name}@{first}")
     await server.collective_rpc("expo_forget", args=(["repack"],))
     try:
-        found["third, head kept"] = await ask(server, f"{name}@1")
+        answers["third, head kept"] = await ask(server, f"{name}@1")
     except RuntimeError as error:
-        found["refused"] = str(error)
+        answers["refused"] = str(error)
         try:
             await server.check_health()
         except RuntimeError as unhealthy:
-            found["health"] = str(unhealthy)
+            answers["health"] = str(unhealthy)
     await server.__del__()
-    return found
+    return answers
 
 
 async def started_on(folder: Path, settings: Serving) -> Answers:
@@ -141,10 +141,10 @@ def main() -> None:
     )
     wait_for_placement()
     with cluster():
-        found = asyncio.run(swapped(plan, forgetful, first, second))
+        answers = asyncio.run(swapped(plan, forgetful, first, second))
         folders = (Path(first_folder), Path(second_folder))
-        found["started"] = [asyncio.run(started_on(folder, settings)) for folder in folders]
-    Path(out).write_text(json.dumps(found))
+        answers["started"] = [asyncio.run(started_on(folder, settings)) for folder in folders]
+    Path(out).write_text(json.dumps(answers))
 
 
 if __name__ == "__main__":

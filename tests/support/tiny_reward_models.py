@@ -60,7 +60,7 @@ def rename_head(folder: Path, name: str) -> None:
 
 
 def last_token_scores(folder: Path, ids: Sequence[Sequence[int]]) -> list[float]:
-    """What the head makes of the last token's hidden state, one text at a time and without padding."""
+    """Apply the head to the last token's hidden state, one text at a time and without padding."""
     model: Any = LlamaForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # several for so small a model get into each other's way
@@ -68,9 +68,9 @@ def last_token_scores(folder: Path, ids: Sequence[Sequence[int]]) -> list[float]
         with torch.inference_mode():
             return [
                 (
-                    model.model(torch.tensor([list(one)])).last_hidden_state[0, -1] @ model.score.weight[0]
+                    model.model(torch.tensor([list(text)])).last_hidden_state[0, -1] @ model.score.weight[0]
                 ).item()
-                for one in ids
+                for text in ids
             ]
     finally:
         torch.set_num_threads(threads)

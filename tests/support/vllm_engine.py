@@ -1,4 +1,4 @@
-"""One endpoint for all tests that ask a real engine: a tiny pair, two replicas, Ray and Serve on loopback."""
+"""An endpoint for all tests that ask a real engine: a tiny pair, two replicas, Ray and Serve on loopback."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Running:
                     yield json.loads(line[6:])
 
     def chat(self, model: str, question: str, **options: Any) -> str:
-        """Greedy, 12 tokens, unless told otherwise."""
+        """Greedy, 12 tokens by default."""
         messages = [{"role": "user", "content": question}]
         options = {"temperature": 0, "max_tokens": 12} | options
         text: str = self.post("/v1/chat/completions", model=model, messages=messages, **options)["choices"][
@@ -81,14 +81,14 @@ class Running:
     def chats(self, asked: list[tuple[str, str]]) -> list[str]:
         """Answers to `(model, question)`, all asked at once."""
         with ThreadPoolExecutor(len(asked)) as pool:
-            return list(pool.map(lambda one: self.chat(*one), asked))
+            return list(pool.map(lambda question: self.chat(*question), asked))
 
     def replicas(self) -> list[psutil.Process]:
         """The replicas' processes; an engine's own are below them."""
         return [
-            one
-            for one in self.process.descendants()
-            if _name(one).startswith("ray::ServeReplica:expo-ray-") and ":PairServer:" in _name(one)
+            child
+            for child in self.process.descendants()
+            if _name(child).startswith("ray::ServeReplica:expo-ray-") and ":PairServer:" in _name(child)
         ]
 
     def _request(self, path: str, body: dict[str, Any]) -> urllib.request.Request:
@@ -110,9 +110,9 @@ def serve(box: RayBox, job: dict[str, Any]) -> Iterator[tuple[str, Process]]:
     file.write_text(yaml.safe_dump({"output": str(box.folder / "out")} | job))
     process = box.run("expo-ray", "serve", str(file), "--port", "0", EXPO_RAY_CACHE=str(box.folder / "cache"))
     wait_until(lambda: URL.search(process.stdout) or not process.running, "the endpoint is up", START_S)
-    found = URL.search(process.stdout)
-    assert found, process.stderr[-3000:]
-    yield found[1], process
+    address = URL.search(process.stdout)
+    assert address, process.stderr[-3000:]
+    yield address[1], process
 
 
 @pytest.fixture(scope="session")
