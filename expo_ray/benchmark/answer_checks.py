@@ -1,4 +1,4 @@
-"""Signs of gaming or damage in a set of answers, which a win rate does not show.
+"""Check a set of answers for signs of gaming or damage, which a win rate does not show.
 
 A constant answer once topped the leaderboard (Zheng et al., arXiv 2410.07137), and extrapolation that went too far loops, leaks
 template tokens or never ends.
@@ -15,11 +15,12 @@ import numpy as np
 
 from expo_ray.evaluation.search.alpha_scores import repetition_of
 
-# A beginning of so many characters is hardly shared by chance.
+# Two answers hardly share a beginning of this many characters by chance.
 _PREFIX = 48
-# Prompts shorter than this are quoted in a good answer now and then.
+# Good answers may quote prompts that are shorter than this.
 _SHORTEST_PROMPT = 60
-_SHINGLE = 24
+# An answer repeats its prompt if it holds this share of the prompt's pieces of 24 characters.
+_PIECE = 24
 _MOST_OF = 0.8
 # Special tokens and turn markers of the templates in use, the beginning of another turn, and a judge's verdict.
 _LEAK = re.compile(
@@ -27,7 +28,7 @@ _LEAK = re.compile(
     r"<(?:start|end)_of_turn>|\[(?:UNUSED_TOKEN|multimodal)\w*\]|(?:^|\n)### ?(?:Human|Assistant|Instruction|Response):|"
     r"(?:^|\n)(?:Human|Assistant|USER|ASSISTANT): |\[\[(?:[ABC]|[AB][>=]{1,2}[AB]|10)\]\]"
 )
-# Half of a text that repeats what it said before is a loop, not a list.
+# A text that repeats earlier parts in half of its length is a loop; a list repeats less.
 _LOOP = 0.5
 
 
@@ -56,13 +57,13 @@ class AnswerChecks:
         common_prefix: answers that share the most frequent beginning.
         common_line: answers that share the most frequent line of some length.
         prompt_overlap: answers that repeat most of their prompt, of those to prompts of some length.
-        leaks: answers with a special token or a chat template's marker in them that their prompt does not hold.
+        leaks: answers that contain a special token or a marker of a chat template which their prompt does not contain.
         empty: answers without a visible character.
         cut_off: answers that ended at the token limit; None if unknown.
-        repetitive: answers half of which repeats what they said before.
+        repetitive: answers that repeat earlier parts in at least half of their length.
         mean_length: characters.
         length_ratio: mean length over that of the reference's answers to the same prompts; None without a reference.
-        flags: each share that calls for a look, with its value.
+        flags: a sentence for each share outside its limits.
     """
 
     answers: int
@@ -125,11 +126,9 @@ def _share(values: Iterable[bool]) -> float:
 
 
 def _repeats_prompt(answer: Answer) -> bool:
-    """Look for pieces of the prompt in the answer, whatever their spacing."""
+    """True if most pieces of the prompt are in the answer, ignoring white space."""
     prompt, text = (" ".join(each.split()) for each in (answer.instruction, answer.text))
-    pieces = [
-        prompt[at : at + _SHINGLE] for at in range(0, max(len(prompt) - _SHINGLE, 0) + 1, _SHINGLE // 2)
-    ]
+    pieces = [prompt[at : at + _PIECE] for at in range(0, max(len(prompt) - _PIECE, 0) + 1, _PIECE // 2)]
     return _share(piece in text for piece in pieces) >= _MOST_OF
 
 
@@ -147,7 +146,7 @@ def _length_ratio(answers: Sequence[Answer], reference: Sequence[Answer]) -> flo
 
 
 def _flags(shares: dict[str, float], cut_off: float | None, ratio: float | None) -> Iterable[str]:
-    """Limits lie well outside what sound models show on AlpacaEval; a flag asks for a look, it proves nothing."""
+    """Compare shares with limits well outside the values of sound models on AlpacaEval; a flag is a hint and no proof."""
     if shares["distinct"] < 0.95:
         yield f"only {shares['distinct']:.1%} of the answers are distinct"
     if shares["common_prefix"] > 0.1:

@@ -1,4 +1,4 @@
-"""Files of answers: AlpacaEval's `model_outputs`, and FastChat's model answers for MT-Bench."""
+"""Read files of answers in the format of AlpacaEval's `model_outputs`."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _MOST_PROBLEMS = 20
 
 @dataclass(frozen=True)
 class AnswerSet:
-    """The outputs of one model.
+    """The outputs of a model.
 
     Attributes:
-        name: the model's, by its file.
+        name: the model's, from `generator` in its file, else from the name of the file.
         outputs: by instruction, in the order of the file.
-        datasets: part of AlpacaEval that an instruction comes from, where the file says it.
+        datasets: part of AlpacaEval that an instruction comes from, by instruction, if the file says so.
         source: path or URI of the file.
     """
 
@@ -40,7 +40,7 @@ def read_answer_set(uri: str, instructions: Sequence[str] = ()) -> AnswerSet:
 
     Args:
         uri: a .json list or .jsonl, either of them also as .gz, in any store.
-        instructions: where rows have an `index` instead of an instruction, what it counts through.
+        instructions: list that `index` points into, for files whose rows have an `index` instead of an instruction.
 
     Raises:
         PromptError: with all bad rows.
@@ -52,7 +52,7 @@ def read_answer_set(uri: str, instructions: Sequence[str] = ()) -> AnswerSet:
 def parse_answer_set(
     rows: Sequence[tuple[str, Any]], source: str, instructions: Sequence[str] = ()
 ) -> AnswerSet:
-    """Make a set of outputs of rows with their places; errors as of `read_answer_set`."""
+    """Parse rows with their places into the outputs of a model; errors as of `read_answer_set`."""
     outputs: dict[str, str] = {}
     datasets: dict[str, str] = {}
     names: dict[str, None] = {}

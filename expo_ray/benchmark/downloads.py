@@ -1,4 +1,4 @@
-"""Public benchmark files: each pinned to one commit and its sha256, fetched once and kept in the cache."""
+"""Download public benchmark files, each pinned to a commit and its sha256, and keep them in the cache."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class PublicFile:
     """A file of a public repository at one commit.
 
     Attributes:
-        name: what it is called in a folder that the user gives instead.
-        option: the option that takes such a folder or file.
+        name: file name in a folder that the user gives instead of a download.
+        option: command-line option that takes this folder or file.
     """
 
     name: str
@@ -78,10 +78,10 @@ GPT4_VERDICTS = PublicFile(
 
 
 def fetch_public_file(file: PublicFile) -> bytes:
-    """Read a public file from the cache, or download it into the cache and check its digest.
+    """Read a public file from the cache; if it is not there, download it, check its digest and store it.
 
     Raises:
-        BenchmarkError: if it cannot be downloaded, or is another file than the pinned one; names the option to give instead.
+        BenchmarkError: if it cannot be downloaded or its digest differs; names the option that takes a copy.
     """
     cached = cache_folder() / f"{file.sha256[:16]}-{file.name}"
     if cached.is_file() and hashlib.sha256(data := cached.read_bytes()).hexdigest() == file.sha256:
@@ -90,15 +90,15 @@ def fetch_public_file(file: PublicFile) -> bytes:
     digest = hashlib.sha256(data).hexdigest()
     if digest != file.sha256:
         raise BenchmarkError(
-            f"{file.url}: its sha256 is {digest}, {file.sha256} is expected: something else than the pinned file was sent; "
+            f"{file.url}: its sha256 is {digest}, {file.sha256} is expected: this is not the pinned file; "
             f"download {file.name} yourself and give it with {file.option}"
         )
-    _keep(cached, data)
+    _store(cached, data)
     return data
 
 
 def cache_folder() -> Path:
-    """Where downloaded benchmark files are kept: `benchmarks/` below `$EXPO_RAY_CACHE`, else below `~/.cache/expo-ray`."""
+    """Folder of downloaded benchmark files: `benchmarks/` below `$EXPO_RAY_CACHE`, else below `~/.cache/expo-ray`."""
     root = os.environ.get("EXPO_RAY_CACHE") or os.path.expanduser("~/.cache/expo-ray")
     return Path(root, "benchmarks")
 
@@ -127,8 +127,8 @@ def _download(file: PublicFile) -> bytes:
         ) from error
 
 
-def _keep(path: Path, data: bytes) -> None:
-    """Store a download, if this machine has room for it; another process may be doing the same."""
+def _store(path: Path, data: bytes) -> None:
+    """Store a download in the cache, by rename as another process may do the same; a cache that cannot be written is ignored."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{os.getpid()}")

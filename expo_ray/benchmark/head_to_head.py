@@ -1,6 +1,7 @@
-"""Two models judged against each other: the figure that says whether the second is better, and by how much.
+"""Compute the result of two models that were judged against each other: win rate, raw and at equal length.
 
-As many judgments in both orders as two models cost against a baseline in one; no baseline and no GPT-4 verdict enters.
+Judging head to head in both orders costs as many judgments as judging two models against a baseline in one order, and depends on no
+baseline and no verdict of GPT-4.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from expo_ray.text import shown
 
 @dataclass(frozen=True, eq=False)
 class HeadToHead:
-    """How often a model's answers are judged better than its opponent's, in percent; 50 means equally good.
+    """Share of prompts on which a model's answer is judged better than its opponent's, in percent; 50 means equally good.
 
     Attributes:
         model: such as `pair@0.5`.
@@ -31,7 +32,7 @@ class HeadToHead:
         controlled: win rate at equal length: what the intercept of a logistic regression of the verdicts on
             tanh(length difference over its standard deviation) predicts. The primary figure.
         index: (prompts,), int64: places of the prompts with a verdict in each order asked for.
-        unparsed: prompts without.
+        unparsed: number of prompts without such verdicts.
         length_ratio: mean length of the model's answers over its opponent's; None if those are all empty.
     """
 
@@ -51,7 +52,7 @@ class HeadToHead:
 
     @cached_property
     def p_value(self) -> float:
-        """Two-sided, of the length-controlled win rate against 50, by its log-odds and their bootstrap standard error."""
+        """Two-sided p-value of the length-controlled win rate against 50, from its log-odds and their bootstrap standard error."""
         spread = float(_log_odds(self.controlled.replicates).std(ddof=1))
         return p_value(float(_log_odds(np.array(self.controlled.interval.mean))), spread)
 

@@ -1,7 +1,7 @@
-"""Intervals of figures that are computed again in each resample of the prompts, and what they allow to claim.
+"""Bootstrap intervals of benchmark figures, tests of their differences, and the claims that these allow.
 
-All models answer the same prompts, so that prompts are resampled jointly: `counts[b, i]` says how often resample b drew prompt i,
-and every figure of every model takes the same counts.
+All models answer the same prompts, so prompts are resampled jointly: `counts[b, i]` is how often resample b drew prompt i, and every
+figure of every model is computed from the same counts.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from expo_ray.errors import BenchmarkError
 from expo_ray.evaluation.statistics import NORMAL, Array, bca, resample_counts
 from expo_ray.report.results import Interval
 
-# A refit for each; the ends of a 95 % interval are then good to a tenth of the standard error.
+# Resamples, each with a refit: enough to know the ends of a 95 % interval to a tenth of the standard error.
 REFITS = 2_000
 POWER = 0.8
-# Takes counts, (resamples, prompts), and computes the figure for each, (resamples,).
+# Computes a figure in each resample: counts (resamples, prompts) -> figures (resamples,).
 Refit = Callable[[Array], Array]
 Outcome = Literal["better", "worse", "inconclusive"]
 
 
 @dataclass(frozen=True, eq=False)
 class Estimate:
-    """A figure with its 95 % interval and all that joins it to other figures on the same prompts.
+    """A figure with its 95 % interval, and its values in each resample, so that it can be compared with others on the same prompts.
 
     Attributes:
         interval: the figure and its two-sided 95 % interval.
@@ -46,11 +46,11 @@ class Estimate:
 
     @property
     def detectable(self) -> float:
-        """The true difference that this many prompts show with 80 % power, in a two-sided test at 5 %."""
+        """The true difference that a two-sided test at 5 % detects with 80 % power on this number of prompts."""
         return detectable(self.standard_error)
 
     def moved_to(self, value: float, low: float = -math.inf, high: float = math.inf) -> Estimate:
-        """Shift the whole figure to `value`, the result of another method, and cut its interval at the figure's limits."""
+        """Shift figure, interval and replicates to `value`, the result of another method; cut the interval at `low` and `high`."""
         shift = value - self.interval.mean
         ends = [min(max(end + shift, low), high) for end in (self.interval.low, self.interval.high)]
         return Estimate(Interval(value, ends[0], ends[1]), self.replicates + shift, self.without_one + shift)
@@ -61,7 +61,7 @@ def estimate(refit: Refit, num_prompts: int) -> Estimate:
 
     Args:
         refit: computes the figure for each row of counts.
-        num_prompts: how many prompts there are.
+        num_prompts: number of prompts.
 
     Raises:
         BenchmarkError: if there are fewer than two prompts.
@@ -74,7 +74,7 @@ def estimate(refit: Refit, num_prompts: int) -> Estimate:
 
 
 def mean_of(values: Array) -> Refit:
-    """The mean of a value per prompt, as a figure to estimate."""
+    """Refit that computes the mean of a value per prompt."""
     return lambda counts: np.asarray(counts @ values / counts.sum(axis=1), np.float64)
 
 
@@ -90,7 +90,7 @@ def difference(figure: Estimate, reference: Estimate) -> Estimate:
 def pooled(estimates: Sequence[Estimate]) -> Estimate:
     """Average one figure over several pairs of models that answered the same prompts.
 
-    The prompts are resampled jointly, so that what the pairs have in common does not cancel out.
+    The prompts are resampled jointly, so the interval includes the variation that the pairs have in common.
 
     Raises:
         BenchmarkError: if there are none, or on different numbers of prompts.
@@ -105,7 +105,7 @@ def pooled(estimates: Sequence[Estimate]) -> Estimate:
 
 
 def detectable(standard_error: float, power: float = POWER) -> float:
-    """The smallest true difference that a two-sided test at 5 % finds with this power."""
+    """The smallest true difference that a two-sided test at 5 % detects with this power."""
     return (NORMAL.inv_cdf(0.975) + NORMAL.inv_cdf(power)) * standard_error
 
 
@@ -125,7 +125,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def outcome(figure: float, adjusted_p: float, level: float = 0.05) -> Outcome:
-    """Name what a difference from 0 allows to claim."""
+    """Claim that a difference from 0 allows at this level."""
     if adjusted_p >= level:
         return "inconclusive"
     return "better" if figure > 0 else "worse"

@@ -1,4 +1,4 @@
-"""The six tasks of the Open LLM Leaderboard v1, from lm-eval's result files: those of 0.4 and of the old 0.3 harness."""
+"""Read scores of the six tasks of the Open LLM Leaderboard v1 from result files of lm-eval, 0.4 and the older 0.3."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ _FLEXIBLE = "flexible-extract"
 
 @dataclass
 class ModelTasks:
-    """A model's tasks, in percent.
+    """A model's scores, in percent.
 
     Attributes:
         scores: by task, of those that were run.
-        gsm8k_flexible: GSM8K with the last number of an answer taken for its result, whatever its form; 0.4 only.
-        notes: in what the figures differ from the leaderboard's.
+        gsm8k_flexible: GSM8K where the last number in an answer counts as its result; lm-eval 0.4 only.
+        notes: differences from the leaderboard's settings.
     """
 
     name: str
@@ -69,7 +69,7 @@ class ModelTasks:
 
     @property
     def missing(self) -> list[str]:
-        """Tasks without a figure."""
+        """Tasks without a score."""
         return [task for task in TASKS if task not in self.scores]
 
 
@@ -80,7 +80,7 @@ def read_lm_eval_results(folders: Sequence[str]) -> dict[str, ModelTasks]:
         folders: each holds one model's files at any depth, or a folder for each of several models.
 
     Raises:
-        Problems: everything that is wrong with them.
+        Problems: with every fault of every file.
         StorageError: if a folder cannot be read.
     """
     problems: list[ExpoError] = []
@@ -115,7 +115,7 @@ def _is_result(key: str) -> bool:
 
 
 def _by_model(folder: str, infos: Sequence[FileInfo]) -> dict[str, list[FileInfo]]:
-    """Files directly in the folder, or below a single folder in it, are one model's; else each folder in it is a model."""
+    """Group result files by model: files directly in the folder or below a single subfolder are one model's; else each subfolder is one."""
     own = folder.rstrip("/").rpartition("/")[2] or folder
     tops = {info.key.partition("/")[0] for info in infos if "/" in info.key}
     if len(tops) <= 1 or any("/" not in info.key for info in infos):
@@ -157,7 +157,7 @@ def _read_model(store: Store, name: str, infos: Iterable[FileInfo]) -> ModelTask
 
 
 def _read_results(store: Store, info: FileInfo, uri: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """The results by task, and the whole file."""
+    """Read a result file; returns the results by task, and the whole file."""
     remedy = "give the file that lm-eval wrote"
     if info.size > _MOST_BYTES:
         raise BenchmarkError(
@@ -171,7 +171,7 @@ def _read_results(store: Store, info: FileInfo, uri: str) -> tuple[Mapping[str, 
 
 
 def _plain_name(name: str) -> str:
-    """`arc_challenge` of `harness|arc:challenge|25`, as the leaderboard's own result files call it."""
+    """lm-eval's name of a task: `arc_challenge` for `harness|arc:challenge|25` in the leaderboard's own result files."""
     parts = name.split("|")
     return (parts[1] if len(parts) == 3 else name).replace(":", "_")
 

@@ -1,4 +1,4 @@
-"""Tables of results as plain data: the same cells become Markdown, JSON and the page of `expo_ray.report`."""
+"""Make tables, plots and JSON of benchmark results. The same tables are printed as Markdown and drawn on the page."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CONTROLS: Mapping[LengthControlKind, str] = {
     "rejudge": "length control with this judge's own verdicts on the gamed baselines",
     "none": "length control from this arm's verdicts alone",
 }
-# Official figures and those of another judge never share a column.
+# Each length control has its own column, because figures of different controls are not comparable.
 _LC_COLUMNS: Mapping[LengthControlKind, str] = {
     "official": "LC win rate (official)",
     "rejudge": "LC win rate (rejudged)",
@@ -32,7 +32,7 @@ _LC_COLUMNS: Mapping[LengthControlKind, str] = {
 
 
 def arms_table(scores: Sequence[ArmScore], judge: str) -> Table:
-    """AlpacaEval win rates of models against one baseline."""
+    """Table of AlpacaEval win rates of models against one baseline."""
     kinds = [kind for kind in _LC_COLUMNS if any(score.control == kind for score in scores)]
     rows = [
         (
@@ -58,7 +58,7 @@ def arms_table(scores: Sequence[ArmScore], judge: str) -> Table:
 
 
 def differences_table(differences: Sequence[ArmDifference]) -> Table:
-    """Paired differences of win rates, with what they could have shown."""
+    """Table of paired differences of win rates, with the detectable difference."""
     rows = [
         (
             f"{each.model} - {each.reference}",
@@ -78,14 +78,14 @@ def differences_table(differences: Sequence[ArmDifference]) -> Table:
         tuple(rows),
         (
             "Both models answered the same prompts, which are resampled together.",
-            "Detectable: the true difference that so many prompts show with 80 % power. "
+            "Detectable: the true difference that this number of prompts shows with 80 % power. "
             "An inconclusive difference is no evidence of equality. Secondary figures, not adjusted for their number.",
         ),
     )
 
 
 def head_to_head_table(duels: Sequence[HeadToHead]) -> Table:
-    """The primary result: each model judged against its reference, Holm-adjusted over the pairs, and the mean over pairs."""
+    """Table of the primary result: each model judged against its reference, Holm-adjusted over the pairs, and the mean over pairs."""
     adjusted = holm([duel.p_value for duel in duels])
     rows = [_duel_row(duel, p) for duel, p in zip(duels, adjusted, strict=True)]
     if mean := pooled_head_to_head(duels):
@@ -101,7 +101,7 @@ def head_to_head_table(duels: Sequence[HeadToHead]) -> Table:
         (
             f"Judge: {', '.join(dict.fromkeys(duel.judge for duel in duels)) or 'none'}. 50 is a draw.",
             "LC win rate: at equal length, the intercept of a logistic regression on tanh(length difference). The primary figure; "
-            "its p-values are adjusted for the number of pairs. Detectable: the distance from 50 that so many prompts show with 80 % power.",
+            "its p-values are adjusted for the number of pairs. Detectable: the distance from 50 that this number of prompts shows with 80 % power.",
         ),
     )  # fmt: skip
 
@@ -121,14 +121,14 @@ def _duel_row(duel: HeadToHead, p: float) -> tuple[str, ...]:
 
 
 def pooled_head_to_head(duels: Sequence[HeadToHead]) -> Estimate | None:
-    """Mean length-controlled win rate over pairs that were judged on the same prompts; None for one pair, or other prompts."""
+    """Mean length-controlled win rate over pairs on the same prompts; None for a single pair or different prompts."""
     if len(duels) < 2 or not _same_prompts(duels):
         return None
     return pooled([duel.controlled for duel in duels])
 
 
 def head_to_head_forest(duels: Sequence[HeadToHead]) -> Forest:
-    """Length-controlled win rates above 50 by pair, and their mean."""
+    """Forest plot of the length-controlled win rate above 50 of each pair, and their mean."""
     rows = [_forest_row(duel.model, _minus_half(duel.controlled.interval)) for duel in duels]
     if mean := pooled_head_to_head(duels):
         rows.append(_forest_row(f"mean of {len(duels)} pairs", _minus_half(mean.interval), pooled=True))
@@ -136,7 +136,7 @@ def head_to_head_forest(duels: Sequence[HeadToHead]) -> Forest:
 
 
 def differences_forest(differences: Sequence[ArmDifference]) -> Forest:
-    """Paired differences by pair, length-controlled where that is right, and their mean over pairs on the same prompts."""
+    """Forest plot of paired differences, length-controlled if available, and their mean over pairs on the same prompts."""
     figures = [(each.model, each.controlled or each.win_rate) for each in differences]
     rows = [_forest_row(name, figure.interval) for name, figure in figures]
     if len(rows) > 1 and _same_prompts(differences):
@@ -146,7 +146,7 @@ def differences_forest(differences: Sequence[ArmDifference]) -> Forest:
 
 
 def ratings_table(models: Sequence[ModelRatings]) -> Table:
-    """MT-Bench averages."""
+    """Table of MT-Bench averages."""
     rows = []
     for model in models:
         figure = score_ratings(model).interval
@@ -171,7 +171,7 @@ def ratings_table(models: Sequence[ModelRatings]) -> Table:
 
 
 def ratings_difference_table(model: str, reference: str, figure: Estimate, questions: int) -> Table:
-    """Paired difference of two MT-Bench averages."""
+    """Table of the paired difference of two MT-Bench averages."""
     interval = figure.interval
     return Table(
         "Paired difference",
@@ -183,12 +183,12 @@ def ratings_difference_table(model: str, reference: str, figure: Estimate, quest
             _verdict_of(interval),
             str(questions),
         ),),
-        ("Detectable: the true difference that so many questions show with 80 % power.",),
+        ("Detectable: the true difference that this number of questions shows with 80 % power.",),
     )  # fmt: skip
 
 
 def tasks_table(models: Sequence[ModelTasks]) -> Table:
-    """The six tasks of the Open LLM Leaderboard v1."""
+    """Table of the six tasks of the Open LLM Leaderboard v1."""
     flexible = any(model.gsm8k_flexible is not None for model in models)
     rows = [
         (
@@ -204,7 +204,7 @@ def tasks_table(models: Sequence[ModelTasks]) -> Table:
 
 
 def checks_table(checks: Mapping[str, AnswerChecks]) -> Table:
-    """Signs of gaming or damage in each set of answers."""
+    """Table of the signs of gaming or damage in each set of answers."""
     rows = [
         (
             name,
@@ -241,7 +241,7 @@ def interval_json(interval: Interval) -> list[float]:
 
 
 def estimate_json(figure: Estimate) -> dict[str, Any]:
-    """A figure, its interval, its standard error and what it could have shown, unrounded."""
+    """A figure with its interval, standard error and detectable difference, unrounded."""
     return {
         "value": figure.interval.mean,
         "interval": interval_json(figure.interval),
@@ -325,7 +325,7 @@ def points(figure: Estimate) -> str:
 
 
 def _verdict_of(interval: Interval) -> str:
-    """Name the claim that an unadjusted interval of a difference allows."""
+    """Claim that an unadjusted interval of a difference allows."""
     return "better" if interval.low > 0 else "worse" if interval.high < 0 else "inconclusive"
 
 

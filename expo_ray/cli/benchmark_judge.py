@@ -231,7 +231,7 @@ def result_json(prepared: PreparedAlpaca, result: AlpacaResult) -> dict[str, Any
     if result.difference:
         summary["difference"] = difference_json(result.difference)
     summary["answers"] = {name: asdict(checks) for name, checks in result.checks.items()}
-    summary["judge_card"] = asdict(result.card) if result.card else None
+    summary["judge_card"] = asdict(result.judge_card) if result.judge_card else None
     return summary
 
 
@@ -246,7 +246,7 @@ def result_tables(prepared: PreparedAlpaca, result: AlpacaResult) -> list[Table]
     if result.difference:
         tables.append(differences_table([result.difference]))
     tables.append(checks_table(result.checks))
-    card = result.card
+    card = result.judge_card
     said = (
         [str(card), *(f"Warning: {warning}." for warning in card.warnings)]
         if card

@@ -1,4 +1,4 @@
-"""AlpacaEval's annotations: a judge's preference between a baseline's and a model's answer to each of the 805 prompts."""
+"""Read AlpacaEval's annotations: a judge's preference between a baseline's and a model's answer to each of the 805 prompts."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ log = logging.getLogger("expo_ray")
 
 _SUFFIX = re.compile(r"(?:\.jsonl?)?(?:\.gz)?$")
 _PREFERENCE = "not a `preference` from 1 (the baseline is better) to 2 (the model is), or null"
-# A judge fails to answer now and then. Beyond this share, the prompts without a verdict could move the win rate by a point.
+# A judge sometimes fails to answer. Above this share, the prompts without a verdict could move the win rate by a point.
 _MOST_UNPARSED = 0.02
 
 
 @dataclass(frozen=True)
 class Annotations:
-    """A file.
+    """The verdicts and texts of one file of annotations.
 
     Attributes:
         verdicts: a row for each annotation.
-        answers: the model's, as far as the file holds texts.
-        baseline: the baseline's, the same.
+        answers: the model's, where the file holds texts.
+        baseline: the baseline's, where the file holds texts.
     """
 
     verdicts: Verdicts
@@ -43,7 +43,13 @@ class Annotations:
 
 @dataclass
 class _Placed:
-    """The usable rows of a file by their place in the list of prompts, the places of all, and what is wrong with the others."""
+    """The rows of a file, sorted by usability.
+
+    Attributes:
+        rows: usable rows with their place in the file, by place in the list of prompts.
+        present: places in the list of prompts that the file has a row for, usable or not.
+        wrong: faults, each with the places in the file where it occurs.
+    """
 
     rows: dict[int, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)
     present: set[int] = field(default_factory=set)
@@ -57,10 +63,10 @@ def read_annotations(uri: str, prompts: Sequence[str], *, allow_missing: bool = 
         uri: annotations.json, or JSON lines with `instruction`, `preference` (1 to 2, 0 as another 1.5, or null) and `output_1` and
             `output_2` or their lengths `len_1` and `len_2`.
         prompts: the canonical list of instructions.
-        allow_missing: take a file that has no verdict on some prompts.
+        allow_missing: accept a file that has no verdict on some prompts.
 
     Raises:
-        Problems: everything that is wrong with the file.
+        Problems: with every fault of the file.
         StorageError: if it cannot be read.
     """
     file = read_row_file(uri)
@@ -123,7 +129,7 @@ def _fault_of(row: Mapping[str, Any]) -> str:
 
 
 def _sizes(row: Mapping[str, Any]) -> tuple[int | None, int | None]:
-    """Characters of both answers, which is what alpaca-eval counts."""
+    """Lengths of both answers in characters, as alpaca-eval counts them."""
     return _size(row.get("output_1"), row.get("len_1")), _size(row.get("output_2"), row.get("len_2"))
 
 
@@ -136,7 +142,7 @@ def _size(text: object, size: object) -> int | None:
 def _names_of(
     rows: Sequence[tuple[str, Mapping[str, Any]]], uri: str
 ) -> tuple[dict[str, str], list[BenchmarkError]]:
-    """The model, baseline and judge that the rows name, and a problem for each that is not the same everywhere."""
+    """The model, baseline and judge that the rows name, and a problem for each that differs between rows."""
     names, problems = {}, []
     for key, what in (("generator_2", "answer sets"), ("generator_1", "baselines"), ("annotator", "judges")):
         seen = Counter(str(row[key]) for _, row in rows if row.get(key))

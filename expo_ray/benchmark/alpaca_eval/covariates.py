@@ -1,4 +1,4 @@
-"""AlpacaEval's list of prompts, and what its length control needs beyond the annotations: df_gamed.csv."""
+"""Load AlpacaEval's list of prompts and the covariates of its length control (df_gamed.csv)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ log = logging.getLogger("expo_ray")
 # The only judge whose verdicts df_gamed.csv holds, as alpaca-eval's configurations and files call it, and its baseline.
 OFFICIAL_JUDGES = ("weighted_alpaca_eval_gpt4_turbo",)
 OFFICIAL_BASELINE = "gpt4_1106_preview"
-# What alpaca-eval called the same outputs at first.
+# `gpt4_turbo` is alpaca-eval's first name for the same outputs.
 _OFFICIAL_BASELINES = (OFFICIAL_BASELINE, "gpt4_turbo")
 _REPOSITORY = "tatsu-lab/alpaca_eval"
 _GAMED = ("df_gamed.csv", "df_gamed.reconstructed.csv")
@@ -36,7 +36,7 @@ _NUMBERS = ("preference", "index", "std_delta_len", "instruction_difficulty")
 
 @dataclass(frozen=True, eq=False)
 class Covariates:
-    """The list of prompts, and the covariates of length control.
+    """AlpacaEval's prompts, and the covariates of its length control.
 
     Attributes:
         prompts: the instructions in their canonical order, all different.
@@ -64,7 +64,7 @@ def load_covariates(folder: str | None) -> Covariates:
             `alpaca_eval.json`; None for `datasets/tatsu-lab/alpaca_eval` of the Hub.
 
     Raises:
-        Problems: everything that is wrong with them.
+        Problems: with every fault of both files.
         StorageError: if the folder cannot be read.
     """
     gamed_file, prompts_file = _files_of(folder) if folder else _download_both()
@@ -86,7 +86,7 @@ def load_covariates(folder: str | None) -> Covariates:
 
 
 def is_official(judge: str, baseline: str) -> bool:
-    """Check that the official length control is right for annotations; a file that names neither is taken for official."""
+    """True if the official length control is right for annotations; a file that names neither judge nor baseline counts as official."""
     return (not judge or judge in OFFICIAL_JUDGES) and (not baseline or baseline in _OFFICIAL_BASELINES)
 
 
@@ -112,7 +112,9 @@ def _download_both() -> tuple[str, str]:
         return hf_hub_download(_REPOSITORY, _GAMED[0], repo_type="dataset"), hf_hub_download(
             _REPOSITORY, "alpaca_eval.json", repo_type="dataset"
         )
-    except Exception as error:  # huggingface_hub passes on whatever its HTTP client and file system raise
+    except (
+        Exception
+    ) as error:  # huggingface_hub lets errors of its HTTP client and of the file system through
         raise BenchmarkError(
             f"datasets/{_REPOSITORY}: cannot be downloaded from the Hub ({shown(f'{type(error).__name__}: {error}')}); "
             f"give a folder with {_GAMED[0]} and alpaca_eval.json as --covariates"

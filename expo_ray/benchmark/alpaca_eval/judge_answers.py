@@ -1,10 +1,10 @@
-"""AlpacaEval through any judge: one or two files of answers against the baseline, and against each other.
+"""Run AlpacaEval through any judge: one or two files of answers against the baseline, and against each other.
 
-judge_alpaca(request)
-  read_arms         every file, aligned by instruction, all problems at once
-  questions         head to head in both orders, arms against the baseline, the gamed baselines once per judge
-  ask               what is not stored yet
-  scores            win rates, at equal length too, with intervals; head to head
+1. `prepare_alpaca` reads and aligns every file and lists the comparisons: head to head in both orders, each model against the
+   baseline, and the two gamed baselines against the baseline, which the length control needs.
+2. `estimate_alpaca` estimates what is still to be asked.
+3. `judge_alpaca_answers` asks the judge, and stores each answer.
+4. `score_alpaca_answers` computes win rates with intervals, raw and at equal length; `write_annotations` writes the verdicts.
 """
 
 from __future__ import annotations
@@ -66,20 +66,20 @@ _OFFICIAL_JUDGES = ("gpt-4-1106-preview", "weighted_alpaca_eval_gpt4_turbo")
 
 @dataclass(frozen=True)
 class AlpacaRequest:
-    """The files to judge, and how.
+    """The files to judge, and the options of the judging.
 
     Attributes:
         outputs: file of the model's answers.
-        judge: who judges.
-        output: folder of what is stored and written.
+        judge: the model that judges.
+        output: folder of stored answers, annotations and results.
         baseline: file of the baseline's answers; None for AlpacaEval's, downloaded.
         against: file of another model's answers, such as dpo's, to compare with head to head.
         covariates: folder with AlpacaEval's covariates and gamed baselines; None to download them.
-        length_control: None for `rejudge` where the covariates are at hand.
-        both_orders: judge each comparison with the baseline in both orders, not in AlpacaEval's one.
-        allow_missing: compare the instructions that all files have.
-        retry_unparsed: ask again where an answer holds no verdict.
-        max_cost: dollars that are never passed.
+        length_control: None for `rejudge` if the covariates are available, else no control.
+        both_orders: judge each comparison with the baseline in both orders instead of the one that AlpacaEval draws.
+        allow_missing: compare only the instructions that all files answer.
+        retry_unparsed: ask again if a stored answer holds no verdict.
+        max_cost: limit in dollars, which is never exceeded.
     """
 
     outputs: str
@@ -97,7 +97,7 @@ class AlpacaRequest:
 
 @dataclass(frozen=True)
 class Matchup:
-    """Two sets of answers and what is asked about them."""
+    """Two sets of answers and the comparisons that the judge is asked for."""
 
     name: str
     sides: Sides
@@ -106,14 +106,14 @@ class Matchup:
 
 @dataclass(frozen=True)
 class PreparedAlpaca:
-    """All that is read before the first question.
+    """The matchups of a request, read and aligned.
 
     Attributes:
-        arms: each model against the baseline; empty if no baseline is at hand.
-        direct: the model against the other; None without one.
+        arms: each model against the baseline; empty without a baseline.
+        direct: the model against the other model; None without another model.
         gamed: the gamed baselines against the baseline; empty without length control.
         covariates: None without length control.
-        notes: what is left out, and why.
+        notes: figures that are left out, with the reason.
     """
 
     request: AlpacaRequest
@@ -125,8 +125,8 @@ class PreparedAlpaca:
     notes: Sequence[str]
 
     @property
-    def matches(self) -> list[Matchup]:
-        """In the order in which they are asked: the primary figure first."""
+    def matchups(self) -> list[Matchup]:
+        """All matchups in the order of asking: the one of the primary figure first."""
         return [*filter(None, [self.direct]), *self.arms, *self.gamed]
 
 
@@ -136,12 +136,12 @@ class AlpacaResult:
 
     Attributes:
         score: of the model; None if there is no baseline.
-        reference: of the model that it is compared with; None without one.
-        difference: of the two arms' win rates.
+        reference: score of the other model; None without one.
+        difference: of the two models' win rates against the baseline.
         direct: head to head, the primary figure; None without another model.
         length_control: how win rates against the baseline are controlled.
         checks: signs of gaming or damage in each set of answers, by model.
-        card: of the judge; None if none was made.
+        judge_card: stored measurements of the judge; None if `expo-ray benchmark judge` has not made any.
         cost: dollars spent on all stored judgments that the figures rest on.
     """
 
@@ -151,15 +151,15 @@ class AlpacaResult:
     direct: HeadToHead | None
     length_control: LengthControlKind
     checks: Mapping[str, AnswerChecks]
-    card: JudgeCard | None
+    judge_card: JudgeCard | None
     cost: float
 
 
 def prepare_alpaca(request: AlpacaRequest) -> PreparedAlpaca:
-    """Read and align every file.
+    """Read and align every file, download those that the request does not name, and list the comparisons.
 
     Raises:
-        Problems: with everything that is wrong with any of them.
+        Problems: with every fault of every file.
     """
     attempts = Attempts()
     store = _first(attempts.attempt(partial(open_output, request.output)))
@@ -188,7 +188,7 @@ def prepare_alpaca(request: AlpacaRequest) -> PreparedAlpaca:
 def _matched(
     prepared: PreparedAlpaca, model: AnswerSet, other: AnswerSet | None, baseline: AnswerSet | None
 ) -> PreparedAlpaca:
-    """Place the outputs of each two sides by instruction, and make the comparisons."""
+    """List the matchups: align the outputs of each two models by instruction."""
     request, covariates, attempts = prepared.request, prepared.covariates, Attempts()
     order: Orders = "both" if request.both_orders else "alpaca"
     match = partial(_match, request)
@@ -251,7 +251,7 @@ def _baseline(
 
 
 def _covariates(request: AlpacaRequest, attempts: Attempts) -> tuple[Covariates | None, list[str]]:
-    """The covariates if length control is asked for or can be had; else why not."""
+    """Load the covariates unless they are not wanted; without them, the notes say why."""
     if request.length_control == "none":
         return None, []
     if request.length_control == "official" and request.judge.model not in _OFFICIAL_JUDGES:
@@ -272,34 +272,34 @@ def _covariates(request: AlpacaRequest, attempts: Attempts) -> tuple[Covariates 
 
 
 def estimate_alpaca(prepared: PreparedAlpaca) -> CostEstimate:
-    """Estimate the questions that are still to be asked, and their cost.
+    """Estimate number and cost of the questions that have no stored answer.
 
     Raises:
-        BenchmarkError: if that is more than the request allows.
+        BenchmarkError: if the cost is above the limit of the request.
     """
     judge = prepared.request.judge
-    questions = [question for match in prepared.matches for question in questions_of(match.comparisons)]
+    questions = [question for matchup in prepared.matchups for question in questions_of(matchup.comparisons)]
     wanted = estimate_cost(judge, questions, AnswerStore(prepared.store, judge).read())
     check_cost(judge, wanted, prepared.request.max_cost)
     return wanted
 
 
 def judge_alpaca_answers(prepared: PreparedAlpaca, progress: Counters) -> Judged:
-    """Ask the judge everything that has no stored answer; errors as of `ask_judge`."""
+    """Ask the judge every question that has no stored answer; errors as of `ask_judge`."""
     request = prepared.request
     stored = AnswerStore(prepared.store, request.judge)
-    questions = [question for match in prepared.matches for question in questions_of(match.comparisons)]
+    questions = [question for matchup in prepared.matchups for question in questions_of(matchup.comparisons)]
     again: frozenset[str] = frozenset()
     if request.retry_unparsed:
         answers = stored.read()
         again = frozenset().union(
-            *(unparsed_ids(_judgments(request, match, answers)) for match in prepared.matches)
+            *(unparsed_ids(_judgments(request, matchup, answers)) for matchup in prepared.matchups)
         )
     return ask_judge(stored, questions, progress=progress, max_cost=request.max_cost, again=again)
 
 
 def score_alpaca_answers(prepared: PreparedAlpaca, judged: Judged) -> AlpacaResult:
-    """Compute every figure from the answers; a comparison without an answer is left out.
+    """Compute every figure from the judge's answers, and read its stored card; comparisons without an answer are left out.
 
     Raises:
         BenchmarkError: if fewer than two prompts hold a verdict.
@@ -315,7 +315,7 @@ def score_alpaca_answers(prepared: PreparedAlpaca, judged: Judged) -> AlpacaResu
     if prepared.direct:
         direct = head_to_head(verdicts_of(_judgments(request, prepared.direct, judged.answers), prompts))
     used = {
-        question.id for match in prepared.matches for question in questions_of(match.comparisons)
+        question.id for matchup in prepared.matchups for question in questions_of(matchup.comparisons)
     } & judged.answers.keys()
     return AlpacaResult(
         arms[0] if arms else None,
@@ -330,25 +330,25 @@ def score_alpaca_answers(prepared: PreparedAlpaca, judged: Judged) -> AlpacaResu
 
 
 def _checks(prepared: PreparedAlpaca) -> dict[str, AnswerChecks]:
-    """Check each model's answers beside the baseline's, or the other model's where there is no baseline."""
+    """Check each model's answers against the baseline's, or without a baseline against the other model's."""
     checks = {}
-    for match in [*prepared.arms, *filter(None, [prepared.direct])]:
-        if match.sides.model.name not in checks:
-            sets = match.sides.model, match.sides.baseline
+    for matchup in [*prepared.arms, *filter(None, [prepared.direct])]:
+        if matchup.sides.model.name not in checks:
+            sets = matchup.sides.model, matchup.sides.baseline
             model, reference = (
-                [Answer(instruction, each.outputs[instruction]) for instruction in match.sides.instructions]
+                [Answer(instruction, each.outputs[instruction]) for instruction in matchup.sides.instructions]
                 for each in sets
             )
-            checks[match.sides.model.name] = check_answers(model, reference)
+            checks[matchup.sides.model.name] = check_answers(model, reference)
     return checks
 
 
 def write_annotations(prepared: PreparedAlpaca, judged: Judged) -> list[str]:
-    """Write alpaca-eval's annotations.json of each match; returns their paths."""
+    """Write a file in the format of alpaca-eval's annotations.json for each matchup; returns their paths."""
     request, paths = prepared.request, []
-    for match in [*filter(None, [prepared.direct]), *prepared.arms]:
-        rows = annotation_rows(request.judge, match.sides, _judgments(request, match, judged.answers))
-        key = f"annotations/{_file_name(match.name)}.json"
+    for matchup in [*filter(None, [prepared.direct]), *prepared.arms]:
+        rows = annotation_rows(request.judge, matchup.sides, _judgments(request, matchup, judged.answers))
+        key = f"annotations/{_file_name(matchup.name)}.json"
         prepared.store.put(key, (json.dumps(rows, indent=1) + "\n").encode("ascii"))
         paths.append(join_uri(prepared.store.uri, key))
     return paths
@@ -360,8 +360,8 @@ def _control(prepared: PreparedAlpaca, judged: Judged) -> LengthControl | None:
     if prepared.request.length_control == "official":
         return prepared.covariates.official
     gamed = [
-        verdicts_of(_judgments(prepared.request, match, judged.answers), prepared.covariates.prompts)
-        for match in prepared.gamed
+        verdicts_of(_judgments(prepared.request, matchup, judged.answers), prepared.covariates.prompts)
+        for matchup in prepared.gamed
     ]
     return rejudged_control(gamed, prepared.covariates.difficulty)
 
@@ -369,11 +369,13 @@ def _control(prepared: PreparedAlpaca, judged: Judged) -> LengthControl | None:
 def _prompts(prepared: PreparedAlpaca) -> Sequence[str]:
     if prepared.covariates:
         return prepared.covariates.prompts
-    return list({instruction: None for match in prepared.matches for instruction in match.sides.instructions})
+    return list(
+        {instruction: None for matchup in prepared.matchups for instruction in matchup.sides.instructions}
+    )
 
 
-def _judgments(request: AlpacaRequest, match: Matchup, answers: Mapping[str, Any]) -> list[Judgment]:
-    return parse_judgments(request.judge, match.sides, match.comparisons, answers)
+def _judgments(request: AlpacaRequest, matchup: Matchup, answers: Mapping[str, Any]) -> list[Judgment]:
+    return parse_judgments(request.judge, matchup.sides, matchup.comparisons, answers)
 
 
 def _file_name(name: str) -> str:

@@ -1,10 +1,10 @@
-"""Win rates at equal length: alpaca-eval's regression, refitted for any judge and in every resample of the prompts.
+"""Compute win rates at equal length: alpaca-eval's regression, fitted for any judge and in every resample of the prompts.
 
 Dubois et al., arXiv 2404.04475: a logistic regression of the verdict on tanh(length difference), the difficulty of the prompt
-and a constant; the length-controlled win rate is its mean prediction at a length difference of 0. Two "gamed" baselines, GPT-4's
-concise and verbose answers, hold the length coefficient in place. Their verdicts are GPT-4's own, so that the published
-regression is wrong under any other judge: an indifferent one would lose up to 6 points for answers that grew. That judge's
-verdicts on the two baselines (`rejudged`) put it right.
+and a constant; the length-controlled win rate is its mean prediction at a length difference of 0. Verdicts on two "gamed" baselines,
+GPT-4's concise and verbose answers, determine most of the length coefficient. The published verdicts on them are GPT-4's own, so
+the published regression is wrong under any other judge: a judge that ignores length would lose up to 6 points for longer answers.
+`rejudged_control` uses that judge's own verdicts on the two baselines instead.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from expo_ray.evaluation.statistics import Array
 _GAMED_WEIGHT = 0.2 / 2
 # Keeps the fit finite where every verdict is the same.
 _RIDGE = 1e-3
-# alpaca-eval chooses its L1 penalty by cross-validation, mostly 1/2.8 or 1/21.5, and by the order of rows. This is halfway.
+# alpaca-eval chooses its L1 penalty by cross-validation, mostly 1/2.8 or 1/21.5 depending on the order of rows. This is between.
 _OFFICIAL_PENALTY = 0.18
-# |x| is taken as sqrt(x^2 + this^2), which Newton's method can follow through 0.
+# |x| is smoothed to sqrt(x^2 + this^2), because Newton's method needs a derivative at 0.
 _ROUNDED = 0.05
-# Sixteen designs of 805 prompts stay in a core's cache: nine times as fast as 128.
+# Resamples fitted at once: 16 designs of 805 prompts fit in a core's cache, 9 times as fast as 128.
 _BLOCK = 16
 _MOST_STEPS = 50
 
@@ -49,11 +49,11 @@ class GamedRows:
 
 @dataclass(frozen=True, eq=False)
 class LengthControl:
-    """How the win rates of one table are controlled for length; tables of different controls are not comparable.
+    """The length control of a table of win rates; tables of different controls are not comparable.
 
     Attributes:
-        kind: `official` is right for GPT-4-1106 alone; `rejudge` holds the judge's own verdicts on the gamed baselines; `none`
-            fits the arm's verdicts alone.
+        kind: `official` uses GPT-4-1106's verdicts on the gamed baselines and is right for that judge alone; `rejudge` uses the
+            judge's own verdicts on them; `none` fits the model's verdicts without them.
         difficulty: (prompts of the list,), alpaca-eval's difficulty of each prompt; None leaves the term out.
         gamed: rows that every fit shares; None for the kind `none`.
     """
@@ -64,7 +64,7 @@ class LengthControl:
 
 
 def rejudged_control(gamed: Sequence[Verdicts], difficulty: Array) -> LengthControl:
-    """Control for the judge who gave these verdicts.
+    """Make the length control of the judge that gave these verdicts on the gamed baselines.
 
     Args:
         gamed: the judge's verdicts on the concise and the verbose answers against the baseline's.
@@ -85,8 +85,8 @@ def rejudged_control(gamed: Sequence[Verdicts], difficulty: Array) -> LengthCont
 def controlled_win_rate(verdicts: Verdicts, control: LengthControl) -> Refit:
     """The length-controlled win rate in percent, as a figure to estimate.
 
-    The design is alpaca-eval's. Its penalty, chosen anew by cross-validation for each model, is a fixed one for the official control,
-    within 0.1 points of the package on every complete model tried, and none for the others.
+    The design is alpaca-eval's. The package chooses its penalty by cross-validation for each model; here it is fixed for the official
+    control, which is within 0.1 points of the package on every complete model tried, and 0 for the other controls.
 
     Args:
         verdicts: rows that all hold a verdict.
@@ -134,20 +134,20 @@ class Regression:
         self._gamed_products = (self._gamed[:, :, None] * self._gamed[:, None, :]).reshape(-1, width**2)
 
     def win_rates(self, counts: Array) -> Array:
-        """The mean prediction at equal length for each row of counts, from 0 to 1: (resamples,)."""
+        """Mean prediction at equal length for each row of counts, from 0 to 1: (resamples,)."""
         coefficients = self.coefficients(counts)
         rates = _logistic(coefficients[:, 1:] @ self._fixed.T)
         return np.asarray((counts * rates).sum(axis=1) / counts.sum(axis=1))
 
     def coefficients(self, counts: Array) -> Array:
-        """Those of length, difficulty (if any) and the constant for each row of counts: (resamples, 2 or 3)."""
+        """Coefficients of length, difficulty (if given) and constant for each row of counts: (resamples, 2 or 3)."""
         # The fit of all prompts is close to that of any resample.
         start = self._fit(np.ones((1, len(self._wins))), np.zeros((1, 1 + self._fixed.shape[1])))
         blocks = [self._fit(counts[at : at + _BLOCK], start) for at in range(0, len(counts), _BLOCK)]
         return np.concatenate(blocks)
 
     def _fit(self, counts: Array, start: Array) -> Array:
-        """Newton's method on all rows of counts at once."""
+        """Fit all rows of counts at once by Newton's method."""
         design = self._design(counts)
         coefficients = np.repeat(start, len(counts), axis=0)
         for _ in range(_MOST_STEPS):
@@ -177,7 +177,7 @@ class Regression:
         total = counts.sum(axis=1)
         mean = counts @ self._centred / total
         variance = (counts @ self._centred**2 - total * mean**2) / np.maximum(total - 1, 1)
-        # Equal lengths everywhere leave no length to control for.
+        # If all lengths are equal there is nothing to control for, and the column becomes 0.
         scale = np.where(variance > 1e-9, np.sqrt(np.maximum(variance, 1e-9)), np.inf)
         design = np.empty((len(counts), 1 + self._fixed.shape[1], counts.shape[1]))
         design[:, 0] = np.tanh(self._delta / scale[:, None])

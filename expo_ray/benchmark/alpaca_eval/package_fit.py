@@ -1,8 +1,8 @@
-"""alpaca-eval's own length-controlled win rate, computed in a process of its own.
+"""Compute alpaca-eval's own length-controlled win rate, by the package itself in a separate process.
 
-Importing the package sets an option of scikit-learn for the whole process, reads `.env` files and takes seconds; its defaults
-write weights into site-packages. Run as a script, this file reads one JSON object from standard input and writes one to standard
-output; nothing else is written.
+A separate process, because importing the package sets an option of scikit-learn for the whole process, reads `.env` files, takes
+seconds, and by default writes weights into site-packages. Run as a script, this file reads a JSON object from standard input and
+writes one to standard output; nothing else is written.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _run(request: str, folder: str) -> subprocess.CompletedProcess[str]:
 
 
 def _environment(folder: str) -> dict[str, str]:
-    """Variables of the new process: no keys, no way to the Hub, and a home that is removed afterwards."""
+    """Variables of the new process: without keys, offline for the Hub, and with a home that is removed afterwards."""
     kept = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "OMP_NUM_THREADS", "TMPDIR")
     own = {
         "HOME": folder,
@@ -80,7 +80,7 @@ def _environment(folder: str) -> dict[str, str]:
         "MPLCONFIGDIR": folder,
         "XDG_CACHE_HOME": folder,
         "PYTHONDONTWRITEBYTECODE": "1",
-        # Packages of the user's own lie in the home that is replaced.
+        # Packages installed with `pip install --user` are in the home that is replaced.
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path.endswith("-packages")),
     }
     return {name: os.environ[name] for name in kept if name in os.environ} | own

@@ -1,4 +1,4 @@
-"""AlpacaEval 2.0: win rates of models against one baseline, raw and at equal length, and their paired differences."""
+"""Compute AlpacaEval 2.0 win rates of models against one baseline, raw and at equal length, and their paired differences."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class ArmScore:
     Attributes:
         verdicts: rows that the score was computed from; all hold a verdict.
         win_rate: as judged.
-        controlled: at equal length; None where no length control is right for the judge.
-        control: how it was controlled.
+        controlled: at equal length; None if no length control is right for the judge.
+        control: kind of the length control.
         unparsed: prompts without a verdict.
     """
 
@@ -36,7 +36,7 @@ class ArmScore:
 
 @dataclass(frozen=True, eq=False)
 class ArmDifference:
-    """How much a model's win rates are above a reference's on the same prompts, in points.
+    """A model's win rates minus those of a reference on the same prompts, in points.
 
     Attributes:
         model: name of the model.
@@ -98,8 +98,8 @@ def compare_arms(
 
     Args:
         model: the model in question.
-        reference: what it is compared with; same baseline, judge and control.
-        control: of both.
+        reference: the model that it is compared with; same baseline, judge and control.
+        control: length control of both.
 
     Raises:
         BenchmarkError: if they have another baseline or judge, or fewer than two prompts in common.
@@ -107,7 +107,7 @@ def compare_arms(
     sides = [(arm.verdicts.opponent, arm.verdicts.judge, arm.control) for arm in (model, reference)]
     if sides[0] != sides[1]:
         raise BenchmarkError(
-            f"{model.verdicts.model} and {reference.verdicts.model} have other baselines, judges or length controls "
+            f"{model.verdicts.model} and {reference.verdicts.model} differ in baseline, judge or length control "
             f"({_side(*sides[0])}; {_side(*sides[1])}); compare models that one judge compared with one baseline"
         )
     common = np.intersect1d(model.verdicts.index, reference.verdicts.index)

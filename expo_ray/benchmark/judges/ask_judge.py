@@ -1,4 +1,4 @@
-"""Questions to a judge: ask for the answers that are not stored yet, store them as they come, and stay within a cost."""
+"""Ask a judge the questions that have no stored answer, store each answer, and stay within a cost limit."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from expo_ray.text import first_few, shown
 
 PART_ROWS = 32
 PART_S = 5.0
-# A judge behind a rate limit answers late, not never: half an hour of attempts before it is given up.
+# Half an hour of attempts before a judge is given up: behind a rate limit it answers late.
 _ATTEMPTS = 12
 _TIMEOUT_S = 600.0
-# Of a verdict with its reasons, for estimates; a judge that thinks first may need ten times as many.
+# Tokens of a verdict with its reasons, for estimates; a judge that thinks first may need ten times as many.
 _USUAL_TOKENS = 500
 
 
@@ -32,10 +32,10 @@ class Question:
     """A request to a judge.
 
     Attributes:
-        id: digest of all that decides the answer: judge, template, order and texts.
-        label: names it in messages, such as the beginning of the instruction.
-        messages: what is sent.
-        options: fields of the request beside model and messages.
+        id: digest of everything that affects the answer: judge, template, order and texts.
+        label: name of the question in messages, such as the beginning of the instruction.
+        messages: of the request.
+        options: further fields of the request.
     """
 
     id: str
@@ -46,14 +46,14 @@ class Question:
 
 @dataclass(frozen=True)
 class JudgeAnswer:
-    """A judge's answer, raw: every number is read from it again, so a better reader needs no new request.
+    """A judge's answer as it came. Verdicts are parsed from it each time, so an improved parser needs no new request.
 
     Attributes:
         question: id of the `Question`.
-        text: as it came.
-        first_token: the likeliest first tokens with their log-probabilities; empty if they were not asked for.
-        cost: dollars, by the price known then; 0 if none was.
-        attempt: 0, or how often the question had been answered before it was asked again.
+        text: of the answer.
+        first_token: the likeliest first tokens with their log-probabilities; empty if not requested.
+        cost: dollars, by the price at that time; 0 if the price was unknown.
+        attempt: number of earlier answers to the same question.
     """
 
     question: str
@@ -67,7 +67,7 @@ class JudgeAnswer:
 
     @property
     def key(self) -> tuple[str, int]:
-        """Names the row within one judge's answers."""
+        """Key of the row among one judge's answers."""
         return self.question, self.attempt
 
 
@@ -76,10 +76,10 @@ class Judged:
     """The answers of one judge to a list of questions.
 
     Attributes:
-        answers: by question id, of all that was asked now or before.
-        asked: requests answered now.
-        cost: dollars spent now.
-        problems: why some questions have no answer.
+        answers: by question id, stored ones included.
+        asked: number of requests that this call got an answer to.
+        cost: dollars that this call spent.
+        problems: reasons why some questions have no answer.
     """
 
     answers: Mapping[str, JudgeAnswer]
@@ -90,7 +90,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class CostEstimate:
-    """The questions that are still to be asked, and their price: tokens by the length of the texts, dollars if the price is known."""
+    """Estimated cost of the questions without an answer: tokens from the length of the texts, dollars if the price is known."""
 
     requests: int
     num_prompt_tokens: int
@@ -106,7 +106,7 @@ class CostEstimate:
 
 
 class AnswerStore:
-    """Where one judge's answers are stored: `judges/<judge id>/` below the output, shared by every benchmark that asks it."""
+    """Stored answers of a judge: `judges/<judge id>/` below the output, shared by every benchmark that asks this judge."""
 
     def __init__(self, store: Store, judge: Judge) -> None:
         self.judge = judge
@@ -115,7 +115,7 @@ class AnswerStore:
         self._parts: RowStore[JudgeAnswer] = RowStore(store, f"{self.prefix}/answers", _answer_from_row)
 
     def read(self) -> dict[str, JudgeAnswer]:
-        """Read the last stored answer to each question, by question id."""
+        """Read the latest stored answer to each question, by question id."""
         rows = sorted(self._parts.read().values(), key=lambda row: row.attempt)
         return {row.question: row for row in rows}
 
@@ -125,22 +125,22 @@ class AnswerStore:
 
 
 def identify_judge(judge: Judge) -> Judge:
-    """Ask the judge's endpoint which weights it serves, and make them part of the judge; most endpoints do not say."""
+    """Ask the judge's endpoint for the identity of its weights and return the judge with it; most endpoints give none."""
 
-    async def ask_card() -> str:
+    async def ask_weights() -> str:
         async with Client(judge.url, key_variable=judge.key_variable) as client:
-            card = await client.card(judge.model)
-            # What other servers call the root of a model is a path on their disk.
-            return card.weights if card.engine else ""
+            served = await client.card(judge.model)
+            # Only our own endpoint names its engine. Other servers give a path on their disk as the root of a model.
+            return served.weights if served.engine else ""
 
     try:
-        return replace(judge, weights=asyncio.run(ask_card()))
+        return replace(judge, weights=asyncio.run(ask_weights()))
     except EndpointError:
-        return judge  # not there, or no list of models; whether it answers is seen when it is asked
+        return judge  # unreachable or without a list of models; if the judge does not answer, asking it reports that
 
 
 def question_id(judge: Judge, template_id: str, texts: Sequence[str], options: Mapping[str, Any]) -> str:
-    """Digest of all that decides a judgment; `texts` are what fills the template, in the order shown."""
+    """Digest of everything that affects a judgment; `texts` fill the template, in the order shown."""
     return digest([judge.id, template_id, list(texts), dict(options)], 32)
 
 
@@ -158,10 +158,10 @@ def estimate_cost(
 
 
 def check_cost(judge: Judge, expected: CostEstimate, max_cost: float | None) -> None:
-    """Refuse, before the first call, what would cost more than `max_cost` dollars.
+    """Refuse, before the first request, a run whose estimated cost is above `max_cost` dollars.
 
     Raises:
-        BenchmarkError: naming the estimate.
+        BenchmarkError: if it is, or the judge's price is unknown.
     """
     if max_cost is None:
         return
@@ -186,7 +186,7 @@ def ask_judge(
     """Ask a judge the questions that have no stored answer, and store each answer in parts as it comes.
 
     Args:
-        max_cost: dollars that are never passed: before each request its largest possible cost is set aside.
+        max_cost: limit in dollars, never exceeded: before each request its largest possible cost is reserved.
         again: ids of questions to ask although they have an answer.
 
     Raises:
@@ -201,7 +201,7 @@ def ask_judge(
 
 
 class _Asking:
-    """A call of `ask_judge`."""
+    """State of one call of `ask_judge`."""
 
     def __init__(
         self,
@@ -251,8 +251,8 @@ class _Asking:
             left = sum(question.id not in self._answers for question in self._missing)
             problems.append(
                 BenchmarkError(
-                    f"{left} judgment(s) are left: the next could pass --max-cost {self._budget.most:g} "
-                    f"(${self._budget.spent:.4f} spent); what was judged is kept, run again with a higher one"
+                    f"{left} judgment(s) are left: the next could exceed --max-cost {self._budget.most:g} "
+                    f"(${self._budget.spent:.4f} spent); judgments so far are stored; run again with a higher limit"
                 )
             )
         return Judged(self._answers, self._asked, self._budget.spent, tuple(problems))
@@ -282,7 +282,7 @@ class _Asking:
         except Refused as error:
             if not error.too_long or options.get("max_tokens", 1) == 1:
                 raise
-            # A verdict that has to be shorter is better than none.
+            # The prompt leaves too little room in the judge's context: ask for a shorter verdict.
             answer = await client.chat(
                 self._judge.model, question.messages, {**options, "max_tokens": options["max_tokens"] // 8}
             )
@@ -306,7 +306,7 @@ class _Asking:
     def _cost_of(self, question: Question, answer: Answer) -> float:
         if self._judge.price is None:
             return 0.0
-        if not answer.num_prompt_tokens:  # an endpoint that counts no tokens: the most that it can have been
+        if not answer.num_prompt_tokens:  # the endpoint does not count tokens: assume the largest cost
             return self._largest_cost(question)
         return self._judge.price.of(answer.num_prompt_tokens, answer.num_tokens)
 
@@ -314,7 +314,7 @@ class _Asking:
         if self._judge.price is None:
             return 0.0
         size = sum(len(message["content"].encode("utf-8", "surrogatepass")) for message in question.messages)
-        # Hardly a text has more than one token for two bytes; templates add some.
+        # Text has at most about one token for two bytes; chat templates add some tokens.
         return self._judge.price.of(size // 2 + 64, int(question.options.get("max_tokens", 4096)))
 
     async def _keep(self, row: JudgeAnswer) -> None:
@@ -327,12 +327,12 @@ class _Asking:
         try:
             self._stored.write(rows)
         except StorageError:
-            self._waiting = []  # not tried a second time on the way out
+            self._waiting = []  # `run` writes again on its way out, and must not repeat this failure
             raise
 
 
 class _Budget:
-    """Dollars spent and set aside; without a limit it lets everything pass."""
+    """Dollars spent and reserved, against a limit; None allows everything."""
 
     def __init__(self, most: float | None) -> None:
         self.most = float("inf") if most is None else most
@@ -341,7 +341,7 @@ class _Budget:
         self._settled = asyncio.Condition()
 
     async def reserve(self, dollars: float) -> bool:
-        """Set `dollars` aside, waiting for requests in flight to turn out cheaper; False if they do not fit."""
+        """Reserve `dollars`; waits for requests in flight, which may cost less than reserved. False if the limit is reached."""
         async with self._settled:
             while self.spent + self._reserved + dollars > self.most:
                 if self._reserved <= 1e-12 or self.stopped:
@@ -353,7 +353,7 @@ class _Budget:
             return True
 
     async def settle(self, reserved: float, dollars: float) -> None:
-        """Replace what was set aside by what it came to."""
+        """Replace a reservation by the actual cost."""
         async with self._settled:
             self._reserved -= reserved
             self.spent += dollars

@@ -1,4 +1,4 @@
-"""A judge: which model is asked, how, at what price, and what its answer says about two outputs."""
+"""Describe a judge (model, endpoint, protocol, price), and parse its answers into preferences and ratings."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from expo_ray.evaluation.records import digest
 # The tokens by which AlpacaEval's template names the first and the second output.
 FIRST, SECOND = "m", "M"
 _OPENAI = "api.openai.com"
-# Judges that reason write some hundred tokens, some of them thousands.
+# Judges that reason write hundreds of tokens, some of them thousands.
 _VERDICT_TOKENS = 4096
 _THOUGHTS = re.compile(r"<think>.*?(</think>|\Z)", re.DOTALL)
 _VERDICT = re.compile(r"\[\[\s*(A>>B|A>B|A=B|B=A|B>A|B>>A|A|B|C)\s*\]\]")
-# Share of the second output in a win: a verdict of one `>` is a win by less than one of two.
+# Share of the win that goes to the second output: `>` is a smaller win than `>>`.
 _SHARES = {
     "A>>B": 0.0,
     "A": 0.0,
@@ -36,7 +36,7 @@ _RATING = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
 
 @dataclass(frozen=True)
 class Price:
-    """Dollars for a million tokens, of prompts and of answers."""
+    """Price of a judge in dollars per million tokens, of prompts and of answers."""
 
     prompt: float
     answer: float
@@ -48,7 +48,7 @@ class Price:
 
 @dataclass(frozen=True)
 class Judge:
-    """A judge.
+    """A model that judges answers, and the way to ask it.
 
     Attributes:
         url: of an OpenAI-compatible endpoint, with its `/v1`.
@@ -57,9 +57,9 @@ class Judge:
         protocol: `logprobs` reads the log-probabilities of one token, as AlpacaEval 2.0 does; `verdict` lets the judge reason
             and reads its verdict.
         extra: further fields of each request, such as `chat_template_kwargs`; a field set to null is left out.
-        price: to bound the cost by; None if unknown.
+        price: used to report and limit the cost; None if unknown.
         concurrency: requests in flight.
-        weights: what the endpoint says of the model's identity, if anything.
+        weights: identity of the model's weights as the endpoint gives it; empty if it gives none.
     """
 
     url: str
@@ -73,26 +73,26 @@ class Judge:
 
     @property
     def id(self) -> str:
-        """Digest of all that decides a judgment beside the question: not where the judge is reached."""
+        """Digest of everything about the judge that affects a judgment; the URL does not."""
         return digest([self.model, self.weights, self.protocol, dict(self.extra)])
 
     def options(self) -> dict[str, Any]:
         """Fields of a request to compare two outputs."""
         if self.protocol == "logprobs":
-            # One token at temperature 1, as AlpacaEval has it: the temperature has no part in the log-probabilities.
-            asked = {"max_tokens": 1, "temperature": 1.0, "logprobs": True, "top_logprobs": 5}
+            # One token at temperature 1, as in AlpacaEval: log-probabilities do not depend on the temperature.
+            fields = {"max_tokens": 1, "temperature": 1.0, "logprobs": True, "top_logprobs": 5}
         else:
-            asked = {"max_tokens": _VERDICT_TOKENS, "temperature": 0.0}
-        return self.with_extra(asked)
+            fields = {"max_tokens": _VERDICT_TOKENS, "temperature": 0.0}
+        return self.with_extra(fields)
 
-    def with_extra(self, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """`asked` with the judge's own fields."""
-        fields = {"n": 1, "stream": False, **asked, **self.extra}
-        return {name: value for name, value in fields.items() if value is not None}
+    def with_extra(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Fields of a request with the judge's `extra` fields over them."""
+        merged = {"n": 1, "stream": False, **fields, **self.extra}
+        return {name: value for name, value in merged.items() if value is not None}
 
 
 def default_key_variable(url: str) -> str:
-    """The variable whose key goes to `url` unless another is named: OpenAI's to OpenAI, none anywhere else."""
+    """Default variable of the API key for `url`: OpenAI's for OpenAI, none for any other host, which must not see that key."""
     return "OPENAI_API_KEY" if urlsplit(url).hostname == _OPENAI else ""
 
 
@@ -106,7 +106,7 @@ def preference_from_logprobs(first_token: Mapping[str, float]) -> float | None:
 
 
 def mass_on_names(first_token: Mapping[str, float]) -> float:
-    """Probability that the judge answers with one of the two names at all."""
+    """Probability that the first token is one of the two names."""
     return _probability(first_token, FIRST) + _probability(first_token, SECOND)
 
 
@@ -116,19 +116,19 @@ def preference_from_verdict(text: str) -> float | None:
     A verdict is `[[A>>B]]`, `[[A>B]]`, `[[A=B]]`, `[[B>A]]`, `[[B>>A]]`, `[[A]]`, `[[B]]`, `[[C]]` (a tie), or a last line `m`
     or `M`. Thoughts between `<think>` and `</think>` do not count.
     """
-    said = _THOUGHTS.sub("", text)
-    verdicts = _VERDICT.findall(said)
+    answer = _THOUGHTS.sub("", text)
+    verdicts = _VERDICT.findall(answer)
     if verdicts:
         return 1 + _SHARES[verdicts[-1]]
-    lines = [line.strip(" \t\r*_`\"'.") for line in said.strip().split("\n")]
+    lines = [line.strip(" \t\r*_`\"'.") for line in answer.strip().split("\n")]
     return {FIRST: 1.0, SECOND: 2.0}.get(lines[-1])
 
 
 def rating_from(text: str) -> float:
     """MT-Bench's rating of one answer: the first `[[n]]`, else the first `[n]`; -1 if there is neither (FastChat's rule)."""
-    said = _THOUGHTS.sub("", text)
+    answer = _THOUGHTS.sub("", text)
     for pattern in _RATING:
-        if match := pattern.search(said):
+        if match := pattern.search(answer):
             return float(match[1])
     return -1.0
 

@@ -1,4 +1,4 @@
-"""Two outputs for each instruction before a judge: which questions that makes, and the preferences in its answers."""
+"""Compare the outputs of two models by a judge: list the questions, and parse the judge's answers into preferences."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Comparison:
     """An instruction with the outputs of a baseline and of a model, in one order.
 
     Attributes:
-        instruction: what both answer.
+        instruction: the prompt of both outputs.
         baseline: `output_1` of AlpacaEval's files.
         model: `output_2`.
         switched: whether the model's output is shown first.
-        question: to the judge; None where the outputs are identical, which is a draw without asking.
+        question: to the judge; None if the outputs are identical, which is a draw without asking.
     """
 
     instruction: str
@@ -39,13 +39,13 @@ class Comparison:
 
 
 def is_model_shown_first(instruction: str) -> bool:
-    """True if AlpacaEval shows the model's output first: a fixed draw for each instruction."""
+    """True if AlpacaEval shows the model's output first, by its own pseudo-random draw for each instruction."""
     return random.Random(f"is_switched_outputs{instruction}0").choices([False, True])[0]
 
 
 @dataclass(frozen=True)
 class Sides:
-    """The two models that are compared, and on which instructions."""
+    """The outputs of two models, and the instructions to compare them on."""
 
     baseline: AnswerSet
     model: AnswerSet
@@ -76,7 +76,7 @@ def align(baseline: AnswerSet, model: AnswerSet, *, allow_missing: bool) -> Side
 
 
 def read_template(judge: Judge) -> Template:
-    """The template that goes with a judge's protocol; errors as of `alpaca_template`."""
+    """Template for a judge's protocol; AlpacaEval's is read from the installed package; errors as of `read_alpaca_template`."""
     return read_alpaca_template() if judge.protocol == "logprobs" else verdict_template()
 
 
@@ -115,7 +115,7 @@ def questions_of(comparisons: Sequence[Comparison]) -> list[Question]:
 def parse_judgments(
     judge: Judge, sides: Sides, comparisons: Sequence[Comparison], answers: Mapping[str, JudgeAnswer]
 ) -> list[Judgment]:
-    """Read the verdicts in a judge's answers; comparisons without an answer are left out."""
+    """Parse a judge's answers into verdicts; comparisons without an answer are left out."""
     judgments = []
     for comparison in comparisons:
         answer = answers.get(comparison.question.id) if comparison.question else JudgeAnswer("", "")
@@ -155,9 +155,9 @@ def unparsed_ids(judgments: Sequence[Judgment]) -> frozenset[str]:
 
 
 def annotation_rows(judge: Judge, sides: Sides, judgments: Sequence[Judgment]) -> list[dict[str, Any]]:
-    """Rows of alpaca-eval's annotations.json; where both orders were judged, one row with the mean preference.
+    """Rows in the format of alpaca-eval's annotations.json; two orders of a comparison become one row with the mean preference.
 
-    `preference` is 1 (output_1, the baseline) to 2 (output_2, the model), or null where no verdict could be read.
+    `preference` is 1 (output_1, the baseline) to 2 (output_2, the model), or null if no verdict could be parsed.
     """
     by_instruction: dict[str, list[Judgment]] = {}
     for judgment in judgments:

@@ -1,7 +1,7 @@
-"""The messages that put two outputs, or one conversation, before a judge.
+"""Templates of the messages that show two outputs, or one conversation, to a judge.
 
-A template is parsed into messages first and filled afterwards, in one pass: an output that holds ChatML or `{output_2}` stays
-what it is, a text inside one message.
+A template is parsed into messages first and filled afterwards, in one pass, so an output that contains ChatML or `{output_2}` is not
+interpreted: it stays text inside one message.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Template:
         return digest([dict(message) for message in self.messages])
 
     def filled(self, values: Mapping[str, str]) -> tuple[Message, ...]:
-        """The messages with each slot that has a value replaced by it; the values are not looked into."""
+        """The messages with each slot replaced by its value; slots inside values are not replaced."""
         return tuple(
             {
                 "role": message["role"],
@@ -64,7 +64,7 @@ class Template:
 
 
 def parse_chatml(text: str) -> Template:
-    """A template written in ChatML; contents lose the blanks at their ends, as AlpacaEval sends them."""
+    """Parse a template written in ChatML; blanks at the ends of a message are removed, as AlpacaEval does."""
     turns = tuple({"role": role, "content": content.strip()} for role, content in _TURN.findall(text))
     assert turns, text
     return Template(turns)
@@ -86,7 +86,7 @@ def read_alpaca_template() -> Template:
 
 
 def verdict_template() -> Template:
-    """The template for judges that reason; outputs are `A` and `B`."""
+    """Template for judges that reason before their verdict; the outputs are called `A` and `B`."""
     return Template(
         ({"role": "system", "content": _VERDICT_SYSTEM}, {"role": "user", "content": _VERDICT_QUESTION})
     )

@@ -1,4 +1,7 @@
-"""How far a judge can be trusted: measured against stored GPT-4 verdicts and against answers that no judge should like."""
+"""Measure how reliable a judge is, against stored verdicts of GPT-4 and with answers that no judge should prefer.
+
+The measurements are the judge card, which `expo-ray benchmark judge` stores beside the judge's answers.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +31,10 @@ from expo_ray.evaluation.statistics import Array
 from expo_ray.storage import Store
 from expo_ray.untrusted import parse_json_object
 
-CARD = "card.json"
+CARD_FILE = "card.json"
 _SEED = 20_240_425
 _CANARIES = 40
-# An answer to anything and nothing, which a judge that reads cannot like.
+# An answer that fits every prompt and helps with none; a judge that reads it does not prefer it.
 _CONSTANT = "Thank you for your question. I am happy to help you with it. Please let me know what you would like to do next."
 _LEAST_CONSISTENCY, _LEAST_MASS, _LEAST_AGREEMENT, _MOST_CANARY = 0.8, 0.9, 0.65, 0.2
 _POSITION = 0.4, 0.6
@@ -41,23 +44,23 @@ _LEAST_PROMPTS = 20
 
 @dataclass(frozen=True)
 class JudgeCard:
-    """A judge, measured. Shares are from 0 to 1.
+    """Measurements of a judge. Shares are from 0 to 1.
 
     Attributes:
         judge: name of the model.
-        protocol: how it was asked.
-        prompts: with a verdict in both orders.
-        agreement: verdicts, averaged over both orders, on the side of GPT-4's; a draw counts half.
+        protocol: `logprobs` or `verdict`.
+        prompts: number of prompts with a verdict in both orders.
+        agreement: share of verdicts, averaged over both orders, that prefer the same output as GPT-4; a draw counts half.
         correlation: rank correlation (Spearman) of the preferences with GPT-4's.
-        consistency: prompts on which the same output wins in both orders.
+        consistency: share of prompts on which the same output wins in both orders.
         first_place: mean preference for the output shown first; .5 is fair.
         longer: mean preference for the longer output.
         mass: mean probability of the two names as the first token; None with the protocol `verdict`.
-        unparsed: answers without a verdict.
+        unparsed: share of answers without a verdict.
         constant_canary: mean preference for one meaningless answer to every prompt.
         permuted_canary: mean preference for answers to other prompts.
-        cost: dollars for the card, if the price is known.
-        warnings: why tables of this judge should not be trusted; empty if nothing speaks against it.
+        cost: dollars for these measurements, if the price is known.
+        warnings: reasons not to trust tables of this judge; empty if there are none.
     """
 
     judge: str
@@ -76,7 +79,7 @@ class JudgeCard:
     warnings: tuple[str, ...]
 
     def __str__(self) -> str:
-        """Name it in one line below a table."""
+        """One line of figures, for the notes below a table."""
         mass = "" if self.mass is None else f", mass {self.mass:.3f}"
         return (
             f"judge {self.judge} ({self.protocol}), {self.prompts} prompts: agrees with GPT-4 in {self.agreement:.0%} "
@@ -88,7 +91,7 @@ class JudgeCard:
 
 @dataclass(frozen=True)
 class Examination:
-    """The comparisons that a card is made of.
+    """The comparisons from which a judge is measured.
 
     Attributes:
         sides: baseline and model of the stored verdicts.
@@ -106,17 +109,17 @@ class Examination:
 
     @property
     def questions(self) -> list[Question]:
-        """Everything to ask."""
+        """All questions of the examination."""
         return questions_of([*self.comparisons, *self.constant, *self.permuted])
 
 
 def read_examination(judge: Judge, reference: str | None, limit: int) -> Examination:
-    """Choose the comparisons for a card.
+    """Read or download the verdicts of GPT-4, and choose the comparisons to measure a judge with.
 
     Args:
         judge: to be examined.
         reference: annotations.json of GPT-4 with both outputs; None for those of vicuna-7b in alpaca-eval's repository.
-        limit: prompts, drawn at random but always the same.
+        limit: number of prompts, drawn with a fixed seed.
 
     Raises:
         BenchmarkError: if the reference holds fewer than 20 usable rows, or cannot be downloaded.
@@ -155,7 +158,7 @@ def read_examination(judge: Judge, reference: str | None, limit: int) -> Examina
 
 
 def measure_judge(judge: Judge, examination: Examination, answers: Mapping[str, JudgeAnswer]) -> JudgeCard:
-    """Measure a judge.
+    """Compute the judge card from the answers of an examination.
 
     Args:
         answers: to the questions of the examination.
@@ -186,13 +189,13 @@ def measure_judge(judge: Judge, examination: Examination, answers: Mapping[str, 
 
 
 def write_judge_card(stored: AnswerStore, card: JudgeCard) -> None:
-    """Store a judge's card beside its answers."""
-    stored.store.put(f"{stored.prefix}/{CARD}", (json.dumps(asdict(card), indent=1) + "\n").encode())
+    """Store a judge card beside the judge's answers."""
+    stored.store.put(f"{stored.prefix}/{CARD_FILE}", (json.dumps(asdict(card), indent=1) + "\n").encode())
 
 
 def read_judge_card(store: Store, judge: Judge) -> JudgeCard | None:
-    """Read the stored card of a judge; None if none was made."""
-    key = f"judges/{judge.id}/{CARD}"
+    """Read the stored card of a judge; None if there is none."""
+    key = f"judges/{judge.id}/{CARD_FILE}"
     try:
         data = parse_json_object(
             store.read(key), f"{store.uri}/{key}", error=BenchmarkError, remedy="make the card again"
@@ -246,7 +249,7 @@ def _both_orders(judgments: Sequence[Judgment]) -> dict[str, tuple[float, float]
 
 
 def _is_consistent(straight: float, switched: float) -> bool:
-    """Check that the same output wins in both orders, or neither."""
+    """True if the same output wins in both orders, or both orders are a draw."""
     return (straight - 1.5) * (switched - 1.5) > 0 or straight == switched == 1.5
 
 
@@ -271,7 +274,7 @@ def _preference_for_longer(judgments: Sequence[Judgment]) -> float:
 
 
 def _canary(judge: Judge, comparisons: Sequence[Comparison], answers: Mapping[str, JudgeAnswer]) -> float:
-    """Mean preference for the canary; an answer without a verdict does not speak against it."""
+    """Mean preference for the canary, over answers with a verdict; 1, the worst value, without any."""
     empty = AnswerSet("baseline", {}, ""), AnswerSet("canary", {}, "")
     judged = parse_judgments(judge, Sides(*empty, []), comparisons, answers)
     read = [judgment.preference - 1 for judgment in judged if judgment.preference is not None]

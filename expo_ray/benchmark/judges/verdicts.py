@@ -1,4 +1,4 @@
-"""A judge's verdict on two answers to a prompt, as it is stored, and the verdicts of two models as columns of numbers."""
+"""Verdicts of a judge on two answers to a prompt: one by one (`Judgment`), and as columns of numbers (`Verdicts`)."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Judgment:
     """A verdict of a judge. `model_2` is the model in question, `model_1` its baseline, whichever was shown first.
 
     Attributes:
-        key: digest of all that decides the verdict: judge, protocol, template, order, instruction and both texts.
+        key: digest of everything that affects the verdict: judge, protocol, template, order, instruction and both texts.
         judge: name of the judge.
-        instruction: the prompt, which places the row.
+        instruction: the prompt.
         model_1: name of the baseline.
         model_2: name of the model.
         length_1: characters of the baseline's answer.
@@ -30,10 +30,10 @@ class Judgment:
         switched: the model's answer was shown first.
         preference: 1 if the baseline's answer is better for certain, 2 if the model's is, 1.5 for a draw; None if the judge's
             text holds no verdict.
-        text: what the judge wrote; empty for identical answers, which are a draw without a call.
+        text: of the judge's answer; empty for identical outputs, which are a draw without a request.
         log_probabilities: of the judge's first token, by token.
-        input_tokens: that were paid for.
-        output_tokens: that were paid for.
+        input_tokens: of the request.
+        output_tokens: of the answer.
         cost: in the currency of the judge's price.
     """
 
@@ -62,7 +62,7 @@ class Verdicts:
         opponent: name of the model it is compared with.
         judge: name of the judge; empty if unknown.
         index: (prompts,), int64, ascending: place of each prompt in the list of prompts.
-        wins: (prompts,), from 0 to 1, how certain it is that the model's answer is the better one; NaN without a verdict.
+        wins: (prompts,), preference for the model's answer, from 0 to 1; NaN without a verdict.
         lengths: (prompts,), characters of the model's answers.
         opponent_lengths: (prompts,), characters of the other model's answers.
     """
@@ -86,7 +86,7 @@ class Verdicts:
         return int(np.isnan(self.wins).sum())
 
     def rows(self, chosen: NDArray[np.bool_] | NDArray[np.int64]) -> Verdicts:
-        """Some of the rows."""
+        """The chosen rows, by mask or by number."""
         return replace(
             self,
             index=self.index[chosen],
@@ -96,14 +96,14 @@ class Verdicts:
         )
 
     def at(self, index: NDArray[np.int64]) -> Verdicts:
-        """The rows of the prompts with these places, all of which it has."""
+        """The rows of the prompts at these places, all of which have to be present."""
         return self.rows(np.searchsorted(self.index, index))
 
 
 def verdicts_of(judgments: Iterable[Judgment], prompts: Sequence[str]) -> Verdicts:
-    """Average the orders of each prompt and put the prompts into their canonical order.
+    """Average the judgments of both orders of each prompt, and sort the prompts as in the list.
 
-    A prompt of which any order holds no verdict has none: one order alone carries the judge's liking for a position.
+    If one order has no verdict the prompt has none, because a single order includes the judge's preference for a position.
 
     Args:
         judgments: of one judge on one pair of models, each prompt and order at most once.

@@ -1,4 +1,4 @@
-"""MT-Bench: single-answer grading by a judge, after FastChat's files and rules."""
+"""Grade answers to MT-Bench by a judge, one answer at a time, with the files and rules of FastChat."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from expo_ray.storage import join_uri
 from expo_ray.text import first_few, shown
 from expo_ray.untrusted import kind_of
 
-# FastChat's categories with a reference answer, and what it asks a judge with.
+# FastChat's categories with a reference answer, which the judge is shown.
 _WITH_REFERENCE = frozenset({"math", "reasoning", "coding", "arena-hard-200"})
 _MAX_TOKENS = 2048
 
 
 @dataclass(frozen=True)
 class MtBench:
-    """The benchmark's own files.
+    """Questions, reference answers and judge prompts of MT-Bench.
 
     Attributes:
         questions: by `question_id`: category and turns.
@@ -53,13 +53,14 @@ class ChatAnswers:
 
 @dataclass(frozen=True)
 class Grading:
-    """An answer to be graded.
+    """A question to the judge about one answer.
 
     Attributes:
+        model: name of the model that answered.
         question_id: of MT-Bench.
         turn: 1 or 2.
         template: FastChat's name of the judge prompt.
-        question: to the judge.
+        question: request to the judge.
     """
 
     model: str
@@ -70,11 +71,11 @@ class Grading:
 
 
 def read_mt_bench(folder: str | None) -> MtBench:
-    """Read questions, judge prompts and references from a folder, or from FastChat at a pinned commit.
+    """Read questions, judge prompts and references from a folder, or download them from FastChat at a pinned commit.
 
     Raises:
         BenchmarkError: if they cannot be downloaded.
-        PromptError: if a file holds something else.
+        PromptError: if a file has other content.
         StorageError: if the folder cannot be read.
     """
     questions = {
@@ -140,7 +141,7 @@ def read_chat_answers(uri: str, bench: MtBench) -> ChatAnswers:
 
 
 def list_gradings(judge: Judge, bench: MtBench, answers: ChatAnswers) -> list[Grading]:
-    """List the questions about one model's answers: each turn of each question, as FastChat's `single` mode does."""
+    """List the questions to the judge about one model's answers: one for each turn, as in FastChat's `single` mode."""
     gradings = []
     for number, (category, asked) in bench.questions.items():
         reference = bench.references.get(number) if category in _WITH_REFERENCE else None
@@ -174,7 +175,7 @@ def _question(judge: Judge, template: Template, values: Mapping[str, str], label
 def fastchat_rows(
     judge: Judge, gradings: Sequence[Grading], answers: Mapping[str, JudgeAnswer], seconds: float
 ) -> list[dict[str, Any]]:
-    """Rows of FastChat's `*_single.jsonl`; a rating that cannot be read is -1 and counted, never dropped in silence."""
+    """Rows in the format of FastChat's `*_single.jsonl`; an answer without a rating has the score -1, as in FastChat."""
     return [
         {
             "question_id": grading.question_id,
@@ -192,7 +193,7 @@ def fastchat_rows(
 
 
 def json_lines(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """JSON lines, in ASCII: answers may hold half of a surrogate pair."""
+    """Serialise rows as JSON lines, in ASCII because answers may contain half of a surrogate pair."""
     return "".join(json.dumps(row) + "\n" for row in rows).encode("ascii")
 
 

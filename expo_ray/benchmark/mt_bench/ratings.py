@@ -1,4 +1,4 @@
-"""MT-Bench scores from a judge's ratings, in FastChat's files: mean of both turns, intervals over questions."""
+"""Read a judge's ratings of MT-Bench answers from FastChat's files, and compute scores with intervals over questions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from expo_ray.errors import BenchmarkError, ExpoError, Problems, problems_of
 from expo_ray.evaluation.statistics import Array
 from expo_ray.text import shown
 
-# What FastChat writes where a judge's text holds no rating.
+# FastChat's score for an answer of the judge without a rating.
 UNPARSED = -1
 QUESTIONS = range(81, 161)
 TURNS = (1, 2)
@@ -31,7 +31,7 @@ class Rating:
 
     Attributes:
         place: file and line, for messages.
-        prompt: what the judge was shown, which tells two answers to the same question apart.
+        prompt: text that the judge was shown; it differs between two answers to the same question.
         score: 1 to 10, or -1 if the judge's text holds no rating.
     """
 
@@ -62,13 +62,13 @@ class ModelRatings:
 
     @property
     def complete(self) -> bool:
-        """All 160 answers of the benchmark have a rating, parsed or not."""
+        """True if all 160 answers of the benchmark have been rated, parsed or not."""
         whole = self.questions.tolist() == list(QUESTIONS)
         return whole and self.num_ratings + self.unparsed == len(QUESTIONS) * len(TURNS)
 
     @property
     def num_ratings(self) -> int:
-        """The ratings that count."""
+        """Number of parsed ratings."""
         return int((~np.isnan(self.scores)).sum())
 
     def mean(self, columns: slice | int = slice(None)) -> float | None:
@@ -77,7 +77,7 @@ class ModelRatings:
         return float(np.nanmean(scores)) if not np.isnan(scores).all() else None
 
     def categories(self) -> dict[str, float]:
-        """Mean rating by category. Ten questions are too few for an interval."""
+        """Mean rating by category, without intervals: a category has only ten questions."""
         means = {}
         for at, name in enumerate(CATEGORIES):
             rows = self.scores[(self.questions - QUESTIONS.start) // 10 == at]
@@ -91,10 +91,10 @@ def read_ratings(uris: Sequence[str], duplicates: DuplicatePolicy = "refuse") ->
 
     Args:
         uris: JSON lines with `question_id`, `model`, `judge`, `turn` and `score`.
-        duplicates: what to do with a second rating of the same question and turn: refuse it, or let the last of the files' order count.
+        duplicates: refuse a second rating of the same question and turn, or use the last one in the order of the files.
 
     Raises:
-        Problems: everything that is wrong with them.
+        Problems: with every fault of every file.
         StorageError: if a file cannot be read.
     """
     problems: list[ExpoError] = []
@@ -128,7 +128,7 @@ def read_ratings(uris: Sequence[str], duplicates: DuplicatePolicy = "refuse") ->
 
 
 def score_ratings(ratings: ModelRatings) -> Estimate:
-    """Estimate the mean of all ratings; questions are resampled, as the two turns of a question belong together.
+    """Estimate the mean of all ratings; whole questions are resampled, because their two turns are not independent.
 
     Raises:
         BenchmarkError: if fewer than two questions have a rating.
@@ -143,7 +143,7 @@ def score_ratings(ratings: ModelRatings) -> Estimate:
 
 
 def compare_ratings(model: ModelRatings, reference: ModelRatings) -> tuple[Estimate, int]:
-    """Estimate how much higher a model is rated than a reference, on the questions that both have; and how many those are.
+    """Estimate the difference of two mean ratings on the questions that both models have; also returns their number.
 
     Raises:
         BenchmarkError: if they have fewer than two questions in common.
