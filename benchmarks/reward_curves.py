@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from expo_ray.evaluation.search.alpha_scores import AlphaScores
-from expo_ray.evaluation.search.history import Half, HalfName, History, Rung
+from expo_ray.evaluation.search.history import Half, History, Rung
+from expo_ray.evaluation.search.response_measures import RESPONSE_MEASURES
+from expo_ray.report.results import HalfName
 
 # Standard deviations of the reward: between prompts, the same for every alpha; and of each response.
 PROMPT_NOISE, RESIDUAL = 2.0, 1.5
@@ -99,12 +101,9 @@ class Pair:
         self.history = History(Half(NUM_PROMPTS, {}), Half(NUM_PROMPTS, {}))
 
     def evaluate(self, rung: Rung) -> None:
-        half = self.history.half(rung.half)
-        found = dict(half.scores)
-        for alpha in rung.alphas:
-            if alpha not in found or len(found[alpha].prompt_ids) < rung.num_prompts:
-                found[alpha] = self._respond(rung.half, alpha).first(rung.num_prompts)
-        self.history = replace(self.history, **{rung.half: replace(half, scores=found)})
+        missing = self.history.half(rung.half).missing(rung)
+        scores = {alpha: self._respond(rung.half, alpha).first(rung.num_prompts) for alpha in missing}
+        self.history = self.history.with_scores(rung.half, scores)
 
     def gain(self, alpha: float) -> float:
         """The true gain of an alpha; what is below 0 by either reward model counts as it."""
@@ -132,4 +131,4 @@ class Pair:
             for name, curve in (("reward", self.curve), ("second", self.other))
             if curve
         }
-        return AlphaScores(alpha, _IDS, rewards, _ONE, cut=_ZERO, repetition=_ZERO, broken=_ZERO)
+        return AlphaScores(alpha, _IDS, rewards, _ONE, dict.fromkeys(RESPONSE_MEASURES, _ZERO))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from expo_ray.evaluation.search.alpha_scores import repetition_of
+from expo_ray.evaluation.search.response_measures import repetition_of
 
 # Two answers hardly share a beginning of this many characters by chance.
 _PREFIX = 48

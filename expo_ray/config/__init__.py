@@ -14,10 +14,11 @@ from expo_ray.config.fields import (
     format_alpha,
     parse_bytes,
 )
+from expo_ray.config.guardrails import Guardrails, Limit
 from expo_ray.config.job import Job
 from expo_ray.config.load import job_schema, load_job, parse_job, parse_pair
 from expo_ray.config.pairs import Pair, PairOptions
-from expo_ray.config.search import Group, Guardrails, Limit, Search
+from expo_ray.config.search import Group, Search
 
 __all__ = [
     "Device",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field
 
 from expo_ray.config.fields import Alphas, Frozen
+from expo_ray.config.guardrails import Guardrails, Positive
 
 
 def check_rungs(sizes: tuple[int, ...]) -> tuple[int, ...]:
@@ -16,52 +17,15 @@ def check_rungs(sizes: tuple[int, ...]) -> tuple[int, ...]:
     return sizes
 
 
+Method = Literal["ladder", "grid"]
 Group = Literal["attention", "mlp", "embeddings"]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Rungs = Annotated[tuple[Annotated[int, Field(ge=16)], ...], Field(min_length=1), AfterValidator(check_rungs)]
-
-
-class Limit(Frozen):
-    """The values at which a guardrail warns, and at which it rejects an alpha."""
-
-    warn: Positive
-    """The report warns above this."""
-
-    reject: Positive
-    """An alpha above this is not chosen, and the ladder climbs no further."""
-
-    @model_validator(mode="after")
-    def _check_order(self) -> Self:
-        if self.warn > self.reject:
-            raise ValueError(
-                f"warn is {self.warn} and reject {self.reject}; set `warn` to at most `reject`, or raise `reject`"
-            )
-        return self
-
-
-class Guardrails(Frozen):
-    """Limits on what an alpha may change in the responses, relative to dpo on the same prompts, whatever its reward."""
-
-    length_ratio: Limit = Limit(warn=1.3, reject=1.6)
-    """Mean tokens of a response over dpo's; responses that shrink by as much count as well."""
-
-    cut: Limit = Limit(warn=0.05, reject=0.1)
-    """Rise in the share of responses that end at the token limit."""
-
-    repetition: Limit = Limit(warn=0.05, reject=0.1)
-    """Rise in the mean share of a response's text that repeats earlier text of it."""
-
-    broken: Limit = Limit(warn=0.01, reject=0.05)
-    """Rise in the share of responses that are empty or contain special tokens."""
-
-    kl: Limit = Limit(warn=0.5, reject=2.0)
-    """KL divergence from dpo per token of dpo's own responses, in nats, where log-probabilities were collected."""
 
 
 class Search(Frozen):
     """The search for alpha."""
 
-    method: Literal["ladder", "grid"] = "ladder"
+    method: Method = "ladder"
     """`ladder` doubles alpha until the reward falls or a guardrail trips, and then refines around the best; `grid` tries
     `alphas` on the largest number of prompts."""
 

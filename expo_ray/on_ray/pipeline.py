@@ -17,9 +17,7 @@ from expo_ray.errors import ExpoError, JobError, NotFound, OutputError, in_one_l
 from expo_ray.evaluation.check_job import CheckedJob, store_job_prompts
 from expo_ray.evaluation.job_report import Searches, Usage, Winners
 from expo_ray.evaluation.paths import search_key
-from expo_ray.evaluation.search.groups import search_groups
 from expo_ray.evaluation.search.pair_evaluator import PairEvaluator, SharedScorer
-from expo_ray.evaluation.search.pair_result import pair_result
 from expo_ray.evaluation.search.search_pair import search_pair
 from expo_ray.extrapolation.model_folder import ModelFolder
 from expo_ray.extrapolation.pinned import plan_publication, refuse_replaced
@@ -125,20 +123,10 @@ class _SearchRun:
 
     def _search_pair(self, plan: PairPlan, evaluator: PairEvaluator, progress: Progress) -> PairResult:
         """Choose alpha, then multipliers if the job asks for them, and store the result."""
-        settings, prompts = self._job.search, self._checked.prompts
-        at_once = self._job.serving.replicas + 1  # the next step is asked while rewards of the last are made
-
-        def report(text: str) -> None:
-            progress.note(plan.name, text)
-
-        history, decision = search_pair(prompts, settings, evaluator, report, at_once=at_once)
-        groups = (
-            search_groups(decision.alpha, prompts, settings, evaluator, report, at_once=at_once)
-            if settings.groups and decision.alpha
-            else None
-        )
-        result = pair_result(
-            plan, history, decision, settings, evaluator.texts, generations=evaluator.num_responses, groups=groups
+        result = search_pair(
+            plan, self._checked.prompts, self._job.search, evaluator,
+            announce=lambda text: progress.note(plan.name, text),
+            at_once=self._job.serving.replicas + 1,  # the next step is asked while rewards of the last are made
         )  # fmt: skip
         self._store.put(self._key(plan), results_json(Results(self._store.uri, "", (result,))))
         return result

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -8,15 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from expo_ray.config import Guardrails
+from expo_ray.config.guardrails import GUARDRAILS
 from expo_ray.evaluation.records import Response, Reward
-from expo_ray.evaluation.search.alpha_scores import (
-    AlphaScores,
-    EvaluationError,
-    alpha_scores,
-    is_broken,
-    repetition_of,
-)
-from expo_ray.evaluation.search.guardrails import Check, checks, rejection
+from expo_ray.evaluation.search.alpha_scores import AlphaScores, EvaluationError, alpha_scores
+from expo_ray.evaluation.search.guardrails import checks, rejection
+from expo_ray.evaluation.search.response_measures import RESPONSE_MEASURES, is_broken, repetition_of
+from expo_ray.evaluation.statistics import Array
+from expo_ray.report.results import GuardrailCheck
+from tests.support.scores import scores_of
 
 PROSE = (
     "The old lighthouse keeper counted ships all summer, and wrote each name into a book that nobody else was allowed to open. "
@@ -38,22 +38,18 @@ def scored(rows: list[Response], reward: float = 1.0) -> dict[str, dict[tuple[st
     return {"rm": {row.key: Reward(row.prompt_id, row.sample, reward) for row in rows}}
 
 
-def flat(**changes: object) -> AlphaScores:
+def flat(length: float = 100.0, measures: Mapping[str, Array] | None = None) -> AlphaScores:
     """100 prompts: 100 tokens each, nothing cut, repeated or broken."""
-    zero = np.zeros(100)
-    plain = AlphaScores(
-        0.0, tuple(map(str, range(100))), {"rm": zero}, np.full(100, 100.0), cut=zero, repetition=zero, broken=zero
-    )  # fmt: skip
-    return dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
+    return scores_of(0.5, list(map(str, range(100))), {"rm": np.zeros(100)}, length=length, measures=measures)
 
 
-def share(value: float) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def share(value: float) -> Array:
     """A mean of `value` over 100 prompts."""
-    return (np.arange(100) < round(100 * value)).astype(float)
+    return (np.arange(100) < round(100 * value)).astype(np.float64)
 
 
-def find(name: str, one: AlphaScores, dpo: AlphaScores) -> Check:
-    return next(check for check in checks(one, dpo, Guardrails(), 0.95) if check.name == name)
+def find(name: str, scores: AlphaScores, dpo: AlphaScores) -> GuardrailCheck:
+    return next(check for check in checks(scores, dpo, Guardrails(), 0.95) if check.name == name)
 
 
 def test_samples_are_averaged_within_a_prompt_and_prompts_keep_the_order_of_the_set() -> None:
@@ -68,15 +64,15 @@ def test_samples_are_averaged_within_a_prompt_and_prompts_keep_the_order_of_the_
         "rm": {row.key: Reward(row.prompt_id, row.sample, row.num_tokens / 2) for row in rows},
         "other": {row.key: Reward(row.prompt_id, row.sample, 7.0) for row in rows},
     }
-    found = alpha_scores(0.5, ["b", "a"], keyed(rows), rewards)
-    assert found.prompt_ids == ("b", "a")
-    assert list(found.rewards) == ["rm", "other"]
-    assert found.rewards["rm"].tolist() == [10, 1.5]
-    assert found.lengths.tolist() == [20, 3]
-    assert found.cut.tolist() == [0.5, 0]
-    assert found.broken.tolist() == [0, 0.5]
-    assert found.samples == 2
-    assert found.first(1).rewards["rm"].tolist() == [10]
+    scores = alpha_scores(0.5, ["b", "a"], keyed(rows), rewards)
+    assert scores.prompt_ids == ("b", "a")
+    assert list(scores.rewards) == ["rm", "other"]
+    assert scores.rewards["rm"].tolist() == [10, 1.5]
+    assert scores.lengths.tolist() == [20, 3]
+    assert scores.measures["cut"].tolist() == [0.5, 0]
+    assert scores.measures["broken"].tolist() == [0, 0.5]
+    assert scores.samples == 2
+    assert scores.first(1).rewards["rm"].tolist() == [10]
 
 
 def test_rows_that_do_not_fit_are_named() -> None:
@@ -108,16 +104,29 @@ def test_repetition_sees_loops_with_and_without_spaces(text: str, low: float, hi
 
 @given(st.text(max_size=80), st.integers(1, 4))
 def test_repetition_is_a_share_and_grows_with_each_copy(text: str, copies: int) -> None:
-    found = [repetition_of(text * count) for count in range(1, copies + 2)]
-    assert all(0 <= value < 1 for value in found)
+    shares = [repetition_of(text * count) for count in range(1, copies + 2)]
+    assert all(0 <= value < 1 for value in shares)
     if len(text) >= 16:
-        assert found == sorted(found)
+        assert shares == sorted(shares)
 
 
 def test_empty_and_leaking_responses_are_broken() -> None:
-    assert is_broken(" \n", ())
-    assert is_broken("Yes.<|im_start|>user", ("<|im_start|>",))
-    assert not is_broken("Yes.", ("<|im_start|>",))
+    assert is_broken(response("a", text=" \n"), ())
+    assert is_broken(response("a", text="Yes.<|im_start|>user"), ("<|im_start|>",))
+    assert is_broken(dataclasses.replace(response("a"), num_special=1), ())
+    assert not is_broken(response("a", text="Yes."), ("<|im_start|>",))
+
+
+def test_each_guardrail_of_the_table_is_checked_against_its_limits() -> None:
+    rows = [response("a"), response("b")]
+    logprobs = {row.key: [-1.0] for row in rows}
+    scores = alpha_scores(0.5, ["a", "b"], keyed(rows), scored(rows), logprobs=(logprobs, logprobs))
+    by_name = {check.name: check for check in checks(scores, scores, Guardrails(), 0.95)}
+    assert list(by_name) == list(GUARDRAILS)
+    for name, check in by_name.items():
+        limit = Guardrails().limit(name)
+        assert (check.warn, check.limit, check.verdict) == (limit.warn, limit.reject, "ok")
+    assert RESPONSE_MEASURES.keys() <= GUARDRAILS.keys()
 
 
 @pytest.mark.parametrize(
@@ -134,7 +143,7 @@ def test_empty_and_leaking_responses_are_broken() -> None:
     ],
 )
 def test_responses_may_neither_grow_nor_shrink_too_far(tokens: int, verdict: str) -> None:
-    check = find("length ratio", flat(lengths=np.full(100, float(tokens))), flat())
+    check = find("length ratio", flat(float(tokens)), flat())
     assert check.verdict == verdict
     assert check.value == pytest.approx(tokens / 100)
     assert f"{tokens} tokens where dpo's have 100" in check.text
@@ -154,7 +163,7 @@ def test_responses_may_neither_grow_nor_shrink_too_far(tokens: int, verdict: str
     ],
 )
 def test_shares_may_rise_only_so_far_above_dpos(name: str, before: float, after: float, verdict: str) -> None:
-    check = find(name, flat(**{name: share(after)}), flat(**{name: share(before)}))
+    check = find(name, flat(measures={name: share(after)}), flat(measures={name: share(before)}))
     assert check.verdict == verdict
     assert check.value == pytest.approx(after - before)
 
@@ -163,8 +172,8 @@ def test_divergence_is_per_token_of_dpos_own_responses() -> None:
     rows = [response("a"), response("b")]
     dpo = {("a", 0): [-1.0, -1.0], ("b", 0): [-0.5] * 8}
     moved = {("a", 0): [-2.0, -3.0], ("b", 0): [-1.1] * 8}
-    found = alpha_scores(0.5, ["a", "b"], keyed(rows), scored(rows), logprobs=(dpo, moved))
-    check = find("kl", found, found)
+    scores = alpha_scores(0.5, ["a", "b"], keyed(rows), scored(rows), logprobs=(dpo, moved))
+    check = find("kl", scores, scores)
     assert check.value == pytest.approx((1 + 2 + 8 * 0.6) / 10)
     assert check.verdict == "warn"
     assert all(check.name != "kl" for check in checks(flat(), flat(), Guardrails(), 0.95))
@@ -176,9 +185,11 @@ def test_another_reward_model_has_a_veto_where_it_finds_the_responses_worse() ->
     noise = np.random.default_rng(0).normal(0, 1, 100)
     zero = np.zeros(100)
 
-    def seen_by_second(shift: float) -> tuple[Check, ...]:
-        one = flat(alpha=8.0, rewards={"vader": zero + 5, "rm": noise + shift})
-        return checks(one, flat(rewards={"vader": zero, "rm": zero}), Guardrails(), 0.95)
+    def seen_by_second(shift: float) -> tuple[GuardrailCheck, ...]:
+        scores = dataclasses.replace(flat(), rewards={"vader": zero + 5, "rm": noise + shift})
+        return checks(
+            scores, dataclasses.replace(flat(), rewards={"vader": zero, "rm": zero}), Guardrails(), 0.95
+        )
 
     assert "rm finds it worse than dpo" in rejection(seen_by_second(-1.0))
     assert rejection(seen_by_second(0.0)) == ""

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from itertools import pairwise
 
 import numpy as np
 
 from expo_ray.config import Search
 from expo_ray.evaluation.prompts.prompt_set import PromptSet, prompt_of
+from expo_ray.evaluation.records import Response
 from expo_ray.evaluation.search.alpha_scores import AlphaScores
-from expo_ray.evaluation.search.search_pair import search_pair
+from expo_ray.evaluation.search.search_pair import halves_of, search_alpha
 from expo_ray.extrapolation.step import SFT, Step
 from expo_ray.progress import Progress
 from expo_ray.storage import open_store
+from tests.support.scores import scores_of
 
 PROMPTS = PromptSet.of(
     "numbers", [prompt_of([{"role": "user", "content": f"Name number {i}."}]) for i in range(400)]
@@ -24,51 +27,53 @@ PROMPTS = PromptSet.of(
 class Curve:
     """Rewards with a maximum at alpha 0.8; remembers what it was asked."""
 
+    texts: Mapping[Step, Mapping[str, Response]] = {}
+    num_responses = 0
+
     def __init__(self, height: float) -> None:
         self.height = height
         self.asked: list[tuple[float, tuple[str, ...]]] = []
 
-    def __call__(self, step: Step, prompts: PromptSet) -> AlphaScores:
+    def evaluate(self, step: Step, prompts: PromptSet) -> AlphaScores:
         alpha = step.alpha
         ids = tuple(prompt.id for prompt in prompts.prompts)
         self.asked.append((alpha, ids))
         true = self.height * (1 - (math.log2((alpha + 0.1) / 0.9)) ** 2 / 9) if alpha >= 0 else -1.0
-        noise = [np.random.default_rng([int(one, 16), round(1000 * (alpha + 1))]).normal() for one in ids]
-        shared = [np.random.default_rng(int(one, 16)).normal() for one in ids]
-        ones = np.ones(len(ids))
-        return AlphaScores(
-            alpha, ids, {"rm": true + np.array(noise) + np.array(shared)}, 20 * ones, 0 * ones, 0 * ones, 0 * ones
-        )  # fmt: skip
+        noise = [np.random.default_rng([int(name, 16), round(1000 * (alpha + 1))]).normal() for name in ids]
+        shared = [np.random.default_rng(int(name, 16)).normal() for name in ids]
+        return scores_of(alpha, ids, {"rm": true + np.array(noise) + np.array(shared)})
 
 
 def test_a_gain_is_found_and_confirmed_on_prompts_that_did_not_choose_it() -> None:
-    curve, told = Curve(height=3.0), list[str]()
-    history, decision = search_pair(PROMPTS, Search(prompts=(64, 128, 200)), curve, told.append, at_once=2)
+    settings = Search(prompts=(64, 128, 200))
+    history, decision = search_alpha(halves_of(PROMPTS), settings, Curve(height=3.0), print, at_once=2)
     assert 0.3 <= decision.alpha <= 1.6, decision.reason
     choose, confirm = ({prompt.id for prompt in half.prompts} for half in PROMPTS.halves())
     assert not choose & confirm
     assert set(history.choose.scores[decision.alpha].prompt_ids) <= choose
     assert set(history.confirm.scores[decision.alpha].prompt_ids) <= confirm
     assert SFT.alpha in history.choose.scores
-    assert any(one.half == "confirm" and one.gain.low > 0 for one in decision.evidence)
+    (_, confirmed) = history.measurements([decision.alpha], settings.confidence)
+    assert confirmed.half == "confirm"
+    assert confirmed.gain.low > 0
 
 
 def test_without_a_gain_dpo_is_kept() -> None:
-    told: list[str] = []
-    _, decision = search_pair(
-        PROMPTS, Search(prompts=(64, 128, 200)), Curve(height=0.0), told.append, at_once=2
+    lines: list[str] = []
+    _, decision = search_alpha(
+        halves_of(PROMPTS), Search(prompts=(64, 128, 200)), Curve(height=0.0), lines.append, at_once=2
     )
     assert decision.alpha == 0
-    assert told[-1] == decision.reason
-    assert told[0] == "ladder, alpha 0, 0.1, 0.2, 0.4 on 64 prompts"
+    assert lines[-1] == decision.reason
+    assert lines[0] == "ladder, alpha 0, 0.1, 0.2, 0.4 on 64 prompts"
     assert "keep dpo" in decision.reason
 
 
 def test_a_rung_asks_only_for_alphas_that_need_more_prompts_and_each_set_begins_with_the_last_one() -> None:
-    curve, told = Curve(height=3.0), list[str]()
-    search_pair(PROMPTS, Search(prompts=(64, 128, 200)), curve, told.append, at_once=1)
+    curve = Curve(height=3.0)
+    search_alpha(halves_of(PROMPTS), Search(prompts=(64, 128, 200)), curve, print, at_once=1)
     for alpha in {alpha for alpha, _ in curve.asked}:
-        sets = [ids for one, ids in curve.asked if one == alpha and ids]
+        sets = [ids for asked, ids in curve.asked if asked == alpha and ids]
         on_choose = [ids for ids in sets if ids[0] == sets[0][0]]
         assert [len(ids) for ids in on_choose] == sorted({len(ids) for ids in on_choose})
         for smaller, larger in pairwise(on_choose):

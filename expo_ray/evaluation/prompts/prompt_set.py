@@ -53,6 +53,10 @@ class PromptSet:
         chosen = {prompt.id for prompt in self.drawn().prompts[:count]}
         return replace(self, prompts=tuple(prompt for prompt in self.prompts if prompt.id in chosen))
 
+    def first(self, count: int) -> PromptSet:
+        """The first prompts of the set, in its order."""
+        return replace(self, prompts=self.prompts[:count])
+
     def drawn(self) -> PromptSet:
         """The set in the order in which subsets are drawn: its first `n` prompts are those of `limit(n)`."""
         return replace(self, prompts=tuple(_in_order_of_drawing(self.prompts)))

@@ -1,23 +1,24 @@
-"""What the search knows of one alpha: responses and rewards as numbers, one row for each prompt."""
+"""Responses and rewards of one alpha as numbers, a row for each prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from expo_ray.config import check_alpha, format_alpha
 from expo_ray.errors import ExpoError
+from expo_ray.evaluation.prompts.prompt_set import PromptSet
 from expo_ray.evaluation.records import Response, Reward
-from expo_ray.evaluation.statistics import Array
+from expo_ray.evaluation.search.response_measures import RESPONSE_MEASURES
+from expo_ray.evaluation.statistics import Array, gain, length_controlled_gain, mean_of, win_rate
+from expo_ray.extrapolation.step import Step
+from expo_ray.report.results import HalfName, Measurement
 from expo_ray.text import first_few
 
-# Long enough that prose seldom repeats one by chance, short enough to see a loop of one word.
-_REPEATED_CHARACTERS = 16
-
-# Prompt id and sample, or the wider type that `Parts.read` gives.
+# Prompt id and sample, or the wider type that `RowStore.read` gives.
 Key = TypeVar("Key", bound=Hashable)
 # Log-probabilities of the tokens of dpo's own responses, by (prompt id, sample).
 LogProbabilities = Mapping[tuple[str, int], Sequence[float]]
@@ -29,16 +30,14 @@ class EvaluationError(ExpoError):
 
 @dataclass(frozen=True, eq=False)
 class AlphaScores:
-    """One alpha on some prompts. All arrays have a row for each prompt, and are means over its samples.
+    """Scores of one alpha on some prompts. All arrays have a row for each prompt, and are means over its samples.
 
     Attributes:
         alpha: as served.
         prompt_ids: in the order of the prompt set.
         rewards: by reward model; the first one chooses alpha, all of them have to confirm it.
         lengths: generated tokens.
-        cut: share of responses that end at the token limit.
-        repetition: share of a response's text that repeats earlier text of it.
-        broken: share of responses that are empty or contain special tokens.
+        measures: by name in `RESPONSE_MEASURES`, for the guardrails.
         divergence: KL(dpo || alpha) in nats, the sum over the tokens of dpo's response, and their number: (prompts, 2);
             None where no log-probabilities were collected.
         samples: responses to each prompt.
@@ -48,9 +47,7 @@ class AlphaScores:
     prompt_ids: tuple[str, ...]
     rewards: Mapping[str, Array]
     lengths: Array
-    cut: Array
-    repetition: Array
-    broken: Array
+    measures: Mapping[str, Array]
     divergence: Array | None = None
     samples: int = 1
 
@@ -62,13 +59,35 @@ class AlphaScores:
         return replace(
             self,
             prompt_ids=self.prompt_ids[rows],
-            rewards={name: values[rows] for name, values in self.rewards.items()},
+            rewards={model: values[rows] for model, values in self.rewards.items()},
             lengths=self.lengths[rows],
-            cut=self.cut[rows],
-            repetition=self.repetition[rows],
-            broken=self.broken[rows],
+            measures={name: values[rows] for name, values in self.measures.items()},
             divergence=None if self.divergence is None else self.divergence[rows],
         )
+
+    @property
+    def chooser(self) -> str:
+        """Name of the reward model that chooses alpha: the first one."""
+        return next(iter(self.rewards))
+
+
+class Evaluator(Protocol):
+    """Evaluates steps of one pair; safe to call from several threads."""
+
+    @property
+    def texts(self) -> Mapping[Step, Mapping[str, Response]]:
+        """The first response to each prompt, by step and prompt id."""
+
+    @property
+    def num_responses(self) -> int:
+        """Responses to all steps so far."""
+
+    def evaluate(self, step: Step, prompts: PromptSet) -> AlphaScores:
+        """Ask for and score the responses of a step to `prompts`; those that are stored are not made again.
+
+        Raises:
+            ExpoError: if a prompt stays unanswered, or a response without a reward.
+        """
 
 
 def alpha_scores(
@@ -85,7 +104,7 @@ def alpha_scores(
     Args:
         alpha: that was served.
         prompt_ids: the prompts to take, in the order of the prompt set. Rows of others are passed over.
-        responses: by key, as `Parts.read` gives them.
+        responses: by key, as `RowStore.read` gives them.
         rewards: by reward model, the choosing one first; each by key.
         special_tokens: strings that no response should contain, such as those of the tokenizer.
         logprobs: of dpo's own responses, first by dpo, then by this alpha, token for token.
@@ -95,8 +114,8 @@ def alpha_scores(
             reward that is not finite.
     """
     check_alpha(alpha)
-    scored = {name: {row.key: row.reward for row in of_model.values()} for name, of_model in rewards.items()}
-    by_prompt: dict[str, list[Response]] = {name: [] for name in prompt_ids}
+    scored = {model: {row.key: row.reward for row in by_key.values()} for model, by_key in rewards.items()}
+    by_prompt: dict[str, list[Response]] = {prompt_id: [] for prompt_id in prompt_ids}
     for response in responses.values():
         if response.prompt_id in by_prompt:
             by_prompt[response.prompt_id].append(response)
@@ -111,30 +130,33 @@ def alpha_scores(
     return AlphaScores(
         alpha=alpha,
         prompt_ids=tuple(prompt_ids),
-        rewards={name: per_prompt(values) for name, values in scored.items()},
+        rewards={model: per_prompt(values) for model, values in scored.items()},
         lengths=per_prompt({row.key: row.num_tokens for row in taken}),
-        cut=per_prompt({row.key: row.finish_reason == "length" for row in taken}),
-        repetition=per_prompt({row.key: repetition_of(row.text) for row in taken}),
-        broken=per_prompt({row.key: bool(row.num_special) or is_broken(row.text, tokens) for row in taken}),
+        measures={
+            name: per_prompt({row.key: response.measure(row, tokens) for row in taken})
+            for name, response in RESPONSE_MEASURES.items()
+        },
         divergence=None if logprobs is None else _divergence(alpha, by_prompt, *logprobs),
         samples=samples,
     )
 
 
-def repetition_of(text: str) -> float:
-    """Share of the text's runs of 16 characters that occurred before in it; 0 for a text without two of them.
-
-    Characters, not words: a loop without spaces is one word.
-    """
-    runs = len(text) - _REPEATED_CHARACTERS + 1
-    if runs < 2:
-        return 0.0
-    return 1 - len({text[at : at + _REPEATED_CHARACTERS] for at in range(runs)}) / runs
-
-
-def is_broken(text: str, special_tokens: Sequence[str]) -> bool:
-    """True if a response is empty or contains a special token."""
-    return not text.strip() or any(token in text for token in special_tokens)
+def measurements(
+    half: HalfName, scores: AlphaScores, dpo: AlphaScores, confidence: float
+) -> Iterator[Measurement]:
+    """Compare an alpha with dpo on the same prompts, by each reward model."""
+    for model, rewards in scores.rewards.items():
+        of_dpo = dpo.rewards[model]
+        yield Measurement(
+            alpha=scores.alpha,
+            half=half,
+            reward_model=model,
+            prompts=len(scores.prompt_ids),
+            reward=mean_of(rewards, confidence),
+            gain=gain(rewards, of_dpo, confidence),
+            controlled_gain=length_controlled_gain(rewards, of_dpo, scores.lengths, dpo.lengths, confidence),
+            win_rate=win_rate(rewards, of_dpo, confidence).mean,
+        )
 
 
 def _check(
@@ -163,8 +185,8 @@ def _check(
         wrong = [f"{key[0]}/{key[1]}" for key in keys if not np.isfinite(scored[key])]
         if wrong:
             raise EvaluationError(
-                f"{name}: {model} gave {len(wrong)} reward(s) that are no finite number ({first_few(wrong)}); a mean with them says "
-                "nothing, so mend the reward model and score them again"
+                f"{name}: {model} gave {len(wrong)} reward(s) that are no finite number ({first_few(wrong)}), so their mean says "
+                "nothing; fix the reward model and score them again"
             )
 
 

@@ -1,192 +1,181 @@
-"""After alpha is chosen: whether a group of tensors is better off with more of it, or with less.
+"""Multipliers of a chosen alpha: is a group of tensors better off with more of it, or with less?
 
-Each group alone is tried with a few multipliers on few prompts; the best of every group that looks better, and all of them
-together, on many; and the best of those is confirmed on the other half, against alpha alone and against dpo.
+1. Each group alone is tried with a few multipliers, on few prompts.
+2. The best multiplier of every group that looks better, and all of them together, are compared on many prompts.
+3. The best of those is confirmed on the other half, against alpha alone and against dpo.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 from expo_ray.config import Group, Search, format_alpha
 from expo_ray.evaluation.prompts.prompt_set import PromptSet
-from expo_ray.evaluation.search.alpha_scores import AlphaScores
+from expo_ray.evaluation.search.alpha_scores import AlphaScores, Evaluator, measurements
 from expo_ray.evaluation.search.guardrails import checks, rejection
-from expo_ray.evaluation.search.history import HalfName
 from expo_ray.evaluation.search.methods import FEWEST_PROMPTS
-from expo_ray.evaluation.search.search_pair import Evaluate, Tell, first, halves_of
 from expo_ray.evaluation.statistics import gain, standard_error
 from expo_ray.extrapolation.step import DPO, Step
-from expo_ray.report.results import Interval
+from expo_ray.report.results import Groups, GroupTrial, HalfName, Interval
 
-# Of alpha, in one group. 1 is alpha alone.
+# Of alpha, in one group: leave the group as in dpo, go half as far, or twice as far. 1 is alpha alone.
 FACTORS = (0.0, 0.5, 2.0)
 
-Found = Mapping[Step, AlphaScores]
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One step with multipliers on the choosing half.
-
-    Attributes:
-        gain: over alpha alone, by the reward model that chooses.
-        fell: why it went no further; empty if it did.
-    """
-
-    step: Step
-    num_prompts: int
-    gain: Interval
-    fell: str
-
-
-@dataclass(frozen=True)
-class GroupDecision:
-    """What came of searching multipliers.
-
-    Attributes:
-        step: the chosen one; without multipliers where none is better than alpha alone.
-        reason: in a sentence, with the values that decided.
-        trials: all that was tried, each on the most prompts.
-        found: the last finalist, alpha alone and dpo, by half; empty where nothing got so far.
-    """
-
-    step: Step
-    reason: str
-    trials: tuple[Trial, ...]
-    found: Mapping[HalfName, Found]
+StepScores = Mapping[Step, AlphaScores]
 
 
 def search_groups(
-    alpha: float, prompts: PromptSet, settings: Search, evaluate: Evaluate, tell: Tell, *, at_once: int
-) -> GroupDecision:
+    alpha: float,
+    halves: Mapping[HalfName, PromptSet],
+    settings: Search,
+    evaluator: Evaluator,
+    announce: Callable[[str], None],
+    *,
+    at_once: int,
+) -> tuple[Groups, StepScores]:
     """Try multipliers on a chosen alpha.
 
     Args:
         alpha: chosen, above 0.
-        evaluate: safe to call from several threads; what is stored is not made again, so that a rerun goes the same way.
-        tell: is told each round, and the decision.
+        halves: of the prompt set, each in the order in which it is asked.
+        evaluator: does not make again what is stored, so that a rerun goes the same way.
+        announce: takes a line for each round, and the reason of the decision.
         at_once: steps to evaluate at the same time.
+
+    Returns:
+        The multipliers that were chosen, or none, and the scores on the choosing half of those, alpha alone and dpo; no scores where
+        alpha alone is kept.
 
     Raises:
         ExpoError: if a step cannot be evaluated.
     """
     with ThreadPoolExecutor(at_once, "group") as pool:
-        decision = _Course(Step(alpha), halves_of(prompts), settings, evaluate, tell, pool).decide()
-    tell(decision.reason)
-    return decision
+        course = _Course(Step(alpha), halves, settings, evaluator, announce, pool)
+        groups, scores = course.decide()
+    announce(groups.reason)
+    return groups, scores
 
 
 @dataclass
 class _Course:
-    """One search; `trials` holds what it has tried so far."""
+    """State of one search; `trials` holds every step that it has tried, on the most prompts."""
 
     alone: Step
     halves: Mapping[HalfName, PromptSet]
     settings: Search
-    evaluate: Evaluate
-    tell: Tell
+    evaluator: Evaluator
+    announce: Callable[[str], None]
     pool: ThreadPoolExecutor
-    trials: dict[Step, Trial] = field(default_factory=dict)
+    trials: dict[Step, GroupTrial] = field(default_factory=dict)
 
-    def decide(self) -> GroupDecision:
-        groups = self.settings.groups
-        single = {group: [self._step({group: factor}) for factor in FACTORS] for group in groups}
-        found = self._ask(
-            [one for steps in single.values() for one in steps], "choose", self.settings.prompts[0], "groups"
-        )
-        better = {
-            group: best for group, steps in single.items() if (best := self._best(steps, found, errors=1))
+    def decide(self) -> tuple[Groups, StepScores]:
+        """Search on the choosing half and confirm on the other."""
+        by_group = {
+            group: [self._step({group: factor}) for factor in FACTORS] for group in self.settings.groups
         }
+        steps = [step for group_steps in by_group.values() for step in group_steps]
+        scores = self._try(steps, self.settings.prompts[0], "groups")
+        better = [
+            best for group_steps in by_group.values() if (best := self._best(group_steps, scores, errors=1))
+        ]
         if not better:
-            return self._keep("no group is better with another multiplier, by more than one standard error")
-        together = self._step({group: factor for best in better.values() for group, factor in best.factors})
-        finalists = list(dict.fromkeys([*better.values(), together]))
-        found = self._ask(finalists, "choose", self.settings.prompts[-1], "groups, final")
-        best = self._best(finalists, found, errors=0)
+            return self._keep(
+                "no group is better with another multiplier, by more than one standard error"
+            ), {}
+        together = self._step({group: factor for best in better for group, factor in best.factors})
+        finalists = list(dict.fromkeys([*better, together]))
+        scores = self._try(finalists, self.settings.prompts[-1], "groups, final")
+        best = self._best(finalists, scores, errors=0)
         if best is None:
-            return self._keep("on more prompts, no multiplier is better than alpha alone")
-        return self._confirmed(best, {"choose": found})
+            return self._keep("on more prompts, no multiplier is better than alpha alone"), {}
+        return self._confirm(best, scores)
 
-    def _confirmed(self, best: Step, found: Mapping[HalfName, Found]) -> GroupDecision:
-        """The decision on the last finalist: its gains over alpha alone and over dpo must be above zero on untouched prompts."""
-        half: HalfName = "choose"
-        confidence = self.settings.confidence
+    def _confirm(self, best: Step, chosen_on: StepScores) -> tuple[Groups, StepScores]:
+        """Require that the gains of the last finalist over alpha alone and over dpo are above zero on untouched prompts."""
+        scores, where, confidence = chosen_on, "prompts it was chosen on", self.settings.confidence
+        by_half: dict[HalfName, StepScores] = {"choose": chosen_on}
         if len(self.halves["confirm"]) >= FEWEST_PROMPTS:
-            half = "confirm"
-            found = {
-                **found,
-                half: self._ask([best], half, self.settings.confirm_prompts, "groups, confirmation"),
-            }
+            scores = self._evaluate(
+                [best], self.halves["confirm"].first(self.settings.confirm_prompts), "groups, confirmation"
+            )
+            by_half["confirm"], where = scores, "untouched prompts"
         else:  # chosen on the very prompts that have to show it, from among all that was tried (Bonferroni)
             confidence = 1 - (1 - confidence) / len(self.trials)
-        seen = found[half]
-        chooser = next(iter(seen[DPO].rewards))
-        bounds = {
-            f"over alpha alone by {chooser}": self._gain(best, self.alone, chooser, seen, confidence)
-        } | {
-            f"over dpo by {model}": self._gain(best, DPO, model, seen, confidence)
-            for model in seen[DPO].rewards
-        }
-        where = f"{len(seen[DPO].prompt_ids)} {'untouched prompts' if half == 'confirm' else 'prompts it was chosen on'}"
-        text = f"{self._text(best)}: its gain on {where} is " + " and ".join(
-            f"{one} {name}" for name, one in bounds.items()
-        )
-        fault = self._veto(best, seen, confidence)
-        if any(one.low <= 0 for one in bounds.values()):
+        bounds = dict(self._bounds(best, scores, confidence))
+        gains = " and ".join(f"{bound} {over}" for over, bound in bounds.items())
+        text = f"{_text(best)}: its gain on {len(scores[DPO].prompt_ids)} {where} is {gains}"
+        fault = self._veto(best, scores, confidence)
+        if any(bound.low <= 0 for bound in bounds.values()):
             fault = "; ".join(filter(None, [fault, "a lower bound is not above zero"]))
         if fault:
-            self.trials[best] = replace(self.trials[best], fell=fault)
-            return replace(self._keep(f"{text}; {fault}"), found=found)
-        return GroupDecision(best, text, tuple(self.trials.values()), found)
+            self._note(best, fault)
+            return self._keep(f"{text}; {fault}"), {}
+        measured = tuple(
+            measurement
+            for half, of_half in by_half.items()
+            for measurement in measurements(half, of_half[best], of_half[DPO], self.settings.confidence)
+        )
+        return Groups(dict(best.factors), text, tuple(self.trials.values()), measured), chosen_on
 
-    def _ask(self, steps: Sequence[Step], half: HalfName, size: int, why: str) -> Found:
-        """Evaluate `steps`, and what they are compared with; on the choosing half, note what came of each."""
-        asked = first(self.halves[half], size)
-        self.tell(f"{why}, {'; '.join(map(str, steps))} on {len(asked)} prompts")
-        every = [DPO, self.alone, *steps]
-        found = dict(zip(every, self.pool.map(lambda step: self.evaluate(step, asked), every), strict=True))
-        if half == "choose":
-            model = next(iter(found[DPO].rewards))
-            for step in steps:
-                over_alone = self._gain(step, self.alone, model, found, self.settings.confidence)
-                self.trials[step] = Trial(step, len(asked), over_alone, "")
-        return found
+    def _bounds(self, best: Step, scores: StepScores, confidence: float) -> Iterator[tuple[str, Interval]]:
+        """The gains that have to be above zero, each with the words for it."""
+        chooser = scores[DPO].chooser
+        yield f"over alpha alone by {chooser}", _gain(scores, best, self.alone, chooser, confidence)
+        for model in scores[DPO].rewards:
+            yield f"over dpo by {model}", _gain(scores, best, DPO, model, confidence)
 
-    def _best(self, steps: Sequence[Step], found: Found, *, errors: float) -> Step | None:
-        """The step with the largest gain over alpha alone, if that is above so many standard errors; the others fall."""
-        model = next(iter(found[DPO].rewards))
-        limits = {
-            step: errors * standard_error(found[step].rewards[model], found[self.alone].rewards[model])
-            for step in steps
-        }
+    def _try(self, steps: Sequence[Step], num_prompts: int, stage: str) -> StepScores:
+        """Evaluate `steps` on the first prompts of the choosing half, and note the gain of each."""
+        scores = self._evaluate(steps, self.halves["choose"].first(num_prompts), stage)
         for step in steps:
-            fault = self._veto(step, found, self.settings.confidence)
-            if not fault and self.trials[step].gain.mean <= limits[step]:
-                fault = f"its gain over alpha alone is not above {limits[step]:.3f}"
-            self.trials[step] = replace(self.trials[step], fell=fault)
-        passed = [step for step in steps if not self.trials[step].fell]
+            over_alone = _gain(scores, step, self.alone, scores[DPO].chooser, self.settings.confidence)
+            self.trials[step] = GroupTrial(dict(step.factors), len(scores[DPO].prompt_ids), over_alone, "")
+        return scores
+
+    def _evaluate(self, steps: Sequence[Step], prompts: PromptSet, stage: str) -> StepScores:
+        """Evaluate `steps`, and what they are compared with."""
+        self.announce(f"{stage}, {'; '.join(map(str, steps))} on {len(prompts)} prompts")
+        compared = [DPO, self.alone, *steps]
+        scores = self.pool.map(lambda step: self.evaluator.evaluate(step, prompts), compared)
+        return dict(zip(compared, scores, strict=True))
+
+    def _best(self, steps: Sequence[Step], scores: StepScores, *, errors: float) -> Step | None:
+        """The step with the largest gain over alpha alone, if that exceeds `errors` standard errors; notes why the others fell."""
+        chooser = scores[DPO].chooser
+        for step in steps:
+            error = standard_error(scores[step].rewards[chooser], scores[self.alone].rewards[chooser])
+            fault = self._veto(step, scores, self.settings.confidence)
+            if not fault and self.trials[step].gain.mean <= errors * error:
+                fault = f"its gain over alpha alone is not above {errors * error:.3f}"
+            self._note(step, fault)
+        passed = [step for step in steps if not self.trials[step].reason]
         best = max(passed, key=lambda step: self.trials[step].gain.mean, default=None)
         for step in passed:
-            if step != best:
-                self.trials[step] = replace(self.trials[step], fell=f"{self._text(best)} is better")
+            if best is not None and step != best:
+                self._note(step, f"{_text(best)} is better")
         return best
 
-    def _veto(self, step: Step, found: Found, confidence: float) -> str:
-        return rejection(checks(found[step], found[DPO], self.settings.guardrails, confidence))
+    def _note(self, step: Step, reason: str) -> None:
+        """Record why a step goes no further; an empty reason if it does."""
+        self.trials[step] = replace(self.trials[step], reason=reason)
 
-    def _gain(self, step: Step, reference: Step, model: str, found: Found, confidence: float) -> Interval:
-        return gain(found[step].rewards[model], found[reference].rewards[model], confidence)
+    def _veto(self, step: Step, scores: StepScores, confidence: float) -> str:
+        return rejection(checks(scores[step], scores[DPO], self.settings.guardrails, confidence))
 
-    def _keep(self, why: str) -> GroupDecision:
+    def _keep(self, why: str) -> Groups:
+        """The result without multipliers."""
         reason = f"alpha {format_alpha(self.alone.alpha)} in all groups: {why}"
-        return GroupDecision(self.alone, reason, tuple(self.trials.values()), {})
+        return Groups({}, reason, tuple(self.trials.values()))
 
     def _step(self, factors: Mapping[Group, float]) -> Step:
         return Step.of(self.alone.alpha, factors)
 
-    @staticmethod
-    def _text(step: Step | None) -> str:
-        return ", ".join(f"{group} x{format_alpha(factor)}" for group, factor in step.factors) if step else ""
+
+def _gain(scores: StepScores, step: Step, reference: Step, model: str, confidence: float) -> Interval:
+    return gain(scores[step].rewards[model], scores[reference].rewards[model], confidence)
+
+
+def _text(step: Step) -> str:
+    return ", ".join(f"{group} x{format_alpha(factor)}" for group, factor in step.factors)

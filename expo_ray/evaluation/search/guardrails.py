@@ -1,129 +1,113 @@
-"""What an alpha may change in the responses, whatever its reward.
+"""Limits on what an alpha may change in the responses, whatever its reward.
 
 Reward models have blind spots, and a search finds them: loops, ever longer texts, missing ends. Each guardrail compares an
-alpha with dpo on the same prompts.
+alpha with dpo on the same prompts. Their names, units and limits are in `expo_ray.config.guardrails`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from expo_ray.config.search import Guardrails, Limit
+from expo_ray.config import Guardrails, Limit, Search
 from expo_ray.evaluation.search.alpha_scores import AlphaScores
-from expo_ray.evaluation.statistics import Array, gain
-
-Verdict = Literal["ok", "warn", "reject"]
-
-
-@dataclass(frozen=True)
-class Check:
-    """One guardrail at one alpha.
-
-    Attributes:
-        name: `length ratio`, `cut`, `repetition`, `broken`, `kl` or `reward of <model>`.
-        value: what the limits are about.
-        limit: the limit that counts: of the verdict, or the one that would warn.
-        verdict: `reject` keeps the alpha from being chosen.
-        text: the values in a sentence.
-    """
-
-    name: str
-    value: float
-    limit: float
-    verdict: Verdict
-    text: str
+from expo_ray.evaluation.search.history import Half
+from expo_ray.evaluation.search.response_measures import RESPONSE_MEASURES
+from expo_ray.evaluation.statistics import gain, standard_error
+from expo_ray.report.results import GuardrailCheck, Verdict
 
 
-def checks(one: AlphaScores, dpo: AlphaScores, limits: Guardrails, confidence: float) -> tuple[Check, ...]:
-    """All guardrails of an alpha, against dpo on the same prompts.
+def checks(
+    scores: AlphaScores, dpo: AlphaScores, limits: Guardrails, confidence: float
+) -> tuple[GuardrailCheck, ...]:
+    """Compare an alpha with dpo on the same prompts, by every guardrail.
 
     Args:
         confidence: at which another reward model has to be below dpo for its veto.
     """
-    return tuple(
-        [_length(one, dpo, limits.length_ratio)]
-        + [
-            _rise(name, _MEANS[name], before, after, limit)
-            for name, before, after, limit in (
-                ("cut", dpo.cut, one.cut, limits.cut),
-                ("repetition", dpo.repetition, one.repetition, limits.repetition),
-                ("broken", dpo.broken, one.broken, limits.broken),
-            )
-        ]
-        + list(_divergence(one, limits.kl))
-        + list(_other_rewards(one, dpo, confidence))
+    return (
+        _check_length(scores, dpo, limits.limit("length ratio")),
+        *(_check_rise(name, scores, dpo, limits.limit(name)) for name in RESPONSE_MEASURES),
+        *_check_divergence(scores, limits.limit("kl")),
+        *_check_other_rewards(scores, dpo, confidence),
     )
 
 
-def rejection(found: tuple[Check, ...]) -> str:
-    """What rejects an alpha, in words; empty if nothing does."""
-    return "; ".join(check.text for check in found if check.verdict == "reject")
+def rejection(checked: Iterable[GuardrailCheck]) -> str:
+    """The reasons to reject an alpha, in words; empty if no guardrail does."""
+    return "; ".join(check.text for check in checked if check.verdict == "reject")
 
 
-_MEANS = {
-    "cut": "of responses end at the token limit",
-    "repetition": "of the text repeats what the response said before",
-    "broken": "of responses are empty or contain special tokens",
-}
+def veto(half: Half, settings: Search, alpha: float, num_prompts: int, confidence: float) -> str:
+    """The guardrails' reasons to reject an alpha on the first prompts of a half; empty if there are none."""
+    scores, dpo = half.at(alpha, num_prompts), half.at(0.0, num_prompts)
+    return rejection(checks(scores, dpo, settings.guardrails, confidence))
 
 
-def _verdict(value: float, limit: Limit) -> tuple[Verdict, float]:
+def objection(half: Half, alpha: float, num_prompts: int) -> str:
+    """Reason to drop `alpha` before the confirmation; empty if there is none.
+
+    Another reward model, which will have to see a gain, scores the alpha more than one standard error below dpo: the chance that it
+    truly prefers the alpha is then below one in six. Earlier looks take a significant loss (`veto`).
+    """
+    scores, dpo = half.at(alpha, num_prompts), half.at(0.0, num_prompts)
+    for model in list(scores.rewards)[1:]:
+        loss = float((dpo.rewards[model] - scores.rewards[model]).mean())
+        error = standard_error(scores.rewards[model], dpo.rewards[model])
+        if loss > error:
+            return (
+                f"{model} has to confirm it, and gives it {loss:.3f} less than dpo on {num_prompts} prompts, where the standard "
+                f"error is {error:.3f}"
+            )
+    return ""
+
+
+def _judge(value: float, limit: Limit) -> tuple[Verdict, float]:
+    """The verdict on a value, and the limit to name beside it: the one it exceeds, else the one that would warn."""
     if value > limit.reject:
         return "reject", limit.reject
     return ("warn" if value > limit.warn else "ok"), limit.warn
 
 
-def _length(one: AlphaScores, dpo: AlphaScores, limit: Limit) -> Check:
-    before, after = float(dpo.lengths.mean()), float(one.lengths.mean())
-    # Twice as short is as suspicious as twice as long.
+def _check_length(scores: AlphaScores, dpo: AlphaScores, limit: Limit) -> GuardrailCheck:
+    before, after = float(dpo.lengths.mean()), float(scores.lengths.mean())
     ratio = after / before if before else np.inf if after else 1.0
-    verdict, at = _verdict(max(ratio, 1 / ratio if ratio else np.inf), limit)
-    shown = at if ratio >= 1 else 1 / at
-    return Check(
-        "length ratio",
-        ratio,
-        shown,
-        verdict,
-        f"responses have {after:.0f} tokens where dpo's have {before:.0f}, x{ratio:.2f} ({_against(verdict, f'x{shown:.2f}')})",
-    )
+    # Half as long is as suspicious as twice as long.
+    verdict, exceeded = _judge(max(ratio, 1 / ratio if ratio else np.inf), limit)
+    named = f"x{exceeded if ratio >= 1 else 1 / exceeded:.2f}"
+    text = f"responses have {after:.0f} tokens where dpo's have {before:.0f}, x{ratio:.2f} ({_against(verdict, named)})"
+    return GuardrailCheck(scores.alpha, "length ratio", ratio, limit.reject, verdict, text, limit.warn)
 
 
-def _rise(name: str, what: str, dpo: Array, one: Array, limit: Limit) -> Check:
-    before, after = float(dpo.mean()), float(one.mean())
-    verdict, at = _verdict(after - before, limit)
-    return Check(
-        name,
-        after - before,
-        at,
-        verdict,
-        f"{after:.1%} {what}, {before:.1%} with dpo ({_against(verdict, f'{at:+.1%}')})",
-    )
+def _check_rise(name: str, scores: AlphaScores, dpo: AlphaScores, limit: Limit) -> GuardrailCheck:
+    before, after = float(dpo.measures[name].mean()), float(scores.measures[name].mean())
+    verdict, exceeded = _judge(after - before, limit)
+    meaning = RESPONSE_MEASURES[name].meaning
+    text = f"{after:.1%} {meaning}, {before:.1%} with dpo ({_against(verdict, f'{exceeded:+.1%}')})"
+    return GuardrailCheck(scores.alpha, name, after - before, limit.reject, verdict, text, limit.warn)
 
 
-def _divergence(one: AlphaScores, limit: Limit) -> Iterator[Check]:
-    if one.divergence is not None and one.divergence[:, 1].sum() > 0:
-        total, count = one.divergence.sum(axis=0)
-        verdict, at = _verdict(float(total / count), limit)
-        yield Check(
-            "kl",
-            float(total / count),
-            at,
-            verdict,
-            f"KL from dpo is {total / count:.3f} nats per token of dpo's responses ({_against(verdict, f'{at:g}')})",
-        )
+def _check_divergence(scores: AlphaScores, limit: Limit) -> Iterator[GuardrailCheck]:
+    """KL divergence, where log-probabilities were collected."""
+    if scores.divergence is not None and scores.divergence[:, 1].sum() > 0:
+        total, num_tokens = scores.divergence.sum(axis=0)
+        nats = float(total / num_tokens)
+        verdict, exceeded = _judge(nats, limit)
+        text = f"KL from dpo is {nats:.3f} nats per token of dpo's responses ({_against(verdict, f'{exceeded:g}')})"
+        yield GuardrailCheck(scores.alpha, "kl", nats, limit.reject, verdict, text, limit.warn)
 
 
-def _other_rewards(one: AlphaScores, dpo: AlphaScores, confidence: float) -> Iterator[Check]:
+def _check_other_rewards(
+    scores: AlphaScores, dpo: AlphaScores, confidence: float
+) -> Iterator[GuardrailCheck]:
     """The reward models that do not choose: an alpha that one of them finds worse than dpo has not improved the model."""
-    for name in list(one.rewards)[1:]:
-        found = gain(one.rewards[name], dpo.rewards[name], confidence)
-        worse = found.high < 0
-        text = f"{name} finds it {'worse than' if worse else 'no worse than'} dpo, by {found}"
-        yield Check(f"reward of {name}", found.mean, 0.0, "reject" if worse else "ok", text)
+    for model in list(scores.rewards)[1:]:
+        gained = gain(scores.rewards[model], dpo.rewards[model], confidence)
+        worse = gained.high < 0
+        text = f"{model} finds it {'worse than' if worse else 'no worse than'} dpo, by {gained}"
+        verdict: Verdict = "reject" if worse else "ok"
+        yield GuardrailCheck(scores.alpha, f"reward of {model}", gained.mean, 0.0, verdict, text)
 
 
 def _against(verdict: Verdict, limit: str) -> str:

@@ -18,7 +18,6 @@ from expo_ray.evaluation.responses.likelihoods import likelihood_from_row, measu
 from expo_ray.evaluation.rewards.score_missing import NamedScorer, score_responses
 from expo_ray.evaluation.row_store import RowStore
 from expo_ray.evaluation.search.alpha_scores import AlphaScores, LogProbabilities, alpha_scores
-from expo_ray.evaluation.search.search_pair import first
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.step import DPO, Step, stepped
 from expo_ray.progress import Progress
@@ -37,7 +36,7 @@ class SharedScorer:
 
 
 class PairEvaluator:
-    """Asks for the missing responses and rewards of a step; called from several threads, see `search_pair`.
+    """Asks for the missing responses and rewards of a step; called from several threads, see `Evaluator`.
 
     Args:
         url: of the endpoint that serves the pair.
@@ -84,7 +83,7 @@ class PairEvaluator:
     def num_tokens(self) -> int:
         return sum(self._counted.values())
 
-    def __call__(self, step: Step, prompts: PromptSet) -> AlphaScores:
+    def evaluate(self, step: Step, prompts: PromptSet) -> AlphaScores:
         """Ask for and score the responses of a step to some prompts, as far as they are not stored.
 
         Raises:
@@ -118,7 +117,7 @@ class PairEvaluator:
 
     def _logprobs(self, step: Step, prompts: PromptSet) -> tuple[LogProbabilities, LogProbabilities]:
         """Measure the log-probabilities of dpo's own responses to a few prompts, by dpo and by `step`."""
-        few = first(prompts, KL_PROMPTS)
+        few = prompts.first(KL_PROMPTS)
         with self._asking_dpo:  # several steps want the same ones at the same time
             answered = [response for response in self._responses(DPO, few).values() if response.text]
             by_dpo = self._likelihoods(DPO, answered)

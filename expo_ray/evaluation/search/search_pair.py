@@ -1,56 +1,99 @@
-"""The search of one pair: ask for what the next rung needs, until alpha can be decided."""
+"""The search of one pair: evaluate what the next rung needs until alpha can be decided, then say what was found."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from typing import Literal
+
+import numpy as np
 
 from expo_ray.config import Search, format_alpha
 from expo_ray.evaluation.prompts.prompt_set import PromptSet
-from expo_ray.evaluation.search.alpha_scores import AlphaScores
+from expo_ray.evaluation.search.alpha_scores import AlphaScores, Evaluator
 from expo_ray.evaluation.search.decision import Decision, decide
-from expo_ray.evaluation.search.history import Half, HalfName, History, Rung
+from expo_ray.evaluation.search.groups import StepScores, search_groups
+from expo_ray.evaluation.search.guardrails import checks
+from expo_ray.evaluation.search.history import Half, History, Rung
 from expo_ray.evaluation.search.methods import next_rung
-from expo_ray.extrapolation.step import SFT, Step
+from expo_ray.extrapolation.plan import PairPlan
+from expo_ray.extrapolation.step import DPO, SFT, Step
+from expo_ray.report.results import Example, Groups, GuardrailCheck, HalfName, PairResult
 
-# Answers and rewards of one step on some prompts; those that are stored are not made again.
-Evaluate = Callable[[Step, PromptSet], AlphaScores]
-# Takes what a search does next, or has come to, in a few words.
-Tell = Callable[[str], None]
+# Prompts shown in full: half of those that gained most, half of those that lost most.
+NUM_EXAMPLES = 6
 
 
 def search_pair(
-    prompts: PromptSet, settings: Search, evaluate: Evaluate, tell: Tell, *, at_once: int
-) -> tuple[History, Decision]:
-    """Choose alpha on one half of the prompts, and confirm it on the other.
+    plan: PairPlan,
+    prompts: PromptSet,
+    settings: Search,
+    evaluator: Evaluator,
+    announce: Callable[[str], None],
+    *,
+    at_once: int,
+) -> PairResult:
+    """Choose the alpha of a pair, and multipliers of it where the settings ask for them.
 
     Args:
-        evaluate: safe to call from several threads.
-        tell: is told each rung, and the decision.
+        announce: takes a line for each round, and the reason of each decision.
         at_once: alphas of a rung to evaluate at the same time.
 
     Raises:
         ExpoError: if an alpha cannot be evaluated, or the prompts are too few.
     """
     halves = halves_of(prompts)
+    history, decision = search_alpha(halves, settings, evaluator, announce, at_once=at_once)
+    groups: Groups | None = None
+    step_scores: StepScores = {}
+    if settings.groups and decision.alpha:
+        groups, step_scores = search_groups(
+            decision.alpha, halves, settings, evaluator, announce, at_once=at_once
+        )
+    return PairResult(
+        name=plan.name,
+        sft=_pinned(plan.sft.uri, plan.sft.revision),
+        dpo=_pinned(plan.dpo.uri, plan.dpo.revision),
+        decision=decision.alpha,
+        reason=decision.reason,
+        measured=tuple(history.measurements(history.choose.scores, settings.confidence)),
+        guardrails=tuple(_guardrail_checks(history.choose, settings)),
+        rejected={rejected.alpha: str(rejected) for rejected in decision.rejected},
+        mean_tokens={
+            alpha: float(scores.lengths.mean()) for alpha, scores in sorted(history.choose.scores.items())
+        },
+        examples=tuple(_examples(history.choose, decision, evaluator, groups, step_scores)),
+        generations=evaluator.num_responses,
+        rounding=plan.options.rounding,
+        warnings=decision.warnings,
+        considered=decision.considered or None,
+        groups=groups,
+    )
+
+
+def search_alpha(
+    halves: Mapping[HalfName, PromptSet],
+    settings: Search,
+    evaluator: Evaluator,
+    announce: Callable[[str], None],
+    *,
+    at_once: int,
+) -> tuple[History, Decision]:
+    """Choose alpha on one half of the prompts, and confirm it on the other; see `search_pair`."""
     history = History(Half(len(halves["choose"]), {}), Half(len(halves["confirm"]), {}))
-    with ThreadPoolExecutor(at_once, "alpha") as pool:
-        while rung := next_rung(history, settings):
-            alphas = _missing(history, rung)
-            tell(f"{rung.why}, alpha {', '.join(map(format_alpha, alphas))} on {rung.num_prompts} prompts")
-            asked = first(halves[rung.half], rung.num_prompts)
-            assert len(asked) == rung.num_prompts, rung  # or it would be asked for again and again
-            history = _with(
-                history, rung, pool.map(lambda alpha, asked=asked: evaluate(Step(alpha), asked), alphas)
-            )
-        decision = decide(history, settings)
-        tell(decision.reason)
-        # Not part of the search: where the curve of the report begins.
-        smallest = min(settings.prompts[0], len(halves["choose"]))
-        sft = Rung("choose", (SFT.alpha,), smallest, "sft")
-        if not history.choose.has(sft):
-            history = _with(history, sft, [evaluate(SFT, first(halves["choose"], smallest))])
+    while rung := next_rung(history, settings):
+        alphas = history.half(rung.half).missing(rung)
+        announce(f"{rung.stage}, alpha {', '.join(map(format_alpha, alphas))} on {rung.num_prompts} prompts")
+        asked = halves[rung.half].first(rung.num_prompts)
+        assert len(asked) == rung.num_prompts, rung  # or it would be asked for again and again
+        history = history.with_scores(rung.half, _evaluate(alphas, asked, evaluator, at_once))
+    decision = decide(history, settings)
+    announce(decision.reason)
+    # Not part of the search: where the curve of the report begins.
+    smallest = min(settings.prompts[0], len(halves["choose"]))
+    alphas = history.choose.missing(Rung("choose", (SFT.alpha,), smallest, "sft"))
+    asked = halves["choose"].first(smallest)
+    history = history.with_scores("choose", _evaluate(alphas, asked, evaluator, at_once))
     return history, decision
 
 
@@ -60,21 +103,64 @@ def halves_of(prompts: PromptSet) -> Mapping[HalfName, PromptSet]:
     return {"choose": choose, "confirm": confirm}
 
 
-def first(prompts: PromptSet, count: int) -> PromptSet:
-    """The first prompts of a set, in its order."""
-    return replace(prompts, prompts=prompts.prompts[:count])
+def _evaluate(
+    alphas: Sequence[float], prompts: PromptSet, evaluator: Evaluator, at_once: int
+) -> dict[float, AlphaScores]:
+    """Evaluate alphas at the same time, each on all `prompts`."""
+    with ThreadPoolExecutor(at_once, "alpha") as pool:
+        scores = pool.map(lambda alpha: evaluator.evaluate(Step(alpha), prompts), alphas)
+        return dict(zip(alphas, scores, strict=True))
 
 
-def _missing(history: History, rung: Rung) -> list[float]:
-    known = history.half(rung.half).scores
-    return [
-        alpha
-        for alpha in rung.alphas
-        if alpha not in known or len(known[alpha].prompt_ids) < rung.num_prompts
-    ]
+def _pinned(uri: str, revision: str) -> str:
+    return f"{uri}@{revision}" if revision and "@" not in uri else uri
 
 
-def _with(history: History, rung: Rung, found: Iterable[AlphaScores]) -> History:
-    half = history.half(rung.half)
-    grown = replace(half, scores={**half.scores, **{one.alpha: one for one in found}})
-    return replace(history, **{rung.half: grown})
+def _guardrail_checks(half: Half, settings: Search) -> Iterator[GuardrailCheck]:
+    """All guardrails of all alphas but sft and dpo, each on the most prompts."""
+    for alpha in sorted(half.scores):
+        if alpha not in (DPO.alpha, SFT.alpha):
+            yield from checks(*half.beside_dpo(alpha), settings.guardrails, settings.confidence)
+
+
+def _examples(
+    half: Half,
+    decision: Decision,
+    evaluator: Evaluator,
+    groups: Groups | None,
+    step_scores: StepScores,
+) -> Iterator[Example]:
+    """The prompts whose reward changed most, either way, between dpo and the step that was chosen or came closest."""
+    step = Step(decision.considered)
+    if step == DPO or step.alpha not in half.scores:
+        return
+    scores, dpo = half.beside_dpo(step.alpha)
+    if groups and groups.multipliers:
+        step = next(step for step in step_scores if dict(step.factors) == groups.multipliers)
+        scores, dpo = step_scores[step], step_scores[DPO]
+    side: Literal["chosen", "candidate"] = "chosen" if decision.alpha else "candidate"
+    sides = {"sft": (SFT, half.scores.get(SFT.alpha)), "dpo": (DPO, dpo), side: (step, scores)}
+    model = scores.chooser
+    order = np.argsort(scores.rewards[model] - dpo.rewards[model], kind="stable")
+    ends = min(NUM_EXAMPLES, len(order)) // 2
+    for row in [*order[::-1][:ends], *order[:ends]]:
+        prompt_id = scores.prompt_ids[row]
+        answers = {
+            name: response
+            for name, (shown, _) in sides.items()
+            if (response := evaluator.texts.get(shown, {}).get(prompt_id))
+        }
+        if answers:
+            yield Example(
+                prompt=next(iter(answers.values())).messages[-1]["content"],
+                responses={name: response.text for name, response in answers.items()},
+                rewards={
+                    name: _reward_at(of_side, prompt_id, model)
+                    for name, (_, of_side) in sides.items()
+                    if name in answers and of_side
+                },
+            )
+
+
+def _reward_at(scores: AlphaScores, prompt_id: str, model: str) -> float:
+    return float(scores.rewards[model][scores.prompt_ids.index(prompt_id)])
