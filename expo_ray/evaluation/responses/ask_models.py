@@ -20,6 +20,7 @@ from expo_ray.evaluation.responses.ask_missing import (
 )
 from expo_ray.evaluation.responses.ask_question import origin_of
 from expo_ray.evaluation.responses.client import Client
+from expo_ray.evaluation.responses.endpoint import Card
 from expo_ray.evaluation.responses.response_file import ResponseFile, check_origins
 from expo_ray.progress import Counters
 from expo_ray.serving.served_models import names_by_engine
@@ -93,31 +94,44 @@ def ask_into_file(
         OutputError: if the file holds responses from other weights, sampling or engine.
         StorageError: if it cannot be read or written.
     """
+    collected = ResponsesByModel()
 
-    async def run() -> ResponsesByModel:
-        collected = ResponsesByModel()
+    async def run() -> OpenQuestions:
         async with client:
             card = await client.card(name or await _only_name(client))
-            wanted = questions_for(card, [prompts], sampling)
-            rows = output.read()
-            origins = {origin_of(card, question.sampling) for question in wanted.values()}
-            check_origins(output.uri, rows, origins)
-            stored = {key: rows[key] for key in wanted if key in rows}
-            missing = [question for key, question in wanted.items() if key not in stored]
-            row_stores = dict.fromkeys(origins, output.parts)
-            progress.expect(rows=len(missing), kept=len(stored))
-            questions = OpenQuestions(card, [prompts], stored, missing, row_stores)
+            questions = _open_questions_of_file(output, card, prompts, sampling)
+            progress.expect(rows=len(questions.missing), kept=len(questions.stored))
             await _ask_engine(client, [questions], collected, progress, client.concurrency)
-        responses = collected.by_model.get(card.name, ModelResponses(stored)).responses
-        output.write(prompts)
-        collected.places[card.name] = output.uri
-        try:
-            output.export(prompts, responses, sampling.samples)
-        except PromptError as error:
-            collected.failures.append(str(error))
-        return collected
+        return questions
 
-    return asyncio.run(run())
+    questions = asyncio.run(run())
+    served_name = questions.card.name
+    output.write(prompts)
+    collected.places[served_name] = output.uri
+    answered = collected.by_model.get(served_name, ModelResponses(questions.stored))
+    try:
+        output.export(prompts, answered.responses, sampling.samples)
+    except PromptError as error:
+        collected.failures.append(str(error))
+    return collected
+
+
+def _open_questions_of_file(
+    output: ResponseFile, card: Card, prompts: PromptSet, sampling: Sampling
+) -> OpenQuestions:
+    """Read a file, and find the questions that it has no response to.
+
+    Raises:
+        OutputError: if it holds responses from other weights, sampling or engine.
+        StorageError: if it cannot be read.
+    """
+    wanted = questions_for(card, [prompts], sampling)
+    rows = output.read()
+    origins = {origin_of(card, question.sampling) for question in wanted.values()}
+    check_origins(output.uri, rows, origins)
+    stored = {key: rows[key] for key in wanted if key in rows}
+    missing = [question for key, question in wanted.items() if key not in stored]
+    return OpenQuestions(card, [prompts], stored, missing, dict.fromkeys(origins, output.parts))
 
 
 async def _find_open_questions(

@@ -154,10 +154,34 @@ def _prompt_problems(
     tokenizer = _load_tokenizer(name, files)
     if tokenizer is None:
         return []
+    distinct = list({prompt.id: prompt for prompt in prompts}.values())
+    failed, too_long = _refused_prompts(tokenizer, distinct, limit)
+    if not needs_all and sum(map(len, failed.values())) + len(too_long) < len(distinct):
+        return []  # the others are answered, and these are named then
+    problems: list[JobError | PromptError] = [
+        PromptError(
+            f"{name}: the chat template fails on {len(ids)} prompt(s), {first_few(ids)} ({reason}); remove these prompts, or correct "
+            "chat_template.jinja"
+        )
+        for reason, ids in failed.items()
+    ]
+    if too_long:
+        problems.append(
+            PromptError(
+                f"{name}: {len(too_long)} prompt(s) leave no room for a response within {limit:.0f} tokens ({first_few(too_long)}); remove or "
+                "shorten them, or raise `serving.max_model_len` where it is below the model's"
+            )
+        )
+    return problems
+
+
+def _refused_prompts(
+    tokenizer: Any, prompts: Sequence[Prompt], limit: float
+) -> tuple[dict[str, list[str]], list[str]]:
+    """Render prompts. Returns the names of those on which the template fails, by its error, and those that fill `limit` tokens."""
     failed: dict[str, list[str]] = {}
-    long: list[str] = []
-    asked = {prompt.id: prompt for prompt in prompts}
-    for prompt in asked.values():
+    too_long: list[str] = []
+    for prompt in prompts:
         messages = [dict(turn) for turn in prompt.messages]
         try:
             with time_limit(RENDER_S):
@@ -167,28 +191,12 @@ def _prompt_problems(
             if isinstance(error, TimeoutError):
                 break  # the other prompts would take as long
             continue
-        # No tokenizer makes more tokens than there are bytes.
+        # Counting is slow, and no tokenizer makes more tokens than there are bytes.
         if len(text.encode()) >= limit:
             tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
             if tokens >= limit:
-                long.append(f"{prompt.label or prompt.id} with {tokens} tokens")
-    if not needs_all and sum(map(len, failed.values())) + len(long) < len(asked):
-        return []  # the others are answered, and these are named then
-    problems: list[JobError | PromptError] = [
-        PromptError(
-            f"{name}: the chat template fails on {len(ids)} prompt(s), {first_few(ids)} ({reason}); remove these prompts, or correct "
-            "chat_template.jinja"
-        )
-        for reason, ids in failed.items()
-    ]
-    if long:
-        problems.append(
-            PromptError(
-                f"{name}: {len(long)} prompt(s) leave no room for a response within {limit:.0f} tokens ({first_few(long)}); remove or shorten "
-                "them, or raise `serving.max_model_len` where it is below the model's"
-            )
-        )
-    return problems
+                too_long.append(f"{prompt.label or prompt.id} with {tokens} tokens")
+    return failed, too_long
 
 
 def _has_template(files: TokenizerFiles, config: Mapping[str, Any]) -> bool:

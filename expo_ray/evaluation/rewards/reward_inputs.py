@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -130,46 +130,59 @@ def model_inputs(
     inputs: list[RewardInput] = []
     too_long: dict[str, int] = {}
     refused: dict[str, list[str]] = {}
-    bos = tokenizer.bos_token_id
     for response in responses:
         try:
             ids = token_ids(tokenizer, response.messages, response.text)
         except Exception as error:  # a template may raise anything
-            refused.setdefault(f"the chat template raised {type(error).__name__}: {error}", []).append(
-                response.prompt_id
-            )
+            reason = f"the chat template raised {type(error).__name__}: {error}"
+            refused.setdefault(reason, []).append(response.prompt_id)
             if isinstance(error, TimeoutError):
                 break  # the other responses would take as long
             continue
-        if bos is not None and ids[:2] == [bos, bos]:
-            refused.setdefault(f"the chat begins with BOS (token {bos}) twice", []).append(response.prompt_id)
-        elif not ids:
-            refused.setdefault("the chat has no tokens", []).append(response.prompt_id)
+        if reason := _fault_of(ids, tokenizer.bos_token_id):
+            refused.setdefault(reason, []).append(response.prompt_id)
         elif len(ids) > max_tokens and not truncate:
             too_long[response.prompt_id] = max(len(ids), too_long.get(response.prompt_id, 0))
-        cut = len(ids) > max_tokens
-        kept = tuple(ids[:max_tokens])
         inputs.append(
-            RewardInput(response.prompt_id, response.sample, response.messages, response.text, kept, cut)
+            RewardInput(
+                response.prompt_id,
+                response.sample,
+                response.messages,
+                response.text,
+                ids=tuple(ids[:max_tokens]),
+                truncated=len(ids) > max_tokens,
+            )
         )
-    problems: list[ExpoError] = [
-        RewardError(
-            f"{where}: {reason} (prompt {first_few(list(dict.fromkeys(ids)))}); remove these responses"
-        )
-        for reason, ids in refused.items()
-    ]
+    if problems := _problems_of_chats(where, refused, too_long, max_tokens):
+        raise Problems(problems)
+    return inputs
+
+
+def _fault_of(ids: Sequence[int], bos: int | None) -> str:
+    """Reason why a chat would be scored wrongly; empty if it has none."""
+    if bos is not None and ids[:2] == [bos, bos]:
+        return f"the chat begins with BOS (token {bos}) twice"
+    return "" if ids else "the chat has no tokens"
+
+
+def _problems_of_chats(
+    where: str, refused: Mapping[str, Sequence[str]], too_long: Mapping[str, int], max_tokens: int
+) -> list[ExpoError]:
+    """An error for each reason, with its prompts, and one for all chats that are too long."""
+    problems: list[ExpoError] = []
+    for reason, prompt_ids in refused.items():
+        prompts = first_few(list(dict.fromkeys(prompt_ids)))
+        problems.append(RewardError(f"{where}: {reason} (prompt {prompts}); remove these responses"))
     if too_long:
-        longest = first_few([f"{prompt_id} with {tokens} tokens" for prompt_id, tokens in too_long.items()])
+        lengths = first_few([f"{prompt_id} with {tokens} tokens" for prompt_id, tokens in too_long.items()])
         problems.append(
             RewardError(
-                f"{where}: the chats of {len(too_long)} prompt(s) are longer than the {max_tokens} tokens that the model takes ({longest}); "
+                f"{where}: the chats of {len(too_long)} prompt(s) are longer than the {max_tokens} tokens that the model takes ({lengths}); "
                 "set `truncate: true` to score their beginnings, which are counted, or take a reward model with a "
                 "longer context"
             )
         )
-    if problems:
-        raise Problems(problems)
-    return inputs
+    return problems
 
 
 def function_inputs(responses: Sequence[Response]) -> list[RewardInput]:
