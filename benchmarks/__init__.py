@@ -1,1 +1,1 @@
-"""One script per question; `python -m benchmarks` asks them all. See README.md."""
+"""Measurement scripts, one per question; `python -m benchmarks` runs them. See README.md."""

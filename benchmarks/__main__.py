@@ -1,4 +1,4 @@
-"""`python -m benchmarks` asks every question; `python -m benchmarks NAME [options]` asks one."""
+"""Run the benchmarks: `python -m benchmarks` runs all quick ones, `python -m benchmarks NAME [options]` a single one."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ QUESTIONS = {
     "rewards": "how fast are responses scored, against a transformers pipeline at batch 8?",
     "alpha_search": "how good is the alpha that the search finds, and at what price?",
     "decisions": "which alpha does the pipeline choose on real models, and what stops it?",
-    "known_judges": "do figures of judges whose right result is known come out right?",
     "swap": "what does another alpha cost by a swap, against starting an engine on the published folder?",
     "swap_architectures": "do swapped weights of many architectures answer as transformers does?",
     "serving": "what does the endpoint cost, against vLLM alone on the same prompts?",
     "judgments": "do intervals of judged win rates cover the truth, and what does a judge who likes length change?",
     "rounding": "how far from the exact model is the written one?",
 }
-# Studies of numbers, not of this machine: many minutes, so they run only when named.
+# These measure the quality of results instead of this machine's speed. They take many minutes, so they run only when named.
 ONLY_WHEN_NAMED = {
-    "alpha_search", "decisions", "judgments", "known_judges", "rounding", "swap_architectures",
+    "alpha_search", "decisions", "judgments", "rounding", "swap_architectures",
 }  # fmt: skip
 
 
@@ -50,7 +49,7 @@ def run_all() -> int:
     failed = []
     for name in QUESTIONS:
         if name not in ONLY_WHEN_NAMED:
-            # A process each: what one has imported must not weigh on the next one's memory.
+            # A process each, so that the imports of a benchmark do not count in the memory of the next.
             command = [sys.executable, "-m", "benchmarks", name]
             if subprocess.run(command, cwd=ROOT, check=False).returncode:
                 failed.append(name)

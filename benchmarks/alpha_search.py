@@ -92,7 +92,7 @@ KINDS: Mapping[str, Callable[[int], Pair]] = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one way chose for one pair: the alpha, its true gain, the largest there was, and the responses spent."""
+    """Result of a search method on a pair: the chosen alpha, its true gain, the largest gain of any alpha, and responses spent."""
 
     alpha: float
     gain: float
@@ -104,7 +104,8 @@ class Outcome:
         return 1 - self.gain / self.attainable
 
 
-def outcome(task: tuple[str, str, int]) -> Outcome:
+def run_task(task: tuple[str, str, int]) -> Outcome:
+    """Run a search method on a synthetic pair of a kind and seed."""
     way, kind, seed = task
     pair = KINDS[kind](seed)
     alpha = WAYS[way](pair)
@@ -126,21 +127,21 @@ def main() -> None:
         for seed in range(arguments.first_seed, arguments.first_seed + count)
     ]
     with ProcessPoolExecutor(arguments.processes) as pool:
-        outcomes = list(pool.map(outcome, tasks, chunksize=20))
-    found: dict[tuple[str, str], list[Outcome]] = {}
-    for (way, kind, _), one in zip(tasks, outcomes, strict=True):
-        found.setdefault((way, kind), []).append(one)
+        outcomes = list(pool.map(run_task, tasks, chunksize=20))
+    by_way: dict[tuple[str, str], list[Outcome]] = {}
+    for (way, kind, _), outcome in zip(tasks, outcomes, strict=True):
+        by_way.setdefault((way, kind), []).append(outcome)
     report(
         "alpha_search",
         "Choosing alpha: how good, and at what price?",
-        sections(found, count, arguments.first_seed),
+        sections(by_way, count, arguments.first_seed),
         packages=("numpy",),
         keep=not arguments.quick and arguments.first_seed == FIRST_SEED,
     )
 
 
 def sections(
-    found: Mapping[tuple[str, str], Sequence[Outcome]], count: int, first_seed: int
+    by_way: Mapping[tuple[str, str], Sequence[Outcome]], count: int, first_seed: int
 ) -> Sequence[str]:
     return [
         f"{count} curves of each kind, seeds from {first_seed}; the search was tuned on seeds from 100,000. With a gain: a rise up to an alpha "
@@ -148,26 +149,26 @@ def sections(
         f"rewards, with standard deviations of {PROMPT_NOISE:g} between prompts (the same for every alpha) and {RESIDUAL:g} of each response. "
         "So a gain of 0.3 is one seventh of the standard deviation of a paired difference, 2.1. 1,000 prompts to choose on, 1,000 to confirm "
         "on; one response each. Generations count dpo's, and the confirmation's.",
-        table(HEADER, [row(way, found[way, "with a gain"]) for way in WAYS]),
+        table(HEADER, [row(way, by_way[way, "with a gain"]) for way in WAYS]),
         "Regret is the share of the largest gain of the curve that the decision misses; 100 % is dpo. By the size of that gain, for the ladder:",
         table(
             ("largest gain", "curves", "median regret", "mean regret", "dpo kept"),
-            [by_size(found[LADDER, "with a gain"], *bounds) for bounds in ((0, 0.6), (0.6, 1.2), (1.2, 9))],
+            [by_size(by_way[LADDER, "with a gain"], *bounds) for bounds in ((0, 0.6), (0.6, 1.2), (1.2, 9))],
         ),
         "Without any gain (flat: as good as dpo up to a cliff; falling: worse from the beginning), share of decisions for an alpha above 0, and "
         "median generations:",
         table(
             ("", "flat", "generations", "falling", "generations"),
             [
-                (way, *(cell for kind in ("flat", "falling") for cell in null(found[way, kind])))
+                (way, *(cell for kind in ("flat", "falling") for cell in null(by_way[way, kind])))
                 for way in WAYS
             ],
         ),
         "With a second reward model, whose turn comes 1 to 8 times as early, log-uniform, and whose gain is of the same kind: the attainable gain "
         "is the first model's where the second one's is not below 0, and an alpha that the second one finds worse than dpo is worse than dpo. "
         "The searches that only compare means know the first model alone:",
-        table(HEADER, [row(way, found[way, TWO_MODELS]) for way in WAYS]),
-        table(TARGET_HEADER, targets(found)),
+        table(HEADER, [row(way, by_way[way, TWO_MODELS]) for way in WAYS]),
+        table(TARGET_HEADER, targets(by_way)),
     ]
 
 
@@ -176,45 +177,48 @@ HEADER = (
 )  # fmt: skip
 
 
-def row(way: str, found: Sequence[Outcome]) -> Sequence[str]:
-    regrets = np.array([one.regret for one in found])
-    generations = np.array([one.generations for one in found])
+def row(way: str, outcomes: Sequence[Outcome]) -> Sequence[str]:
+    regrets = np.array([outcome.regret for outcome in outcomes])
+    generations = np.array([outcome.generations for outcome in outcomes])
     return (
         way,
         f"{np.median(regrets):.1%}",
         f"{regrets.mean():.1%}",
         f"{np.quantile(regrets, 0.9):.1%}",
-        f"{np.mean([one.gain < 0 for one in found]):.1%}",
-        f"{np.mean([one.alpha == 0 for one in found]):.1%}",
+        f"{np.mean([outcome.gain < 0 for outcome in outcomes]):.1%}",
+        f"{np.mean([outcome.alpha == 0 for outcome in outcomes]):.1%}",
         f"{np.median(generations):,.0f}",
         f"{generations.mean():,.0f}",
         f"{generations.max():,}",
     )
 
 
-def by_size(found: Sequence[Outcome], low: float, high: float) -> Sequence[str]:
-    some = [one for one in found if low <= one.attainable < high]
-    regrets = [one.regret for one in some] or [math.nan]
+def by_size(outcomes: Sequence[Outcome], low: float, high: float) -> Sequence[str]:
+    chosen = [outcome for outcome in outcomes if low <= outcome.attainable < high]
+    regrets = [outcome.regret for outcome in chosen] or [math.nan]
     name = f"below {high:g}" if not low else f"{low:g} to {high:g}" if high < 9 else f"{low:g} and more"
-    kept = np.mean([float(one.alpha == 0) for one in some] or [math.nan])
-    return name, str(len(some)), f"{np.median(regrets):.1%}", f"{np.mean(regrets):.1%}", f"{kept:.1%}"
+    kept = np.mean([float(outcome.alpha == 0) for outcome in chosen] or [math.nan])
+    return name, str(len(chosen)), f"{np.median(regrets):.1%}", f"{np.mean(regrets):.1%}", f"{kept:.1%}"
 
 
-def null(found: Sequence[Outcome]) -> Sequence[str]:
-    wrong = np.mean([one.alpha > 0 for one in found])
-    return f"{wrong:.1%}", f"{np.median([one.generations for one in found]):,.0f}"
+def null(outcomes: Sequence[Outcome]) -> Sequence[str]:
+    wrong = np.mean([outcome.alpha > 0 for outcome in outcomes])
+    return f"{wrong:.1%}", f"{np.median([outcome.generations for outcome in outcomes]):,.0f}"
 
 
-def targets(found: Mapping[tuple[str, str], Sequence[Outcome]]) -> Sequence[Sequence[str]]:
-    hills = found[LADDER, "with a gain"]
-    worse = float(np.mean([one.gain < 0 for one in hills]))
-    wrong = [float(np.mean([one.alpha > 0 for one in found[LADDER, kind]])) for kind in ("flat", "falling")]
+def targets(by_way: Mapping[tuple[str, str], Sequence[Outcome]]) -> Sequence[Sequence[str]]:
+    hills = by_way[LADDER, "with a gain"]
+    worse = float(np.mean([outcome.gain < 0 for outcome in hills]))
+    wrong = [
+        float(np.mean([outcome.alpha > 0 for outcome in by_way[LADDER, kind]]))
+        for kind in ("flat", "falling")
+    ]
     return [
-        target("median regret", 100 * float(np.median([one.regret for one in hills])), 3, unit=" %"),
+        target("median regret", 100 * float(np.median([outcome.regret for outcome in hills])), 3, unit=" %"),
         target("decisions worse than dpo", 100 * worse, 1, unit=" %"),
         target(
             "generations, the most of any curve",
-            max(one.generations for one in hills) / 1000,
+            max(outcome.generations for outcome in hills) / 1000,
             6,
             unit=" thousand",
         ),

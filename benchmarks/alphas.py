@@ -26,7 +26,7 @@ def main() -> None:
         FOUR_PASSES: lambda: _sum([_extrapolate(pair, (alpha,)) for alpha in ALPHAS]),
     }
     costs = {name: median_cost(each) for name, each in interleave(ways, arguments.rounds).items()}
-    one, four = costs[ONE_PASS], costs[FOUR_PASSES]
+    one_pass, four_passes = costs[ONE_PASS], costs[FOUR_PASSES]
     report(
         "alphas",
         "Alphas: four in one pass",
@@ -42,12 +42,12 @@ def main() -> None:
             table(
                 TARGET_HEADER,
                 [
-                    target("wall time, one pass / four", one.seconds / four.seconds, 0.6),
-                    target("CPU time, one pass / four", one.cpu_s / four.cpu_s, 0.6),
+                    target("wall time, one pass / four", one_pass.seconds / four_passes.seconds, 0.6),
+                    target("CPU time, one pass / four", one_pass.cpu_s / four_passes.cpu_s, 0.6),
                 ],
             ),
             f"One pass reads both parents once and writes four models; four passes read them four times. Each further alpha costs "
-            f"{(one.seconds - costs[ONE_ALPHA].seconds) / 3:.2f} s here, a pass of its own {four.seconds / 4:.2f} s.",
+            f"{(one_pass.seconds - costs[ONE_ALPHA].seconds) / 3:.2f} s here, a separate pass {four_passes.seconds / 4:.2f} s.",
         ],
         packages=("numpy", "numba"),
         keep=not arguments.quick,

@@ -1,4 +1,4 @@
-"""Chats to measure a model on: prompts from templates, each with a reply that dpo sampled, the same on every run."""
+"""Make chats to measure a model on: prompts from templates with replies that dpo samples, the same in every run."""
 
 from __future__ import annotations
 

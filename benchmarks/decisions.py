@@ -62,7 +62,7 @@ def smollm2() -> list[str]:
     models, output = CACHE / "smollm2", CACHE / "decisions" / "smollm2"
     build(models, ("sft", "dpo_100pct", "rm"))
     example = yaml.safe_load((ROOT / "examples" / "smollm2.yaml").read_text())
-    valence, rm = (one | {"replicas": 1} for one in example["rewards"])
+    valence, rm = (reward | {"replicas": 1} for reward in example["rewards"])
     job = {
         "output": str(output),
         "pairs": [{"name": "smollm2-135m", "sft": str(models / "sft"), "dpo": str(models / "dpo_100pct")}],
@@ -93,7 +93,7 @@ def stories(folder: Path) -> list[str]:
     output = CACHE / "decisions" / "stories"
     prompts = output.with_suffix(".jsonl")
     prompts.parent.mkdir(parents=True, exist_ok=True)
-    texts = [one["prompt"] for one in json.loads((folder / "test_prompts.json").read_text())]
+    texts = [row["prompt"] for row in json.loads((folder / "test_prompts.json").read_text())]
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     job = {
         "output": str(output),
@@ -139,13 +139,13 @@ HEADER = ("climbed to", "picked", "decided", "gain, choosing", "gain, confirming
 
 
 def row(name: str, pair: Mapping[str, Any]) -> Sequence[str]:
-    tried = max(one["alpha"] for one in pair["measured"])
+    tried = max(trial["alpha"] for trial in pair["measured"])
     at = pair["considered"] or 0.0
     gains = [
         "; ".join(
-            f"{one['gain']['mean']:+.3f} [{one['gain']['low']:+.3f}, {one['gain']['high']:+.3f}] {one['reward_model']}"
-            for one in pair["measured"]
-            if (one["alpha"], one["half"]) == (at, half) and at
+            f"{trial['gain']['mean']:+.3f} [{trial['gain']['low']:+.3f}, {trial['gain']['high']:+.3f}] {trial['reward_model']}"
+            for trial in pair["measured"]
+            if (trial["alpha"], trial["half"]) == (at, half) and at
         )
         for half in ("choose", "confirm")
     ]
@@ -161,16 +161,18 @@ def row(name: str, pair: Mapping[str, Any]) -> Sequence[str]:
 
 
 def curve_of(pair: Mapping[str, Any]) -> str:
-    """Gain at every alpha on the choosing half, by all reward models, and what guardrails said."""
-    measured = [one for one in pair["measured"] if one["half"] == "choose"]
-    models = list(dict.fromkeys(one["reward_model"] for one in measured))
+    """Table of the gain at every alpha on the choosing half, by each reward model, with the guardrails that rejected it."""
+    measured = [trial for trial in pair["measured"] if trial["half"] == "choose"]
+    models = list(dict.fromkeys(trial["reward_model"] for trial in measured))
     said = {
         alpha: "; ".join(
-            one["text"] for one in pair["guardrails"] if one["alpha"] == alpha and one["verdict"] == "reject"
+            trial["text"]
+            for trial in pair["guardrails"]
+            if trial["alpha"] == alpha and trial["verdict"] == "reject"
         )
-        for alpha in {one["alpha"] for one in measured}
+        for alpha in {trial["alpha"] for trial in measured}
     }
-    gains = {(one["alpha"], one["reward_model"]): one["gain"] for one in measured}
+    gains = {(trial["alpha"], trial["reward_model"]): trial["gain"] for trial in measured}
     return table(
         ("alpha", *models, "guardrails"),
         [

@@ -1,9 +1,9 @@
-"""Do the intervals of judged win rates cover the truth, and what do they say of a judge who likes length?
+"""Do the intervals of judged win rates cover the true value, and how do they change with a judge who likes length?
 
-Pairs of models are simulated, judged on 805 prompts: prompts differ in difficulty, verdicts on one prompt are alike for both models,
-longer answers are liked better than tanh(length) explains, so that the regression is wrong in shape as it is on real data. The
-true value of a figure is what the same estimator gives on 60,000 prompts of the same pair. With `--data`, a folder with
-alpaca-eval's files (see `docs/benchmarks.md`), real annotations are scored as well.
+Simulated pairs of models are judged on 805 prompts. Prompts differ in difficulty, verdicts on a prompt are correlated between both
+models, and the preference for longer answers is not the tanh(length) of the regression, as on real data. The true value of a figure
+is the result of the same estimator on 60,000 prompts of the same pair. With `--data`, a folder with alpaca-eval's files (see
+`docs/benchmarks.md`), real annotations are scored as well.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ FIGURES = (
 
 @dataclass(frozen=True)
 class Population:
-    """How one pair is judged on the prompts of a benchmark.
+    """Parameters of a simulated pair and of the judge's preferences.
 
     Attributes:
         quality: log-odds of dpo's and + ExPO's answers against the baseline's.
-        growth: log of how much longer + ExPO's answers are.
-        liking: log-odds for an answer that is longer by all its length.
+        growth: log of the ratio of lengths, + ExPO's answers over dpo's.
+        liking: log-odds that an answer gains per unit of log length.
     """
 
     quality: tuple[float, float]
@@ -60,7 +60,7 @@ class Population:
     liking: float
 
     def draw(self, number: int, generator: np.random.Generator) -> tuple[Array, Verdicts, Verdicts, Verdicts]:
-        """Difficulty of `number` prompts, both arms' verdicts against the baseline, and those of + ExPO against dpo."""
+        """Draw difficulties of `number` prompts, verdicts of dpo and + ExPO against the baseline, and of + ExPO against dpo."""
         difficulty = generator.normal(0, 0.8, number)
         baseline = np.exp(generator.normal(7.4, 0.6, number))
         dpo = np.exp(0.6 * np.log(baseline) + 2.7 + generator.normal(0, 0.4, number))
@@ -78,14 +78,14 @@ class Population:
 
 
 def _verdicts(log_odds: Array, lengths: Array, opponent: Array, generator: np.random.Generator) -> Verdicts:
-    """Verdicts as sharp as GPT-4's: most are close to certain."""
+    """Draw verdicts as decisive as GPT-4's: most are close to 0 or 1."""
     wins = 1 / (1 + np.exp(-3 * (log_odds + generator.logistic(0, 1, len(log_odds)))))
     index = np.arange(len(wins), dtype=np.int64)
     return Verdicts("model", "baseline", "judge", index, wins, np.round(lengths), np.round(opponent))
 
 
 def gamed_rows(difficulty: Array, generator: np.random.Generator, liking: float) -> GamedRows:
-    """A judge's verdicts on a concise and a verbose baseline."""
+    """Draw a judge's verdicts on a concise and a verbose baseline."""
     number = len(difficulty)
     baseline = np.exp(generator.normal(7.4, 0.6, number))
     gamed = [
@@ -100,7 +100,7 @@ def gamed_rows(difficulty: Array, generator: np.random.Generator, liking: float)
 
 
 def covered(seed: int) -> list[bool]:
-    """Draw one pair, and look which of `FIGURES` lie in their intervals."""
+    """Draw a pair and check for each of `FIGURES` if its interval contains the true value."""
     generator = np.random.default_rng([7, seed])
     quality = generator.uniform(-3, 0.5)
     population = Population(
@@ -132,7 +132,7 @@ def _intervals(population: Population, gamed: GamedRows, generator: np.random.Ge
 
 def _truth(population: Population, gamed: GamedRows, generator: np.random.Generator) -> list[float]:
     difficulty, dpo, expo, duel = population.draw(POPULATION, generator)
-    # The gamed rows weigh against 805 prompts, however many there are.
+    # Scale the weight of the population to 805 prompts, so that the gamed rows have the same weight as in the sample.
     counts = np.full((1, POPULATION), PROMPTS / POPULATION)
     control = LengthControl("rejudge", difficulty, gamed)
     raw = [float(mean_of(100 * arm.wins)(counts)[0]) for arm in (dpo, expo, duel)]
@@ -142,14 +142,14 @@ def _truth(population: Population, gamed: GamedRows, generator: np.random.Genera
 
 
 def coverage(pairs: int, processes: int) -> dict[str, float]:
-    """Share of the pairs whose interval holds the truth, by figure."""
+    """Share of simulated pairs whose interval contains the true value, by figure."""
     with ProcessPoolExecutor(processes) as pool:
         rows = list(pool.map(covered, range(pairs), chunksize=5))
     return dict(zip(FIGURES, np.mean(rows, axis=0).tolist(), strict=True))
 
 
 def coverage_section(shares: Mapping[str, float], pairs: int) -> Sequence[str]:
-    """The targets, as a table."""
+    """Section with the share and target of each figure."""
     rows = [target(name, 100 * share, 92, at_most=False, unit=" %") for name, share in shares.items()]
     text = f"Share of {pairs} simulated pairs, 805 prompts each, whose nominal 95 % interval holds the true value:"
     return [text, table(TARGET_HEADER, rows)]

@@ -1,4 +1,4 @@
-"""Run a process and see what it cost; compare processes fairly."""
+"""Measure what a process costs, and compare processes fairly."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EXPO_RAY = (sys.executable, "-m", "expo_ray.cli")
 
 @dataclass(frozen=True)
 class Cost:
-    """What one process cost.
+    """Resources that a process used.
 
     Attributes:
         seconds: wall time, start-up included.

@@ -23,12 +23,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="runs of each (%(default)s)")
     arguments = parser.parse_args()
     many = llama_pair(2 if arguments.quick else TINY_LLAMA_LAYERS)
-    one = one_tensor_pair(ONE_TENSOR_BYTES // 8 if arguments.quick else ONE_TENSOR_BYTES)
-    size = f"{one.weight_bytes / 2**31:.2g} GiB"
+    single = one_tensor_pair(ONE_TENSOR_BYTES // 8 if arguments.quick else ONE_TENSOR_BYTES)
+    size = f"{single.weight_bytes / 2**31:.2g} GiB"
     cases = {
         f"{many.weight_bytes / 4e9:.2f} B pair, one alpha": (many, (0.5,)),
         f"{many.weight_bytes / 4e9:.2f} B pair, four alphas": (many, (0.1, 0.2, 0.3, 0.5)),
-        f"one tensor of {size}, one alpha": (one, (0.5,)),
+        f"one tensor of {size}, one alpha": (single, (0.5,)),
     }
     works = {
         name: _median([_work(pair, alphas) for _ in range(arguments.rounds)])
@@ -76,9 +76,9 @@ def _median(works: Sequence[Work]) -> Work:
 
 
 def _reading(extra: Sequence[float]) -> str:
-    many, four, one = extra
+    many, four, single = extra
     return (
-        f"One tensor takes {one - many:+.0f} MB against the pair of many, four alphas {four - many:+.0f} MB: memory is the chunk buffers' "
+        f"One tensor takes {single - many:+.0f} MB against the pair of many, four alphas {four - many:+.0f} MB: memory is the chunk buffers' "
         "and the threads', and knows neither the model's size nor a tensor's."
     )
 

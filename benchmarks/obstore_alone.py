@@ -1,4 +1,4 @@
-"""Move what an extrapolation moves, with obstore and nothing else: the floor of `s3.py`, as a process of its own.
+"""Move the bytes of an extrapolation with obstore alone, in a separate process: the lower bound for `s3.py`.
 
 Reads every byte of both parents in ranges and writes dpo's into one object, with the range size, part size and requests in
 flight that expo-ray uses.
@@ -63,7 +63,7 @@ def _move(client: Client, sft: str, dpo: str, output: str) -> None:
         sides = (_ranges(client, folder) for folder in (dpo, sft))
         for of_dpo, of_sft in zip_longest(*sides):
             reading += [
-                (one is of_dpo, pool.submit(read, *one)) for one in (of_dpo, of_sft) if one is not None
+                (part is of_dpo, pool.submit(read, *part)) for part in (of_dpo, of_sft) if part is not None
             ]
             while len(reading) > S3Store.concurrency:
                 _write_next(reading, file)

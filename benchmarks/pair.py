@@ -1,4 +1,4 @@
-"""Pairs to measure with, made on the spot and kept in the cache: the same bytes on every machine.
+"""Make the pairs to measure with, and keep them in the cache; the same bytes on every machine.
 
 python -m benchmarks.pair       makes them now rather than at the first measurement
 """
@@ -51,7 +51,7 @@ def llama_pair(layers: int = TINY_LLAMA_LAYERS) -> Pair:
 
 
 def one_tensor_pair(nbytes: int = ONE_TENSOR_BYTES) -> Pair:
-    """A pair of one single tensor."""
+    """Make a pair of a single tensor."""
     return _cached(f"tensor-{nbytes}")
 
 
@@ -167,7 +167,7 @@ def _weights(shape: tuple[int, ...], seed: int, side: str) -> Tensor:
 
 
 def _write_tokenizer(folder: Path) -> None:
-    """The smallest that loads: mergekit and the paper's script want to copy one."""
+    """Write the smallest tokenizer that loads: mergekit and the paper's script copy one."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""Real annotations and outputs for `judgments.py`: published scores computed again, and simulated judges on real lengths."""
+"""Part of `judgments.py` that needs real data: published scores are computed again, and judges with a known result are simulated."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from expo_ray.benchmark.intervals import REFITS
 from expo_ray.benchmark.judges.verdicts import Verdicts
 from expo_ray.evaluation.statistics import Array
 
-# How certain a judge is that the second of two answers, of these lengths, is the better one.
+# A simulated judge: lengths of the first and second answers -> preference for the second, from 0 to 1.
 Judge = Callable[[Array, Array], Array]
 JUDGES: Mapping[str, Judge] = {
     "indifferent": lambda first, second: np.full(len(first), 0.5),
@@ -32,7 +32,7 @@ _EXPO = ("-ExPO", "_a25.0")
 
 
 def sections_of(folder: str) -> list[str]:
-    """Both tables; `folder` is laid out as `docs/benchmarks.md` says, with expected.csv and the outputs as Parquet."""
+    """Sections of the result. `folder` has the layout of `docs/benchmarks.md`, with expected.csv and the outputs as Parquet."""
     covariates = load_covariates(folder)
     return [*_published(Path(folder), covariates), *_judges(Path(folder), covariates)]
 
@@ -94,6 +94,8 @@ def _judges(folder: Path, covariates: Covariates) -> list[str]:
         if partner in lengths
     ]
     rows = []
+    # Judge -> largest distances from the right result: of the difference of LC win rates, and of the LC head to head.
+    largest = dict.fromkeys(JUDGES, (0.0, 0.0))
     for label, judge in JUDGES.items():
         verdicts = [_simulated(judge, each, baseline) for each in gamed]
         controls = (
@@ -106,6 +108,8 @@ def _judges(folder: Path, covariates: Covariates) -> list[str]:
             changes = [_rate(expo, control) - _rate(dpo, control) for control in controls]
             direct = head_to_head(_simulated(judge, lengths[partner], lengths[name]))
             raw = 100 * (expo.wins.mean() - dpo.wins.mean())
+            distances = abs(changes[-1]), abs(direct.controlled.interval.mean - 50)
+            largest[label] = max(largest[label][0], distances[0]), max(largest[label][1], distances[1])
             rows.append(
                 (label, name, f"{direct.length_ratio:.2f}", f"{raw:+.2f}", *(f"{each:+.2f}" for each in changes),
                  f"{direct.win_rate.interval.mean:.2f}", f"{direct.controlled.interval.mean:.2f}")
@@ -123,9 +127,19 @@ def _judges(folder: Path, covariates: Covariates) -> list[str]:
     )
     return [
         "Judges that look at length alone, on real outputs of dpo and + ExPO: differences + ExPO less dpo against the baseline, in points, and "
-        "win rates head to head, in percent. A right figure is 0, or 50.",
+        "win rates head to head, in percent. The right result is 0, or 50.",
+        table(TARGET_HEADER, _judge_targets(largest)),
         table(header, rows),
     ]
+
+
+def _judge_targets(largest: Mapping[str, tuple[float, float]]) -> list[Sequence[str]]:
+    indifferent, likes_length = list(JUDGES)[:2]
+    return [
+        target("indifferent judge: largest difference, LC rejudged", largest[indifferent][0], 0.3, unit=" points"),
+        target("indifferent judge: largest distance of head to head LC from 50", largest[indifferent][1], 0.3, unit=" points"),
+        target(f"judge that {likes_length}: the same", largest[likes_length][1], 1.5, unit=" points"),
+    ]  # fmt: skip
 
 
 def _rate(arm: Verdicts, control: LengthControl) -> float:

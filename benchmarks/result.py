@@ -1,4 +1,4 @@
-"""A result as dated Markdown: the date, the machine, the versions and the command stand beside the figures."""
+"""Write a result as Markdown with date, machine, versions and command."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def target(name: str, value: float, bound: float, *, at_most: bool = True, unit: str = "x") -> Sequence[str]:
-    """One row of a table of what was wanted: what, its value, the bound, and whether it holds."""
+    """Row of a table of targets: name, measured value, bound, and `met` or `missed`."""
     holds = value <= bound if at_most else value >= bound
     sign = "at most" if at_most else "at least"
     return name, f"{value:.3g}{unit}", f"{sign} {bound:g}{unit}", "met" if holds else "**missed**"
@@ -56,7 +56,7 @@ def report(
 
 
 def _command(question: str) -> str:
-    # Folders of this machine are no part of what another has to type.
+    # Without the folders of this machine, which another reader has to replace anyway.
     words = [word if word.startswith("-") else Path(word).name for word in sys.argv[1:]]
     return shlex.join(["python", "-m", "benchmarks", question, *words])
 

@@ -1,4 +1,4 @@
-"""Synthetic pairs: a reward that rises with alpha, turns, and falls off a cliff, and noisy responses to the same prompts."""
+"""Synthetic pairs for `alpha_search.py`: rewards that rise with alpha, peak and collapse, with noisy responses to the same prompts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One pair extrapolated in a process of its own, the work phase measured apart from start-up and planning.
+"""Extrapolate a pair in a separate process and measure its work phase without start-up and planning.
 
 As a program it is that process: it imports, plans and loads the compiled arithmetic, notes its memory, does the job, and
 prints what that cost as JSON.
