@@ -1,4 +1,4 @@
-"""`expo-ray benchmark`: which function serves which options."""
+"""`expo-ray benchmark`: choose the function by the options that are given."""
 
 from __future__ import annotations
 

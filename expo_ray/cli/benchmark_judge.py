@@ -1,4 +1,4 @@
-"""`expo-ray benchmark` with a judge: what it takes, and what it prints."""
+"""`expo-ray benchmark` with a judge: parse, call, print."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict
 
 from expo_ray.benchmark.alpaca_eval.judge_answers import (
     AlpacaRequest,
-    AlpacaResult,
     PreparedAlpaca,
     estimate_alpaca,
     judge_alpaca_answers,
@@ -21,6 +19,7 @@ from expo_ray.benchmark.alpaca_eval.judge_answers import (
     score_alpaca_answers,
     write_annotations,
 )
+from expo_ray.benchmark.alpaca_eval.write_results import write_results
 from expo_ray.benchmark.judges.ask_judge import (
     AnswerStore,
     Judged,
@@ -38,34 +37,21 @@ from expo_ray.benchmark.mt_bench.grade_answers import (
     read_chat_answers,
     read_mt_bench,
 )
-from expo_ray.benchmark.tables import (
-    arm_json,
-    arms_table,
-    checks_table,
-    difference_json,
-    differences_forest,
-    differences_table,
-    duel_json,
-    head_to_head_forest,
-    head_to_head_json,
-    head_to_head_table,
-    markdown,
-)
+from expo_ray.benchmark.tables import markdown
 from expo_ray.cli.exit_status import FAILED
 from expo_ray.errors import BenchmarkError, ExpoError, JobError
 from expo_ray.progress import Progress
-from expo_ray.report.benchmark_page import Table, benchmark_page
 from expo_ray.storage import join_uri, open_output
 from expo_ray.untrusted import parse_json_object
 
 log = logging.getLogger("expo_ray")
 
 
-def judge_of(arguments: argparse.Namespace) -> Judge:
-    """The judge that the options name.
+def parse_judge(arguments: argparse.Namespace) -> Judge:
+    """Check the options of the judge, and ask its endpoint for the identity of its weights.
 
     Raises:
-        JobError: if one of them cannot be.
+        JobError: for the first option that has no sense.
     """
     if not arguments.judge or not arguments.judge_model:
         raise JobError("a judge is needed: give --judge URL and --judge-model NAME")
@@ -82,13 +68,13 @@ def judge_of(arguments: argparse.Namespace) -> Judge:
     )
     variable = default_key_variable(arguments.judge) if arguments.key_env is None else arguments.key_env
     judge = Judge(
-        arguments.judge,
-        arguments.judge_model,
-        variable,
-        arguments.protocol,
-        extra,
-        Price(*arguments.price) if arguments.price else None,
-        arguments.concurrency,
+        url=arguments.judge,
+        model=arguments.judge_model,
+        key_variable=variable,
+        protocol=arguments.protocol,
+        extra=extra,
+        price=Price(*arguments.price) if arguments.price else None,
+        concurrency=arguments.concurrency,
     )
     return identify_judge(judge)
 
@@ -100,17 +86,17 @@ def judge_alpaca(arguments: argparse.Namespace) -> int:
         ExpoError: everything wrong with the input, before the first question.
     """
     request = AlpacaRequest(
-        arguments.outputs,
-        judge_of(arguments),
-        arguments.output,
-        arguments.baseline,
-        arguments.against,
-        arguments.covariates,
-        arguments.length_control,
-        arguments.both_orders,
-        arguments.allow_missing,
-        arguments.retry_unparsed,
-        arguments.max_cost,
+        outputs=arguments.outputs,
+        judge=parse_judge(arguments),
+        output=arguments.output,
+        baseline=arguments.baseline,
+        against=arguments.against,
+        covariates=arguments.covariates,
+        length_control=arguments.length_control,
+        both_orders=arguments.both_orders,
+        allow_missing=arguments.allow_missing,
+        retry_unparsed=arguments.retry_unparsed,
+        max_cost=arguments.max_cost,
     )
     prepared = prepare_alpaca(request)
     for note in prepared.notes:
@@ -119,8 +105,9 @@ def judge_alpaca(arguments: argparse.Namespace) -> int:
     log.info("%s", wanted)
     if arguments.dry_run:
         return 0
-    judged = _asked("benchmark", lambda progress: judge_alpaca_answers(prepared, progress))
-    return _finish_alpaca(prepared, judged, as_json=arguments.json)
+    with Progress("benchmark", rows="judgments") as progress:
+        judged = judge_alpaca_answers(prepared, progress)
+    return _score_and_print(prepared, judged, as_json=arguments.json)
 
 
 def grade_mtbench(arguments: argparse.Namespace) -> int:
@@ -129,7 +116,7 @@ def grade_mtbench(arguments: argparse.Namespace) -> int:
     Raises:
         ExpoError: everything wrong with the input, before the first question.
     """
-    judge = judge_of(arguments)
+    judge = parse_judge(arguments)
     bench = read_mt_bench(arguments.data)
     answers = [read_chat_answers(uri, bench) for uri in arguments.answers]
     names = [model.name for model in answers]
@@ -146,10 +133,8 @@ def grade_mtbench(arguments: argparse.Namespace) -> int:
     log.info("%s", wanted)
     if arguments.dry_run:
         return 0
-    judged = _asked(
-        "benchmark",
-        lambda progress: ask_judge(stored, questions, progress=progress, max_cost=arguments.max_cost),
-    )
+    with Progress("benchmark", rows="judgments") as progress:
+        judged = ask_judge(stored, questions, progress=progress, max_cost=arguments.max_cost)
     key = f"judgments/{judge.id}_single.jsonl"
     store.put(key, json_lines(fastchat_rows(judge, gradings, judged.answers, time.time())))
     arguments.judgments = [join_uri(store.uri, key)]
@@ -162,7 +147,7 @@ def examine_judge(arguments: argparse.Namespace) -> int:
     Raises:
         ExpoError: everything wrong with the input, before the first question.
     """
-    judge = judge_of(arguments)
+    judge = parse_judge(arguments)
     examination = read_examination(judge, arguments.reference, arguments.limit)
     stored = AnswerStore(open_output(arguments.output), judge)
     wanted = estimate_cost(judge, examination.questions, stored.read())
@@ -170,12 +155,8 @@ def examine_judge(arguments: argparse.Namespace) -> int:
     log.info("%s", wanted)
     if arguments.dry_run:
         return 0
-    judged = _asked(
-        "benchmark",
-        lambda progress: ask_judge(
-            stored, examination.questions, progress=progress, max_cost=arguments.max_cost
-        ),
-    )
+    with Progress("benchmark", rows="judgments") as progress:
+        judged = ask_judge(stored, examination.questions, progress=progress, max_cost=arguments.max_cost)
     if judged.problems:
         return _failed(judged.problems)
     card = measure_judge(judge, examination, judged.answers)
@@ -190,19 +171,12 @@ def examine_judge(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _asked(stage: str, work: Callable[[Progress], Judged]) -> Judged:
-    with Progress(stage, rows="judgments") as progress:
-        return work(progress)
-
-
-def _finish_alpaca(prepared: PreparedAlpaca, judged: Judged, *, as_json: bool) -> int:
+def _score_and_print(prepared: PreparedAlpaca, judged: Judged, *, as_json: bool) -> int:
     paths = write_annotations(prepared, judged)
     if judged.problems and not prepared.request.allow_missing:
         return _failed(judged.problems)
     result = score_alpaca_answers(prepared, judged)
-    summary, tables = result_json(prepared, result), result_tables(prepared, result)
-    prepared.store.put("results.json", (json.dumps(summary, indent=1) + "\n").encode())
-    _write_page(prepared, result, tables)
+    summary, tables = write_results(prepared, result)
     if as_json:
         _print(json.dumps(summary, indent=1))
     else:
@@ -210,63 +184,6 @@ def _finish_alpaca(prepared: PreparedAlpaca, judged: Judged, *, as_json: bool) -
         _print("\n".join(f"annotations: {path}" for path in paths))
         _print(f"results: {prepared.store.uri}/results.html, results.md and results.json")
     return _failed(judged.problems)
-
-
-def result_json(prepared: PreparedAlpaca, result: AlpacaResult) -> dict[str, Any]:
-    """All figures, unrounded, in percent; intervals are two-sided, 95 %."""
-    judge = prepared.request.judge
-    summary: dict[str, Any] = {
-        "judge": judge.model,
-        "protocol": judge.protocol,
-        "length_control": result.length_control,
-        "cost": result.cost,
-        "notes": list(prepared.notes),
-    }
-    if result.direct:
-        summary["head_to_head"] = duel_json(result.direct) | head_to_head_json([result.direct])
-    if result.score:
-        summary |= arm_json(result.score)
-    if result.reference:
-        summary["against"] = arm_json(result.reference)
-    if result.difference:
-        summary["difference"] = difference_json(result.difference)
-    summary["answers"] = {name: asdict(checks) for name, checks in result.checks.items()}
-    summary["judge_card"] = asdict(result.judge_card) if result.judge_card else None
-    return summary
-
-
-def result_tables(prepared: PreparedAlpaca, result: AlpacaResult) -> list[Table]:
-    """The figures for people, the primary one first; the judge is named below each table."""
-    scores = [score for score in (result.score, result.reference) if score]
-    tables = []
-    if result.direct:
-        tables.append(head_to_head_table([result.direct]))
-    if scores:
-        tables.append(arms_table(scores, prepared.request.judge.model))
-    if result.difference:
-        tables.append(differences_table([result.difference]))
-    tables.append(checks_table(result.checks))
-    card = result.judge_card
-    said = (
-        [str(card), *(f"Warning: {warning}." for warning in card.warnings)]
-        if card
-        else [f"No judge card of {prepared.request.judge.model}: `expo-ray benchmark judge` makes one."]
-    )
-    return [
-        replace(table, notes=(*table.notes, *said)) if table is not tables[-1] else table for table in tables
-    ]
-
-
-def _write_page(prepared: PreparedAlpaca, result: AlpacaResult, tables: Sequence[Table]) -> None:
-    forests = [head_to_head_forest([result.direct])] if result.direct else []
-    forests += [differences_forest([result.difference])] if result.difference else []
-    prepared.store.put("results.md", markdown(tables).encode("utf-8", "replace"))
-    try:
-        page = benchmark_page("AlpacaEval", tables, forests)
-    except JobError as error:
-        log.warning("no page of results: %s", error)
-    else:
-        prepared.store.put("results.html", page.encode("utf-8", "replace"))
 
 
 def _failed(problems: Sequence[ExpoError]) -> int:

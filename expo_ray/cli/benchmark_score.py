@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial, reduce
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -45,7 +45,7 @@ from expo_ray.benchmark.tables import (
     ratings_table,
     tasks_table,
 )
-from expo_ray.errors import Attempts, BenchmarkError
+from expo_ray.errors import BenchmarkError, Collected
 from expo_ray.report.benchmark_page import Table, benchmark_page
 from expo_ray.storage import open_output
 from expo_ray.text import shown
@@ -136,47 +136,45 @@ def score_leaderboard(arguments: argparse.Namespace) -> int:
 
 
 def _read_files(files: Sequence[str], covariates: Covariates, *, allow_missing: bool) -> list[Annotations]:
-    attempts = Attempts()
+    problems, read = Collected(), list[Annotations]()
     if len(files) > 2:
-        attempts.problems.append(
+        problems.add(
             BenchmarkError(f"--annotations: {len(files)} files; give one, or two for their paired difference")
         )
-    read = [
-        annotations
-        for file in files
-        for annotations in attempts.attempt(
-            partial(read_annotations, file, covariates.prompts, allow_missing=allow_missing)
-        )
-    ]
-    attempts.end()
-    if len({each.verdicts.model for each in read}) < len(read):
+    for file in files:
+        with problems.catching():
+            read.append(read_annotations(file, covariates.prompts, allow_missing=allow_missing))
+    problems.raise_any()
+    if len({annotations.verdicts.model for annotations in read}) < len(read):
         return [
-            replace(each, verdicts=replace(each.verdicts, model=file))
-            for file, each in zip(files, read, strict=True)
+            replace(annotations, verdicts=replace(annotations.verdicts, model=file))
+            for file, annotations in zip(files, read, strict=True)
         ]
     return read
 
 
 def _read_pairs(files: Sequence[str]) -> list[Verdicts]:
     """Read each pair's annotations; a prompt's place is that of its first row in all files."""
-    attempts = Attempts()
-    rows = [file.rows for uri in files for file in attempts.attempt(partial(read_row_file, uri))]
-    attempts.end()
-    instructions = (row.get("instruction") for each in rows for _, row in each)
+    problems = Collected()
+    instructions: list[object] = []
+    for file in files:
+        with problems.catching():
+            instructions += [row.get("instruction") for _, row in read_row_file(file).rows]
+    problems.raise_any()
     prompts = list(dict.fromkeys(text for text in instructions if isinstance(text, str)))
-    pairs = [
-        annotations.verdicts
-        for uri in files
-        for annotations in attempts.attempt(partial(read_annotations, uri, prompts, allow_missing=True))
-    ]
-    if len({pair.judge for pair in pairs}) > 1:
-        attempts.problems.append(
+    pairs: list[Verdicts] = []
+    for file in files:
+        with problems.catching():
+            pairs.append(read_annotations(file, prompts, allow_missing=True).verdicts)
+    judges = {pair.judge for pair in pairs}
+    if len(judges) > 1:
+        names = places({judge or "unnamed" for judge in judges})
+        problems.add(
             BenchmarkError(
-                f"pairs of {len({pair.judge for pair in pairs})} judges ({places({pair.judge or 'unnamed' for pair in pairs})}) are not "
-                "comparable; give those of one"
+                f"pairs of {len(judges)} judges ({names}) are not comparable; give those of one judge"
             )
         )
-    attempts.end()
+    problems.raise_any()
     return pairs
 
 
