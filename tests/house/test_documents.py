@@ -72,6 +72,12 @@ def test_paths_that_a_document_names_exist(document: Path) -> None:
     assert not missing
 
 
+def test_scripts_that_are_named_without_a_folder_exist(document: Path) -> None:
+    named = set(re.findall(r"`(\w+\.py)`", document.read_text()))
+    known = {path.name for room in ROOMS for path in (ROOT / room).rglob("*.py")}
+    assert named <= known
+
+
 def test_links_lead_to_a_file_and_a_heading(document: Path) -> None:
     for link in _LINK.findall(document.read_text()):
         if "://" in link:
