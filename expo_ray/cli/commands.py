@@ -130,7 +130,12 @@ def _verify(arguments: argparse.Namespace) -> int:
     if arguments.sft:
         parents = arguments.sft, arguments.dpo
         if not (manifest and manifest["arithmetic"].get("adapter")):
-            _print_fits(*fit_alphas(arguments.folder, *parents, allow_pickle=arguments.allow_pickle))
+            by_token = manifest is not None and manifest["arithmetic"].get("vocab") == "by-token"
+            _print_fits(
+                *fit_alphas(
+                    arguments.folder, *parents, allow_pickle=arguments.allow_pickle, by_token=by_token
+                )
+            )
         if manifest:
             wrong = rederive(manifest, *parents, allow_pickle=arguments.allow_pickle)
             problems += wrong

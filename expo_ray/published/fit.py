@@ -15,6 +15,7 @@ from expo_ray.checkpoint.folder import Checkpoint, read_checkpoint
 from expo_ray.checkpoint.renaming import match_names
 from expo_ray.checkpoint.tensors import DTYPE_BYTES, WEIGHT_DTYPES, Tensor
 from expo_ray.checkpoint.tied import VocabularyWeights
+from expo_ray.checkpoint.vocabulary import differing_rows, read_vocabulary
 from expo_ray.errors import CheckpointError
 from expo_ray.storage import open_store
 from expo_ray.text import first_few
@@ -41,8 +42,16 @@ class Fit:
     residual: float
 
 
-def fit_alphas(model: str, sft: str, dpo: str, *, allow_pickle: bool = False) -> tuple[list[Fit], list[str]]:
+def fit_alphas(
+    model: str, sft: str, dpo: str, *, allow_pickle: bool = False, by_token: bool = False
+) -> tuple[list[Fit], list[str]]:
     """Read a model and its parents, and fit an alpha to each weight.
+
+    Elements are compared by position.
+
+    Args:
+        by_token: the rows of the vocabulary were matched by token. If the tokenizers of the parents give a token different rows,
+            embedding and head are not compared.
 
     Returns:
         The fits, in the model's order, and a line for each tensor that could not be compared, with the reason.
@@ -60,15 +69,18 @@ def fit_alphas(model: str, sft: str, dpo: str, *, allow_pickle: bool = False) ->
         for name, tensor in sides[0].checkpoint.tensors.items()
         if tensor.dtype in WEIGHT_DTYPES and not is_constant(tensor)
     ]
+    has_moved_rows = by_token and _has_moved_rows(sides[1].checkpoint, sides[2].checkpoint)
     same: dict[str, list[Tensor]] = {}
     skipped: list[str] = []
     for name in names:
         candidates = [side.find(name) for side in sides]
         tensors = [tensor for tensor in candidates if tensor and tensor.dtype in WEIGHT_DTYPES]
-        if len(tensors) == len(sides) and len({tensor.shape for tensor in tensors}) == 1:
-            same[name] = tensors
-        else:
+        if len(tensors) < len(sides) or len({tensor.shape for tensor in tensors}) > 1:
             skipped.append(f"{name} ({_shapes(candidates)})")
+        elif has_moved_rows and sides[2].vocabulary.is_vocabulary(name):
+            skipped.append(f"{name} (its rows were matched by token, not by position)")
+        else:
+            same[name] = tensors
     lacking = [name for name in sides[2].checkpoint.tensors if sides[0].find(name) is None]
     if not same:
         raise CheckpointError(
@@ -78,6 +90,12 @@ def fit_alphas(model: str, sft: str, dpo: str, *, allow_pickle: bool = False) ->
     with ThreadPoolExecutor(_THREADS, "fit") as pool:
         fits = list(pool.map(lambda item: _fit(item[0], sides, item[1]), same.items()))
     return fits, skipped + [f"{name} (not in the model)" for name in lacking]
+
+
+def _has_moved_rows(sft: Checkpoint, dpo: Checkpoint) -> bool:
+    """True if the tokenizers of two parents give a row of the vocabulary different tokens; reads both vocabularies."""
+    dpo_vocab, sft_vocab = (read_vocabulary(open_store(parent.uri), parent) for parent in (dpo, sft))
+    return bool(differing_rows(dpo_vocab, sft_vocab, VocabularyWeights(dpo).rows))
 
 
 def _with_names_of(model: Checkpoint, parent: Checkpoint) -> Checkpoint:
@@ -92,11 +110,11 @@ class _Side:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self._store = open_store(checkpoint.uri)
-        self._vocabulary = VocabularyWeights(checkpoint)
+        self.vocabulary = VocabularyWeights(checkpoint)
 
     def find(self, name: str) -> Tensor | None:
         """The weight of that name; for a tied head, the embedding that holds it."""
-        return self._vocabulary.tensor(name)
+        return self.vocabulary.tensor(name)
 
     def read(self, tensor: Tensor, first: int, count: int) -> Float64:
         width = DTYPE_BYTES[tensor.dtype]

@@ -248,6 +248,23 @@ def test_what_cannot_be_compared_is_named_and_the_rest_is_fitted(tmp_path: Path,
     assert "not compared: model.norm.weight (not in the model)" in printed
 
 
+def test_rows_matched_by_token_are_not_fitted_by_position(tmp_path: Path, capsys: Print) -> None:
+    sft = llama_tensors(dtype=torch.float32)
+    dpo = moved(sft)
+    folders = write_both(tmp_path, sft, dpo)
+    rows = len(sft[EMBEDDING])
+    for folder, shift in zip(folders, (0, 5), strict=True):
+        vocab = {f"token {row}": (row + shift) % rows for row in range(rows)}
+        (folder / "tokenizer.json").write_text(json.dumps({"model": {"type": "WordLevel", "vocab": vocab}}))
+    assert expo(*folders, tmp_path / "out", 0.5, rounding="nearest", more="--vocab by-token") == 0
+    printed = fits(capsys, tmp_path / "out", *folders)
+    for name in (HEAD, EMBEDDING):
+        assert f"not compared: {name} (its rows were matched by token, not by position)" in printed
+    assert table(printed).keys() == dpo.keys() - {HEAD, EMBEDDING}
+    assert summary(printed) == pytest.approx((0.5, 0.5, 0.5), abs=1e-3)
+    assert "computed again from both parents: the same bytes" in printed
+
+
 def test_pickles_of_the_papers_script(tmp_path: Path, capsys: Print) -> None:
     sft, dpo = write_pair(tmp_path)
     folder = write_model(tmp_path / "other", {"x": torch.zeros(1)})
