@@ -28,13 +28,13 @@ class Table:
 
 @dataclass(frozen=True)
 class ForestRow:
-    """One pair of models, or their mean.
+    """Difference between a pair of models, or the mean over the pairs.
 
     Attributes:
         value: the difference; 0 is none.
         low: lower end of its interval.
         high: upper end.
-        pooled: the row is the mean over the others.
+        pooled: True for the mean over the other rows.
     """
 
     label: str

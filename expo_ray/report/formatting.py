@@ -1,4 +1,4 @@
-"""Numbers and names as the report prints them."""
+"""Numbers, names and texts as the report prints them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar, cast
 
 from expo_ray.config import format_alpha
+from expo_ray.config.guardrails import GUARDRAILS
 from expo_ray.report.results import Example, Interval
 
 # Characters. Three examples of three answers each for a hundred pairs stay below 20 MB.
@@ -19,21 +20,11 @@ _DIRECTION = re.compile(r"[\u202a-\u202e\u2066-\u2069]")
 
 T = TypeVar("T")
 
-LENGTH = "length ratio"
-# In the order of the page; `reward of ...` guardrails are seen in the curves of their reward models.
-GUARDRAILS = {
-    LENGTH: "Length over dpo's",
-    "cut": "Rise of responses cut at the token limit",
-    "repetition": "Rise of repeated text",
-    "broken": "Rise of empty responses and special tokens",
-    "kl": "KL from dpo, nats per token",
-}
-_PERCENT = ("cut", "repetition", "broken")
 _UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
 def alpha_text(alpha: float) -> str:
-    """`0.5`, `\u22121`."""
+    """An alpha with a minus sign that typesetters use: `0.5`, `\u22121`."""
     return _minus(format_alpha(alpha))
 
 
@@ -60,10 +51,11 @@ def count(value: float) -> str:
 
 
 def guardrail_value(name: str, value: float) -> str:
-    """A guardrail's value in its own unit."""
-    if name in _PERCENT:
+    """A guardrail's value in the unit of `GUARDRAILS`."""
+    unit = GUARDRAILS[name].unit
+    if unit == "share":
         return _minus(f"{value * 100:+.3g}%") if value else "0%"
-    return f"\u00d7{value:.2f}" if name == LENGTH else _minus(f"{value:.3g}")
+    return f"\u00d7{value:.2f}" if unit == "ratio" else _minus(f"{value:.3g}")
 
 
 def cost_name(key: str) -> str:
@@ -71,7 +63,7 @@ def cost_name(key: str) -> str:
     words = key.removeprefix("bytes_") + " bytes" if key.startswith("bytes_") else key
     text = words.replace("_", " ")
     return re.sub(
-        r"^(cpu|gpu)\b", lambda found: found[0].upper(), text[0].upper() + text[1:], flags=re.IGNORECASE
+        r"^(cpu|gpu)\b", lambda match: match[0].upper(), text[0].upper() + text[1:], flags=re.IGNORECASE
     )
 
 

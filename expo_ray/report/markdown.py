@@ -1,4 +1,4 @@
-"""Text from outside as Markdown that shows it, and does nothing else: no link, HTML, table cell or line of its own."""
+"""Text from outside as Markdown that only shows it: it makes no link, HTML, table cell or line."""
 
 from __future__ import annotations
 

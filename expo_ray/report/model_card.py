@@ -1,7 +1,8 @@
-"""The model card of a published model, in the Hub's conventions: from its manifest, and from what was measured of it."""
+"""The model card of a published model, in the Hub's conventions: from its manifest, and from the results of its pair."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -9,32 +10,33 @@ from typing import Any
 import yaml
 
 from expo_ray.config import format_alpha
+from expo_ray.report.formatting import interval, share, signed
 from expo_ray.report.markdown import code, plain, table
-from expo_ray.report.model_index import evaluation_section, model_index
-from expo_ray.report.results import PairResult
-from expo_ray.text import first_few
+from expo_ray.report.results import Interval, Measurement, PairResult
+from expo_ray.text import first_few, shown
 
 _HUB = re.compile(r"hf://([\w.-]{1,96}/[\w.-]{1,96})(?=[/@]|$)", re.ASCII)
 _TENSORS_SHOWN = 10
+_HALVES = {"confirm": "Prompts that alpha was not chosen on", "choose": "Prompts that alpha was chosen on"}
 
 
 def model_card(manifest: Mapping[str, Any], result: PairResult | None = None) -> str:
-    """`README.md` of a model.
+    """The text of a model's `README.md`.
 
     Args:
         manifest: the content of `expo.json`, which describes it.
-        result: what was measured of its pair; None if nothing was.
+        result: of its pair; None if it was not searched.
     """
     alpha, arithmetic, parents = manifest["alpha"], manifest["arithmetic"], manifest["parents"]
     settings = [(code(k), code(v)) for k, v in arithmetic.items() if k != "formula" and v not in (None, {})]
     shards = [(plain(s["file"]), f"{s['size']:,}", code(s["sha256"])) for s in manifest["shards"]]
     sections = [
-        _front_matter(manifest, model_index(result, alpha) if result else []),
+        _front_matter(manifest, _model_index(result, alpha) if result else []),
         f"# {plain(manifest['pair'])}, extrapolated by alpha = {format_alpha(alpha)}\n",
         "Made without training from two checkpoints by [ExPO](https://arxiv.org/abs/2404.16792): "
         f"`W = W_dpo + alpha (W_dpo - W_sft)` with alpha = {format_alpha(alpha)}.\n",
         *(f"> **Look at this first:** {plain(warning)}\n" for warning in manifest["warnings"]),
-        *(evaluation_section(result, alpha) if result else []),
+        *(_evaluation_section(result, alpha) if result else []),
         "## Parents\n",
         table(("", "folder", "revision"), [(plain(s), code(p["uri"]), code(p["revision"]) if p["revision"] else "-") for s, p in parents.items()]),
         "## Arithmetic\n",
@@ -80,7 +82,7 @@ def _changes(statistics: Mapping[str, Any]) -> str:
     )
     rows = [
         ("**all**", *_row(statistics)),
-        *((code(name), *_row(one)) for name, one in tensors[:_TENSORS_SHOWN]),
+        *((code(name), *_row(tensor)) for name, tensor in tensors[:_TENSORS_SHOWN]),
     ]
     head = ("tensor", "RMS weight", "RMS delta", "changed", "effective alpha")
     return table(head, rows) + (
@@ -88,10 +90,116 @@ def _changes(statistics: Mapping[str, Any]) -> str:
     )
 
 
-def _row(one: Mapping[str, Any]) -> tuple[str, ...]:
+def _row(statistics: Mapping[str, Any]) -> tuple[str, ...]:
     return (
-        f"{one['rms_weight']:.3g}",
-        f"{one['rms_delta']:.3g}",
-        f"{one['changed_share']:.1%}",
-        f"{one['effective_alpha']:.3f}",
+        f"{statistics['rms_weight']:.3g}",
+        f"{statistics['rms_delta']:.3g}",
+        f"{statistics['changed_share']:.1%}",
+        f"{statistics['effective_alpha']:.3f}",
+    )
+
+
+def _model_index(result: PairResult, alpha: float) -> list[dict[str, Any]]:
+    """The `model-index` of the model at `alpha`; empty if nothing was measured there.
+
+    Format: https://github.com/huggingface/hub-docs/blob/main/modelcard.md?plain=1. The confirming half comes first, as the one to
+    believe. Intervals are in a metric's `args`, so that its value stays a number.
+    """
+    results = [
+        {
+            "task": {"type": "text-generation", "name": "Text generation"},
+            "dataset": {
+                "type": "prompts",
+                "name": name,
+                "split": half,
+                "args": {"num_prompts": rows[0].prompts},
+            },
+            "metrics": [metric for measurement in rows for metric in _metrics(measurement)],
+        }
+        for half, name, rows in _measured_halves(result, alpha)
+    ]
+    return (
+        [{"name": f"{shown(result.name)}, alpha {format_alpha(alpha)}", "results": results}]
+        if results
+        else []
+    )
+
+
+def _evaluation_section(result: PairResult, alpha: float) -> list[str]:
+    """The card's section about the evaluation, as Markdown; empty if nothing was measured at `alpha`."""
+    halves = list(_measured_halves(result, alpha))
+    if not halves:
+        return []
+    head = (
+        "prompts",
+        "number",
+        "reward model",
+        "reward",
+        "gain over dpo",
+        "length-controlled",
+        "win rate over dpo",
+    )
+    lines = [
+        (
+            name,
+            str(measurement.prompts),
+            plain(measurement.reward_model),
+            signed(measurement.reward.mean),
+            interval(measurement.gain),
+            interval(measurement.controlled_gain) if measurement.controlled_gain else "-",
+            share(measurement.win_rate),
+        )
+        for _, name, rows in halves
+        for measurement in rows
+    ]
+    return [
+        "## Evaluation\n",
+        f"{_decision(result, alpha)} Gains are mean differences in reward to dpo on the same prompts and seeds; brackets hold their "
+        "confidence interval over prompts.\n",
+        table(head, lines),
+        *(f"> **Look at this first:** {plain(warning)}\n" for warning in result.warnings),
+    ]
+
+
+def _measured_halves(result: PairResult, alpha: float) -> Iterator[tuple[str, str, list[Measurement]]]:
+    for half, name in _HALVES.items():
+        measured = result.chosen if alpha == result.decision else result.measured
+        rows = [each for each in measured if (each.alpha, each.half) == (alpha, half)]
+        if rows:
+            yield half, name, rows
+
+
+def _metrics(measurement: Measurement) -> Iterator[dict[str, Any]]:
+    for kind, name, value in (
+        ("reward", "Mean reward", measurement.reward),
+        ("reward_gain", "Gain in reward over dpo", measurement.gain),
+        (
+            "length_controlled_reward_gain",
+            "Gain in reward over dpo, length-controlled",
+            measurement.controlled_gain,
+        ),
+        ("win_rate", "Win rate over dpo", measurement.win_rate),
+    ):
+        mean = value.mean if isinstance(value, Interval) else value
+        if mean is None or not math.isfinite(mean):
+            continue
+        metric: dict[str, Any] = {
+            "type": kind,
+            "value": mean,
+            "name": f"{name}, {shown(measurement.reward_model)}",
+        }
+        if isinstance(value, Interval) and math.isfinite(value.low) and math.isfinite(value.high):
+            metric["args"] = {"low": value.low, "high": value.high}
+        yield metric
+
+
+def _decision(result: PairResult, alpha: float) -> str:
+    if alpha == result.decision:
+        return plain(
+            " ".join([f"{result.reason}.", *([f"{result.groups.reason}."] if result.groups else [])])
+        )
+    why = result.rejected.get(alpha, "")
+    other = "dpo itself was kept" if result.decision == 0 else f"alpha {format_alpha(result.decision)} was"
+    return (
+        f"**This alpha was not chosen{', ' if result.decision == 0 else '; '}{other}.** {plain(why)}".rstrip()
     )

@@ -1,15 +1,17 @@
-"""What is drawn of one pair: reward, length and guardrails over alpha."""
+"""Figures of a pair: reward, length and guardrails over alpha."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from expo_ray.config import format_alpha
-from expo_ray.report.alpha_axis import draw_alpha_axis
-from expo_ray.report.formatting import GUARDRAILS, LENGTH, count, guardrail_value, interval, signed
+from expo_ray.config.guardrails import GUARDRAILS
+from expo_ray.report.formatting import count, guardrail_value, interval, signed
 from expo_ray.report.results import GuardrailCheck, HalfName, Measurement, PairResult, Verdict
 from expo_ray.report.svg import BLUE, GREEN, GREY, ORANGE, Drawing, figure_style, inline_svg
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 _WIDTH, _HEIGHT, _ROW = 4.7, 3.5, 1.25
 # Beyond it the transformations of an axis are singular.
 _LARGEST = 1e30
+_LENGTH = "length ratio"
 _HALVES: Mapping[HalfName, str] = {"choose": "choosing prompts", "confirm": "confirming prompts"}
 _LEGEND = "Dotted line: warns; dashed line: rejects. Circle: passes; triangle: warned; cross: rejected."
 _MARKERS: Mapping[Verdict, tuple[str, str]] = {
@@ -30,24 +33,33 @@ _MARKERS: Mapping[Verdict, tuple[str, str]] = {
 }
 
 
+# The axis reaches from sft at -1 through dpo at 0 to alphas of any size: about linear between sft and small alphas, about logarithmic from 1 on.
+_LINEAR_WIDTH = 0.3
+_TICKS = (-1, 0, 1, 4, 16, 64, 256, 0.3, 2, 8, 32, 128, -0.5, 0.5, 0.1, 0.2, 0.05, 0.02, 0.01)
+_TICK_NAMES = {-1.0: "\u22121\nsft", 0.0: "0\ndpo"}
+# Share of the axis that a label takes.
+_SPACING = 0.075
+
+
 def drawings_of(pair: PairResult, name: str, confidence: float) -> list[Drawing]:
     """All figures of a pair; `name` is the prefix of their ids."""
     pair = _drawable(pair)
     if not _fits(pair.decision):
         return []
-    found = [
+    drawings = [
         _drawn(f"{name}-reward{number}", partial(_reward, pair=pair, model=model, confidence=confidence))
         for number, model in enumerate(pair.reward_models)
     ]
     if pair.mean_tokens:
-        found.append(_drawn(f"{name}-length", partial(_length, pair=pair)))
-    shown = [one for one in GUARDRAILS if any(guard.name == one for guard in pair.guardrails)]
-    if 0.0 in pair.mean_tokens and LENGTH in shown:
-        shown.remove(LENGTH)  # the figure of lengths has its limits
+        drawings.append(_drawn(f"{name}-length", partial(_length, pair=pair)))
+    checked = {check.name for check in pair.guardrails}
+    shown = [name for name in GUARDRAILS if name in checked]
+    if 0.0 in pair.mean_tokens and _LENGTH in shown:
+        shown.remove(_LENGTH)  # the figure of lengths has its limits
     if shown:
         height = 0.6 + _ROW * len(shown)
-        found.append(_drawn(f"{name}-guardrails", partial(_guardrails, pair=pair, names=shown), height))
-    return found
+        drawings.append(_drawn(f"{name}-guardrails", partial(_guardrails, pair=pair, names=shown), height))
+    return drawings
 
 
 def _drawable(pair: PairResult) -> PairResult:
@@ -59,7 +71,7 @@ def _drawable(pair: PairResult) -> PairResult:
         and (row.controlled_gain is None or _fits(row.controlled_gain.mean))
     )
     guardrails = tuple(
-        guard for guard in pair.guardrails if _fits(guard.alpha, guard.value, guard.limit, guard.warn or 0.0)
+        check for check in pair.guardrails if _fits(check.alpha, check.value, check.limit, check.warn or 0.0)
     )
     tokens = {alpha: mean for alpha, mean in pair.mean_tokens.items() if _fits(alpha, mean)}
     return replace(pair, measured=measured, guardrails=guardrails, mean_tokens=tokens)
@@ -82,14 +94,14 @@ def _reward(figure: Figure, pair: PairResult, model: str, confidence: float) -> 
     axes = figure.add_subplot()
     halves: Mapping[HalfName, list[Measurement]] = {
         half: sorted(
-            (one for one in pair.measured if (one.half, one.reward_model) == (half, model)),
-            key=lambda one: one.alpha,
+            (row for row in pair.measured if (row.half, row.reward_model) == (half, model)),
+            key=lambda row: row.alpha,
         )
         for half in ("choose", "confirm")
     }
     choose, confirm = halves["choose"], halves["confirm"]
     _curve(axes, choose)
-    controlled = [(one.alpha, one.controlled_gain.mean) for one in choose if one.controlled_gain]
+    controlled = [(row.alpha, row.controlled_gain.mean) for row in choose if row.controlled_gain]
     if controlled:
         axes.plot(
             *zip(*controlled, strict=True), ":D", color=GREEN, markersize=3.5, label="length-controlled"
@@ -98,27 +110,27 @@ def _reward(figure: Figure, pair: PairResult, model: str, confidence: float) -> 
         _points(axes, confirm)
     axes.axhline(0, color=GREY, linewidth=0.9, zorder=1)
     axes.set_ylabel("gain in reward over dpo")
-    draw_alpha_axis(axes, [one.alpha for one in (*choose, *confirm)])
+    _draw_alpha_axis(axes, [row.alpha for row in (*choose, *confirm)])
     _mark_decision(axes, pair)
     _legend(figure)
-    best = max(choose or confirm, key=lambda one: one.gain.mean)
+    best = max(choose or confirm, key=lambda row: row.gain.mean)
     return (
         f"Reward by {model}",
         f"{_halves(halves)} Band and bars: {confidence:.0%} intervals of the difference to dpo on the same prompts and seeds.",
         f"Gain in mean reward over dpo, by {model}, against alpha. "
-        + "; ".join(f"alpha {format_alpha(one.alpha)}: {interval(one.gain)}" for one in choose)
+        + "; ".join(f"alpha {format_alpha(row.alpha)}: {interval(row.gain)}" for row in choose)
         + f". Largest at alpha {format_alpha(best.alpha)}. {_decided(pair)}.",
     )
 
 
 def _curve(axes: Axes, rows: Sequence[Measurement]) -> None:
     if rows:
-        alphas = [one.alpha for one in rows]
+        alphas = [row.alpha for row in rows]
         axes.fill_between(
-            alphas, [one.gain.low for one in rows], [one.gain.high for one in rows], color=BLUE, alpha=0.18, linewidth=0,
+            alphas, [row.gain.low for row in rows], [row.gain.high for row in rows], color=BLUE, alpha=0.18, linewidth=0,
         )  # fmt: skip
         axes.plot(
-            alphas, [one.gain.mean for one in rows], "-o", color=BLUE, label=_HALVES["choose"], zorder=3
+            alphas, [row.gain.mean for row in rows], "-o", color=BLUE, label=_HALVES["choose"], zorder=3
         )
 
 
@@ -129,10 +141,10 @@ def _points(axes: Axes, rows: Sequence[Measurement]) -> None:
         "markeredgewidth": 1.8,
         "color": ORANGE,
     }
-    below = [one.gain.mean - one.gain.low for one in rows]
-    above = [one.gain.high - one.gain.mean for one in rows]
+    below = [row.gain.mean - row.gain.low for row in rows]
+    above = [row.gain.high - row.gain.mean for row in rows]
     axes.errorbar(
-        [one.alpha for one in rows], [one.gain.mean for one in rows], yerr=[below, above], fmt="s", capsize=5, zorder=4, **box
+        [row.alpha for row in rows], [row.gain.mean for row in rows], yerr=[below, above], fmt="s", capsize=5, zorder=4, **box
     )  # fmt: skip
     axes.plot([], [], "s", label=_HALVES["confirm"], **box)
 
@@ -141,9 +153,9 @@ def _halves(halves: Mapping[HalfName, Sequence[Measurement]]) -> str:
     """The reward of dpo itself, from which the figure counts."""
     texts = []
     for half, rows in halves.items():
-        dpo = next((one for one in rows if one.alpha == 0), None)
+        dpo = next((row for row in rows if row.alpha == 0), None)
         if dpo:
-            prompts = sorted({one.prompts for one in rows})
+            prompts = sorted({row.prompts for row in rows})
             numbers = (
                 count(prompts[0]) if len(prompts) == 1 else f"{count(prompts[0])} to {count(prompts[-1])}"
             )
@@ -156,62 +168,62 @@ def _length(figure: Figure, pair: PairResult) -> tuple[str, str, str]:
     rows = sorted(pair.mean_tokens.items())
     axes.plot(*zip(*rows, strict=True), "-o", color=BLUE, label="mean length", zorder=3)
     dpo = pair.mean_tokens.get(0.0)
-    guards = [one for one in pair.guardrails if one.name == LENGTH and one.alpha in pair.mean_tokens]
-    if dpo and guards:
-        _limits(axes, guards[0], dpo)
-        _verdicts(axes, [(one.alpha, pair.mean_tokens[one.alpha], one.verdict) for one in guards])
-        axes.set_ylim(0, max(*(tokens for _, tokens in rows), dpo * guards[0].limit) * 1.06)
+    checks = [check for check in pair.guardrails if check.name == _LENGTH and check.alpha in pair.mean_tokens]
+    if dpo and checks:
+        _limits(axes, checks[0], dpo)
+        _verdicts(axes, [(check.alpha, pair.mean_tokens[check.alpha], check.verdict) for check in checks])
+        axes.set_ylim(0, max(*(tokens for _, tokens in rows), dpo * checks[0].limit) * 1.06)
     axes.set_ylabel("tokens")
-    draw_alpha_axis(axes, pair.mean_tokens)
+    _draw_alpha_axis(axes, pair.mean_tokens)
     _mark_decision(axes, pair)
     _legend(figure)
     return (
         "Length of responses",
-        f"Mean tokens of a response; reward models tend to like longer ones.{f' {_LEGEND}' if guards else ''}",
+        f"Mean tokens of a response; reward models tend to like longer ones.{f' {_LEGEND}' if checks else ''}",
         "Mean tokens of a response against alpha. "
         + "; ".join(f"alpha {format_alpha(alpha)}: {tokens:.0f}" for alpha, tokens in rows)
         + f". {_decided(pair)}.",
     )
 
 
-def _limits(axes: Axes, guard: GuardrailCheck, scale: float = 1.0) -> None:
-    if guard.warn is not None:
-        axes.axhline(guard.warn * scale, color=ORANGE, linewidth=1.2, linestyle=":", label="warns")
-    axes.axhline(guard.limit * scale, color="#000000", linewidth=1.2, linestyle=(0, (6, 3)), label="rejects")
+def _limits(axes: Axes, check: GuardrailCheck, scale: float = 1.0) -> None:
+    if check.warn is not None:
+        axes.axhline(check.warn * scale, color=ORANGE, linewidth=1.2, linestyle=":", label="warns")
+    axes.axhline(check.limit * scale, color="#000000", linewidth=1.2, linestyle=(0, (6, 3)), label="rejects")
 
 
 def _verdicts(axes: Axes, points: Sequence[tuple[float, float, Verdict]]) -> None:
     for verdict, (marker, colour) in _MARKERS.items():
-        some = [(alpha, value) for alpha, value, found in points if found == verdict]
-        if some:
-            axes.plot(*zip(*some, strict=True), marker, color=colour, markersize=7, zorder=3)
+        marked = [(alpha, value) for alpha, value, of_point in points if of_point == verdict]
+        if marked:
+            axes.plot(*zip(*marked, strict=True), marker, color=colour, markersize=7, zorder=3)
 
 
 def _guardrails(figure: Figure, pair: PairResult, names: Sequence[str]) -> tuple[str, str, str]:
     rows = [
-        sorted((one for one in pair.guardrails if one.name == name), key=lambda one: one.alpha)
+        sorted((check for check in pair.guardrails if check.name == name), key=lambda check: check.alpha)
         for name in names
     ]
-    alphas = {one.alpha for row in rows for one in row}
+    alphas = {check.alpha for row in rows for check in row}
     all_axes = figure.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
     for axes, name, row in zip(all_axes, names, rows, strict=True):
-        axes.plot([one.alpha for one in row], [one.value for one in row], "-", color=BLUE, zorder=2)
-        _verdicts(axes, [(one.alpha, one.value, one.verdict) for one in row])
+        axes.plot([check.alpha for check in row], [check.value for check in row], "-", color=BLUE, zorder=2)
+        _verdicts(axes, [(check.alpha, check.value, check.verdict) for check in row])
         _limits(axes, row[0])
-        axes.set_title(GUARDRAILS[name], loc="left", fontsize=11)
+        axes.set_title(GUARDRAILS[name].title, loc="left", fontsize=11)
         axes.yaxis.set_major_formatter(lambda value, _, name=name: guardrail_value(name, value))
         axes.locator_params(axis="y", nbins=4)
-        draw_alpha_axis(axes, alphas, label=axes is all_axes[-1])
+        _draw_alpha_axis(axes, alphas, label=axes is all_axes[-1])
         _mark_decision(axes, pair)
     return (
         "Guardrails",
         f"Against dpo on the same prompts. {_LEGEND} Dash-dotted: the chosen alpha.",
         "Guardrails against alpha. "
         + ". ".join(
-            f"{GUARDRAILS[name]}: "
+            f"{GUARDRAILS[name].title}: "
             + "; ".join(
-                f"alpha {format_alpha(one.alpha)} {guardrail_value(name, one.value)} ({one.verdict})"
-                for one in row
+                f"alpha {format_alpha(check.alpha)} {guardrail_value(name, check.value)} ({check.verdict})"
+                for check in row
             )
             for name, row in zip(names, rows, strict=True)
         )
@@ -230,3 +242,39 @@ def _legend(figure: Figure) -> None:
 
 def _decided(pair: PairResult) -> str:
     return f"Chosen: alpha {format_alpha(pair.decision)}" if pair.decision else "Chosen: dpo itself, alpha 0"
+
+
+def _draw_alpha_axis(axes: Axes, alphas: Iterable[float], *, label: bool = True) -> None:
+    """Draw scale, ticks and the lines of sft and dpo, on an axis that shows these alphas."""
+    shown = [0.0, *alphas]
+    low, high = min(shown), max(*shown, 0.1)
+    axes.set_xscale("asinh", linear_width=_LINEAR_WIDTH)
+    room = 0.03 * (_place(high) - _place(low))
+    axes.set_xlim(*(float(np.sinh(at) * _LINEAR_WIDTH) for at in (_place(low) - room, _place(high) + room)))
+    ticks = _ticks(low, high)
+    axes.set_xticks(ticks, [_TICK_NAMES.get(tick, _tick_text(tick)) for tick in ticks], minor=False)
+    axes.set_xticks([], minor=True)
+    for alpha in (-1, 0):
+        if low <= alpha <= high:
+            axes.axvline(alpha, color=GREY, linewidth=0.9, zorder=1)
+    if label:
+        axes.set_xlabel("alpha")
+
+
+def _place(alpha: float) -> float:
+    return float(np.arcsinh(alpha / _LINEAR_WIDTH))
+
+
+def _tick_text(alpha: float) -> str:
+    return format_alpha(alpha).replace("-", "\u2212")
+
+
+def _ticks(low: float, high: float) -> Sequence[float]:
+    """Take ticks in their order of importance, unless they would touch one that is taken."""
+    span = _place(high) - _place(low)
+    taken: list[float] = []
+    for tick in _TICKS:
+        near = any(abs(_place(tick) - _place(other)) < _SPACING * span for other in taken)
+        if low <= tick <= high and not near:
+            taken.append(tick)
+    return sorted(taken)

@@ -1,4 +1,4 @@
-"""The rows of the report's tables, as the template prints them."""
+"""Rows of the report's tables, as the template prints them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _EFFECTIVE_TOLERANCE = 0.05
 
 @dataclass(frozen=True)
 class OverviewRow:
-    """One pair.
+    """Row of a pair in the overview.
 
     Attributes:
-        chosen: whether the figures are of a chosen alpha; else they are of the one that came closest.
-        at: that alpha.
+        chosen: True if the figures are of a chosen alpha; else they are of the one that came closest.
+        at: the alpha of the figures.
         gains: on the choosing prompts by the choosing model, then on the confirming prompts by every model.
     """
 
@@ -37,7 +37,7 @@ class OverviewRow:
 
 @dataclass(frozen=True)
 class EvidenceRow:
-    """One half and one reward model, at the alpha in question."""
+    """Evidence from a half by a reward model, at the alpha in question."""
 
     half: str
     reward_model: str
@@ -52,7 +52,7 @@ class EvidenceRow:
 
 @dataclass(frozen=True)
 class AlphaRow:
-    """All that is known of one alpha on the choosing prompts.
+    """Results of an alpha on the choosing prompts.
 
     Attributes:
         gains: by reward model: gain, the same length-controlled, and win rate.
@@ -73,7 +73,7 @@ class AlphaRow:
 
 @dataclass(frozen=True)
 class GroupRow:
-    """One combination of multipliers that was tried on the chosen alpha."""
+    """Result of multipliers that were tried on the chosen alpha."""
 
     multipliers: str
     chosen: bool
@@ -84,7 +84,7 @@ class GroupRow:
 
 @dataclass(frozen=True)
 class ExampleView:
-    """One prompt: its first words, the change of its reward, and the texts side by side: (name, reward, text)."""
+    """A prompt: its first words, the change of its reward, and the texts side by side: (name, reward, text)."""
 
     prompt: str
     start: str
@@ -94,7 +94,7 @@ class ExampleView:
 
 
 def sorted_pairs(results: Results) -> list[PairResult]:
-    """The largest gain first; those that keep dpo gain nothing."""
+    """Pairs by their gain, the largest first; those that keep dpo gain nothing."""
     return sorted(
         results.pairs, key=lambda pair: (-pair.headline.gain.mean if pair.headline else 0.0, pair.name)
     )
@@ -104,12 +104,14 @@ def all_models(results: Results) -> tuple[str, ...]:
     """Reward models of all pairs, those that choose first."""
     pairs = [pair for pair in results.pairs if pair.measured]
     return tuple(
-        dict.fromkeys([p.reward_models[0] for p in pairs] + [one for p in pairs for one in p.reward_models])
+        dict.fromkeys(
+            [p.reward_models[0] for p in pairs] + [model for p in pairs for model in p.reward_models]
+        )
     )
 
 
 def decision_text(pair: PairResult) -> str:
-    """What was decided, in a few words."""
+    """The decision in a few words."""
     if not pair.decision:
         return "keep dpo"
     return ", ".join(
@@ -118,7 +120,7 @@ def decision_text(pair: PairResult) -> str:
 
 
 def multipliers_text(multipliers: Mapping[str, float]) -> str:
-    """What alpha is multiplied by, by group of tensors."""
+    """Multipliers of alpha, by group of tensors."""
     return ", ".join(f"{group} \u00d7{alpha_text(factor)}" for group, factor in multipliers.items())
 
 
@@ -126,9 +128,9 @@ def overview_row(pair: PairResult, anchor: str, models: Sequence[str]) -> Overvi
     """The row of one pair in the table over all."""
     at = pair.candidate
     chooser = pair.reward_models[0] if pair.measured else ""
-    chosen = pair.find(at, "choose", chooser)
-    headline = pair.headline or pair.find(at, "confirm", chooser) or chosen
-    confirmed = [pair.find(at, "confirm", model) for model in models]
+    chosen = pair.measurement(at, "choose", chooser)
+    headline = pair.headline or pair.measurement(at, "confirm", chooser) or chosen
+    confirmed = [pair.measurement(at, "confirm", model) for model in models]
     dpo, length = pair.mean_tokens.get(0.0), None if at is None else pair.mean_tokens.get(at)
     return OverviewRow(
         pair.name,
@@ -136,7 +138,7 @@ def overview_row(pair: PairResult, anchor: str, models: Sequence[str]) -> Overvi
         decision_text(pair),
         pair.decision != 0,
         "" if at is None else alpha_text(at),
-        tuple(interval(one.gain) if one else NONE for one in (chosen, *confirmed)),
+        tuple(interval(measured.gain) if measured else NONE for measured in (chosen, *confirmed)),
         _controlled(headline),
         share(headline.win_rate) if headline else NONE,
         f"\u00d7{length / dpo:.2f}" if dpo and length is not None else NONE,
@@ -145,23 +147,23 @@ def overview_row(pair: PairResult, anchor: str, models: Sequence[str]) -> Overvi
 
 
 def evidence_rows(pair: PairResult) -> list[EvidenceRow]:
-    """What speaks for the model in question, or against it: both halves, all reward models."""
+    """Evidence for or against the model in question: both halves, all reward models."""
     rows = []
     for half, name in (("choose", "choosing"), ("confirm", "confirming")):
-        for one in pair.chosen or pair.measured:
-            if one.alpha == pair.candidate and one.half == half:
-                dpo = pair.find(0.0, one.half, one.reward_model)
+        for measured in pair.chosen or pair.measured:
+            if measured.alpha == pair.candidate and measured.half == half:
+                dpo = pair.measurement(0.0, measured.half, measured.reward_model)
                 rows.append(
                     EvidenceRow(
                         name,
-                        one.reward_model,
-                        count(one.prompts),
+                        measured.reward_model,
+                        count(measured.prompts),
                         signed(dpo.reward.mean) if dpo else NONE,
-                        signed(one.reward.mean),
-                        interval(one.gain),
-                        _controlled(one),
-                        share(one.win_rate),
-                        one.gain.low > 0,
+                        signed(measured.reward.mean),
+                        interval(measured.gain),
+                        _controlled(measured),
+                        share(measured.win_rate),
+                        measured.gain.low > 0,
                     )
                 )
     return rows
@@ -169,34 +171,36 @@ def evidence_rows(pair: PairResult) -> list[EvidenceRow]:
 
 def alpha_rows(pair: PairResult) -> list[AlphaRow]:
     """Every alpha that was tried or published, in order."""
-    tried = {one.alpha for one in pair.measured if one.half == "choose"} | set(pair.rejected)
+    tried = {measured.alpha for measured in pair.measured if measured.half == "choose"} | set(pair.rejected)
     alphas = tried | set(pair.published)
     return [_alpha_row(pair, alpha) for alpha in sorted(alphas)]
 
 
 def _alpha_row(pair: PairResult, alpha: float) -> AlphaRow:
-    found = [pair.find(alpha, "choose", model) for model in pair.reward_models]
+    measurements = [pair.measurement(alpha, "choose", model) for model in pair.reward_models]
     effective = pair.effective_alphas.get(alpha)
     tokens = pair.mean_tokens.get(alpha)
     reason = pair.rejected.get(alpha, "interpolates: drawn, never chosen" if alpha < 0 else "")
-    if not reason and alpha != pair.decision and not any(found):
+    if not reason and alpha != pair.decision and not any(measurements):
         reason = "published because the job lists it; the search did not try it"
     return AlphaRow(
         alpha_text(alpha),
         {-1.0: "sft", 0.0: "dpo"}.get(alpha, ""),
         alpha == pair.decision,
-        next((count(one.prompts) for one in found if one), NONE),
+        next((count(measured.prompts) for measured in measurements if measured), NONE),
         tuple(
-            (interval(one.gain), _controlled(one), share(one.win_rate)) if one else (NONE, NONE, NONE)
-            for one in found
+            (interval(measured.gain), _controlled(measured), share(measured.win_rate))
+            if measured
+            else (NONE, NONE, NONE)
+            for measured in measurements
         ),
         f"{tokens:.0f}" if tokens is not None else NONE,
         f"{effective:.3f}" if effective is not None else NONE,
         effective is not None and abs(effective - alpha) > _EFFECTIVE_TOLERANCE * abs(alpha),
         tuple(
-            f"{'rejected' if one.verdict == 'reject' else 'warned'}: {one.text}"
-            for one in pair.guardrails
-            if one.alpha == alpha and one.verdict != "ok" and one.text not in reason
+            f"{'rejected' if check.verdict == 'reject' else 'warned'}: {check.text}"
+            for check in pair.guardrails
+            if check.alpha == alpha and check.verdict != "ok" and check.text not in reason
         ),
         reason,
     )
@@ -206,13 +210,13 @@ def group_rows(pair: PairResult) -> list[GroupRow]:
     """Every combination of multipliers that was tried."""
     return [
         GroupRow(
-            multipliers_text(one.multipliers),
-            one.multipliers == pair.multipliers,
-            count(one.prompts),
-            interval(one.gain),
-            one.reason,
+            multipliers_text(trial.multipliers),
+            trial.multipliers == pair.multipliers,
+            count(trial.prompts),
+            interval(trial.gain),
+            trial.reason,
         )
-        for one in (pair.groups.trials if pair.groups else ())
+        for trial in (pair.groups.trials if pair.groups else ())
     ]
 
 
@@ -221,29 +225,36 @@ def example_views(pair: PairResult) -> list[ExampleView]:
     shown = decision_text(pair) if pair.decision else "alpha"
     at = shown if pair.decision or pair.candidate is None else f"alpha {alpha_text(pair.candidate)}"
     names = {"sft": "sft", "dpo": "dpo", "chosen": at, "candidate": at}
-    return [_example(one, names) for one in sorted(pair.examples, key=lambda one: -(_change(one) or 0.0))]
+    return [
+        _example(example, names)
+        for example in sorted(pair.examples, key=lambda example: -(_change(example) or 0.0))
+    ]
 
 
-def _example(one: Example, names: Mapping[str, str]) -> ExampleView:
-    words, change = " ".join(one.prompt.split()), _change(one)
+def _example(example: Example, names: Mapping[str, str]) -> ExampleView:
+    words, change = " ".join(example.prompt.split()), _change(example)
     return ExampleView(
-        one.prompt,
+        example.prompt,
         words if len(words) <= 90 else words[:89].rstrip() + "\u2026",
         "" if change is None else signed(change),
         change is not None and change >= 0,
         tuple(
-            (name, signed(one.rewards[side]) if side in one.rewards else NONE, one.responses[side])
+            (
+                name,
+                signed(example.rewards[side]) if side in example.rewards else NONE,
+                example.responses[side],
+            )
             for side, name in names.items()
-            if side in one.responses
+            if side in example.responses
         ),
     )
 
 
-def _change(one: Example) -> float | None:
-    """What the alpha in question changed in the reward of dpo's answer."""
-    after = one.rewards.get("chosen", one.rewards.get("candidate"))
-    return None if after is None or "dpo" not in one.rewards else after - one.rewards["dpo"]
+def _change(example: Example) -> float | None:
+    """Change of the reward from dpo's answer to that of the alpha in question; None if either is missing."""
+    after = example.rewards.get("chosen", example.rewards.get("candidate"))
+    return None if after is None or "dpo" not in example.rewards else after - example.rewards["dpo"]
 
 
-def _controlled(one: Measurement | None) -> str:
-    return interval(one.controlled_gain) if one and one.controlled_gain else NONE
+def _controlled(measured: Measurement | None) -> str:
+    return interval(measured.controlled_gain) if measured and measured.controlled_gain else NONE

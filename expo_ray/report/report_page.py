@@ -1,4 +1,4 @@
-"""`report/index.html`: one page that holds all that a run has found, and asks nobody for anything."""
+"""The page `report/index.html`: all results of a run in a file that loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PAGE = "report/index.html"
 
 @dataclass(frozen=True)
 class PairView:
-    """One pair as the template takes it."""
+    """A pair as the template takes it."""
 
     anchor: str
     result: PairResult
@@ -60,8 +60,7 @@ def write_report(store: Store, results: Results | None = None) -> str:
         OutputError: if the store has no results that this version reads.
         JobError: if what draws the page is not installed.
     """
-    found = results or read_results(store)
-    store.put(PAGE, page_of(found).encode())
+    store.put(PAGE, page_of(results or read_results(store)).encode())
     return join_uri(store.uri, PAGE)
 
 

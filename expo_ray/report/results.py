@@ -1,4 +1,4 @@
-"""What a run has found: the content of `results.json`, and all that the report is drawn from."""
+"""Results of a run: the content of `results.json`, made by the search and drawn by the report."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HalfName = Literal["choose", "confirm"]
 Verdict = Literal["ok", "warn", "reject"]
 # JSON has no infinity: such a number is written as text.
 Number = Annotated[
-    float, BeforeValidator(lambda found: _NOT_FINITE.get(found, found) if isinstance(found, str) else found)
+    float, BeforeValidator(lambda value: _NOT_FINITE.get(value, value) if isinstance(value, str) else value)
 ]
 # Keys of JSON are text.
 AlphaKey = Annotated[float, BeforeValidator(float), AfterValidator(check_alpha)]
@@ -44,13 +44,13 @@ class Interval(Recorded):
 
 @dataclass(frozen=True)
 class Measurement(Recorded):
-    """One alpha of one pair on one half of the prompts, by one reward model.
+    """Measurement of an alpha on a half of the prompts, by a reward model.
 
     Attributes:
         half: `choose` or `confirm`.
         reward: mean raw reward.
         gain: paired difference to dpo on the same prompts and seeds.
-        controlled_gain: the same with the effect of length removed; None where it cannot be told from it.
+        controlled_gain: the same with the effect of length removed; None where the two cannot be separated.
         win_rate: share of prompts on which it beats dpo, ties as half.
     """
 
@@ -66,15 +66,15 @@ class Measurement(Recorded):
 
 @dataclass(frozen=True)
 class GuardrailCheck(Recorded):
-    """One measure of one alpha against its limit.
+    """Result of a guardrail at an alpha.
 
     Attributes:
-        name: as in `expo_ray.evaluation.search.guardrails`, such as `length ratio`.
+        name: as in `expo_ray.config.guardrails`, such as `length ratio`, or `reward of <model>`.
         value: what was measured.
-        limit: from where on it rejects.
-        verdict: `ok`, `warn` or `reject`.
+        limit: the value from which on it rejects.
+        verdict: `ok`, `warn` or `reject`, which keeps the alpha from being chosen.
         text: the values in a sentence.
-        warn: from where on it warns; None where there is no such limit.
+        warn: the value from which on it warns; None where there is no such limit.
     """
 
     alpha: Number
@@ -88,7 +88,7 @@ class GuardrailCheck(Recorded):
 
 @dataclass(frozen=True)
 class Example(Recorded):
-    """One prompt with the answers of sft, dpo and the chosen alpha.
+    """A prompt with the answers of sft, dpo and the chosen alpha.
 
     Attributes:
         prompt: the last user turn.
@@ -108,7 +108,7 @@ class GroupTrial(Recorded):
     Attributes:
         multipliers: of alpha, by group of tensors.
         gain: paired difference to the chosen alpha alone, by the reward model that chooses.
-        reason: why they were not chosen; empty if they were.
+        reason: for not choosing them; empty if they were chosen.
     """
 
     multipliers: Mapping[str, Number]
@@ -123,7 +123,7 @@ class Groups(Recorded):
 
     Attributes:
         multipliers: the chosen ones, by group of tensors; empty where alpha alone is kept.
-        reason: why, in a sentence.
+        reason: for the choice, in a sentence.
         measured: of alpha with the chosen multipliers, against dpo.
     """
 
@@ -135,14 +135,14 @@ class Groups(Recorded):
 
 @dataclass(frozen=True)
 class PairResult(Recorded):
-    """Everything about one pair.
+    """Results of a pair.
 
     Attributes:
         sft, dpo: URI with revision.
         decision: the chosen alpha; 0 keeps dpo.
-        reason: why, in a sentence or a few.
+        reason: for the decision, in a sentence or a few.
         measured: the reward model that chooses comes first.
-        rejected: why each other alpha fell.
+        rejected: by alpha, the stage and the reason of its end.
         effective_alphas: nominal to effective alpha of what was published or served.
         mean_tokens: mean response length by alpha, on the choosing half.
         examples: the prompts whose reward changed most, either way.
@@ -152,7 +152,7 @@ class PairResult(Recorded):
         rounding: of the weights that were evaluated.
         warnings: what a reader should look at before using the decision.
         considered: the alpha that the search picked, whether it was chosen in the end or not; None where none was left.
-        groups: what came of multipliers; None where none were tried.
+        groups: the search of multipliers; None where none were tried.
     """
 
     name: str
@@ -176,48 +176,53 @@ class PairResult(Recorded):
 
     @property
     def multipliers(self) -> Mapping[str, float]:
-        """What the chosen alpha is multiplied by, by group of tensors; empty where it is the same in all."""
+        """Multipliers of the chosen alpha, by group of tensors; empty where it is the same in all."""
         return self.groups.multipliers if self.groups else {}
 
     @property
     def chosen(self) -> tuple[Measurement, ...]:
-        """What was measured of the chosen model, its multipliers among it; empty where dpo is kept."""
+        """Measurements of the chosen model, with its multipliers; empty where dpo is kept."""
         if self.groups and self.groups.multipliers:
             return self.groups.measured
-        return tuple(one for one in self.measured if one.alpha == self.decision) if self.decision else ()
+        if not self.decision:
+            return ()
+        return tuple(measurement for measurement in self.measured if measurement.alpha == self.decision)
 
     @property
     def reward_models(self) -> tuple[str, ...]:
         """Names of all reward models, the choosing one first."""
-        return tuple(dict.fromkeys(one.reward_model for one in self.measured))
+        return tuple(dict.fromkeys(measurement.reward_model for measurement in self.measured))
 
     @property
     def candidate(self) -> float | None:
         """The alpha whose evidence is shown: the chosen one, else the one that came closest to being chosen, if any was tried."""
         if self.decision or self.considered:
             return self.decision or self.considered
-        tried = [one for one in self.measured if one.alpha > 0 and one.reward_model == self.reward_models[0]]
-        confirmed = [one for one in tried if one.half == "confirm"]
-        best = max(confirmed or tried, key=lambda one: one.gain.mean, default=None)
+        # Files of older versions lack `considered`.
+        tried = [
+            each for each in self.measured if each.alpha > 0 and each.reward_model == self.reward_models[0]
+        ]
+        confirmed = [each for each in tried if each.half == "confirm"]
+        best = max(confirmed or tried, key=lambda each: each.gain.mean, default=None)
         return best.alpha if best else None
 
-    def find(self, alpha: float | None, half: HalfName, reward_model: str) -> Measurement | None:
-        """What was measured there, if anything was."""
-        for one in self.measured:
-            if (one.alpha, one.half, one.reward_model) == (alpha, half, reward_model):
-                return one
-        return None
+    def measurement(self, alpha: float | None, half: HalfName, reward_model: str) -> Measurement | None:
+        """The measurement of that alpha, half and reward model, if there is one."""
+        wanted = (alpha, half, reward_model)
+        return next(
+            (each for each in self.measured if (each.alpha, each.half, each.reward_model) == wanted), None
+        )
 
     @property
     def headline(self) -> Measurement | None:
-        """The gain to compare pairs by: of the chosen alpha, by the choosing model, on prompts that did not choose it if there are any."""
-        by_half = {one.half: one for one in self.chosen if one.reward_model == self.reward_models[0]}
+        """Measurement used to rank pairs: chosen alpha, first reward model, on the confirming half if it exists."""
+        by_half = {each.half: each for each in self.chosen if each.reward_model == self.reward_models[0]}
         return by_half.get("confirm") or by_half.get("choose")
 
 
 @dataclass(frozen=True)
 class Results(Recorded):
-    """A run.
+    """Results of a run.
 
     Attributes:
         created: time in UTC, ISO 8601.

@@ -1,4 +1,4 @@
-"""`results.json` of a run: written and read strictly, so that what is read is what was found."""
+"""The file `results.json` of a run: written and read strictly, so that what is read is what was written."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ RESULTS_BYTES = 128 * 2**20
 
 
 def write_results(store: Store, results: Results) -> None:
-    """Store `results` as `results.json` of a run, over what is there."""
+    """Store `results` as `results.json` of a run, replacing any."""
     store.put(RESULTS, results_json(results))
 
 
 def read_results(store: Store) -> Results:
-    """The results of the run whose output folder `store` is.
+    """Read the results of the run whose output folder `store` is.
 
     Raises:
         OutputError: if there are none, or this version cannot read them.
@@ -56,7 +56,7 @@ def results_json(results: Results) -> bytes:
 
 
 def parse_results(data: bytes, where: str = RESULTS) -> Results:
-    """What `results_json` wrote.
+    """Parse the text that `results_json` gives.
 
     Raises:
         OutputError: if the text is damaged, has another format, or fields that are missing, unknown or of another type.
@@ -98,9 +98,11 @@ def _adapter() -> TypeAdapter[Results]:
 
 def _plain(value: Any) -> Any:
     if is_dataclass(value):
-        return {one.name: _plain(getattr(value, one.name)) for one in fields(value)}
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
-        return {key if isinstance(key, str) else format_alpha(key): _plain(one) for key, one in value.items()}
+        return {
+            key if isinstance(key, str) else format_alpha(key): _plain(inner) for key, inner in value.items()
+        }
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(one) for one in value]
+        return [_plain(inner) for inner in value]
     return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
