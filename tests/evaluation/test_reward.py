@@ -15,8 +15,7 @@ import pytest
 from expo_ray.errors import ExpoError, OutputError
 from expo_ray.evaluation.records import Response, Reward, reward_from_row, scored_digest
 from expo_ray.evaluation.rewards.reward_file import RewardFile, read_responses
-from expo_ray.evaluation.rewards.reward_function import ScoreFailure
-from expo_ray.evaluation.rewards.reward_inputs import RewardInput, function_inputs
+from expo_ray.evaluation.rewards.reward_inputs import RewardInput, ScoreFailure, function_inputs
 from expo_ray.evaluation.rewards.score_missing import RewardStore, score_responses, summarise_rewards
 from expo_ray.evaluation.row_store import RowStore, rows_text
 from expo_ray.progress import Counters

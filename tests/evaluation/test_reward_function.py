@@ -15,8 +15,8 @@ import pytest
 
 from expo_ray.errors import ExpoError, InputChanged
 from expo_ray.evaluation.records import Reward
-from expo_ray.evaluation.rewards.reward_function import ScoreFailure, function_scorer, load_function
-from expo_ray.evaluation.rewards.reward_inputs import RewardInput, function_inputs
+from expo_ray.evaluation.rewards.reward_function import function_scorer, load_function
+from expo_ray.evaluation.rewards.reward_inputs import RewardInput, ScoreFailure, function_inputs
 from tests.support.paths import ROOT
 from tests.support.tiny_reward_models import response
 

@@ -6,7 +6,6 @@ import ast
 import importlib
 import importlib.util
 import inspect
-import math
 import os
 import sys
 import textwrap
@@ -19,7 +18,7 @@ from typing import Any
 from expo_ray.errors import InputChanged, RewardError
 from expo_ray.evaluation.records import Reward, digest
 from expo_ray.evaluation.rewards.function_identity import Sources, function_identity, sources_of
-from expo_ray.evaluation.rewards.reward_inputs import RewardInput
+from expo_ray.evaluation.rewards.reward_inputs import RewardInput, ScoreFailure
 from expo_ray.text import shown
 
 _SCHEME = "python:"
@@ -32,20 +31,6 @@ _FOREIGN_PARAMETERS = {
 _PROMPT_NAMES = ("prompt", "messages", "question", "query", "instruction")
 _RESPONSE_NAMES = ("response", "completion", "answer", "output", "text")
 _WRAP = "write `def score(prompt, response): ...` that calls it, and name that"
-
-
-@dataclass(frozen=True)
-class ScoreFailure:
-    """A response without a reward, and the error that left it without."""
-
-    prompt_id: str
-    sample: int
-    error: str
-
-    @property
-    def key(self) -> tuple[str, int]:
-        """Prompt id and sample of the response."""
-        return self.prompt_id, self.sample
 
 
 @dataclass(frozen=True)
@@ -119,18 +104,9 @@ def function_scorer(described: RewardFunction) -> Callable[[RewardInput], Reward
             )
         except BaseException as error:
             return failed(f"{described.uri} raised {type(error).__name__}: {shown(error, 300)}")
-        return checked_reward(asked, reward, described.uri)
+        return asked.scored(reward, described.uri)
 
     return score
-
-
-def checked_reward(asked: RewardInput, reward: float, source: str) -> Reward | ScoreFailure:
-    """The reward of `asked`; a failure if `reward` is NaN or infinite."""
-    if not math.isfinite(reward):
-        return ScoreFailure(
-            asked.prompt_id, asked.sample, f"{source} returned {reward}; a reward must be finite"
-        )
-    return Reward(asked.prompt_id, asked.sample, reward, len(asked.ids), asked.truncated, asked.digest)
 
 
 def _number(value: Any) -> float:

@@ -1,13 +1,14 @@
-"""Make what a reward model reads: each chat as token ids, by the same function for every back end."""
+"""Inputs of a reward model, tokenised by one function for every back end, and the reward or failure that each comes to."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from expo_ray.errors import ExpoError, Problems, RewardError
-from expo_ray.evaluation.records import Message, Response, scored_digest
+from expo_ray.evaluation.records import Message, Response, Reward, scored_digest
 from expo_ray.text import first_few
 from expo_ray.time_limit import RENDER_S, time_limit
 
@@ -25,6 +26,20 @@ class Tokenizer(Protocol):
     ) -> Any: ...
 
     def __call__(self, text: str, *, add_special_tokens: bool) -> Any: ...
+
+
+@dataclass(frozen=True)
+class ScoreFailure:
+    """A response without a reward, and the error that left it without."""
+
+    prompt_id: str
+    sample: int
+    error: str
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Prompt id and sample of the response."""
+        return self.prompt_id, self.sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +64,18 @@ class RewardInput:
     def digest(self) -> str:
         """Identifies the content that is scored; see `scored_digest`."""
         return scored_digest(self.messages, self.text)
+
+    def scored(self, score: float, source: str) -> Reward | ScoreFailure:
+        """The reward of this response; a failure if `score` is NaN or infinite.
+
+        Args:
+            source: URI of the model or function that gave the score.
+        """
+        if not math.isfinite(score):
+            return ScoreFailure(
+                self.prompt_id, self.sample, f"{source} returned {score}; a reward must be finite"
+            )
+        return Reward(self.prompt_id, self.sample, score, len(self.ids), self.truncated, self.digest)
 
 
 def token_ids(tokenizer: Tokenizer, messages: Sequence[Message], text: str) -> list[int]:

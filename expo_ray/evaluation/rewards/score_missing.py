@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from expo_ray.evaluation.records import Response, Reward, scored_digest
-from expo_ray.evaluation.rewards.reward_function import ScoreFailure
-from expo_ray.evaluation.rewards.reward_inputs import RewardInput
+from expo_ray.evaluation.rewards.reward_inputs import RewardInput, ScoreFailure
 from expo_ray.progress import Counters
 
 # A killed driver loses the rewards of at most this many seconds.

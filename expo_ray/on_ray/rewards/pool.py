@@ -22,13 +22,8 @@ from ray.exceptions import (
 from expo_ray.config import RewardModel
 from expo_ray.errors import ExpoError, InputChanged, RewardError
 from expo_ray.evaluation.records import Response, Reward
-from expo_ray.evaluation.rewards.reward_function import (
-    RewardFunction,
-    ScoreFailure,
-    checked_reward,
-    function_scorer,
-)
-from expo_ray.evaluation.rewards.reward_inputs import RewardInput
+from expo_ray.evaluation.rewards.reward_function import RewardFunction, function_scorer
+from expo_ray.evaluation.rewards.reward_inputs import RewardInput, ScoreFailure
 from expo_ray.evaluation.rewards.reward_model import (
     CheckedReward,
     Classifier,
@@ -166,7 +161,7 @@ class RewardActor:
             model, folder, self._dtype, gpu_share=self._gpu_share, probe=probe, compares=compares
         )
         self._score = lambda inputs: [
-            checked_reward(asked, score, model.uri)
+            asked.scored(score, model.uri)
             for asked, score in zip(inputs, backend.score([asked.ids for asked in inputs]), strict=True)
         ]
         return backend.name
