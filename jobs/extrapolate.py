@@ -5,13 +5,36 @@ from __future__ import annotations
 import argparse
 import sys
 
-from expo_ray.cli.commands import plan_every_pair, print_outcome
-from expo_ray.cli.plan_table import describe
 from expo_ray.cli.process import guarded
-from expo_ray.config import load_job
-from expo_ray.extrapolation.run_job import run_job
-from expo_ray.progress import Progress
-from expo_ray.storage import open_store
+from expo_ray.config import Job, load_job
+
+
+def run(job: Job, *, overwrite: bool, dry_run: bool) -> int:
+    # Imported here, as it takes seconds: after the arguments are known to be right and signals are handled.
+    from expo_ray.cli.commands import plan_every_pair, print_outcome
+    from expo_ray.cli.plan_table import describe
+    from expo_ray.extrapolation.run_job import run_job
+    from expo_ray.progress import Progress
+    from expo_ray.storage import open_store
+
+    plan = plan_every_pair(job, overwrite=overwrite)  # everything wrong with it, before anything starts
+    print(describe(plan), flush=True)
+    if dry_run:
+        return 0
+
+    from expo_ray.on_ray.cluster import cluster
+    from expo_ray.on_ray.extrapolation import OnRay
+
+    with (
+        cluster(),
+        Progress("extrapolate", open_store(job.output)) as progress,
+        OnRay(progress, device=job.device) as executor,
+    ):
+        outcome = run_job(
+            plan, executor, progress
+        )  # shards in parallel, each model published when it is whole
+        progress.finish(sorted(outcome.failures), published=len(outcome.published))
+    return print_outcome(outcome)
 
 
 def main() -> int:
@@ -22,26 +45,9 @@ def main() -> int:
     )
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop; nothing is written")
     arguments = parser.parse_args()
-    return guarded(lambda: run(arguments))
-
-
-def run(arguments: argparse.Namespace) -> int:
-    job = load_job(arguments.job)
-    plan = plan_every_pair(job, overwrite=arguments.overwrite)
-    print(describe(plan), flush=True)
-    if arguments.dry_run:
-        return 0
-    from expo_ray.on_ray.cluster import cluster
-    from expo_ray.on_ray.extrapolation import OnRay
-
-    with (
-        cluster(),
-        Progress("extrapolate", open_store(job.output)) as progress,
-        OnRay(progress, device=job.device) as executor,
-    ):
-        outcome = run_job(plan, executor, progress)
-        progress.finish(sorted(outcome.failures), published=len(outcome.published))
-    return print_outcome(outcome)
+    return guarded(
+        lambda: run(load_job(arguments.job), overwrite=arguments.overwrite, dry_run=arguments.dry_run)
+    )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -16,6 +17,8 @@ from expo_ray.report import report_page
 from expo_ray.report.results import PairResult, Results
 from expo_ray.report.results_file import write_results
 from expo_ray.storage import open_store
+
+log = logging.getLogger("expo_ray")
 
 
 @dataclass(frozen=True)
@@ -51,13 +54,12 @@ class Searches:
     num_tokens: int = 0
     usage: Usage = field(default_factory=Usage)
 
-    def add_failure(self, plans: Iterable[PairPlan], error: ExpoError) -> list[str]:
-        """Record why these pairs have no result, unless they have one or it is known already; returns their names."""
-        names = [
-            plan.name for plan in plans if plan.name not in self.results and plan.name not in self.failures
-        ]
-        self.failures |= dict.fromkeys(names, in_one_line(error))
-        return names
+    def add_failure(self, plans: Iterable[PairPlan], error: ExpoError) -> None:
+        """Record and log why these pairs have no result; those with a result or an earlier failure keep that."""
+        for plan in plans:
+            if plan.name not in self.results and plan.name not in self.failures:
+                self.failures[plan.name] = in_one_line(error)
+                log.error("%s failed: %s", plan.name, in_one_line(error))
 
 
 @dataclass

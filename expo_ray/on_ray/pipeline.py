@@ -58,7 +58,7 @@ def search_pairs(checked: CheckedJob) -> Searches:
         except ExpoError as error:
             if not run.searches.results:
                 raise
-            run.add_failure(missing, error)
+            run.searches.add_failure(missing, error)
     searches = run.searches
     searches.usage = _usage_since(started)
     in_order = [plan.name for plan in checked.plans if plan.name in searches.results]
@@ -96,7 +96,7 @@ class _SearchRun:
                     if batch:
                         self._search_batch(batch, progress)
                 except ExpoError as error:
-                    self.add_failure(batch, error)
+                    self.searches.add_failure(batch, error)
             progress.finish(sorted(self.searches.failures))
 
     def _search_batch(self, plans: Sequence[PairPlan], progress: Progress) -> None:
@@ -118,7 +118,7 @@ class _SearchRun:
                 try:
                     self.searches.results[plan.name] = future.result()
                 except ExpoError as error:
-                    self.add_failure([plan], error)
+                    self.searches.add_failure([plan], error)
             self.searches.num_tokens += sum(evaluator.num_tokens for evaluator in evaluators)
 
     def _search_pair(self, plan: PairPlan, evaluator: PairEvaluator, progress: Progress) -> PairResult:
@@ -135,10 +135,6 @@ class _SearchRun:
         search_id = self._checked.search_id(plan, self.searches.reward_ids)
         return search_key(plan.name, search_id)
 
-    def add_failure(self, plans: Sequence[PairPlan], error: ExpoError) -> None:
-        for name in self.searches.add_failure(plans, error):
-            log.error("%s failed: %s", name, in_one_line(error))
-
 
 def drop_replaced(plans: Sequence[PairPlan], searches: Searches) -> list[PairPlan]:
     """Drop the pairs whose parents are no longer those that were planned, and record them as failures.
@@ -151,14 +147,13 @@ def drop_replaced(plans: Sequence[PairPlan], searches: Searches) -> list[PairPla
             refuse_replaced(plan)
         except ExpoError as error:
             searches.add_failure([plan], error)
-            log.error("%s failed: %s", plan.name, in_one_line(error))
         else:
             unchanged.append(plan)
     return unchanged
 
 
 def _read_search(store: Store, key: str) -> PairResult | None:
-    """Read a finished search; None if it cannot be read, because another version wrote it: the stored rows then give it anew."""
+    """Read a finished search; None if there is none, or one of another version: it is then repeated from the stored rows."""
     try:
         results = parse_results(store.read(key, most_bytes=RESULTS_BYTES), f"{store.uri}/{key}")
     except (NotFound, OutputError):
@@ -245,6 +240,6 @@ def _chosen_step(result: PairResult) -> Step:
 
 
 def _usage_since(started: float) -> Usage:
-    """The time since `started`, on all that the cluster has now."""
+    """Time since `started`, multiplied by the CPUs and GPUs that the cluster has now."""
     seconds, resources = time.monotonic() - started, ray.cluster_resources()
     return Usage(seconds, seconds * resources.get("CPU", 0), seconds * resources.get("GPU", 0))

@@ -70,7 +70,7 @@ class ModelServer(LLMServer):
     Args:
         llm_config: with the model's name as the engine's id of it.
         fetch: downloads the model to the node where it is called, and returns its folder.
-        weights: names the weights; see `weights_of`.
+        weights: names the weights; see `hash_listing`.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
@@ -82,7 +82,7 @@ class ModelServer(LLMServer):
         template = read_chat_template(tokenizer)
         self._template = digest(template) if template else ""
         self._special_ids = [token.id for token in read_special_tokens(tokenizer)]
-        self._files, self._settings = files_of(folder), settings_of(llm_config.engine_kwargs)
+        self._files, self._settings = hash_side_files(folder), settings_of(llm_config.engine_kwargs)
         config = _with_source(llm_config, folder)
         fit_shared_memory(config, free_shared_memory())
         try:
@@ -208,8 +208,8 @@ def _with_source(config: LLMConfig, folder: Path) -> LLMConfig:
     )
 
 
-def files_of(folder: Path) -> str:
-    """Digest of the files beside the weights: engines read configurations, vocabularies and end-of-answer tokens from them."""
+def hash_side_files(folder: Path) -> str:
+    """Hash the files beside the weights: engines read configurations, vocabularies and end-of-answer tokens from them."""
     paths = [
         path
         for path in folder.rglob("*")

@@ -90,7 +90,7 @@ def serving(
     deployments = {plan.name: deploy(PairServer, plan.name, plan=plan) for plan in pairs}
     for model in models:
         deployments[model.name] = deploy(
-            ModelServer, model.name, fetch=partial(download_model, model.uri), weights=weights_of(model)
+            ModelServer, model.name, fetch=partial(download_model, model.uri), weights=hash_listing(model)
         )
     ingress = serve.deployment(
         name="ingress",
@@ -111,8 +111,8 @@ def serving(
             )
 
 
-def weights_of(model: PublishedModel) -> str:
-    """Digest of the files of a published model, as its store names them."""
+def hash_listing(model: PublishedModel) -> str:
+    """List the files of a published model, and hash their names, sizes and ETags: the identity of its weights."""
     files = open_store(model.uri).list()
     return digest([[info.key, info.size, info.etag] for info in files if not info.key.startswith(".expo/")])
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class PairWorker:
-    """What vLLM adds to each of its workers (`worker_extension_cls`); its methods are called through `collective_rpc`.
+    """Methods that vLLM adds to each of its workers (`worker_extension_cls`), called through `collective_rpc`.
 
     Tensor-parallel workers compute the same tensors and take their slices of them through vLLM's own loader.
     """
