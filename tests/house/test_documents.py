@@ -45,7 +45,7 @@ _FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _PATH = re.compile(rf"(?<![\w/.<@-])((?:{'|'.join(ROOMS)})/[\w./-]+)")
 # `expo_ray/errors.py` (`ExpoError`, `Problems`)
-_NAMED = re.compile(r"`(expo_ray/[\w/]+\.py|benchmarks/\w+\.py)` \(((?:`\w+`(?:, )?)+)\)")
+_NAMED = re.compile(r"`(expo_ray/[\w/]+\.py|benchmarks/\w+\.py)`\s+\(((?:`\w+`(?:,\s+)?)+)\)")
 _PLACEHOLDER = "NAME"
 
 
