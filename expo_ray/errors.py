@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
-from typing import TypeVar
 
 from expo_ray.text import message
-
-T = TypeVar("T")
 
 
 class ExpoError(Exception):
@@ -122,8 +119,10 @@ class Collected:
         return Catching(self)
 
     def add(self, error: ExpoError) -> None:
-        """Keep a problem; of a `Problems`, each of those that it holds."""
-        self.problems += problems_of(error)
+        """Keep a problem; of a `Problems`, each of those that it holds. One that reads as an earlier one is kept once."""
+        for problem in problems_of(error):
+            if str(problem) not in map(str, self.problems):
+                self.problems.append(problem)
 
     def raise_any(self) -> None:
         """Report all problems at once.
@@ -154,22 +153,6 @@ class Catching:
             return False
         self._collected.add(error)
         return True
-
-
-class Attempts(Collected):
-    """The older form of `Collected`, until its last caller is gone."""
-
-    def attempt(self, make: Callable[[], T]) -> list[T]:
-        """Return what `make` makes, alone in a list; or nothing, and its problems are kept."""
-        try:
-            return [make()]
-        except ExpoError as error:
-            self.add(error)
-            return []
-
-    def end(self) -> None:
-        """Report all problems at once; see `raise_any`."""
-        self.raise_any()
 
 
 def problems_of(error: ExpoError) -> tuple[ExpoError, ...]:

@@ -59,3 +59,11 @@ def test_problems_survive_pickling_and_fit_on_one_line() -> None:
     error = pickle.loads(pickle.dumps(Problems([JobError("one"), PairError("two")])))
     assert [type(inner) for inner in error.problems] == [JobError, PairError]
     assert in_one_line(error) == "one; two"
+
+
+def test_a_problem_of_several_blocks_is_reported_once() -> None:
+    problems = Collected()
+    for _ in range(3):
+        with problems.catching():
+            fail(JobError("a package is not installed"))
+    assert list(map(str, problems.problems)) == ["a package is not installed"]

@@ -13,8 +13,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from expo_ray.benchmark.alpaca_eval.covariates import Covariates, load_covariates
 from expo_ray.benchmark.alpaca_eval.length_control import LengthControl, rejudged_control
@@ -53,12 +52,11 @@ from expo_ray.benchmark.judges.pairwise import (
 from expo_ray.benchmark.judges.reliability import JudgeCard, read_judge_card
 from expo_ray.benchmark.judges.verdicts import Judgment, verdicts_of
 from expo_ray.config.fields import LengthControlKind
-from expo_ray.errors import Attempts, BenchmarkError, ExpoError, Problems
+from expo_ray.errors import BenchmarkError, Collected, ExpoError
 from expo_ray.progress import Counters
 from expo_ray.storage import Store, join_uri, open_output, open_store
 
 log = logging.getLogger("expo_ray")
-T = TypeVar("T")
 
 # The judge whose verdicts AlpacaEval's own length control holds.
 _OFFICIAL_JUDGES = ("gpt-4-1106-preview", "weighted_alpaca_eval_gpt4_turbo")
@@ -161,20 +159,18 @@ def prepare_alpaca(request: AlpacaRequest) -> PreparedAlpaca:
     Raises:
         Problems: with every fault of every file.
     """
-    attempts = Attempts()
-    store = _first(attempts.attempt(partial(open_output, request.output)))
-    covariates, notes = _covariates(request, attempts)
+    problems = Collected()
+    with problems.catching():
+        store = open_output(request.output)
+    covariates, notes = _covariates(request, problems)
     prompts = covariates.prompts if covariates else ()
-    model = _first(attempts.attempt(partial(read_answer_set, request.outputs, prompts)))
-    other = (
-        _first(attempts.attempt(partial(read_answer_set, request.against, prompts)))
-        if request.against
-        else None
-    )
-    baseline = _baseline(request, prompts, attempts, notes)
-    attempts.end()
-    assert model is not None
-    assert store is not None
+    other: AnswerSet | None = None
+    with problems.catching():
+        model = read_answer_set(request.outputs, prompts)
+    with problems.catching():
+        other = read_answer_set(request.against, prompts) if request.against else None
+    baseline = _baseline(request, prompts, problems, notes)
+    problems.raise_any()
     if other is not None and other.name == model.name:
         other = replace(other, name=f"{other.name} (against)")
     if baseline and covariates and not set(model.outputs) <= set(covariates.prompts):
@@ -189,21 +185,23 @@ def _matched(
     prepared: PreparedAlpaca, model: AnswerSet, other: AnswerSet | None, baseline: AnswerSet | None
 ) -> PreparedAlpaca:
     """List the matchups: align the outputs of each two models by instruction."""
-    request, covariates, attempts = prepared.request, prepared.covariates, Attempts()
+    request, covariates, problems = prepared.request, prepared.covariates, Collected()
     order: Orders = "both" if request.both_orders else "alpaca"
-    match = partial(_match, request)
-    arms = [
-        made
-        for arm in filter(None, [model, other] if baseline else [])
-        for made in attempts.attempt(partial(match, baseline, arm, order))
-    ]
-    direct = _first(attempts.attempt(partial(match, other, model, "both"))) if other else None
-    attempts.end()
+    arms: list[Matchup] = []
+    direct: Matchup | None = None
+    if baseline:
+        for arm in filter(None, [model, other]):
+            with problems.catching():
+                arms.append(_match(request, baseline, arm, order))
+    with problems.catching():
+        direct = _match(request, other, model, "both") if other else None
+    problems.raise_any()
     gamed: list[Matchup] = []
     if baseline and covariates and request.length_control != "official":
         for file in (ALPACA_CONCISE, ALPACA_VERBOSE):
-            gamed += attempts.attempt(partial(_gamed_match, request, file, covariates, baseline, order))
-        attempts.end()
+            with problems.catching():
+                gamed.append(_gamed_match(request, file, covariates, baseline, order))
+        problems.raise_any()
     return replace(prepared, arms=arms, direct=direct, gamed=gamed)
 
 
@@ -234,28 +232,30 @@ def _gamed_answers(folder: str | None, file: PublicFile, prompts: Sequence[str])
 
 
 def _baseline(
-    request: AlpacaRequest, prompts: Sequence[str], attempts: Attempts, notes: list[str]
+    request: AlpacaRequest, prompts: Sequence[str], problems: Collected, notes: list[str]
 ) -> AnswerSet | None:
     if request.baseline is not None:
-        return _first(attempts.attempt(partial(read_answer_set, request.baseline, prompts)))
+        with problems.catching():
+            return read_answer_set(request.baseline, prompts)
+        return None
     try:
         return parse_answer_set(
             parse_rows(fetch_public_file(ALPACA_BASELINE), ALPACA_BASELINE.url), ALPACA_BASELINE.url
         )
     except ExpoError as error:
         if request.against is None:
-            attempts.problems.append(error)
+            problems.add(error)
         else:
             notes.append(f"no win rates against the baseline: {error}")
         return None
 
 
-def _covariates(request: AlpacaRequest, attempts: Attempts) -> tuple[Covariates | None, list[str]]:
+def _covariates(request: AlpacaRequest, problems: Collected) -> tuple[Covariates | None, list[str]]:
     """Load the covariates unless they are not wanted; without them, the notes say why."""
     if request.length_control == "none":
         return None, []
     if request.length_control == "official" and request.judge.model not in _OFFICIAL_JUDGES:
-        attempts.problems.append(
+        problems.add(
             BenchmarkError(
                 f"the official length control holds the verdicts of {_OFFICIAL_JUDGES[0]} and is wrong under {request.judge.model}; "
                 "use --length-control rejudge"
@@ -267,7 +267,7 @@ def _covariates(request: AlpacaRequest, attempts: Attempts) -> tuple[Covariates 
     except ExpoError as error:
         if request.length_control is None and request.covariates is None:
             return None, [f"no length control: {error}"]
-        attempts.problems += error.problems if isinstance(error, Problems) else [error]
+        problems.add(error)
         return None, []
 
 
@@ -382,7 +382,3 @@ def _file_name(name: str) -> str:
     return "".join(character if character.isalnum() or character in "._-" else "-" for character in name)[
         :150
     ]
-
-
-def _first(made: Sequence[T]) -> T | None:
-    return made[0] if made else None
