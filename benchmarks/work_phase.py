@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def _measure(arguments: argparse.Namespace) -> Work:
-    from expo_ray.arithmetic.kernels import kernel_for
+    from expo_ray.arithmetic.kernels import load_kernel
     from expo_ray.arithmetic.rule import Rule
     from expo_ray.config import format_alpha, parse_pair
     from expo_ray.extrapolation.in_threads import InThreads
@@ -86,7 +86,7 @@ def _measure(arguments: argparse.Namespace) -> Work:
     pair = parse_pair(wanted, "benchmark")
     outputs = {alpha: join_uri(arguments.output, f"alpha={format_alpha(alpha)}") for alpha in pair.alphas}
     job = plan_job([pair], [outputs])
-    kernel_for(Rule("BF16", "BF16", "BF16", pair.rounding))
+    load_kernel(Rule("BF16", "BF16", "BF16", pair.rounding))
     with Progress("extrapolate", quiet=True) as progress, InThreads(progress) as executor:
         idle = resident_bytes()
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew

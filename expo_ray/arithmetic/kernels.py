@@ -45,8 +45,8 @@ class Kernel(Protocol):
 
 
 @functools.cache
-def kernel_for(rule: Rule, device: str = "cpu") -> Kernel:
-    """The kernel of a rule, compiled and ready.
+def load_kernel(rule: Rule, device: str = "cpu") -> Kernel:
+    """Load the kernel of a rule; the first on a machine compiles it and keeps the machine code.
 
     Args:
         device: `cpu` or `cuda`, as `resolve_device` returns it; both write the same bytes.

@@ -27,7 +27,8 @@ _EXACT = (
 class Rounding:
     """A way to compute and round a weight.
 
-    The kernels implement it: `cpu/blocks.py` and `gpu/operations.py`. Everything else reads this object.
+    Its name is declared in `config/fields.py`, and the kernels implement it in `cpu/blocks.py` and `gpu/operations.py`. Everything
+    else reads this object, so a new one touches these four files.
 
     Attributes:
         formula: printed in every manifest. A change of the sentence is a change of the bytes, and the other way round.
@@ -39,6 +40,9 @@ class Rounding:
     output_dtype: OutputDtype
     loss: str
 
+
+# Names of dtypes in job files, and those of safetensors.
+OUTPUT_DTYPES: Mapping[OutputDtype, str] = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
 ROUNDINGS: Mapping[RoundingName, Rounding] = {
     "nearest": Rounding(
@@ -78,7 +82,7 @@ class Rule:
     Attributes:
         dpo_dtype: safetensors' name: BF16, F16, F32 or F64.
         sft_dtype: likewise; need not be dpo's.
-        out_dtype: likewise; BF16 under `reference`.
+        out_dtype: likewise; the rounding's own, if it has one.
     """
 
     dpo_dtype: str
@@ -88,8 +92,8 @@ class Rule:
 
     def __post_init__(self) -> None:
         assert {self.dpo_dtype, self.sft_dtype, self.out_dtype} <= set(WEIGHT_DTYPES), self
-        assert self.rounding in ROUNDINGS, self
-        assert self.rounding != "reference" or self.out_dtype == "BF16", self
+        own_dtype = ROUNDINGS[self.rounding].output_dtype
+        assert own_dtype == "keep" or self.out_dtype == OUTPUT_DTYPES[own_dtype], self
 
     @property
     def compute_dtype(self) -> Literal["F32", "F64"]:

@@ -129,20 +129,20 @@ def _described(sums: TensorStatistics) -> dict[str, float | int]:
     }
 
 
-def _plain_key(key: str) -> str:
+def _check_key(key: str) -> str:
     try:
         return check_key(key, "it")
     except StorageError as error:
         raise ValueError(str(error)) from error
 
 
-_Key = Annotated[str, AfterValidator(_plain_key)]
+_Key = Annotated[str, AfterValidator(_check_key)]
 _Size = Annotated[int, Field(ge=0, lt=2**63)]
 _Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 _Sum = Annotated[float, Field(allow_inf_nan=True)]
 
 
-def _ends(pattern: str) -> str:
+def _refuse_endless(pattern: str) -> str:
     if is_ambiguous(pattern):
         raise ValueError("the pattern repeats a repetition, so that a search may never end")
     return pattern
@@ -164,7 +164,7 @@ class _Arithmetic(Foreign):
     dtype: OutputDtype
     vocab: VocabPolicy
     adapter: AdapterPolicy | None = None
-    multipliers: dict[Annotated[Pattern, AfterValidator(_ends)], Multiplier]
+    multipliers: dict[Annotated[Pattern, AfterValidator(_refuse_endless)], Multiplier]
     shard_size: Annotated[int, Field(ge=1, lt=2**63)]
 
 

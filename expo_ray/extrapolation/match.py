@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 
-from expo_ray.arithmetic.rule import ROUNDINGS
+from expo_ray.arithmetic.rule import OUTPUT_DTYPES, ROUNDINGS
 from expo_ray.checkpoint.adapter import LoraLayer, match_lora_layers
 from expo_ray.checkpoint.constants import is_constant
 from expo_ray.checkpoint.folder import Checkpoint
@@ -28,8 +28,6 @@ from expo_ray.extrapolation.mismatch import Unmatched, explain
 from expo_ray.storage import open_store
 from expo_ray.text import first_few, shown
 from expo_ray.untrusted import compile_pattern
-
-OUTPUT_DTYPES: Mapping[str, str] = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 
 # Heads of these embeddings shared their random bits from the first version on. Other tied copies came later, and a plan with one
 # says so in its id (`copies`), because its bytes changed then.
@@ -112,7 +110,7 @@ def match_parents(sft: Checkpoint, dpo: Checkpoint, options: PairOptions) -> Mat
     Reads both tokenizers where `vocab` says that rows are matched by token.
     """
     if not dpo.adapter:
-        return match_tensors(sft, dpo, options, lambda *rows: _map_rows(sft, dpo, options, *rows))
+        return _match_by_name(sft, dpo, options, lambda *rows: _map_rows(sft, dpo, options, *rows))
     return _match_adapter(sft, dpo, options)
 
 
@@ -147,15 +145,12 @@ def _match_adapter(sft: Checkpoint, dpo: Checkpoint, options: PairOptions) -> Ma
     return Match(tensors, problems, list(fitted.notes))
 
 
-def match_tensors(
+def _match_by_name(
     sft: Checkpoint, dpo: Checkpoint, options: PairOptions, map_rows: Callable[[int, int], Sequence[RowRun]]
 ) -> Match:
-    """Pair every tensor of dpo with its partner in sft by name.
+    """Pair every tensor of dpo, which decides what tensors the output has, with its partner in sft.
 
     Args:
-        sft: parent before alignment.
-        dpo: parent after alignment; decides which tensors the output has.
-        options: of the pair.
         map_rows: `(dpo_rows, sft_rows) -> runs`, empty if rows match one to one; called only where `vocab` allows it, as it reads
             both tokenizers.
     """

@@ -63,7 +63,7 @@ def _reasons_that_still_hold(plan: PairPlan) -> Iterator[str]:
     return (reason for reason in plan.revised if applies.get(reason, True))
 
 
-def refuse_replaced(plan: PairPlan) -> None:
+def refuse_replaced_parents(plan: PairPlan) -> None:
     """Compare both parents with the files that were planned.
 
     Raises:

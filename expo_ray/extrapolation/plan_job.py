@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from expo_ray.config import Job, Pair, format_alpha
 from expo_ray.errors import Collected, ExpoError, JobError, OutputError, problems_of
 from expo_ray.extrapolation.model_folder import FolderState, ModelFolder, local_folder
-from expo_ray.extrapolation.pinned import refuse_replaced
+from expo_ray.extrapolation.pinned import refuse_replaced_parents
 from expo_ray.extrapolation.plan import PairPlan, named, plan_pair
 from expo_ray.progress import size_text
 from expo_ray.storage import join_uri
@@ -108,7 +108,7 @@ def inspect_pairs(plans: Sequence[PairPlan]) -> tuple[JobPlan, dict[str, Excepti
         try:
             states = _inspect(plan, overwrite=False)
             if not all(state.published for state in states.values()):
-                refuse_replaced(plan)
+                refuse_replaced_parents(plan)
             job = _with_space([*job.pairs, plan], {**job.states, **states})
         except ExpoError as error:
             failures[plan.name] = error

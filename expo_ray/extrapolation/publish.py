@@ -60,7 +60,7 @@ def publish(folder: ModelFolder, result: PairResult | None = None) -> Published:
     plan, store = folder.plan, folder.store
     folder.check_claim()
     try:
-        return _published(folder)
+        return _read_published(folder)
     except NotFound:
         pass
     receipts = folder.read_receipts()
@@ -72,10 +72,10 @@ def publish(folder: ModelFolder, result: PairResult | None = None) -> Published:
         files[key] = _digest(data)
     files[CARD] = _digest(_put_first(store, CARD, model_card(manifest, result).encode()))
     _put_first(store, MANIFEST, _json(manifest | {"files": files}))
-    return _published(folder)
+    return _read_published(folder)
 
 
-def _published(folder: ModelFolder) -> Published:
+def _read_published(folder: ModelFolder) -> Published:
     """Read the folder's manifest, which may be that of a twin.
 
     Raises:

@@ -83,7 +83,7 @@ def read_receipt(store: Store, plan_id: str, file: str, present: Mapping[str, Fi
     """
     if receipt_key(plan_id, file) not in present or file not in present:
         return None
-    receipt, stored = _parse(store, receipt_key(plan_id, file)), present[file]
+    receipt, stored = _read(store, receipt_key(plan_id, file)), present[file]
     return receipt if receipt and (receipt.size, receipt.etag) == (stored.size, stored.etag) else None
 
 
@@ -94,10 +94,10 @@ def read_receipt_of_twin(store: Store, plan_id: str, file: str) -> Receipt | Non
     the bytes are the same.
     """
     for _ in range(_TWINS):
-        receipt = _parse(store, receipt_key(plan_id, file))
+        receipt = _read(store, receipt_key(plan_id, file))
         try:
             stored = store.stat(file)
-            if receipt is None or stored.size != receipt.size or sha256_of(store, stored) != receipt.sha256:
+            if receipt is None or stored.size != receipt.size or hash_file(store, stored) != receipt.sha256:
                 return None
         except NotFound:
             return None
@@ -107,7 +107,7 @@ def read_receipt_of_twin(store: Store, plan_id: str, file: str) -> Receipt | Non
     return None
 
 
-def sha256_of(store: Store, info: FileInfo) -> str:
+def hash_file(store: Store, info: FileInfo) -> str:
     """Read a whole stored file, a chunk at a time, and return its hex digest.
 
     Raises:
@@ -122,7 +122,7 @@ def sha256_of(store: Store, info: FileInfo) -> str:
     return digest.hexdigest()
 
 
-def _parse(store: Store, key: str) -> Receipt | None:
+def _read(store: Store, key: str) -> Receipt | None:
     """Read a receipt. One that is missing or damaged is None: its shard is written again."""
     try:
         data = parse_json(store.read(key, most_bytes=TOKENIZER_BYTES), key, most_bytes=TOKENIZER_BYTES)

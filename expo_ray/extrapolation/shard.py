@@ -16,7 +16,7 @@ from expo_ray.extrapolation.layout import ShardPlan
 from expo_ray.extrapolation.model_folder import ModelFolder
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.receipt import Receipt, write_receipt
-from expo_ray.extrapolation.stream import HELD, computed_pages
+from expo_ray.extrapolation.stream import HELD, compute_pages
 from expo_ray.text import first_few
 
 # Size of a page of one output in bytes, and the futures of its hashing and its writing.
@@ -65,7 +65,7 @@ def extrapolate_shard(
         outputs = [_Output(ModelFolder(plan, alpha), shard, stack) for alpha in alphas]
         totals: list[dict[str, TensorStatistics]] = [{} for _ in alphas]
         under_way: deque[_Page] = deque()
-        for page in computed_pages(plan, index, alphas, device):
+        for page in compute_pages(plan, index, alphas, device):
             under_way.append([output.append(out) for output, out in zip(outputs, page.outs, strict=True)])
             for tensor, statistics in page.statistics:
                 for total, sums in zip(totals, statistics, strict=False):  # no statistics where dpo is kept

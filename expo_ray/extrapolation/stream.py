@@ -16,7 +16,7 @@ from functools import lru_cache
 from itertools import cycle
 from typing import TYPE_CHECKING, TypeVar
 
-from expo_ray.arithmetic.kernels import kernel_for
+from expo_ray.arithmetic.kernels import load_kernel
 from expo_ray.arithmetic.rule import Rule, random_key
 from expo_ray.arithmetic.sums import TensorStatistics
 from expo_ray.checkpoint.adapter import LoraLayer
@@ -41,7 +41,7 @@ R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
-class Computed:
+class ComputedPage:
     """A computed page of every output.
 
     Attributes:
@@ -53,7 +53,7 @@ class Computed:
     statistics: Sequence[tuple[str, Sequence[TensorStatistics]]]
 
 
-def computed_pages(plan: PairPlan, index: int, alphas: Sequence[float], device: str) -> Iterator[Computed]:
+def compute_pages(plan: PairPlan, index: int, alphas: Sequence[float], device: str) -> Iterator[ComputedPage]:
     """Compute shard `index` for all `alphas` in one pass over both parents, its header included.
 
     A fixed number of pages exists at any time, so memory does not grow with the tensor's or the shard's size.
@@ -69,7 +69,7 @@ def computed_pages(plan: PairPlan, index: int, alphas: Sequence[float], device: 
     slots = cycle([[_buffer(page_bytes) for _ in alphas] for _ in range(window)])
     pages = pages_of(plan.shards[index], page_bytes, min(parents.chunk_bytes, page_bytes))
 
-    def compute(work: tuple[Page, Sequence[memoryview]]) -> Computed:
+    def compute(work: tuple[Page, Sequence[memoryview]]) -> ComputedPage:
         return _compute_page(parents, *work, alphas, device)
 
     with ThreadPoolExecutor(parents.threads, "page") as pool:
@@ -136,7 +136,7 @@ class _Parents:
 
 def _compute_page(
     parents: _Parents, page: Page, slot: Sequence[memoryview], alphas: Sequence[float], device: str
-) -> Computed:
+) -> ComputedPage:
     """Fill `slot`, a buffer for each alpha, with a page of every output."""
     start = len(page.head)
     for out in slot:
@@ -146,7 +146,7 @@ def _compute_page(
         outs = [out[start : start + chunk.out_bytes] for out in slot]
         statistics.append((chunk.tensor.name, _compute_chunk(parents, chunk, outs, alphas, device)))
         start += chunk.out_bytes
-    return Computed([out[:start] for out in slot], statistics)
+    return ComputedPage([out[:start] for out in slot], statistics)
 
 
 def _compute_chunk(
@@ -161,7 +161,7 @@ def _compute_chunk(
             out[:] = outs[0]
         return ()
     dpo, sft, rule = _operands(parents, chunk)
-    statistics = kernel_for(rule, device)(
+    statistics = load_kernel(rule, device)(
         dpo, sft, outs,
         alphas=[0.0 if kept else alpha * tensor.multiplier for alpha in alphas],
         key=random_key(options.seed, tensor.random_name), first=first,

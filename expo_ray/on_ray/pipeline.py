@@ -20,7 +20,7 @@ from expo_ray.evaluation.paths import search_key
 from expo_ray.evaluation.search.pair_evaluator import PairEvaluator, SharedScorer
 from expo_ray.evaluation.search.search_pair import search_pair
 from expo_ray.extrapolation.model_folder import ModelFolder
-from expo_ray.extrapolation.pinned import plan_publication, refuse_replaced
+from expo_ray.extrapolation.pinned import plan_publication, refuse_replaced_parents
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.plan_job import outputs_of
 from expo_ray.extrapolation.publish import Published, publish
@@ -144,7 +144,7 @@ def drop_replaced(plans: Sequence[PairPlan], searches: Searches) -> list[PairPla
     unchanged = []
     for plan in plans:
         try:
-            refuse_replaced(plan)
+            refuse_replaced_parents(plan)
         except ExpoError as error:
             searches.add_failure([plan], error)
         else:

@@ -12,8 +12,8 @@ from expo_ray.errors import CheckpointError, ExpoError, NotFound, StorageError
 from expo_ray.extrapolation.manifest import MANIFEST, MANIFEST_BYTES, parse_manifest
 from expo_ray.extrapolation.model_folder import CLAIM
 from expo_ray.extrapolation.plan import PairPlan, plan_pair
-from expo_ray.extrapolation.receipt import sha256_of
-from expo_ray.extrapolation.stream import computed_pages
+from expo_ray.extrapolation.receipt import hash_file
+from expo_ray.extrapolation.stream import compute_pages
 from expo_ray.storage import FileInfo, Store
 from expo_ray.storage.missing import missing_folder
 from expo_ray.text import first_few, shown
@@ -97,7 +97,7 @@ def _verify_file(
             f"{store.uri}/{key}: has {info.size} bytes, the manifest says {wanted['size']}; run its job again"
         )
     try:
-        sha256 = sha256_of(store, info)
+        sha256 = hash_file(store, info)
     except (CheckpointError, StorageError) as error:
         return error
     if sha256 != wanted["sha256"]:
@@ -158,6 +158,6 @@ def rederive(
 
 def _digest(plan: PairPlan, index: int, alpha: float) -> str:
     digest = hashlib.sha256()
-    for page in computed_pages(plan, index, [alpha], "cpu"):
+    for page in compute_pages(plan, index, [alpha], "cpu"):
         digest.update(page.outs[0])
     return digest.hexdigest()

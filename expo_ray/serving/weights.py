@@ -17,7 +17,7 @@ from expo_ray.errors import ArithmeticFault
 from expo_ray.extrapolation.layout import ShardPlan
 from expo_ray.extrapolation.match import TensorPlan
 from expo_ray.extrapolation.plan import PairPlan
-from expo_ray.extrapolation.stream import computed_pages
+from expo_ray.extrapolation.stream import compute_pages
 
 TORCH_DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
@@ -56,7 +56,7 @@ class _File:
     """The bytes of a shard's file as they are computed, front to back."""
 
     def __init__(self, plan: PairPlan, index: int, alpha: float) -> None:
-        self._pages = computed_pages(plan, index, [alpha], "cpu")
+        self._pages = compute_pages(plan, index, [alpha], "cpu")
         self._alpha = alpha
         self._page: Bytes = np.empty(0, np.uint8)
 

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from expo_ray.arithmetic.cpu import blocks, loop, machine_code, words
 from expo_ray.arithmetic.cpu import kernel as cpu_kernel
-from expo_ray.arithmetic.kernels import kernel_for
+from expo_ray.arithmetic.kernels import load_kernel
 from expo_ray.arithmetic.rule import ROUNDINGS, Rule, random_key
 from expo_ray.arithmetic.sums import TensorStatistics
 from expo_ray.config import RoundingName
@@ -323,7 +323,7 @@ def test_buffers_may_be_read_only_and_at_odd_addresses() -> None:
     dpo, sft = weights("F32", 5000, 23), weights("BF16", 5000, 24)
     odd = [memoryview(b"x" + words.tobytes())[1:] for words in (dpo, sft)]
     room = bytearray(b"#" * (1 + 2 * 5000 + 1))
-    kernel_for(rule)(odd[0], odd[1], [memoryview(room)[1:-1]], alphas=[0.5], key=0, first=0)
+    load_kernel(rule)(odd[0], odd[1], [memoryview(room)[1:-1]], alphas=[0.5], key=0, first=0)
     assert bytes(room[1:-1]) == nearest(rule, dpo, sft, 0.5).tobytes()
     assert room[:1] == room[-1:] == b"#"
 
@@ -378,12 +378,12 @@ def test_the_constants_shared_with_the_compiled_code() -> None:
 
 
 def test_the_machine_code_is_kept_and_loaded_without_numba() -> None:
-    kernel_for(BF16)  # so that it lies in the cache
+    load_kernel(BF16)  # so that it lies in the cache
     code = """
 import sys
-from expo_ray.arithmetic.kernels import kernel_for
+from expo_ray.arithmetic.kernels import load_kernel
 from expo_ray.arithmetic.rule import Rule
-kernel_for(Rule("BF16", "BF16", "BF16", "nearest"))
+load_kernel(Rule("BF16", "BF16", "BF16", "nearest"))
 print({"numba", "numpy"} & set(sys.modules))
 """
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -393,7 +393,7 @@ print({"numba", "numpy"} & set(sys.modules))
 @pytest.fixture
 def compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The types that are compiled, in order; compiling is replaced by code that is ready."""
-    ready = {compute: machine_code._object_code(compute) for compute in ("F32", "F64")}
+    ready = {compute: machine_code._load_object_code(compute) for compute in ("F32", "F64")}
     asked: list[str] = []
 
     def compile_quickly(compute: str) -> bytes:
@@ -423,11 +423,11 @@ def test_damaged_code_is_compiled_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compilations: list[str], harm: Callable[[bytes], bytes]
 ) -> None:
     monkeypatch.setattr(machine_code, "_cache_folders", lambda: [tmp_path / "cache"])
-    code = machine_code._object_code("F64")
+    code = machine_code._load_object_code("F64")
     (stored,) = (tmp_path / "cache").iterdir()
     stored.write_bytes(harm(stored.read_bytes()))
     for _ in range(2):
-        assert machine_code._object_code("F64") == code
+        assert machine_code._load_object_code("F64") == code
     assert compilations == ["F64", "F64"]
 
 

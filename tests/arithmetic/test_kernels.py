@@ -14,7 +14,7 @@ import torch
 from expo_ray.arithmetic import kernels
 from expo_ray.arithmetic.cpu.kernel import CpuKernel
 from expo_ray.arithmetic.gpu.kernel import TorchKernel
-from expo_ray.arithmetic.kernels import kernel_for, resolve_device
+from expo_ray.arithmetic.kernels import load_kernel, resolve_device
 from expo_ray.arithmetic.rule import Rule, random_key
 from expo_ray.config import RoundingName
 from expo_ray.errors import JobError
@@ -95,9 +95,9 @@ def test_nothing_is_nothing() -> None:
 
 def test_a_kernel_is_made_once() -> None:
     rule = Rule("BF16", "BF16", "BF16", "nearest")
-    assert isinstance(kernel_for(rule), CpuKernel)
-    assert kernel_for(rule, "cpu") is kernel_for(Rule("BF16", "BF16", "BF16", "nearest"), "cpu")
-    assert isinstance(kernel_for(rule, "cuda"), TorchKernel)
+    assert isinstance(load_kernel(rule), CpuKernel)
+    assert load_kernel(rule, "cpu") is load_kernel(Rule("BF16", "BF16", "BF16", "nearest"), "cpu")
+    assert isinstance(load_kernel(rule, "cuda"), TorchKernel)
 
 
 class Machine:
@@ -168,9 +168,9 @@ def test_choosing_a_device_without_a_driver_does_not_load_torch() -> None:
     code = """
 import os, sys
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-from expo_ray.arithmetic.kernels import kernel_for, resolve_device
+from expo_ray.arithmetic.kernels import load_kernel, resolve_device
 from expo_ray.arithmetic.rule import Rule
-kernel_for(Rule("BF16", "BF16", "BF16", "nearest"), resolve_device("auto"))
+load_kernel(Rule("BF16", "BF16", "BF16", "nearest"), resolve_device("auto"))
 print("torch" in sys.modules)
 """
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

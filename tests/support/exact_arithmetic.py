@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from expo_ray.arithmetic.kernels import Kernel, kernel_for
+from expo_ray.arithmetic.kernels import Kernel, load_kernel
 from expo_ray.arithmetic.rule import Rule
 from expo_ray.arithmetic.sums import TensorStatistics
 
@@ -102,7 +102,7 @@ def run(
 ) -> tuple[list[Words], list[TensorStatistics]]:  # fmt: skip
     """One call of a kernel on arrays of words."""
     outs = [np.empty(len(dpo), WORD_TYPES[rule.out_dtype]) for _ in alphas]
-    statistics = (kernel or kernel_for(rule))(
+    statistics = (kernel or load_kernel(rule))(
         dpo.data.cast("B"), sft.data.cast("B"), [out.data.cast("B") for out in outs],
         alphas=alphas, key=key, first=first,
     )  # fmt: skip

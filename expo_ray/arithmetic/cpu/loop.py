@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numba import carray
 
-from expo_ray.arithmetic.cpu.blocks import BLOCK, REFERENCE, STOCHASTIC, any_block, whole_block
+from expo_ray.arithmetic.cpu.blocks import BLOCK, NEAREST, STOCHASTIC, any_block, whole_block
 from expo_ray.arithmetic.cpu.words import BF16, Scalar, bits_per_element, element_bytes, pointer, random_bits
 
 # Six blocks of float64, one of 32 random bits and one of bool.
@@ -61,7 +61,9 @@ def extrapolate_in(real: Any) -> Callable[..., None]:
         )
         random_bytes = bits_per_element(out_kind, d.itemsize) // 8
         stochastic = rounding == STOCHASTIC and out_size == 2
-        usual = dpo_kind == BF16 and sft_kind == BF16 and out_kind == BF16 and rounding != REFERENCE
+        usual = (
+            dpo_kind == BF16 and sft_kind == BF16 and out_kind == BF16 and rounding in (NEAREST, STOCHASTIC)
+        )
         for k in range(num_alphas):
             usual = usual and alpha[k] != 0 and alpha[k] != -1
         done = 0

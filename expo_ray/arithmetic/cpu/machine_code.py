@@ -43,7 +43,7 @@ def _load(compute: str) -> Callable[..., int]:
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target_machine())
-    engine.add_object_file(llvm.ObjectFileRef.from_data(_object_code(compute)))
+    engine.add_object_file(llvm.ObjectFileRef.from_data(_load_object_code(compute)))
     engine.finalize_object()
     # Numba's calling convention: addresses for the result (None) and for an exception (never raised), then the arguments.
     words = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * NUM_ARGUMENTS
@@ -63,7 +63,7 @@ def _target_machine() -> Any:
     )
 
 
-def _object_code(compute: str) -> bytes:
+def _load_object_code(compute: str) -> bytes:
     name = f"extrapolate-{compute}-{_identity()}.o"
     for folder in _cache_folders():
         with contextlib.suppress(OSError):
