@@ -1,4 +1,4 @@
-"""What an extrapolated weight is, declared bit for bit. The kernels that compute it are in `cpu/` and `gpu/`."""
+"""The declaration, bit for bit, of an extrapolated weight. The kernels that compute it are in `cpu/` and `gpu/`."""
 
 from __future__ import annotations
 

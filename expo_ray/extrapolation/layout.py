@@ -1,4 +1,4 @@
-"""Where bytes lie in the output: tensors in files, each file as pages, each page as chunks of tensors."""
+"""Layout of the output: tensors in files, each file as pages, each page as chunks of tensors."""
 
 from __future__ import annotations
 

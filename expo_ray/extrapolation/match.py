@@ -37,7 +37,7 @@ _FIRST_EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|tok_emb
 
 @dataclass(frozen=True, slots=True)
 class TensorPlan:
-    """How one output tensor comes from its parents.
+    """An output tensor, and the tensors of both parents that it is computed from.
 
     Attributes:
         dtype: safetensors' name of the output's dtype.
@@ -269,7 +269,7 @@ class _Matcher:
         return replace(alone, sft=partner, runs=runs)
 
     def notes(self) -> list[str]:
-        """What a user should know and nothing is wrong with."""
+        """Notes for the user on what is no error: buffers that are kept, names that differ, patterns that match nothing."""
         names = [*self.dpo.tensors, *self.sft.tensors]
         idle = [
             pattern

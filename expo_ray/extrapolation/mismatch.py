@@ -1,4 +1,4 @@
-"""Name the cause of tensors that have no partner: one sentence where one cause explains many names."""
+"""Name the cause of tensors without a partner: a single sentence where it explains many names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from expo_ray.text import first_few, shown
 
 @dataclass(frozen=True, slots=True)
 class Unmatched:
-    """What matching by name has left over.
+    """Tensors that matching by name has left over.
 
     Attributes:
         missing: names of dpo's tensors that sft lacks.
@@ -30,7 +30,10 @@ class Unmatched:
 
 
 def explain(left: Unmatched, sft: VocabularyWeights, dpo: VocabularyWeights) -> list[PairError]:
-    """One error for each cause."""
+    """Errors for tensors without a partner, one for each cause.
+
+    A cause that explains many names comes first; names that no cause explains are listed.
+    """
     problems = _wrapped(left)
     layout = _layout(left.missing, left.extra)
     if layout:
@@ -64,7 +67,7 @@ def _plain(names: Sequence[str], has: str, most: bool) -> PairError:
 
 
 def _untied(names: Sequence[str], has: str, lacks: str) -> PairError:
-    """A head or an embedding without a partner, where no tie explains it."""
+    """Error for a head or an embedding without a partner, where no tie explains it."""
     return PairError(
         f"{has} stores {first_few([shown(name) for name in names])}, and {lacks} neither stores it nor says in config.json that head "
         f"and embedding are one weight (`tie_word_embeddings`); save {lacks} again with it, or set `tie_word_embeddings` to "
@@ -73,7 +76,7 @@ def _untied(names: Sequence[str], has: str, lacks: str) -> PairError:
 
 
 def _wrapped(left: Unmatched) -> list[PairError]:
-    """Dpo's names carry what a trainer has put around the model, so that no loader would know the output's."""
+    """Error if dpo's names carry what a trainer has put around the model, so that no loader would know the output's."""
     wrappers = {part: None for old, new in left.renamed.items() for part in wrappers_of(new, old)}
     if not wrappers:
         return []
@@ -92,7 +95,7 @@ def _wrapped(left: Unmatched) -> list[PairError]:
 
 
 def _without_head(left: Unmatched, dpo: VocabularyWeights) -> str:
-    """Dpo was saved through the class without a head, as `AutoModel` has it."""
+    """Message if dpo was saved through the class without a head, as `AutoModel` does; empty if not."""
     shorter = [old for old, new in left.renamed.items() if old.endswith(f".{new}")]
     root = shorter[0].removesuffix(left.renamed[shorter[0]]) if shorter else ""
     beside = not any(name.startswith(root) for name in left.extra)
@@ -105,7 +108,7 @@ def _without_head(left: Unmatched, dpo: VocabularyWeights) -> str:
 
 
 def _layout(missing: Sequence[str], extra: Sequence[str]) -> str:
-    """The two store the same layers in other forms."""
+    """Message if the two store the same layers in different forms; empty if not."""
     for description, pattern, remedy in _FOREIGN:
         for side, names in (("dpo", missing), ("sft", extra)):
             name = _first(pattern, names)
@@ -128,7 +131,7 @@ def _first(pattern: str, names: Sequence[str]) -> str:
     return next((name for name in names if search(name)), "")
 
 
-# What one form has and what the other has instead, as `transformers`, vLLM and the first authors store them.
+# Patterns of names in one form and in the other, as `transformers`, vLLM and the models' authors store them.
 _LAYOUTS = (
     (
         "the experts are stored one by one on one side and stacked on the other",

@@ -36,7 +36,7 @@ _CLAIM_BYTES = 16 * 2**20
 
 @dataclass(frozen=True)
 class FolderState:
-    """What a model's folder holds before a job writes into it.
+    """Contents of a model's folder before a job writes into it.
 
     Attributes:
         published: the whole model is there, of this very plan.

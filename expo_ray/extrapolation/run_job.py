@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
@@ -98,6 +99,7 @@ def run_pairs(plans: Sequence[PairPlan], executor: Executor, progress: Progress)
 
 
 def _work_off(job: JobPlan, executor: Executor, progress: Progress) -> Outcome:
+    """Run `job` to its end, and release the folders of models that failed before anything of them was stored."""
     run = _Run(job, executor, progress)
     try:
         run.work_off()
@@ -134,8 +136,8 @@ def _reserve(job: JobPlan, probed: set[str]) -> None:
 
 
 def _probe(store: Store, probed: set[str]) -> None:
-    """Check that a store honours conditional writes, each bucket once."""
-    place = store.uri.split("/")[2] if store.uri.startswith("s3://") else store.uri
+    """Check by a write that a store honours conditional writes: every local folder, and every bucket once."""
+    place = store.uri if store.local_path is not None else store.uri.split("/")[2]
     if place not in probed:
         check_conditional_writes(store)
         probed.add(place)
@@ -158,7 +160,7 @@ def _release(folders: Iterable[ModelFolder]) -> None:
 
 
 def _failed_models(job: JobPlan, failures: Mapping[str, Exception]) -> Iterator[ModelFolder]:
-    """Models that failed, as far as their store is known to answer."""
+    """Folders of models that failed, but for a store that does not answer: releasing them would wait for it once more."""
     for plan in job.pairs:
         for alpha in plan.outputs:
             error = failures.get(plan.name) or failures.get(_model(plan, alpha))
@@ -186,7 +188,7 @@ class _Run:
         ]
         # The biggest first, so that no big one is left to run alone at the end; popped from the back.
         self.queue = sorted(work, key=lambda item: item[0].shards[item[1]].size)
-        self.unfinished = {plan.name: sum(other is plan for other, _ in work) for plan in job.pairs}
+        self.unfinished = Counter(plan.name for plan, _ in work)
         self.under_way: dict[Future[Any], tuple[PairPlan, float | None]] = {}
         progress.expect(shards=len(work), bytes=job.bytes_to_write)
 
@@ -208,6 +210,7 @@ class _Run:
                 )  # fmt: skip
 
     def _submit(self) -> None:
+        """Hand shards to the executor while it has room."""
         # Twice as many as there are slots, so that none is idle while the driver settles what has finished.
         while self.queue and len(self.under_way) < 2 * self.executor.slots:
             plan, index = self.queue.pop()
@@ -218,6 +221,7 @@ class _Run:
                 self._shard_settled(plan)
 
     def _settle(self, future: Future[Any], plan: PairPlan, alpha: float | None) -> None:
+        """Record the end of a shard, or of the publication at `alpha`."""
         error = future.exception()
         if error is not None and not isinstance(error, Exception):
             raise error
@@ -243,7 +247,7 @@ class _Run:
             self._publish(plan)
 
     def _possible(self, plan: PairPlan, alphas: Iterable[float]) -> list[float]:
-        """Those of `alphas` whose model has not failed."""
+        """Alphas whose model has not failed."""
         failures = self.outcome.failures
         if plan.name in failures:
             return []
@@ -261,5 +265,5 @@ class _Run:
 
 
 def _model(plan: PairPlan, alpha: float) -> str:
-    """The name of one model among the failures."""
+    """Name of a model among the failures."""
     return f"{plan.name} alpha={format_alpha(alpha)}"

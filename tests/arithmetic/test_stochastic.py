@@ -115,7 +115,7 @@ def test_frequencies_match_the_exact_probability(out_dtype: str, share: float, s
 
 
 def test_the_mean_error_of_ten_million_elements_is_below_a_thousandth_of_an_ulp() -> None:
-    """One error has a variance of at most 1/4 ulp^2: the mean of 10^7 has a deviation of 1.6e-4, the bound is six of them."""
+    """An error has a variance of at most 1/4 ulp^2: the mean of 10^7 has a deviation of 1.6e-4, the bound is six of them."""
     random = np.random.default_rng(3)
     trained = random.normal(0, 0.02, 10**7).astype(np.float32)
     sft = (trained.view(np.uint32) >> 16).astype(np.uint16)

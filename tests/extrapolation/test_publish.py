@@ -54,7 +54,7 @@ def run(job: JobPlan) -> Outcome:
 
 
 def model_of(folder: Path) -> dict[str, bytes]:
-    """What readers see: everything but the bookkeeping of runs, and what a killed one left behind."""
+    """Files that readers see: everything but the bookkeeping of runs, and what a killed one left behind."""
     found = files_of(folder)
     return {key: data for key, data in found.items() if not key.startswith((".expo/", TEMP_PREFIX))}
 
@@ -67,7 +67,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def at_once(*work: Callable[[], Outcome]) -> list[Outcome | Exception]:
-    """What each returned or raised, all begun at the same moment."""
+    """Run all at the same moment; the result or error of each."""
     barrier = threading.Barrier(len(work))
     found: list[Outcome | Exception] = [Outcome()] * len(work)
 
@@ -88,7 +88,7 @@ def at_once(*work: Callable[[], Outcome]) -> list[Outcome | Exception]:
 
 @pytest.fixture
 def written(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each shard has been written by this process."""
+    """Number of times that this process has written each shard."""
     count: Counter[str] = Counter()
     real = extrapolate_shard
 
@@ -257,7 +257,9 @@ def test_a_shard_that_a_twin_wrote_again_is_taken_if_its_bytes_are_the_same(
     assert not (out / "expo.json").exists()
 
 
-def test_of_two_plans_exactly_one_wins_and_the_other_is_told(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+def test_of_two_plans_exactly_one_wins_and_the_other_names_both(
+    tmp_path: Path, pair: tuple[Path, Path]
+) -> None:
     for attempt in range(10):
         out = tmp_path / f"out-{attempt}"
         jobs = [planned(pair, out, alpha) for alpha in (0.5, 1)]
@@ -267,11 +269,11 @@ def test_of_two_plans_exactly_one_wins_and_the_other_is_told(tmp_path: Path, pai
         assert len(losers) == 1
         assert isinstance(losers[0], OutputError)
         assert not winner.failures
-        told = re.search(r"was claimed by another job \(plan (\w+), this one is (\w+)\)", str(losers[0]))
-        assert told
+        claimed = re.search(r"was claimed by another job \(plan (\w+), this one is (\w+)\)", str(losers[0]))
+        assert claimed
         ids = [job.pairs[0].plan_id(alpha) for job, alpha in zip(jobs, (0.5, 1), strict=True)]
-        assert told[1] == winner.published[0].plan_id
-        assert set(told.groups()) == set(ids)
+        assert claimed[1] == winner.published[0].plan_id
+        assert set(claimed.groups()) == set(ids)
         assert is_whole(out)
 
 
@@ -424,19 +426,19 @@ moment = 0
 
 
 def fatal(owner, name):
-    '''Before and after each call the process may be killed.'''
+    '''Kill the process before or after a call.'''
     real = getattr(owner, name)
 
     def dying(*arguments, **options):
-        step()
-        found = real(*arguments, **options)
-        step()
-        return found
+        pass_moment()
+        result = real(*arguments, **options)
+        pass_moment()
+        return result
 
     setattr(owner, name, dying)
 
 
-def step():
+def pass_moment():
     global moment
     moment += 1
     if moment == deadly:

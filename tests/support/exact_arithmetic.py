@@ -1,4 +1,4 @@
-"""The declared arithmetic once more, slowly: from tables of every number of a format, exact integers and fractions."""
+"""The declared arithmetic, computed again and slowly: from tables of every number of a format, exact integers and fractions."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def splitmix64(key: int, index: int) -> int:
 
 
 def stochastic_word(real: float, dtype: str, key: int, index: int, bits: int) -> int:
-    """One finite number rounded stochastically by `bits` random bits."""
+    """Word of a finite number rounded stochastically by `bits` random bits."""
     finite, _ = table(dtype)
     low = int(np.searchsorted(finite, abs(real), side="right")) - 1
     past_the_end = 2 * finite[-1] - finite[-2]
@@ -100,7 +100,7 @@ def run(
     rule: Rule, dpo: Words, sft: Words, alphas: Sequence[float], *,
     key: int = 0, first: int = 0, kernel: Kernel | None = None,
 ) -> tuple[list[Words], list[TensorStatistics]]:  # fmt: skip
-    """One call of a kernel on arrays of words."""
+    """Call a kernel on arrays of words; returns the words and statistics of each alpha."""
     outs = [np.empty(len(dpo), WORD_TYPES[rule.out_dtype]) for _ in alphas]
     statistics = (kernel or load_kernel(rule))(
         dpo.data.cast("B"), sft.data.cast("B"), [out.data.cast("B") for out in outs],

@@ -54,7 +54,7 @@ class TorchKernel:
 
 
 class _Lane:
-    """One thread's way to the device: its copies and operations overlap with those of other threads."""
+    """A thread's stream and pinned buffers: its copies and operations overlap with those of other threads."""
 
     def __init__(self, device: str) -> None:
         self._device = torch.device(device)
