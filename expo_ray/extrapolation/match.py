@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -109,9 +109,18 @@ def match_parents(sft: Checkpoint, dpo: Checkpoint, options: PairOptions) -> Mat
 
     Reads both tokenizers where `vocab` says that rows are matched by token.
     """
-    if not dpo.adapter:
-        return _match_by_name(sft, dpo, options, lambda *rows: _map_rows(sft, dpo, options, *rows))
-    return _match_adapter(sft, dpo, options)
+    if dpo.adapter:
+        return _match_adapter(sft, dpo, options)
+    matcher = _Matcher(sft, dpo, options)
+    tensors = [matcher.plan_tensor(tensor) for tensor in dpo.tensors.values()]
+    return Match(
+        tensors=tensors,
+        problems=matcher.problems(),
+        notes=matcher.notes(),
+        kept=matcher.kept,
+        other_rows=matches_other_rows(tensors),
+        copies=tied_copies(tensors),
+    )
 
 
 def _match_adapter(sft: Checkpoint, dpo: Checkpoint, options: PairOptions) -> Match:
@@ -145,27 +154,6 @@ def _match_adapter(sft: Checkpoint, dpo: Checkpoint, options: PairOptions) -> Ma
     return Match(tensors, problems, list(fitted.notes))
 
 
-def _match_by_name(
-    sft: Checkpoint, dpo: Checkpoint, options: PairOptions, map_rows: Callable[[int, int], Sequence[RowRun]]
-) -> Match:
-    """Pair every tensor of dpo, which decides what tensors the output has, with its partner in sft.
-
-    Args:
-        map_rows: `(dpo_rows, sft_rows) -> runs`, empty if rows match one to one; called only where `vocab` allows it, as it reads
-            both tokenizers.
-    """
-    matcher = _Matcher(sft, dpo, options, map_rows)
-    tensors = [matcher.plan_tensor(tensor) for tensor in dpo.tensors.values()]
-    return Match(
-        tensors,
-        matcher.problems(),
-        matcher.notes(),
-        matcher.kept,
-        matches_other_rows(tensors),
-        tied_copies(tensors),
-    )
-
-
 def matches_other_rows(tensors: Sequence[TensorPlan]) -> bool:
     """True if rows of a vocabulary that is equally large in both parents are matched by token, and not one to one."""
     return any(
@@ -185,15 +173,20 @@ def tied_copies(tensors: Sequence[TensorPlan]) -> list[str]:
 
 
 class _Matcher:
-    """Both parents, and the problems with them so far."""
+    """Match two whole models by name.
 
-    def __init__(
-        self,
-        sft: Checkpoint,
-        dpo: Checkpoint,
-        options: PairOptions,
-        map_rows: Callable[[int, int], Sequence[RowRun]],
-    ) -> None:
+    Attributes:
+        names: sft's name of a tensor -> dpo's, where the two call it differently.
+        sft: sft with dpo's names.
+        missing: names of weights that sft lacks.
+        resized: names of vocabulary tensors with other numbers of rows, where `vocab` refuses that.
+        misfits: weights whose shapes or dtypes do not fit, with both.
+        constants: names of buffers that only dpo has.
+        kept: tensors of both that are no weights.
+        unmapped: why rows cannot be matched by token.
+    """
+
+    def __init__(self, sft: Checkpoint, dpo: Checkpoint, options: PairOptions) -> None:
         self.names = match_names(sft.tensors, dpo.tensors)
         self.sft = replace(
             sft, tensors={self.names.get(name, name): tensor for name, tensor in sft.tensors.items()}
@@ -201,7 +194,7 @@ class _Matcher:
         self.dpo, self.options = dpo, options
         self.dpo_vocabulary, self.sft_vocabulary = VocabularyWeights(dpo), VocabularyWeights(self.sft)
         self.rows = self.dpo_vocabulary.rows, self.sft_vocabulary.rows
-        self.map_rows = cache(lambda *rows: tuple(map_rows(*rows)))
+        self.map_rows = cache(self._map_rows)  # head and embedding ask for the same rows
         self.missing: list[str] = []
         self.resized: list[str] = []
         self.misfits: list[str] = []
@@ -267,6 +260,22 @@ class _Matcher:
             self.unmapped = error
             return alone
         return replace(alone, sft=partner, runs=runs)
+
+    def _map_rows(self, dpo_rows: int, sft_rows: int) -> tuple[RowRun, ...]:
+        """Runs of rows of dpo and of sft that stand for the same tokens; empty if all match one to one."""
+        if self.options.vocab == "by-token":
+            dpo_vocab, sft_vocab = _read_vocabularies(self.dpo, self.sft)
+            if dpo_rows == sft_rows and not differing_rows(dpo_vocab, sft_vocab, dpo_rows):
+                return ()
+            if dpo_vocab.keys().isdisjoint(sft_vocab):
+                raise PairError(
+                    "the tokenizers of sft and dpo have no token in common, so no row can be matched by token; pass the tokenizer "
+                    "that each model was trained with, or set `vocab: keep-dpo` to match rows by position"
+                )
+            return tuple(match_rows(dpo_vocab, sft_vocab, dpo_rows, sft_rows))
+        shared = min(dpo_rows, sft_rows)
+        matched = RowRun(0, 0, shared)
+        return (matched,) if dpo_rows == shared else (matched, RowRun(shared, None, dpo_rows - shared))
 
     def notes(self) -> list[str]:
         """Notes for the user on what is no error: buffers that are kept, names that differ, patterns that match nothing."""
@@ -342,25 +351,6 @@ def _grown_vocabulary(sft: Checkpoint, dpo: Checkpoint) -> list[ExpoError]:
             "(`adapter: scale`)"
         )
     ]
-
-
-def _map_rows(
-    sft: Checkpoint, dpo: Checkpoint, options: PairOptions, dpo_rows: int, sft_rows: int
-) -> Sequence[RowRun]:
-    """Runs of rows of dpo and of sft that stand for the same tokens; empty if all match one to one."""
-    if options.vocab == "by-token":
-        dpo_vocab, sft_vocab = _read_vocabularies(dpo, sft)
-        if dpo_rows == sft_rows and not differing_rows(dpo_vocab, sft_vocab, dpo_rows):
-            return []
-        if dpo_vocab.keys().isdisjoint(sft_vocab):
-            raise PairError(
-                "the tokenizers of sft and dpo have no token in common, so no row can be matched by token; pass the tokenizer that "
-                "each model was trained with, or set `vocab: keep-dpo` to match rows by position"
-            )
-        return match_rows(dpo_vocab, sft_vocab, dpo_rows, sft_rows)
-    shared = min(dpo_rows, sft_rows)
-    runs = [RowRun(0, 0, shared)]
-    return runs if dpo_rows == shared else [*runs, RowRun(shared, None, dpo_rows - shared)]
 
 
 def _read_vocabularies(*checkpoints: Checkpoint) -> list[dict[str, int]]:
