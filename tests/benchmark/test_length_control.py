@@ -176,11 +176,11 @@ def test_both_orders_are_averaged_and_one_order_alone_does_not_count() -> None:
         judgment("a", switched=True, preference=1),
         judgment("a", switched=False, preference=None),
     ]
-    found = verdicts_of(rows, ["a", "b", "c"])
-    assert (found.model, found.opponent, found.index.tolist()) == ("expo", "dpo", [0, 1])
-    assert np.isnan(found.wins[0])
-    assert found.wins[1] == 0.75
-    assert (found.unparsed, found.parsed.index.tolist()) == (1, [1])
+    averaged = verdicts_of(rows, ["a", "b", "c"])
+    assert (averaged.model, averaged.opponent, averaged.index.tolist()) == ("expo", "dpo", [0, 1])
+    assert np.isnan(averaged.wins[0])
+    assert averaged.wins[1] == 0.75
+    assert (averaged.unparsed, averaged.parsed.index.tolist()) == (1, [1])
 
 
 @pytest.mark.parametrize("wrong", [{"judge": "other"}, {"model_2": "other"}, {"instruction": "z"}])
@@ -195,7 +195,7 @@ def test_arms_of_another_baseline_or_control_are_not_compared() -> None:
     arm, difficulty, gamed = simulated()
     control = LengthControl("rejudge", difficulty, gamed)
     raw, controlled = score_arm(arm, None), score_arm(arm, control)
-    with pytest.raises(BenchmarkError, match="length controls"):
+    with pytest.raises(BenchmarkError, match="differ in baseline, judge or length control"):
         compare_arms(raw, controlled, control)
 
 

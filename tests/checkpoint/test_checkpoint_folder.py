@@ -50,30 +50,34 @@ def test_a_saved_model_is_read_as_transformers_names_it(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     model.save_pretrained(tmp_path, max_shard_size="4KB")
     store = stored_folder(tmp_path)
-    found = read_checkpoint(store)
+    checkpoint = read_checkpoint(store)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    assert {name: tensor.shape for name, tensor in found.tensors.items()} == expected
-    assert len({tensor.file for tensor in found.tensors.values()}) > 2
-    for name, tensor in found.tensors.items():
+    assert {name: tensor.shape for name, tensor in checkpoint.tensors.items()} == expected
+    assert len({tensor.file for tensor in checkpoint.tensors.values()}) > 2
+    for name, tensor in checkpoint.tensors.items():
         raw = bytearray(store.read(tensor.file)[tensor.start : tensor.start + tensor.nbytes])
         assert torch.equal(
             torch.frombuffer(raw, dtype=torch.bfloat16).view(tensor.shape), model.state_dict()[name]
         )
-    assert found.config["hidden_size"] == 16
-    assert sum(tensor.nbytes for tensor in found.tensors.values()) == 2 * sum(
+    assert checkpoint.config["hidden_size"] == 16
+    assert sum(tensor.nbytes for tensor in checkpoint.tensors.values()) == 2 * sum(
         tensor.numel() for tensor in model.state_dict().values()
     )
-    assert found.side_files == ("config.json", "generation_config.json")
-    assert set(found.files) == {*found.side_files, INDEX, *(tensor.file for tensor in found.tensors.values())}
-    assert found.files["config.json"] == store.stat("config.json")
-    assert not found.adapter
-    assert found.revision == ""
+    assert checkpoint.side_files == ("config.json", "generation_config.json")
+    assert set(checkpoint.files) == {
+        *checkpoint.side_files,
+        INDEX,
+        *(tensor.file for tensor in checkpoint.tensors.values()),
+    }
+    assert checkpoint.files["config.json"] == store.stat("config.json")
+    assert not checkpoint.adapter
+    assert checkpoint.revision == ""
 
 
 def test_the_order_is_file_by_file_front_to_back() -> None:
-    found = read_checkpoint(stored(sharded()))
-    assert list(found.tensors) == ["a", "b", "c"]
-    keys = [(tensor.file, tensor.start) for tensor in found.tensors.values()]
+    checkpoint = read_checkpoint(stored(sharded()))
+    assert list(checkpoint.tensors) == ["a", "b", "c"]
+    keys = [(tensor.file, tensor.start) for tensor in checkpoint.tensors.values()]
     assert keys == sorted(keys)
 
 
@@ -84,9 +88,9 @@ def test_several_files_without_an_index_are_read_by_their_headers() -> None:
 
 
 def test_files_outside_the_index_are_left_alone() -> None:
-    found = read_checkpoint(stored(sharded(**{"consolidated.safetensors": weights("other")})))
-    assert list(found.tensors) == ["a", "b", "c"]
-    assert "consolidated.safetensors" not in found.files
+    checkpoint = read_checkpoint(stored(sharded(**{"consolidated.safetensors": weights("other")})))
+    assert list(checkpoint.tensors) == ["a", "b", "c"]
+    assert "consolidated.safetensors" not in checkpoint.files
 
 
 @pytest.mark.parametrize(
@@ -99,15 +103,17 @@ def test_files_outside_the_index_are_left_alone() -> None:
     ],
 )  # fmt: skip
 def test_variants_beside_the_weights_are_left_alone(files: list[str], tensors: str) -> None:
-    found = read_checkpoint(stored({**CONFIG, **dict.fromkeys(files, weights("w"))}))
-    assert found.tensors["w"].file == tensors
-    assert set(found.files) == {"config.json", tensors}
+    checkpoint = read_checkpoint(stored({**CONFIG, **dict.fromkeys(files, weights("w"))}))
+    assert checkpoint.tensors["w"].file == tensors
+    assert set(checkpoint.files) == {"config.json", tensors}
 
 
 def test_an_index_of_a_variant_is_another_models() -> None:
     variant = "model.safetensors.index.fp16.json"
-    found = read_checkpoint(stored(sharded(**{variant: index(z="model.fp16-00001-of-00001.safetensors")})))
-    assert variant not in found.files
+    checkpoint = read_checkpoint(
+        stored(sharded(**{variant: index(z="model.fp16-00001-of-00001.safetensors")}))
+    )
+    assert variant not in checkpoint.files
 
 
 def test_a_revision_is_passed_on() -> None:
@@ -135,9 +141,9 @@ def test_headers_of_many_files_are_read_at_once() -> None:
 
 def test_safetensors_win_over_pickles() -> None:
     files = {**CONFIG, "model.safetensors": weights("w"), "pytorch_model.bin": b"never opened"}
-    found = read_checkpoint(stored(files), allow_pickle=True)
-    assert list(found.tensors) == ["w"]
-    assert "pytorch_model.bin" not in found.files
+    checkpoint = read_checkpoint(stored(files), allow_pickle=True)
+    assert list(checkpoint.tensors) == ["w"]
+    assert "pytorch_model.bin" not in checkpoint.files
 
 
 def test_an_adapter_folder() -> None:
@@ -147,12 +153,12 @@ def test_an_adapter_folder() -> None:
         "tokenizer.json": b"{}",
         "README.md": b"",
     }
-    found = read_checkpoint(stored(files))
-    assert found.adapter == {"peft_type": "LORA"}
-    assert found.config == {}
-    assert list(found.tensors) == ["base_model.model.q.lora_A.weight"]
-    assert set(found.files) == {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"}
-    assert found.side_files == ("tokenizer.json",)
+    checkpoint = read_checkpoint(stored(files))
+    assert checkpoint.adapter == {"peft_type": "LORA"}
+    assert checkpoint.config == {}
+    assert list(checkpoint.tensors) == ["base_model.model.q.lora_A.weight"]
+    assert set(checkpoint.files) == {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"}
+    assert checkpoint.side_files == ("tokenizer.json",)
 
 
 REFUSALS: list[tuple[Files, str]] = [
@@ -232,9 +238,9 @@ REFUSALS: list[tuple[Files, str]] = [
 
 @pytest.mark.parametrize(("files", "message"), REFUSALS, ids=range(len(REFUSALS)))
 def test_refusals(files: Files, message: str) -> None:
-    found = refusal(files)
-    assert message in found
-    assert found.startswith(("memory://checkpoints/", "- memory://checkpoints/"))
+    refused = refusal(files)
+    assert message in refused
+    assert refused.startswith(("memory://checkpoints/", "- memory://checkpoints/"))
 
 
 @pytest.mark.parametrize(

@@ -34,22 +34,22 @@ def file_of(header: object, data: bytes = b"", length: int | None = None) -> byt
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
 
-def one(shape: Any = (2,), dtype: Any = "F32", offsets: Any = (0, 8)) -> dict[str, Any]:
+def entry(shape: Any = (2,), dtype: Any = "F32", offsets: Any = (0, 8)) -> dict[str, Any]:
     return {"w": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}
 
 
 def agrees_with_library(data: bytes) -> bool:
     """Reads `data` as the safetensors library does, or refuses it; True if it was read."""
     try:
-        found = read(data)
+        tensors = read(data)
     except CheckpointError:
         return False
     expected = dict(safetensors.deserialize(data))  # type: ignore[no-untyped-call]
-    assert set(found) == set(expected)
-    for name, tensor in found.items():
+    assert set(tensors) == set(expected)
+    for name, tensor in tensors.items():
         assert (tensor.dtype, list(tensor.shape)) == (expected[name]["dtype"], list(expected[name]["shape"]))
         assert data[tensor.start : tensor.start + tensor.nbytes] == bytes(expected[name]["data"])
-    starts = [tensor.start for tensor in found.values()]
+    starts = [tensor.start for tensor in tensors.values()]
     assert starts == sorted(starts)
     return True
 
@@ -64,12 +64,12 @@ def test_reads_what_the_library_wrote() -> None:
         "ids": torch.arange(3),
     }
     data = save_torch(tensors, metadata={"format": "pt"})
-    found = read(data)
-    assert {name: tensor.shape for name, tensor in found.items()} == {
-        k: tuple(v.shape) for k, v in tensors.items()
+    stored_tensors = read(data)
+    assert {name: tensor.shape for name, tensor in stored_tensors.items()} == {
+        name: tuple(tensor.shape) for name, tensor in tensors.items()
     }
     assert agrees_with_library(data)
-    assert all(tensor.file == KEY for tensor in found.values())
+    assert all(tensor.file == KEY for tensor in stored_tensors.values())
 
 
 def test_one_request_for_a_usual_file_and_two_for_a_long_header() -> None:
@@ -109,33 +109,33 @@ REFUSALS: list[tuple[bytes, str]] = [
     (file_of({"__metadata__": {"format": 1}}), "`__metadata__` has 'format': 1, where the format has strings"),
     (file_of({"w": 3}), "tensor w is described by 3 instead of dtype, shape and data_offsets"),
     (file_of({"w": {"dtype": "F32", "shape": []}}), "instead of dtype, shape and data_offsets"),
-    (file_of({"w": {**one()["w"], "more": [10**400]}}, b"x" * 8), "header: not valid JSON (a number of 401 digits)"),
-    (file_of(one(dtype="F31")), "tensor w: unknown dtype F31; save the checkpoint again with one of BOOL, U8"),
-    (file_of(one(dtype=["F32"])), "unknown dtype ['F32']"),
-    (file_of(one(dtype="F4")), "F4 is a quantised dtype; pass the checkpoint it was made from, in bf16"),
-    (file_of(one(dtype="F6_E2M3")), "F6_E2M3 is a quantised dtype"),
-    (file_of(one(dtype="F6_E3M2")), "F6_E3M2 is a quantised dtype"),
-    (file_of(one(shape=[-2])), "shape [-2] is not a list of whole numbers from 0"),
+    (file_of({"w": {**entry()["w"], "more": [10**400]}}, b"x" * 8), "header: not valid JSON (a number of 401 digits)"),
+    (file_of(entry(dtype="F31")), "tensor w: unknown dtype F31; save the checkpoint again with one of BOOL, U8"),
+    (file_of(entry(dtype=["F32"])), "unknown dtype ['F32']"),
+    (file_of(entry(dtype="F4")), "F4 is a quantised dtype; pass the checkpoint it was made from, in bf16"),
+    (file_of(entry(dtype="F6_E2M3")), "F6_E2M3 is a quantised dtype"),
+    (file_of(entry(dtype="F6_E3M2")), "F6_E3M2 is a quantised dtype"),
+    (file_of(entry(shape=[-2])), "shape [-2] is not a list of whole numbers from 0"),
     (file_of(b'{"w":{"dtype":"U8","shape":[-0],"data_offsets":[0,0]}}'), "shape [-0.0] is not a list of whole numbers"),
-    (file_of(one(shape=[2.0])), "shape [2.0] is not a list of whole numbers"),
-    (file_of(one(shape=[True, 2])), "shape [True, 2] is not a list of whole numbers"),
-    (file_of(one(shape="2")), "shape 2 is not a list of whole numbers"),
-    (file_of(one(shape=[2**63])), f"shape [{2**63}] is not a list of whole numbers from 0 to 2^63-1"),
-    (file_of(one(shape=[2**40, 2**40])), f"shape [{2**40}, {2**40}] is larger than any memory"),
-    (file_of(one(shape=[0, 2**60, 2**60], offsets=[0, 0])), "is larger than any memory"),
-    (file_of(one(shape=[1] * 65, offsets=[0, 4]), b"x" * 4), "65 dimensions, at most 64 make sense"),
-    (file_of(one(offsets=[0])), "data_offsets [0] are not two whole numbers from 0"),
-    (file_of(one(offsets=[-8, 0])), "data_offsets [-8, 0] are not two whole numbers"),
-    (file_of(one(offsets=[0, "8"])), "data_offsets [0, '8'] are not two whole numbers"),
-    (file_of(one(offsets=[8, 0])), "data_offsets [8, 0] end before they begin"),
-    (file_of(one(shape=[3]), b"x" * 8), "F32 of shape [3] takes 12 bytes, data_offsets [0, 8] are 8"),
-    (file_of(one(offsets=[4, 12]), b"x" * 12), "begins at byte 4 of the data, the header ends at 0: bytes 0 to 4 belong to no tensor"),
+    (file_of(entry(shape=[2.0])), "shape [2.0] is not a list of whole numbers"),
+    (file_of(entry(shape=[True, 2])), "shape [True, 2] is not a list of whole numbers"),
+    (file_of(entry(shape="2")), "shape 2 is not a list of whole numbers"),
+    (file_of(entry(shape=[2**63])), f"shape [{2**63}] is not a list of whole numbers from 0 to 2^63-1"),
+    (file_of(entry(shape=[2**40, 2**40])), f"shape [{2**40}, {2**40}] is larger than any memory"),
+    (file_of(entry(shape=[0, 2**60, 2**60], offsets=[0, 0])), "is larger than any memory"),
+    (file_of(entry(shape=[1] * 65, offsets=[0, 4]), b"x" * 4), "65 dimensions, at most 64 make sense"),
+    (file_of(entry(offsets=[0])), "data_offsets [0] are not two whole numbers from 0"),
+    (file_of(entry(offsets=[-8, 0])), "data_offsets [-8, 0] are not two whole numbers"),
+    (file_of(entry(offsets=[0, "8"])), "data_offsets [0, '8'] are not two whole numbers"),
+    (file_of(entry(offsets=[8, 0])), "data_offsets [8, 0] end before they begin"),
+    (file_of(entry(shape=[3]), b"x" * 8), "F32 of shape [3] takes 12 bytes, data_offsets [0, 8] are 8"),
+    (file_of(entry(offsets=[4, 12]), b"x" * 12), "begins at byte 4 of the data, the header ends at 0: bytes 0 to 4 belong to no tensor"),
     (
-        file_of({**one(), "v": {"dtype": "U8", "shape": [4], "data_offsets": [6, 10]}}, b"x" * 10),
+        file_of({**entry(), "v": {"dtype": "U8", "shape": [4], "data_offsets": [6, 10]}}, b"x" * 10),
         "tensor v begins at byte 6 of the data, w ends at 8: v overlaps it; save or download the file again",
     ),
-    (file_of(one(), b"x" * 7), "truncated: the header promises 77 bytes, the file has 76; download it again"),
-    (file_of(one(), b"x" * 9), "the header promises 77 bytes, the file has 78: 1 bytes past the last tensor"),
+    (file_of(entry(), b"x" * 7), "truncated: the header promises 77 bytes, the file has 76; download it again"),
+    (file_of(entry(), b"x" * 9), "the header promises 77 bytes, the file has 78: 1 bytes past the last tensor"),
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a Git LFS pointer of 63 bytes, not the weights; run `git lfs pull`"),
 ]  # fmt: skip
 
@@ -157,7 +157,7 @@ def test_every_refusal_ends_with_a_remedy() -> None:
 
 def test_a_long_value_is_cut_in_the_message() -> None:
     with pytest.raises(CheckpointError) as caught:
-        read(file_of(one(shape=list(range(-1, 100_000)))))
+        read(file_of(entry(shape=list(range(-1, 100_000)))))
     assert len(str(caught.value)) < 400
 
 
@@ -194,9 +194,9 @@ def test_written_headers_are_read_by_the_library(layout: list[tuple[str, str, li
     assert len(header) % 8 == 0
     assert header == write_header([(name, dtype, tuple(shape)) for name, dtype, shape in layout])
     data = header + data_of(layout)
-    found = read(data)
+    tensors = read(data)
     kept = [(name, dtype, shape) for name, dtype, shape in layout if 0 not in shape]
-    assert [(t.name, t.dtype, list(t.shape)) for t in found.values() if t.nbytes] == kept
+    assert [(t.name, t.dtype, list(t.shape)) for t in tensors.values() if t.nbytes] == kept
     assert agrees_with_library(data)
 
 
@@ -323,7 +323,7 @@ def test_what_the_library_reads_is_read(
 
 def test_tensors_of_equal_offset_are_ordered_by_name() -> None:
     header = {name: {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for name in "cab"}
-    assert list(read(file_of(header | one(offsets=[0, 8]), b"x" * 8))) == ["a", "b", "c", "w"]
+    assert list(read(file_of(header | entry(offsets=[0, 8]), b"x" * 8))) == ["a", "b", "c", "w"]
 
 
 def test_a_file_info_of_another_size_is_believed() -> None:

@@ -51,10 +51,10 @@ def test_side_files_travel_and_the_rest_stays() -> None:
         "notes.txt",
         "data/train.jsonl",
     ]
-    found = read(dict.fromkeys([*travel, *silent, *named], b"{}") | {"config.json": CONFIG})
-    assert found.side_files == tuple(sorted(travel))
-    assert found.left_behind == tuple(sorted(named))
-    assert set(found.files) == {*travel, "model.safetensors"}
+    checkpoint = read(dict.fromkeys([*travel, *silent, *named], b"{}") | {"config.json": CONFIG})
+    assert checkpoint.side_files == tuple(sorted(travel))
+    assert checkpoint.left_behind == tuple(sorted(named))
+    assert set(checkpoint.files) == {*travel, "model.safetensors"}
 
 
 def test_every_vocabulary_of_transformers_travels() -> None:
@@ -67,7 +67,7 @@ def test_every_vocabulary_of_transformers_travels() -> None:
 
 
 def test_a_file_that_another_file_names_travels() -> None:
-    found = read({
+    checkpoint = read({
         "tokenizer_config.json": {"special": {"units": "units.lst"}, "codes": "./fr.codes2", "auto_map": {"AutoTokenizer": ["t.T", None]}},
         "t.py": b'NAME = "rwkv_20230424.txt"\n# don\'t\nTABLE = f"{root}/rare.table"\n',
         "units.lst": b"", "fr.codes2": b"", "rwkv_20230424.txt": b"", "rare.table": b"", "other.txt": b"",
@@ -75,17 +75,17 @@ def test_a_file_that_another_file_names_travels() -> None:
         "speakers/v2/a.npy": b"", "speakers/v2/b.npy": b"", "speakers/list.txt": b"", "campplus.onnx": b"",
     })  # fmt: skip
     assert {"units.lst", "fr.codes2", "rwkv_20230424.txt", "rare.table", "campplus.onnx"} <= set(
-        found.side_files
+        checkpoint.side_files
     )
-    assert {"speakers/v2/a.npy", "speakers/list.txt"} <= set(found.side_files)
-    assert found.left_behind == ("other.txt", "speakers/v2/b.npy")
+    assert {"speakers/v2/a.npy", "speakers/list.txt"} <= set(checkpoint.side_files)
+    assert checkpoint.left_behind == ("other.txt", "speakers/v2/b.npy")
 
 
 def test_a_named_file_may_name_others() -> None:
-    found = read(
+    checkpoint = read(
         {"config.json": {"vision": "vit"}, "vit/config.json": {"code": "vit/table.txt"}, "vit/table.txt": b""}
     )
-    assert {"vit/config.json", "vit/table.txt"} <= set(found.side_files)
+    assert {"vit/config.json", "vit/table.txt"} <= set(checkpoint.side_files)
 
 
 def test_code_that_names_the_models_own_weights_does_not_make_them_side_files() -> None:
@@ -99,37 +99,37 @@ def test_code_that_names_the_models_own_weights_does_not_make_them_side_files() 
 
 def test_modules_of_sentence_transformers_travel_with_their_weights() -> None:
     modules = [{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]
-    found = read({
+    checkpoint = read({
         "modules.json": modules, "1_Pooling/config.json": {}, "2_Dense/config.json": {}, "2_Dense/model.safetensors": weights("w"),
         "onnx/config.json": {}, "onnx/model.onnx": b"",
     })  # fmt: skip
     assert {"1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"} <= set(
-        found.side_files
+        checkpoint.side_files
     )
-    assert found.side_weights == ("2_Dense/model.safetensors",)
-    assert found.left_behind == ("onnx/config.json",)
+    assert checkpoint.side_weights == ("2_Dense/model.safetensors",)
+    assert checkpoint.left_behind == ("onnx/config.json",)
 
 
 def test_weights_in_a_folder_that_is_only_mentioned_are_named() -> None:
-    found = read(
+    checkpoint = read(
         {
             "modeling.py": b'load("speech-lora")',
             "speech-lora/adapter_model.safetensors": b"",
             "speech-lora/a.txt": b"",
         }
     )
-    assert "speech-lora/a.txt" in found.side_files
-    assert found.left_behind == ("speech-lora/adapter_model.safetensors",)
+    assert "speech-lora/a.txt" in checkpoint.side_files
+    assert checkpoint.left_behind == ("speech-lora/adapter_model.safetensors",)
 
 
 @pytest.mark.parametrize("config", [{"has_lora_adapter": True}, {"model_type": "granite_speech"}])
 def test_an_adapter_that_belongs_to_the_model_is_carried_over(config: dict[str, Any]) -> None:
-    found = read(
+    checkpoint = read(
         {"config.json": config, "adapter_config.json": {}, "adapter_model.safetensors": weights("w.lora_A")}
     )
-    assert {"adapter_config.json", "adapter_model.safetensors"} <= set(found.side_files)
-    assert found.side_weights == ("adapter_model.safetensors",)
-    assert (list(found.tensors), found.adapter) == (["w"], {})
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= set(checkpoint.side_files)
+    assert checkpoint.side_weights == ("adapter_model.safetensors",)
+    assert (list(checkpoint.tensors), checkpoint.adapter) == (["w"], {})
 
 
 def test_an_adapter_that_does_not_belong_is_refused() -> None:

@@ -134,8 +134,8 @@ def test_the_embedding_has_the_rows_that_the_language_model_declares() -> None:
     }
     tensors = {name: Tensor(name, "F32", (count, 16), "f", 0) for name, count in rows.items()}
     config = {"text_config": {"vocab_size": 32}, "qformer_config": {"vocab_size": 20}}
-    found = VocabularyWeights(Checkpoint("memory://x", "", config, tensors, {}))
-    assert (found.embedding, found.rows) == ("language_model.model.decoder.embed_tokens.weight", 32)
+    vocabulary = VocabularyWeights(Checkpoint("memory://x", "", config, tensors, {}))
+    assert (vocabulary.embedding, vocabulary.rows) == ("language_model.model.decoder.embed_tokens.weight", 32)
 
 
 @pytest.mark.parametrize(

@@ -51,9 +51,9 @@ def refusal(data: bytes) -> str:
 
 def assert_ranges(state: dict[str, torch.Tensor], data: bytes) -> dict[str, Tensor]:
     """The ranges of the file hold exactly the bytes of what was saved."""
-    found, _ = read(data)
-    assert set(found) == set(state)
-    for name, tensor in found.items():
+    tensors, _ = read(data)
+    assert set(tensors) == set(state)
+    for name, tensor in tensors.items():
         expected = state[name].detach()
         assert tensor.shape == tuple(expected.shape)
         assert DTYPES[tensor.dtype] == expected.dtype
@@ -61,7 +61,7 @@ def assert_ranges(state: dict[str, torch.Tensor], data: bytes) -> dict[str, Tens
         assert raw == bytes(
             expected.contiguous().reshape(-1).view(torch.uint8).tolist() if tensor.nbytes else []
         )
-    return found
+    return tensors
 
 
 def test_byte_ranges_of_every_dtype() -> None:
@@ -81,10 +81,10 @@ def test_views_parameters_scalars_and_shared_storage() -> None:
         empty=torch.zeros(0, 4),
         last=torch.ones(5, dtype=torch.bfloat16),
     )
-    found = assert_ranges(state, saved(state))
-    assert found["whole"].start == found["same"].start
-    assert found["view"].start == found["whole"].start + 40
-    starts = [tensor.start for tensor in found.values()]
+    tensors = assert_ranges(state, saved(state))
+    assert tensors["whole"].start == tensors["same"].start
+    assert tensors["view"].start == tensors["whole"].start + 40
+    starts = [tensor.start for tensor in tensors.values()]
     assert starts == sorted(starts)
 
 
@@ -93,8 +93,8 @@ def test_a_module_s_state_dict_with_tied_weights() -> None:
         torch.nn.Embedding(10, 4), torch.nn.Linear(4, 10, bias=False), torch.nn.BatchNorm1d(3)
     )
     model[1].weight = model[0].weight
-    found = assert_ranges(model.state_dict(), saved(model.state_dict()))
-    assert found["0.weight"].start == found["1.weight"].start
+    tensors = assert_ranges(model.state_dict(), saved(model.state_dict()))
+    assert tensors["0.weight"].start == tensors["1.weight"].start
 
 
 def test_files_of_older_torch_without_stored_alignment() -> None:
@@ -117,8 +117,8 @@ def test_files_saved_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_only_the_directory_and_the_pickle_are_read() -> None:
     state = {f"layer.{i}.weight": torch.zeros(4096, 16) for i in range(300)}
     data = saved(state)
-    found, store = read(data)
-    assert len(found) == 300
+    tensors, store = read(data)
+    assert len(tensors) == 300
     assert store.reads <= 8
     assert store.bytes_read < len(data) / 100
 
@@ -131,12 +131,12 @@ def test_a_folder_with_the_flag(tmp_path: Path) -> None:
         "config.json": {}, "pytorch_model.bin.index.json": index, "training_args.bin": b"",
         "pytorch_model-00001-of-00002.bin": saved(first), "pytorch_model-00002-of-00002.bin": saved(second),
     })  # fmt: skip
-    found = read_checkpoint(store, allow_pickle=True)
+    checkpoint = read_checkpoint(store, allow_pickle=True)
     for name, expected in {**first, **second}.items():
-        tensor = found.tensors[name]
+        tensor = checkpoint.tensors[name]
         raw = store.read(tensor.file)[tensor.start : tensor.start + tensor.nbytes]
         assert torch.equal(torch.frombuffer(bytearray(raw), dtype=torch.float32).view(tensor.shape), expected)
-    assert set(found.files) == {
+    assert set(checkpoint.files) == {
         "config.json", "pytorch_model.bin.index.json", *(f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)),
     }  # fmt: skip
     with pytest.raises(CheckpointError, match="`allow_pickle: true`"):
@@ -283,10 +283,10 @@ def test_damaged_files_are_refused_or_in_bounds(draw: st.DataObject) -> None:
         elif place > 4:
             del data[place:]
     try:
-        found, _ = read(bytes(data))
+        tensors, _ = read(bytes(data))
     except CheckpointError:
         return
-    for tensor in found.values():
+    for tensor in tensors.values():
         assert 0 <= tensor.start <= tensor.start + tensor.nbytes <= len(data)
 
 

@@ -46,10 +46,10 @@ def trained(kind: str) -> Tokenizer:
 @pytest.mark.parametrize("kind", ["BPE", "WordPiece", "WordLevel", "Unigram"])
 def test_fast_tokenizers_as_their_library_reads_them(kind: str) -> None:
     tokenizer = trained(kind)
-    found = read(tokenizer__json=tokenizer.to_str().encode())
-    assert found == tokenizer.get_vocab(with_added_tokens=True)
-    assert found["<|im_start|>"] == tokenizer.token_to_id("<|im_start|>")
-    assert len(found) >= 8
+    tokens = read(tokenizer__json=tokenizer.to_str().encode())
+    assert tokens == tokenizer.get_vocab(with_added_tokens=True)
+    assert tokens["<|im_start|>"] == tokenizer.token_to_id("<|im_start|>")
+    assert len(tokens) >= 8
 
 
 def test_the_tokenizer_of_a_real_model() -> None:
@@ -61,12 +61,12 @@ def test_the_tokenizer_of_a_real_model() -> None:
 
 
 def test_slow_tokenizers_of_bpe() -> None:
-    found = read(
+    tokens = read(
         vocab__json={"a": 0, "\u0120b": 1},
         added_tokens__json={"<pad>": 2},
         tokenizer_config__json={"added_tokens_decoder": {"3": {"content": "<s>", "special": True}}},
     )
-    assert found == {"a": 0, "\u0120b": 1, "<pad>": 2, "<s>": 3}
+    assert tokens == {"a": 0, "\u0120b": 1, "<pad>": 2, "<s>": 3}
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
@@ -77,10 +77,10 @@ def test_slow_tokenizers_of_wordpiece(newline: str) -> None:
 
 
 def test_the_fast_tokenizer_comes_first() -> None:
-    found = read(
+    tokens = read(
         tokenizer__json={"model": {"vocab": {"x": 0}}}, vocab__json={"y": 0}, added_tokens__json={"z": 1}
     )
-    assert found == {"x": 0}
+    assert tokens == {"x": 0}
 
 
 def test_sentencepiece_models_as_their_library_reads_them(tmp_path: Path) -> None:
@@ -123,11 +123,11 @@ def test_tiktoken_and_tekken_as_byte_level_tokenizers_write_them() -> None:
             {"rank": rank, "token_str": text} for rank, text in enumerate(("<unk>", "<s>", "</s>"))
         ],
     }
-    found = read(tekken__json=tekken)
-    assert found["<s>"] == 1
-    assert found["\u0120the"] == 259
-    assert "\u010a\u010a" not in found  # past the vocabulary's size
-    assert {token: row - 3 for token, row in found.items() if row >= 3} == {
+    tokens = read(tekken__json=tekken)
+    assert tokens["<s>"] == 1
+    assert tokens["\u0120the"] == 259
+    assert "\u010a\u010a" not in tokens  # past the vocabulary's size
+    assert {token: row - 3 for token, row in tokens.items() if row >= 3} == {
         t: r for t, r in rows.items() if r < 258
     }
 
@@ -172,7 +172,7 @@ def test_refusals(files: dict[str, Any], message: str) -> None:
 
 
 def by_hand(dpo: Mapping[str, int], sft: Mapping[str, int], dpo_rows: int, sft_rows: int) -> list[int | None]:
-    """The partner of each row, one at a time."""
+    """The partner of each row, row by row."""
     token_of = {row: token for token, row in dpo.items()}
     partners: list[int | None] = []
     for row in range(dpo_rows):
@@ -196,11 +196,11 @@ def test_row_map_is_what_one_finds_row_by_row(
     runs = match_rows(dpo, sft, dpo_rows, sft_rows)
     assert expanded(runs) == by_hand(dpo, sft, dpo_rows, sft_rows)
     assert [run.dpo_first for run in runs] == [sum(run.count for run in runs[:i]) for i in range(len(runs))]
-    for one, other in pairwise(runs):  # maximal: no two runs could be one
-        if one.sft_first is None or other.sft_first is None:
-            assert one.sft_first is not other.sft_first
+    for run, following in pairwise(runs):  # maximal: no two runs could be joined
+        if run.sft_first is None or following.sft_first is None:
+            assert run.sft_first is not following.sft_first
         else:
-            assert one.sft_first + one.count != other.sft_first
+            assert run.sft_first + run.count != following.sft_first
     assert all(type(value) is int for run in runs for value in (run.dpo_first, run.count))
 
 

@@ -44,9 +44,9 @@ MODELS: dict[str, PretrainedConfig] = {
 
 
 def load(folder: Path, auto: Any = AutoModelForCausalLM, **options: Any) -> PreTrainedModel:
-    """The model, after making sure that every key found its place."""
-    model, told = auto.from_pretrained(folder, output_loading_info=True, **options)
-    complaints = {key: found for key, found in told.items() if found}
+    """Load the model and check that every key was used."""
+    model, loading = auto.from_pretrained(folder, output_loading_info=True, **options)
+    complaints = {key: names for key, names in loading.items() if names}
     assert not complaints
     loaded: PreTrainedModel = model
     return loaded
@@ -54,14 +54,14 @@ def load(folder: Path, auto: Any = AutoModelForCausalLM, **options: Any) -> PreT
 
 def logits(model: Any, **inputs: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        found: torch.Tensor = model(**({"input_ids": TOKENS} | inputs)).logits
-    assert found.isfinite().all()
-    return found.float()
+        output: torch.Tensor = model(**({"input_ids": TOKENS} | inputs)).logits
+    assert output.isfinite().all()
+    return output.float()
 
 
 def expected(sft: Path, dpo: Path, alpha: float = 0.5) -> Tensors:
     before = read_weights(sft)
-    return {name: nearest(before[name], one, alpha) for name, one in read_weights(dpo).items()}
+    return {name: nearest(before[name], tensor, alpha) for name, tensor in read_weights(dpo).items()}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -76,17 +76,17 @@ def test_causal_models_load_and_answer(tmp_path: Path, name: str, sharded: bool)
     assert same_bits(read_weights(out), expected(sft, dpo))
     model = load(out)
     assert model.dtype == torch.bfloat16
-    found = logits(model)
-    assert not torch.equal(found, logits(load(dpo)))
-    assert not torch.equal(found, logits(load(sft)))
+    actual = logits(model)
+    assert not torch.equal(actual, logits(load(dpo)))
+    assert not torch.equal(actual, logits(load(sft)))
 
 
 def test_extrapolated_logits_lie_past_dpos(tmp_path: Path) -> None:
     """In float32 and for a small step the logits are nearly linear in alpha."""
     sft, dpo = save_pair(tmp_path, causal_model(tiny_llama(), dtype=torch.float32))
     assert expo(sft, dpo, tmp_path / "out", 0.5) == 0
-    before, at_dpo, found = (logits(load(folder)) for folder in (sft, dpo, tmp_path / "out"))
-    step = (found - at_dpo).flatten()
+    before, at_dpo, actual = (logits(load(folder)) for folder in (sft, dpo, tmp_path / "out"))
+    step = (actual - at_dpo).flatten()
     wanted = 0.5 * (at_dpo - before).flatten()
     assert torch.nn.functional.cosine_similarity(step, wanted, dim=0) > 0.99
     assert step.norm() == pytest.approx(wanted.norm().item(), rel=0.1)
@@ -123,9 +123,9 @@ def test_a_scaled_adapter_loads_through_peft_and_is_the_merged_model(tmp_path: P
     assert expo(sft, dpo, tmp_path / "scaled", 0.5) == 0
     assert expo(sft, dpo, tmp_path / "merged", 0.5, more="--adapter merge") == 0
     adapted = peft.PeftModel.from_pretrained(load(sft), tmp_path / "scaled")
-    found = logits(adapted)
-    torch.testing.assert_close(found, logits(load(tmp_path / "merged")), rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(found, logits(load(sft)), atol=1e-3)
+    actual = logits(adapted)
+    torch.testing.assert_close(actual, logits(load(tmp_path / "merged")), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(actual, logits(load(sft)), atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", ["keep", "fp32"])
@@ -143,12 +143,12 @@ def test_a_model_that_sees_loads_with_its_tower(tmp_path: Path, dtype: str) -> N
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
     sft, dpo = save_pair(tmp_path, model)
     assert expo(sft, dpo, tmp_path / "out", 0.5, more=f"--dtype {dtype}") == 0
-    found = load(tmp_path / "out", AutoModelForImageTextToText)
+    loaded = load(tmp_path / "out", AutoModelForImageTextToText)
     wanted = torch.float32 if dtype == "fp32" else torch.bfloat16
-    assert {one.dtype for one in found.parameters()} == {wanted}
+    assert {parameter.dtype for parameter in loaded.parameters()} == {wanted}
     pixels = torch.rand(1, 3, 8, 8).to(wanted)
     tokens = torch.tensor([[1, 95, 95, 95, 95, 7]])
-    assert logits(found, input_ids=tokens, pixel_values=pixels).shape == (1, 6, 96)
+    assert logits(loaded, input_ids=tokens, pixel_values=pixels).shape == (1, 6, 96)
 
 
 @pytest.mark.parametrize("sft_tied", [True, False])

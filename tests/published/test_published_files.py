@@ -32,10 +32,10 @@ def test_files_that_the_model_names_travel_and_the_rest_is_named(
     (dpo / "notes|`x`.txt").write_text("")
     out = tmp_path / "out"
     assert expo(sft, dpo, out, 0.5, more="--dry-run") == 0
-    said = capsys.readouterr().out
-    assert "1 file(s) are not carried over" in said
-    assert "notes|`x`.txt" in said
-    assert "2_Dense/model.safetensors" in said
+    printed = capsys.readouterr().out
+    assert "1 file(s) are not carried over" in printed
+    assert "notes|`x`.txt" in printed
+    assert "2_Dense/model.safetensors" in printed
     assert not out.exists()
     assert expo(sft, dpo, out, 0.5) == 0
     assert "not carried over" in capsys.readouterr().err

@@ -137,10 +137,10 @@ def test_a_dry_run_shows_everything_and_writes_nothing(
     server: HubServer, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["push", str(model), REPO, "--private", "--dry-run"]) == 0
-    told = capsys.readouterr().out
-    assert f"{model} -> {server.endpoint}/{REPO} (would be created, private)" in told
-    assert all(key in told for key in published(model))
-    assert ".expo/" not in told
+    printed = capsys.readouterr().out
+    assert f"{model} -> {server.endpoint}/{REPO} (would be created, private)" in printed
+    assert all(key in printed for key in published(model))
+    assert ".expo/" not in printed
     assert writes(server) == []
     assert server.repositories == {}
 
@@ -169,7 +169,7 @@ def test_what_went_missing_there_is_sent_again_and_nothing_else(server: HubServe
 
 
 @pytest.mark.parametrize(
-    ("files", "said"),
+    ("files", "message"),
     [
         ({"model.safetensors": b"x", "README.md": b""}, r"files that expo-ray did not push \(model.safetensors"),
         ({"expo.json": b'{"plan": 1}'}, r"expo.json is not a manifest of this format"),
@@ -177,10 +177,10 @@ def test_what_went_missing_there_is_sent_again_and_nothing_else(server: HubServe
     ],
 )  # fmt: skip
 def test_a_foreign_repository_is_refused(
-    server: HubServer, model: Path, files: dict[str, bytes], said: str
+    server: HubServer, model: Path, files: dict[str, bytes], message: str
 ) -> None:
     server.repositories[REPO] = Repository({"a" * 40: files}, {"main": "a" * 40})
-    with pytest.raises(OutputError, match=said + r".*choose another repository"):
+    with pytest.raises(OutputError, match=message + r".*choose another repository"):
         plan_push(str(model), REPO)
     assert writes(server) == []
 
@@ -285,14 +285,14 @@ def test_a_commit_of_somebody_else_in_the_meantime_is_not_overwritten(server: Hu
 def test_tokens_that_cannot_write_are_told_before_anything_is_sent(
     server: HubServer, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for token, said in (
+    for token, message in (
         (None, f"no token for {server.endpoint}; set HF_TOKEN"),
         ("hf_wrong", "answered 401; set HF_TOKEN to a token that may write"),
         (READ_TOKEN, "the token of somebody for"),
     ):
         monkeypatch.delenv("HF_TOKEN") if token is None else monkeypatch.setenv("HF_TOKEN", token)
         assert main(["push", str(model), REPO]) == 2
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert writes(server) == []
 
 
@@ -330,23 +330,23 @@ def job(**options: Any) -> Any:
 def test_the_job_option_names_one_repository_for_each_pair() -> None:
     assert job(push_to="org/{pair}-expo").repo_of("two") == "org/two-expo"
     assert job().repo_of("one") is None
-    for text, said in (
+    for text, message in (
         ("org/model", r"one repository for 2 pairs; write `{pair}`"),
         ("{pair}", r"push_to: 'one' cannot be a model repository"),
         ("org/{pair}-{alpha}", r"push_to: 'org/one-{alpha}' cannot be"),
     ):
-        with pytest.raises(Problems, match=said):
+        with pytest.raises(Problems, match=message):
             job(push_to=text)
 
 
 def test_a_winner_that_cannot_be_pushed_does_not_stop_the_others(server: HubServer, made: Path) -> None:
     server.repositories["org/one-expo"] = Repository({"a" * 40: {"x.bin": b""}}, {"main": "a" * 40})
     winners = {"one": str(made / "alpha=0.5"), "two": str(made / "alpha=1")}
-    found = push_models(job(push_to="org/{pair}-expo"), winners)
-    assert list(found.failures) == ["one"]
-    assert f"published at {made / 'alpha=0.5'}, but not pushed to org/one-expo" in found.failures["one"]
-    assert list(found.addresses) == ["two"]
-    assert found.addresses["two"].endswith("org/two-expo")
+    result = push_models(job(push_to="org/{pair}-expo"), winners)
+    assert list(result.failures) == ["one"]
+    assert f"published at {made / 'alpha=0.5'}, but not pushed to org/one-expo" in result.failures["one"]
+    assert list(result.addresses) == ["two"]
+    assert result.addresses["two"].endswith("org/two-expo")
     assert pushed(server, "org/two-expo") == published(made / "alpha=1")
     assert server.repositories["org/two-expo"].private
     server.seen.clear()

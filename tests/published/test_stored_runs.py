@@ -99,11 +99,11 @@ def rows(run: Path, kind: str) -> Counter[tuple[str, str, int]]:
 
 def without_times(results: Path, folder: Path) -> dict[str, Any]:
     """`results.json` but for the time of the run, and for the folder that it was made in."""
-    found = json.loads(results.read_text())
-    made_in = str(Path(found["output"]).parent)
-    found = json.loads(results.read_text().replace(made_in, str(folder)))
-    kept = {key: value for key, value in found.items() if key not in {"created", "versions", "cost"}}
-    return kept | {"generations": found["cost"]["generations"]}
+    report = json.loads(results.read_text())
+    made_in = str(Path(report["output"]).parent)
+    report = json.loads(results.read_text().replace(made_in, str(folder)))
+    kept = {key: value for key, value in report.items() if key not in {"created", "versions", "cost"}}
+    return kept | {"generations": report["cost"]["generations"]}
 
 
 @pytest.mark.parametrize("parents", [False, True], ids=["files alone", "against its parents"])

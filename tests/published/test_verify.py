@@ -83,10 +83,10 @@ def test_every_harm_is_found_and_named(
     harm(harmed)
     capsys.readouterr()
     assert main(["verify", str(published)]) == 1
-    told = capsys.readouterr()
-    assert re.search(f"failed: {harmed}: {expected}", told.err)
-    assert told.err.count("failed: ") == 1
-    assert "as published" not in told.out
+    captured = capsys.readouterr()
+    assert re.search(f"failed: {harmed}: {expected}", captured.err)
+    assert captured.err.count("failed: ") == 1
+    assert "as published" not in captured.out
 
 
 def test_a_moved_model_is_still_whole(published: Path, tmp_path: Path) -> None:
@@ -106,9 +106,9 @@ def test_the_weights_are_computed_again_from_the_parents(
     assert "computed again from both parents: the same bytes" in capsys.readouterr().out
     other = write_model(tmp_path / "other", moved(llama_tensors(), seed=9))
     assert main([*words[:-1], str(other)]) == 1
-    told = capsys.readouterr()
-    assert "give other weights; name the parents that the manifest names" in told.err
-    assert "the same bytes" not in told.out
+    captured = capsys.readouterr()
+    assert "give other weights; name the parents that the manifest names" in captured.err
+    assert "the same bytes" not in captured.out
 
 
 def test_flipped_weights_with_a_manifest_to_match_are_found_by_the_parents(
@@ -121,9 +121,9 @@ def test_flipped_weights_with_a_manifest_to_match_are_found_by_the_parents(
     flip(out / "model.safetensors")
     capsys.readouterr()
     assert main(["verify", str(out)]) == 1
-    found = re.search("has sha256 ([0-9a-f]{64})", capsys.readouterr().err)
-    assert found
-    manifest = (out / "expo.json").read_text().replace(before, found[1])
+    reported = re.search("has sha256 ([0-9a-f]{64})", capsys.readouterr().err)
+    assert reported
+    manifest = (out / "expo.json").read_text().replace(before, reported[1])
     (out / "expo.json").write_text(manifest)
     assert main(["verify", str(out)]) == 0
     assert main(["verify", str(out), "--sft", str(sft), "--dpo", str(dpo)]) == 1
@@ -134,11 +134,11 @@ def test_flipped_weights_with_a_manifest_to_match_are_found_by_the_parents(
 
 def summary(printed: str) -> tuple[float, float, float]:
     """Best alpha, least, most."""
-    found = re.search(
+    line = re.search(
         r"alpha (\S+) fits best over the \d+ tensors with a delta, (\S+) to (\S+) one by one", printed
     )
-    assert found, printed
-    return float(found[1]), float(found[2]), float(found[3])
+    assert line, printed
+    return float(line[1]), float(line[2]), float(line[3])
 
 
 def table(printed: str) -> dict[str, tuple[float, float, float]]:
@@ -172,7 +172,8 @@ def test_alpha_is_found_in_what_an_exact_tool_wrote(tmp_path: Path, capsys: Prin
     dpo = moved(sft)
     folders = write_both(tmp_path, sft, dpo)
     exact = {
-        name: (one.double() + 0.37 * (one.double() - sft[name].double())).float() for name, one in dpo.items()
+        name: (tensor.double() + 0.37 * (tensor.double() - sft[name].double())).float()
+        for name, tensor in dpo.items()
     }
     printed = fits(capsys, other_tool(tmp_path / "other", exact), *folders)
     assert summary(printed) == pytest.approx((0.37, 0.37, 0.37), abs=2e-4)
@@ -190,7 +191,7 @@ def test_alpha_is_found_in_what_bf16_tools_wrote(
     sft = llama_tensors()
     dpo = moved(sft, scale=4e-3)
     folders = write_both(tmp_path, sft, dpo)
-    model = {name: formula(sft[name], one, 0.37) for name, one in dpo.items()}
+    model = {name: formula(sft[name], tensor, 0.37) for name, tensor in dpo.items()}
     printed = fits(capsys, other_tool(tmp_path / "other", model), *folders)
     best, least, most = summary(printed)
     assert best == pytest.approx(0.37, abs=2e-3)
@@ -198,18 +199,18 @@ def test_alpha_is_found_in_what_bf16_tools_wrote(
     assert 1e-4 < table(printed)[HEAD][2] < 5e-3  # what rounding to bf16 leaves
 
 
-def test_alpha_is_told_tensor_by_tensor(tmp_path: Path, capsys: Print) -> None:
+def test_alpha_is_printed_for_each_tensor(tmp_path: Path, capsys: Print) -> None:
     sft = llama_tensors(dtype=torch.float32)
     dpo = moved(sft)
     dpo["model.norm.weight"] = sft["model.norm.weight"].clone()
     folders = write_both(tmp_path, sft, dpo)
-    model = {name: nearest(sft[name], one, 2.0 if name == HEAD else 0.5) for name, one in dpo.items()}
+    model = {name: nearest(sft[name], tensor, 2.0 if name == HEAD else 0.5) for name, tensor in dpo.items()}
     model["model.norm.weight"] += 1
-    found = table(fits(capsys, other_tool(tmp_path / "other", model), *folders))
-    assert found[HEAD][0] == pytest.approx(2, abs=1e-3)
-    assert found[EMBEDDING][0] == pytest.approx(0.5, abs=1e-3)
-    assert found["model.norm.weight"][:2] == (0, 0)
-    assert found["model.norm.weight"][2] > 1  # no alpha explains it
+    rows = table(fits(capsys, other_tool(tmp_path / "other", model), *folders))
+    assert rows[HEAD][0] == pytest.approx(2, abs=1e-3)
+    assert rows[EMBEDDING][0] == pytest.approx(0.5, abs=1e-3)
+    assert rows["model.norm.weight"][:2] == (0, 0)
+    assert rows["model.norm.weight"][2] > 1  # no alpha explains it
 
 
 def test_dpo_itself_has_alpha_0_and_sft_minus_1(tmp_path: Path, capsys: Print) -> None:
@@ -232,10 +233,12 @@ def test_another_dtype_and_a_head_that_the_tool_dropped_as_tied(tmp_path: Path, 
     assert "not compared" not in printed
 
 
-def test_what_cannot_be_compared_is_named_and_the_rest_is_fitted(tmp_path: Path, capsys: Print) -> None:
+def test_tensors_that_cannot_be_compared_are_listed_and_the_others_fitted(
+    tmp_path: Path, capsys: Print
+) -> None:
     sft = llama_tensors(rows=256)
     dpo = moved(llama_tensors(rows=264)) | {
-        name: one for name, one in moved(sft).items() if name not in (HEAD, EMBEDDING)
+        name: tensor for name, tensor in moved(sft).items() if name not in (HEAD, EMBEDDING)
     }
     folders = write_both(tmp_path, sft, dpo)
     assert expo(*folders, tmp_path / "out", 0.5, more="--vocab keep-dpo") == 0
@@ -271,7 +274,8 @@ def test_pickles_of_the_papers_script(tmp_path: Path, capsys: Print) -> None:
     (folder / "model.safetensors").unlink()
     before, after = read_weights(sft), read_weights(dpo)
     torch.save(
-        {name: stepwise(before[name], one, 4.0) for name, one in after.items()}, folder / "pytorch_model.bin"
+        {name: stepwise(before[name], tensor, 4.0) for name, tensor in after.items()},
+        folder / "pytorch_model.bin",
     )
     words = ["verify", str(folder), "--sft", str(sft), "--dpo", str(dpo)]
     assert main(words) == 2
@@ -283,27 +287,27 @@ def test_pickles_of_the_papers_script(tmp_path: Path, capsys: Print) -> None:
 # Folders that cannot be verified
 
 
-def test_what_cannot_be_verified_is_told(tmp_path: Path, capsys: Print) -> None:
+def test_a_folder_that_cannot_be_verified_is_refused_with_the_reason(tmp_path: Path, capsys: Print) -> None:
     sft, dpo = write_pair(tmp_path)
     out = tmp_path / "out"
     assert expo(sft, dpo, out, 0.5) == 0
 
-    def said(*words: object) -> str:
+    def error_of(*words: object) -> str:
         capsys.readouterr()
         assert main(["verify", *map(str, words)]) == 2
-        told = capsys.readouterr().err
-        assert "Traceback" not in told
-        return told
+        error = capsys.readouterr().err
+        assert "Traceback" not in error
+        return error
 
-    assert f"{tmp_path}/nowhere: no such folder, or nothing in it" in said(tmp_path / "nowhere")
-    assert f"{dpo} has no expo.json; give --sft and --dpo to see which alpha fits" in said(dpo)
-    assert "give both --sft and --dpo, or neither" in said(out, "--sft", sft)
-    assert f"{tmp_path}/nowhere: no such folder" in said(out, "--sft", sft, "--dpo", tmp_path / "nowhere")
+    assert f"{tmp_path}/nowhere: no such folder, or nothing in it" in error_of(tmp_path / "nowhere")
+    assert f"{dpo} has no expo.json; give --sft and --dpo to see which alpha fits" in error_of(dpo)
+    assert "give both --sft and --dpo, or neither" in error_of(out, "--sft", sft)
+    assert f"{tmp_path}/nowhere: no such folder" in error_of(out, "--sft", sft, "--dpo", tmp_path / "nowhere")
     (out / "expo.json").write_text("{")
-    assert "expo.json: not valid JSON" in said(out)
+    assert "expo.json: not valid JSON" in error_of(out)
     (out / "expo.json").write_text("[]")
-    assert "a JSON list instead of an object; run its job again with --overwrite" in said(out)
+    assert "a JSON list instead of an object; run its job again with --overwrite" in error_of(out)
     (out / "expo.json").unlink()
-    assert f"{out}: the model is unfinished; its job is still running, or was stopped" in said(out)
+    assert f"{out}: the model is unfinished; its job is still running, or was stopped" in error_of(out)
     small = write_model(tmp_path / "small", {"x": torch.zeros(1)})
-    assert "shares no weight of one shape with both parents" in said(small, "--sft", sft, "--dpo", dpo)
+    assert "shares no weight of one shape with both parents" in error_of(small, "--sft", sft, "--dpo", dpo)
