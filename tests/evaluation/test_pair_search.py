@@ -83,18 +83,18 @@ def test_a_rung_asks_only_for_alphas_that_need_more_prompts_and_each_set_begins_
 def test_the_status_of_a_search_tells_what_each_pair_is_at() -> None:
     store = open_store("memory://status-of-a-search")
     with Progress("search", store, rows="responses") as progress:
-        progress.note("one", "ladder, alpha 0, 0.1 on 64 prompts")
+        progress.note("first", "ladder, alpha 0, 0.1 on 64 prompts")
         progress.expect(rows=128, kept=64)
         progress.add(rows=32, tokens=300)
         progress.rewards.expect(rows=32)
         progress.rewards.add(rows=16)
         assert progress.line.startswith("32/128 responses")
         assert progress.line.endswith("16/32 rewards")
-        progress.note("two", "keep dpo")
+        progress.note("second", "keep dpo")
         progress.finish()
     status = json.loads(store.read("status.json"))
     assert (status["state"], status["stage"], status["tokens"]) == ("done", "search", 300)
     assert status["responses"] == {"done": 32, "all": 128, "kept": 64}
     assert status["rewards"] == {"done": 16, "all": 32}
-    assert status["pairs"] == {"one": "ladder, alpha 0, 0.1 on 64 prompts", "two": "keep dpo"}
+    assert status["pairs"] == {"first": "ladder, alpha 0, 0.1 on 64 prompts", "second": "keep dpo"}
     assert status["seconds_left"] is not None

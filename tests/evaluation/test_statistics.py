@@ -35,12 +35,12 @@ def test_the_interval_of_the_gain_is_scipys() -> None:
     wanted = stats.bootstrap(
         (rewards - dpo,), np.mean, method="BCa", n_resamples=20_000, rng=np.random.default_rng(1)
     ).confidence_interval
-    found = gain(rewards, dpo)
-    assert found.mean == pytest.approx((rewards - dpo).mean())
+    interval = gain(rewards, dpo)
+    assert interval.mean == pytest.approx((rewards - dpo).mean())
     # Two resamplings of 10,000 and 20,000 agree to a few hundredths of the interval's width.
     width = wanted.high - wanted.low
-    assert found.low == pytest.approx(wanted.low, abs=0.03 * width)
-    assert found.high == pytest.approx(wanted.high, abs=0.03 * width)
+    assert interval.low == pytest.approx(wanted.low, abs=0.03 * width)
+    assert interval.high == pytest.approx(wanted.high, abs=0.03 * width)
 
 
 def test_the_length_controlled_gain_is_the_intercept_of_least_squares_refitted_in_each_resample() -> None:
@@ -51,17 +51,17 @@ def test_the_length_controlled_gain_is_the_intercept_of_least_squares_refitted_i
         design = np.stack([np.ones(len(rows)), x[rows]], axis=1)
         return float(np.linalg.lstsq(design, y[rows], rcond=None)[0][0])
 
-    found = length_controlled_gain(rewards, dpo, lengths, dpo_lengths)
+    interval = length_controlled_gain(rewards, dpo, lengths, dpo_lengths)
     everything = np.arange(len(y))
-    assert found.mean == pytest.approx(intercept(everything), rel=1e-6)
+    assert interval.mean == pytest.approx(intercept(everything), rel=1e-6)
     generator = np.random.default_rng(5)
     refitted = [intercept(generator.choice(everything, len(y))) for _ in range(4000)]
     low, high = np.quantile(refitted, [0.025, 0.975])
-    assert found.low == pytest.approx(low, abs=0.1 * (high - low))
-    assert found.high == pytest.approx(high, abs=0.1 * (high - low))
+    assert interval.low == pytest.approx(low, abs=0.1 * (high - low))
+    assert interval.high == pytest.approx(high, abs=0.1 * (high - low))
     # Half of the raw gain was length: 0.5 is what was put in.
     assert gain(rewards, dpo).mean > 0.9
-    assert found.low < 0.5 < found.high
+    assert interval.low < 0.5 < interval.high
 
 
 def test_equal_lengths_leave_the_gain_as_it_is() -> None:
@@ -78,8 +78,8 @@ def test_a_tie_is_half_a_win() -> None:
 
 def test_equal_rewards_have_an_interval_without_width() -> None:
     rewards = np.linspace(0, 19, 20)
-    found = gain(rewards, rewards.copy())
-    assert (found.mean, found.low, found.high) == (0, 0, 0)
+    interval = gain(rewards, rewards.copy())
+    assert (interval.mean, interval.low, interval.high) == (0, 0, 0)
 
 
 def test_one_prompt_has_no_interval() -> None:
@@ -94,8 +94,8 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(confidence: float) ->
     rounds = 300
     for _ in range(rounds):
         # Skewed differences of mean 1, where a normal interval is off to one side.
-        found = gain(generator.exponential(1, 128).astype(np.float64), np.zeros(128), confidence)
-        covered += found.low <= 1 <= found.high
+        interval = gain(generator.exponential(1, 128).astype(np.float64), np.zeros(128), confidence)
+        covered += interval.low <= 1 <= interval.high
     # The tail beyond is one in a thousand, and BCa at 128 prompts misses by a point.
     low, high = stats.binom.ppf([0.001, 0.999], rounds, confidence - 0.01)
     assert low <= covered <= high
@@ -108,16 +108,16 @@ pairs_of_rewards = st.integers(2, 30).flatmap(
 
 @settings(max_examples=40, deadline=None)
 @given(pairs_of_rewards)
-def test_an_interval_holds_its_estimate_and_turns_with_the_sign(found: tuple[Array, Array]) -> None:
-    rewards, dpo = (values.astype(np.float64) for values in found)
-    one, other = gain(rewards, dpo), gain(dpo, rewards)
-    assert one == gain(rewards.copy(), dpo.copy())
+def test_an_interval_holds_its_estimate_and_turns_with_the_sign(pair: tuple[Array, Array]) -> None:
+    rewards, dpo = (values.astype(np.float64) for values in pair)
+    forward, backward = gain(rewards, dpo), gain(dpo, rewards)
+    assert forward == gain(rewards.copy(), dpo.copy())
     slack = 1e-4 * (1 + np.abs(rewards).max() + np.abs(dpo).max())
-    assert one.low <= one.high
-    assert one.low >= (rewards - dpo).min() - slack
-    assert one.high <= (rewards - dpo).max() + slack
-    assert other.mean == pytest.approx(-one.mean, abs=slack)
-    assert other.low == pytest.approx(-one.high, abs=slack + 0.05 * (one.high - one.low))
+    assert forward.low <= forward.high
+    assert forward.low >= (rewards - dpo).min() - slack
+    assert forward.high <= (rewards - dpo).max() + slack
+    assert backward.mean == pytest.approx(-forward.mean, abs=slack)
+    assert backward.low == pytest.approx(-forward.high, abs=slack + 0.05 * (forward.high - forward.low))
     assert win_rate(rewards, dpo).mean + win_rate(dpo, rewards).mean == pytest.approx(1)
 
 

@@ -76,15 +76,15 @@ class Page(HTMLParser):
             self.tables[words] = self._rows
 
     def row(self, caption: str, start: str) -> list[str]:
-        found = [
+        matching = [
             row
             for title, rows in self.tables.items()
             if title.startswith(caption)
             for row in rows
             if row and row[0].startswith(start)
         ]
-        assert len(found) == 1, (caption, start, found)
-        return found[0]
+        assert len(matching) == 1, (caption, start, matching)
+        return matching[0]
 
     def ids(self) -> list[str]:
         return [value for _, attributes in self.elements if (value := attributes.get("id"))]
@@ -110,9 +110,10 @@ def pair_of(results: Results, name: str) -> PairResult:
 
 
 def measured(pair: PairResult, alpha: float, half: str, model: str) -> Measurement:
-    found = [one for one in pair.measured if (one.alpha, one.half, one.reward_model) == (alpha, half, model)]
-    assert len(found) == 1
-    return found[0]
+    (measurement,) = (
+        each for each in pair.measured if (each.alpha, each.half, each.reward_model) == (alpha, half, model)
+    )
+    return measurement
 
 
 def shown(estimate: Interval) -> str:
@@ -200,17 +201,21 @@ def test_the_evidence_holds_both_halves_and_all_reward_models(results: Results, 
     ]
     for row in rows:
         half = {"choosing": "choose", "confirming": "confirm"}[row[0]]
-        (one,) = (one for one in pair.chosen if (one.half, one.reward_model) == (half, row[1]))
+        (measurement,) = (
+            measurement
+            for measurement in pair.chosen
+            if (measurement.half, measurement.reward_model) == (half, row[1])
+        )
         dpo = measured(pair, 0.0, half, row[1])
         assert row[3:6] == [
             f"{dpo.reward.mean:+.3f}".replace("-", "\u2212"),
-            f"{one.reward.mean:+.3f}".replace("-", "\u2212"),
-            shown(one.gain),
+            f"{measurement.reward.mean:+.3f}".replace("-", "\u2212"),
+            shown(measurement.gain),
         ]
-        assert row[-1] == ("beyond chance" if one.gain.low > 0 else "not beyond chance")
+        assert row[-1] == ("beyond chance" if measurement.gain.low > 0 else "not beyond chance")
 
 
-def test_multipliers_that_were_tried_are_told_beside_alpha_alone(results: Results, page: Page) -> None:
+def test_multipliers_that_were_tried_stand_beside_alpha_alone(results: Results, page: Page) -> None:
     pair = pair_of(results, "in-house-8b-10pct")
     assert pair.groups
     (rows,) = (rows for title, rows in page.tables.items() if "against alpha 4.525 in all groups" in title)
@@ -268,7 +273,7 @@ def test_hostile_text_is_shown_and_nothing_else(page: Page) -> None:
     assert f"{shown_text} {LONG_WORD}" in page.texts["pre"]
     tags = {tag for tag, _ in page.elements}
     assert not tags & {"script", "img", "iframe", "object", "embed", "form", "base"}
-    assert not [one for _, attributes in page.elements for one in attributes if one.startswith("on")]
+    assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
     assert page.unbalanced == []
     assert len(page.texts["style"]) == 1
 
@@ -300,13 +305,15 @@ def test_names_of_elements_are_unique_and_every_reference_finds_one(page: Page, 
 def test_figures_have_texts_for_those_who_do_not_see_them(results: Results, page: Page) -> None:
     figures = [attributes for tag, attributes in page.elements if tag == "svg"]
     assert len(figures) == 3 * 4  # two reward models, lengths, guardrails
-    assert all(one["role"] == "img" for one in figures)
+    assert all(figure["role"] == "img" for figure in figures)
     pair = pair_of(results, "zephyr-7b")
     described = [
-        one for one in page.texts["desc"] if one.startswith("Gain in mean reward over dpo, by RM-Mistral-7B")
+        text
+        for text in page.texts["desc"]
+        if text.startswith("Gain in mean reward over dpo, by RM-Mistral-7B")
     ]
-    numbers = [f"alpha {one.alpha:g}: {shown(one.gain)}" for one in pair.measured if one.half == "choose" and one.reward_model == MODELS[0]]  # fmt: skip
-    assert [all(number in one for number in numbers) for one in described].count(True) == 1
+    numbers = [f"alpha {each.alpha:g}: {shown(each.gain)}" for each in pair.measured if each.half == "choose" and each.reward_model == MODELS[0]]  # fmt: skip
+    assert [all(number in text for number in numbers) for text in described].count(True) == 1
     words = page.texts["text"]  # text stays text in the figures
     assert {
         "alpha",
@@ -371,8 +378,8 @@ light = {{"matplotlib", "jinja2"}} & set(sys.modules)
 assert main(["report", {str(tmp_path)!r}]) == 0
 print(light, sorted({{"ray", "vllm", "transformers", "torch", "numba"}} & set(sys.modules)))
 """
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.splitlines()[-1] == "set() []"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout.splitlines()[-1] == "set() []"
 
 
 def manifest(alpha: float) -> dict[str, Any]:
@@ -388,20 +395,20 @@ def test_the_hub_reads_the_evaluation_from_the_card(results: Results) -> None:
     pair = pair_of(results, "zephyr-7b")
     card = hub.ModelCard(model_card(manifest(0.4), pair))
     data = cast("hub.ModelCardData", card.data)
-    found = cast("list[hub.EvalResult]", data.eval_results)
+    evaluations = cast("list[hub.EvalResult]", data.eval_results)
     assert data.model_name == "zephyr-7b, alpha 0.4"
-    assert {one.task_type for one in found} == {"text-generation"}
-    values = {(one.dataset_split, one.metric_name): one for one in found}
+    assert {each.task_type for each in evaluations} == {"text-generation"}
+    values = {(each.dataset_split, each.metric_name): each for each in evaluations}
     for half in ("choose", "confirm"):
         for model in MODELS:
-            one = measured(pair, 0.4, half, model)
+            measurement = measured(pair, 0.4, half, model)
             gain = values[half, f"Gain in reward over dpo, {model}"]
-            assert gain.metric_value == one.gain.mean
-            assert gain.metric_args == {"low": one.gain.low, "high": one.gain.high}
-            assert gain.dataset_args == {"num_prompts": one.prompts}
-            assert values[half, f"Win rate over dpo, {model}"].metric_value == one.win_rate
-            assert values[half, f"Mean reward, {model}"].metric_value == one.reward.mean
-    assert found[0].dataset_split == "confirm"  # the half to believe comes first
+            assert gain.metric_value == measurement.gain.mean
+            assert gain.metric_args == {"low": measurement.gain.low, "high": measurement.gain.high}
+            assert gain.dataset_args == {"num_prompts": measurement.prompts}
+            assert values[half, f"Win rate over dpo, {model}"].metric_value == measurement.win_rate
+            assert values[half, f"Mean reward, {model}"].metric_value == measurement.reward.mean
+    assert evaluations[0].dataset_split == "confirm"  # the half to believe comes first
     assert pair.reason in card.text
     assert shown(measured(pair, 0.4, "confirm", MODELS[1]).gain) in card.text
 
@@ -428,7 +435,7 @@ def test_a_browser_shows_the_whole_page_and_asks_nobody(
 ) -> None:
     url = Path(write_report(open_store(str(tmp_path)), results)).as_uri()
     tab.open(url, width)
-    tab.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
+    tab.evaluate("document.querySelectorAll('details').forEach(element => element.open = true)")
     tab.evaluate("document.body.offsetHeight")
     assert tab.requests == [url]
     assert tab.complaints == []
@@ -436,20 +443,20 @@ def test_a_browser_shows_the_whole_page_and_asks_nobody(
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
     # Nothing but what scrolls inside its own box reaches past the window.
     assert tab.evaluate(
-        "[...document.body.querySelectorAll('*')].filter(one => !one.closest('.scroll, pre') || one.matches('.scroll, pre'))"
-        f".filter(one => one.getBoundingClientRect().right > {width} + 0.5).map(one => one.outerHTML.slice(0, 200))"
+        "[...document.body.querySelectorAll('*')].filter(element => !element.closest('.scroll, pre') || element.matches('.scroll, pre'))"
+        f".filter(element => element.getBoundingClientRect().right > {width} + 0.5).map(element => element.outerHTML.slice(0, 200))"
     ) == []  # fmt: skip
     boxes = tab.evaluate(
-        "[...document.querySelectorAll('figure svg')].map(one => [one.getBoundingClientRect().width, one.getBoundingClientRect().height])"
+        "[...document.querySelectorAll('figure svg')].map(element => [element.getBoundingClientRect().width, element.getBoundingClientRect().height])"
     )
     assert len(boxes) == 12
     assert all(width_px >= 300 and height_px >= 200 for width_px, height_px in boxes)
     smallest = tab.evaluate(
-        "Math.min(...[...document.querySelectorAll('figure svg')].map(one => one.getBoundingClientRect().width / one.viewBox.baseVal.width)) * 11"
+        "Math.min(...[...document.querySelectorAll('figure svg')].map(element => element.getBoundingClientRect().width / element.viewBox.baseVal.width)) * 11"
     )
     assert smallest >= 9.5  # pixels of the figures' text
     assert tab.evaluate(
-        "[...document.querySelectorAll('table')].every(one => one.rows.length > 1 && one.offsetHeight > 50)"
+        "[...document.querySelectorAll('table')].every(element => element.rows.length > 1 && element.offsetHeight > 50)"
     )
     assert tab.evaluate("document.querySelectorAll('table').length") == 1 + 3 * 2 + 1
     answers = tab.evaluate("[...document.querySelectorAll('.answers')][0].querySelectorAll('pre').length")

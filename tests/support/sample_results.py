@@ -74,12 +74,12 @@ def _pair(
     alphas = [-1.0, -0.5, 0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8]
     alphas = sorted(
         {
-            *(one for one in alphas if one <= collapse * 1.6),
+            *(alpha for alpha in alphas if alpha <= collapse * 1.6),
             *((0.2828, 0.5657) if optimum < 2 else (4.525, 9.051)),
         }
     )
     alphas = (
-        [one for one in alphas if one <= collapse * 1.6]
+        [alpha for alpha in alphas if alpha <= collapse * 1.6]
         if decision
         else [-1.0, -0.5, 0.0, 0.1, 0.2, 0.2828, 0.4, 0.8]
     )
@@ -162,9 +162,9 @@ def _groups(measured: Sequence[Measurement]) -> Groups:
             GroupTrial(chosen, 512, Interval(0.24, 0.1, 0.39), ""),
         ),
         measured=tuple(
-            replace(one, gain=replace(one.gain, mean=one.gain.mean + 0.2, high=one.gain.high + 0.2))
-            for one in measured
-            if one.alpha == 4.525
+            replace(each, gain=replace(each.gain, mean=each.gain.mean + 0.2, high=each.gain.high + 0.2))
+            for each in measured
+            if each.alpha == 4.525
         ),
     )
 

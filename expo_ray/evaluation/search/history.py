@@ -34,7 +34,7 @@ class Rung:
 
 @dataclass(frozen=True)
 class Half:
-    """One half of a prompt set, and the scores on it.
+    """A half of the prompt set, and the scores on it.
 
     Attributes:
         num_prompts: of the half; 0 if there is none.
