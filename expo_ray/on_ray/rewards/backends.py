@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -67,24 +68,7 @@ class TransformersBackend:
         probe: Sequence[Sequence[int]] = (),
         allow_pickle: bool = False,
     ) -> None:
-        import torch
-        import transformers
-
-        transformers.utils.logging.disable_progress_bar()
-        auto: Any = transformers.AutoModelForSequenceClassification
-        self._model, loading = auto.from_pretrained(
-            folder,
-            dtype=getattr(torch, _TORCH_NAMES[dtype]),
-            output_loading_info=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=None if allow_pickle else True,
-        )
-        if missing := sorted(loading["missing_keys"]):
-            raise RewardError(
-                f"{folder}: transformers misses {first_few(missing)} and would take random numbers; give the folder of the trained "
-                "reward model"
-            )
+        self._model = _load_classifier(folder, dtype, allow_pickle=allow_pickle)
         self._device = "cuda" if cuda else "cpu"
         self._model.eval().to(self._device)
         self._config = self._model.config.get_text_config()
@@ -97,7 +81,7 @@ class TransformersBackend:
             head.register_forward_hook(lambda module, given, scores: self._heads.append(scores))
         self._padded = True
         self._settle(probe, TOLERANCE[dtype] if dtype != "fp32" else _SAME_SCORE)
-        self.name = f"transformers {transformers.__version__}, {dtype}, {self._attention} attention"
+        self.name = f"transformers {version('transformers')}, {dtype}, {self._attention} attention"
 
     @property
     def _attention(self) -> str:
@@ -165,6 +149,33 @@ class TransformersBackend:
             logits = self._heads[0][torch.arange(len(ids), device=self._device), lengths - 1]
         scores: list[float] = logits[:, 0].float().tolist()
         return scores
+
+
+def _load_classifier(folder: Path, dtype: str, *, allow_pickle: bool) -> Any:
+    """Load a classifier with `transformers`; no code of the model is run.
+
+    Raises:
+        RewardError: if weights are missing, which transformers would replace by random numbers.
+    """
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    auto: Any = transformers.AutoModelForSequenceClassification
+    model, loading = auto.from_pretrained(
+        folder,
+        dtype=getattr(torch, _TORCH_NAMES[dtype]),
+        output_loading_info=True,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=None if allow_pickle else True,
+    )
+    if missing := sorted(loading["missing_keys"]):
+        raise RewardError(
+            f"{folder}: transformers misses {first_few(missing)} and would take random numbers; give the folder of the trained "
+            "reward model"
+        )
+    return model
 
 
 def _has_soft_cap(config: Any) -> bool:

@@ -76,22 +76,7 @@ def serving(
     check_version()
     key_digest = _key_digest(settings.api_key_env)
     on_gpu = _on_gpu(settings)
-    slots = slots_of(settings, on_gpu)
-    cpus, threads = _cpus_of_worker(settings, len(pairs) + len(models))
-
-    def deploy(server: type[ModelServer], name: str, **arguments: Any) -> serve.Application:
-        config = engine_config(name, settings, on_gpu, cpus, threads, for_pair=server is PairServer)
-        # The name that Ray makes is the same for a.b and a_b.
-        named = {"name": f"{server.__name__}:{name}"}
-        return build_llm_deployment(
-            config, bind_kwargs=arguments, deployment_cls=server, override_serve_options=named
-        )
-
-    deployments = {plan.name: deploy(PairServer, plan.name, plan=plan) for plan in pairs}
-    for model in models:
-        deployments[model.name] = deploy(
-            ModelServer, model.name, fetch=partial(download_model, model.uri), weights=hash_listing(model)
-        )
+    deployments = _engine_deployments(pairs, models, settings, on_gpu)
     ingress = serve.deployment(
         name="ingress",
         num_replicas=1,
@@ -106,9 +91,31 @@ def serving(
         with _running(ingress.bind(deployments=deployments, pairs=alphas), name, prefix):
             yield Endpoint(
                 url,
-                QUEUE * slots * settings.replicas * len(deployments),
+                QUEUE * slots_of(settings, on_gpu) * settings.replicas * len(deployments),
                 settings.api_key_env or KEY_VARIABLE,
             )
+
+
+def _engine_deployments(
+    pairs: Sequence[PairPlan], models: Sequence[PublishedModel], settings: Serving, on_gpu: bool
+) -> dict[str, serve.Application]:
+    """Make a deployment of engines for each pair and model, by its name; nothing is started."""
+    cpus, threads = _cpus_of_worker(settings, len(pairs) + len(models))
+
+    def deployment(server: type[ModelServer], name: str, **arguments: Any) -> serve.Application:
+        config = engine_config(name, settings, on_gpu, cpus, threads, for_pair=server is PairServer)
+        # The name that Ray makes is the same for a.b and a_b.
+        named = {"name": f"{server.__name__}:{name}"}
+        return build_llm_deployment(
+            config, bind_kwargs=arguments, deployment_cls=server, override_serve_options=named
+        )
+
+    deployments = {plan.name: deployment(PairServer, plan.name, plan=plan) for plan in pairs}
+    for model in models:
+        deployments[model.name] = deployment(
+            ModelServer, model.name, fetch=partial(download_model, model.uri), weights=hash_listing(model)
+        )
+    return deployments
 
 
 def hash_listing(model: PublishedModel) -> str:
