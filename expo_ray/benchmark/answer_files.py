@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
-import io
-import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from expo_ray.errors import BenchmarkError, PromptError
-from expo_ray.storage import open_store, split_file
+from expo_ray.benchmark.row_files import parse_rows, read_unpacked
+from expo_ray.errors import PromptError
 from expo_ray.text import first_few, shown
-from expo_ray.untrusted import kind_of, parse_json
+from expo_ray.untrusted import kind_of
 
-MOST_BYTES = 256 * 2**20
 _MOST_PROBLEMS = 20
 
 
@@ -43,7 +39,8 @@ def read_answer_set(uri: str, instructions: Sequence[str] = ()) -> AnswerSet:
         instructions: list that `index` points into, for files whose rows have an `index` instead of an instruction.
 
     Raises:
-        PromptError: with all bad rows.
+        BenchmarkError: if a row is not JSON, or the file is damaged or too large.
+        PromptError: with all other bad rows.
         StorageError: if the file cannot be read.
     """
     return parse_answer_set(parse_rows(read_unpacked(uri), uri), uri, instructions)
@@ -82,80 +79,6 @@ def parse_answer_set(
         raise PromptError(f"{source}: {len(wrong)} bad row(s), correct or remove them:\n    {listed}{more}")
     name = next(iter(names)) or source.rstrip("/").rpartition("/")[2].partition(".")[0]
     return AnswerSet(name, outputs, source, datasets)
-
-
-def read_unpacked(uri: str) -> bytes:
-    """Read a whole file of any store, unpacked if it is gzip.
-
-    Raises:
-        BenchmarkError: if it is larger than 256 MiB, or damaged.
-        StorageError: if it cannot be read.
-    """
-    folder, name = split_file(uri)
-    data = open_store(folder).read(name)
-    if data[:2] != b"\x1f\x8b":
-        return data
-    try:
-        with gzip.GzipFile(fileobj=io.BytesIO(data)) as packed:
-            unpacked = packed.read(MOST_BYTES + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise BenchmarkError(f"{uri}: is not whole ({shown(error)}); fetch it again") from error
-    if len(unpacked) > MOST_BYTES:
-        raise BenchmarkError(f"{uri}: unpacks to more than {MOST_BYTES} bytes; give the right file")
-    return unpacked
-
-
-def parse_rows(data: bytes, source: str) -> list[tuple[str, Any]]:
-    """The rows of a JSON list or of JSON lines, each with its place.
-
-    Raises:
-        PromptError: if it is neither.
-    """
-    remedy = "give a list of rows as alpaca-eval writes it, or one row a line"
-    if data.lstrip()[:1] == b"[":
-        rows = parse_json(
-            data, source, most_bytes=MOST_BYTES, error=PromptError, remedy=remedy, surrogates=True
-        )
-        if not isinstance(rows, list):
-            raise PromptError(f"{source}: a JSON {kind_of(rows)} instead of a list; {remedy}")
-        return [(f"row {number}", row) for number, row in enumerate(rows, start=1)]
-    # Not splitlines(): texts hold U+2028 and its like.
-    return [
-        (
-            f"line {number}",
-            parse_json(
-                line,
-                f"{source} line {number}",
-                most_bytes=MOST_BYTES,
-                error=PromptError,
-                remedy=remedy,
-                surrogates=True,
-            ),
-        )
-        for number, line in enumerate(data.split(b"\n"), start=1)
-        if line.strip()
-    ]
-
-
-def read_instructions(rows: Iterable[tuple[str, Any]], source: str) -> list[str]:
-    """The instructions of a benchmark in their own order, from rows with `instruction` and perhaps `index`.
-
-    Raises:
-        PromptError: if a row has none, or the indexes do not count from 0.
-    """
-    placed: dict[int, str] = {}
-    for number, (place, row) in enumerate(rows):
-        if not isinstance(row, Mapping) or not isinstance(row.get("instruction"), str):
-            raise PromptError(
-                f"{source} {place}: no `instruction`; give the benchmark's list of instructions"
-            )
-        index = row.get("index", number)
-        if type(index) is not int or index in placed:
-            raise PromptError(f"{source} {place}: index {shown(index)} is not a place of its own")
-        placed[index] = row["instruction"]
-    if sorted(placed) != list(range(len(placed))):
-        raise PromptError(f"{source}: the indexes of its {len(placed)} rows do not count from 0")
-    return [placed[index] for index in range(len(placed))]
 
 
 def _problem_of(row: Any, instructions: Sequence[str]) -> str:

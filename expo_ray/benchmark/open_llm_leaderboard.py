@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from expo_ray.benchmark.judges.verdicts import is_number
+from expo_ray.benchmark.row_files import is_number
 from expo_ray.errors import BenchmarkError, ExpoError, Problems, problems_of
 from expo_ray.storage import FileInfo, Store, open_store
 from expo_ray.text import shown

@@ -1,17 +1,22 @@
-"""Files with a row of JSON for each judgment, which somebody else wrote: every problem in them is reported at once."""
+"""Read files of JSON rows that other programs wrote: a list or a row a line, perhaps packed, in any store."""
 
 from __future__ import annotations
 
+import gzip
+import io
+import math
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
-from expo_ray.benchmark.answer_files import MOST_BYTES, read_unpacked
 from expo_ray.errors import BenchmarkError
-from expo_ray.text import shown
+from expo_ray.storage import open_store, split_file
+from expo_ray.text import first_few, shown
 from expo_ray.untrusted import kind_of, parse_json
 
-_AGAIN = "give a JSON list of rows, or one row a line"
+MOST_BYTES = 256 * 2**20
+_REMEDY = "give a JSON list of rows, or one row a line"
 _MOST_SHOWN = 5
 
 
@@ -22,6 +27,40 @@ class RowFile:
     source: str
     rows: tuple[tuple[str, Mapping[str, Any]], ...]
     problems: tuple[BenchmarkError, ...]
+
+
+def read_unpacked(uri: str) -> bytes:
+    """Read a whole file of any store, unpacked if it is gzip.
+
+    Raises:
+        BenchmarkError: if it is larger than 256 MiB, or damaged.
+        StorageError: if it cannot be read.
+    """
+    folder, name = split_file(uri)
+    data = open_store(folder).read(name)
+    if data[:2] != b"\x1f\x8b":
+        return data
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(data)) as packed:
+            unpacked = packed.read(MOST_BYTES + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise BenchmarkError(f"{uri}: is not whole ({shown(error)}); fetch it again") from error
+    if len(unpacked) > MOST_BYTES:
+        raise BenchmarkError(f"{uri}: unpacks to more than {MOST_BYTES} bytes; give the right file")
+    return unpacked
+
+
+def parse_rows(data: bytes, source: str) -> list[tuple[str, Any]]:
+    """Parse a JSON list or JSON lines into rows, each with its place in the file.
+
+    Raises:
+        BenchmarkError: for the first row that is not JSON.
+    """
+    rows = list(_parse_each(data, source))
+    for _, row in rows:
+        if isinstance(row, BenchmarkError):
+            raise row
+    return rows
 
 
 def read_row_file(uri: str) -> RowFile:
@@ -36,8 +75,8 @@ def read_row_file(uri: str) -> RowFile:
     """
     data = read_unpacked(uri).removeprefix(b"\xef\xbb\xbf")  # an editor's byte order mark
     if not data.strip():
-        raise BenchmarkError(f"{uri}: is empty; {_AGAIN}")
-    values = list(_in_list(data, uri) if data.lstrip()[:1] == b"[" else _in_lines(data, uri))
+        raise BenchmarkError(f"{uri}: is empty; {_REMEDY}")
+    values = list(_parse_each(data, uri))
     rows = tuple((place, value) for place, value in values if isinstance(value, Mapping))
     faults = [fault for _, fault in values if isinstance(fault, BenchmarkError)]
     others = [
@@ -46,28 +85,31 @@ def read_row_file(uri: str) -> RowFile:
     problems = faults[:_MOST_SHOWN]
     if len(faults) > _MOST_SHOWN:
         problems.append(
-            BenchmarkError(f"{uri}: {len(faults) - _MOST_SHOWN} more lines are not JSON; {_AGAIN}")
+            BenchmarkError(f"{uri}: {len(faults) - _MOST_SHOWN} more lines are not JSON; {_REMEDY}")
         )
     if others:
-        problems.append(BenchmarkError(f"{uri}: not a JSON object in {places(others)}; {_AGAIN}"))
+        problems.append(BenchmarkError(f"{uri}: not a JSON object in {first_places(others)}; {_REMEDY}"))
     if not rows and not problems:
-        raise BenchmarkError(f"{uri}: holds no rows; {_AGAIN}")
+        raise BenchmarkError(f"{uri}: holds no rows; {_REMEDY}")
     return RowFile(uri, rows, tuple(problems))
 
 
-def places(names: Iterable[str], shown_at_most: int = _MOST_SHOWN) -> str:
-    """The first few places, and how many more there are."""
-    listed = list(names)
-    more = f" and {len(listed) - shown_at_most} more" if len(listed) > shown_at_most else ""
-    return ", ".join(shown(name, 60) for name in listed[:shown_at_most]) + more
+def first_places(names: Iterable[str]) -> str:
+    """The first few places or names, and the number of the others."""
+    return first_few([shown(name, 60) for name in names])
 
 
-def _in_list(data: bytes, uri: str) -> Iterable[tuple[str, Any]]:
-    return ((f"row {number}", row) for number, row in enumerate(_parsed(data, uri), start=1))
+def is_number(value: object) -> TypeGuard[int | float]:
+    """True for a finite number of JSON; `true` is not a number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _in_lines(data: bytes, uri: str) -> Iterable[tuple[str, Any]]:
-    # Not splitlines(): texts hold U+2028 and its like.
+def _parse_each(data: bytes, uri: str) -> Iterable[tuple[str, Any]]:
+    """Place and value of each row; the value is a `BenchmarkError` if a line is not JSON."""
+    if data.lstrip()[:1] == b"[":
+        yield from ((f"row {number}", row) for number, row in enumerate(_parsed(data, uri), start=1))
+        return
+    # Not splitlines(): texts hold U+2028 and similar line ends.
     for number, line in enumerate(data.split(b"\n"), start=1):
         if line.strip():
             try:
@@ -82,6 +124,6 @@ def _parsed(data: bytes, source: str) -> Any:
         source,
         most_bytes=MOST_BYTES,
         error=BenchmarkError,
-        remedy=_AGAIN,
+        remedy=_REMEDY,
         surrogates=True,
     )

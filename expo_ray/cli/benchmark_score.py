@@ -28,7 +28,7 @@ from expo_ray.benchmark.head_to_head import head_to_head
 from expo_ray.benchmark.judges.verdicts import Verdicts
 from expo_ray.benchmark.mt_bench.ratings import ModelRatings, compare_ratings, read_ratings, score_ratings
 from expo_ray.benchmark.open_llm_leaderboard import TASKS, ModelTasks, read_lm_eval_results
-from expo_ray.benchmark.row_files import places, read_row_file
+from expo_ray.benchmark.row_files import first_places, read_row_file
 from expo_ray.benchmark.tables import (
     arm_json,
     arms_table,
@@ -168,7 +168,7 @@ def _read_pairs(files: Sequence[str]) -> list[Verdicts]:
             pairs.append(read_annotations(file, prompts, allow_missing=True).verdicts)
     judges = {pair.judge for pair in pairs}
     if len(judges) > 1:
-        names = places({judge or "unnamed" for judge in judges})
+        names = first_places({judge or "unnamed" for judge in judges})
         problems.add(
             BenchmarkError(
                 f"pairs of {len(judges)} judges ({names}) are not comparable; give those of one judge"

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from expo_ray.benchmark.answer_checks import Answer
-from expo_ray.benchmark.judges.verdicts import Verdicts, is_number
-from expo_ray.benchmark.row_files import places, read_row_file
+from expo_ray.benchmark.judges.verdicts import Verdicts
+from expo_ray.benchmark.row_files import first_places, is_number, read_row_file
 from expo_ray.errors import BenchmarkError, Problems
 from expo_ray.text import shown
 
@@ -72,7 +72,9 @@ def read_annotations(uri: str, prompts: Sequence[str], *, allow_missing: bool = 
     file = read_row_file(uri)
     placed = _place(file.rows, {prompt: at for at, prompt in enumerate(prompts)})
     problems = [*file.problems]
-    problems += [BenchmarkError(f"{uri}: {places(where)}: {what}") for what, where in placed.wrong.items()]
+    problems += [
+        BenchmarkError(f"{uri}: {first_places(where)}: {what}") for what, where in placed.wrong.items()
+    ]
     names, more = _names_of(file.rows, uri)
     problems += more
     model = names.get("generator_2") or _SUFFIX.sub("", uri.rpartition("/")[2])
@@ -149,7 +151,7 @@ def _names_of(
         if len(seen) > 1:
             problems.append(
                 BenchmarkError(
-                    f"{uri}: {'two' if len(seen) == 2 else len(seen)} {what}: {places(seen)}; give a file for each"
+                    f"{uri}: {'two' if len(seen) == 2 else len(seen)} {what}: {first_places(seen)}; give a file for each"
                 )
             )
         names[key] = next(iter(seen), "")
@@ -164,14 +166,14 @@ def _incomplete(model: str, placed: _Placed, prompts: Sequence[str]) -> list[Ben
     if missing:
         problems.append(
             BenchmarkError(
-                f"{shown(model)}: no annotation for {len(missing)} of {len(prompts)} prompts (prompt {places(missing)}, "
+                f"{shown(model)}: no annotation for {len(missing)} of {len(prompts)} prompts (prompt {first_places(missing)}, "
                 f"counted from 0), so that the score is not the benchmark's; {remedy}"
             )
         )
     if len(unparsed) > _MOST_UNPARSED * len(prompts):
         problems.append(
             BenchmarkError(
-                f"{shown(model)}: no verdict in {len(unparsed)} of {len(placed.rows)} annotations ({places(unparsed)}), more than "
+                f"{shown(model)}: no verdict in {len(unparsed)} of {len(placed.rows)} annotations ({first_places(unparsed)}), more than "
                 f"{_MOST_UNPARSED:.0%}; {remedy}"
             )
         )

@@ -12,9 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from expo_ray.benchmark.alpaca_eval.length_control import GamedRows, LengthControl
-from expo_ray.benchmark.answer_files import read_unpacked
-from expo_ray.benchmark.judges.verdicts import is_number
-from expo_ray.benchmark.row_files import read_row_file
+from expo_ray.benchmark.row_files import is_number, read_row_file, read_unpacked
 from expo_ray.errors import BenchmarkError, ExpoError, Problems, problems_of
 from expo_ray.evaluation.statistics import Array
 from expo_ray.storage import join_uri, open_store

@@ -19,7 +19,7 @@ from expo_ray.benchmark.alpaca_eval.covariates import Covariates, load_covariate
 from expo_ray.benchmark.alpaca_eval.length_control import LengthControl, rejudged_control
 from expo_ray.benchmark.alpaca_eval.win_rates import ArmDifference, ArmScore, compare_arms, score_arm
 from expo_ray.benchmark.answer_checks import Answer, AnswerChecks, check_answers
-from expo_ray.benchmark.answer_files import AnswerSet, parse_answer_set, parse_rows, read_answer_set
+from expo_ray.benchmark.answer_files import AnswerSet, parse_answer_set, read_answer_set
 from expo_ray.benchmark.downloads import (
     ALPACA_BASELINE,
     ALPACA_CONCISE,
@@ -51,6 +51,7 @@ from expo_ray.benchmark.judges.pairwise import (
 )
 from expo_ray.benchmark.judges.reliability import JudgeCard, read_judge_card
 from expo_ray.benchmark.judges.verdicts import Judgment, verdicts_of
+from expo_ray.benchmark.row_files import parse_rows
 from expo_ray.config.fields import LengthControlKind
 from expo_ray.errors import BenchmarkError, Collected, ExpoError
 from expo_ray.progress import Counters

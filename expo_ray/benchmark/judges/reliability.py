@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from expo_ray.benchmark.answer_files import AnswerSet, parse_rows, read_unpacked
+from expo_ray.benchmark.answer_files import AnswerSet
 from expo_ray.benchmark.downloads import GPT4_VERDICTS, fetch_public_file
 from expo_ray.benchmark.judges.ask_judge import AnswerStore, JudgeAnswer, Question
 from expo_ray.benchmark.judges.judge import Judge, mass_on_names
@@ -25,7 +25,8 @@ from expo_ray.benchmark.judges.pairwise import (
     questions_of,
     read_template,
 )
-from expo_ray.benchmark.judges.verdicts import Judgment, is_number
+from expo_ray.benchmark.judges.verdicts import Judgment
+from expo_ray.benchmark.row_files import is_number, parse_rows, read_unpacked
 from expo_ray.errors import BenchmarkError, NotFound
 from expo_ray.evaluation.statistics import Array
 from expo_ray.storage import Store

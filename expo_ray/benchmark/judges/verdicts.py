@@ -6,7 +6,6 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -133,11 +132,6 @@ def verdicts_of(judgments: Iterable[Judgment], prompts: Sequence[str]) -> Verdic
         lengths=np.array([row.length_2 for row in first], np.float64),
         opponent_lengths=np.array([row.length_1 for row in first], np.float64),
     )
-
-
-def is_number(value: object) -> TypeGuard[int | float]:
-    """Check for a finite number of JSON; `true` is none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _mean_win(rows: Sequence[Judgment]) -> float:

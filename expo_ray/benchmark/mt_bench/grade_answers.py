@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from expo_ray.benchmark.answer_files import parse_rows, read_unpacked
 from expo_ray.benchmark.downloads import (
     MT_BENCH_PROMPTS,
     MT_BENCH_QUESTIONS,
@@ -18,6 +17,7 @@ from expo_ray.benchmark.downloads import (
 from expo_ray.benchmark.judges.ask_judge import JudgeAnswer, Question, question_id
 from expo_ray.benchmark.judges.judge import Judge, rating_from
 from expo_ray.benchmark.judges.prompt_templates import Template
+from expo_ray.benchmark.row_files import parse_rows, read_unpacked
 from expo_ray.errors import BenchmarkError, NotFound, PromptError
 from expo_ray.storage import join_uri
 from expo_ray.text import first_few, shown
@@ -107,7 +107,8 @@ def read_chat_answers(uri: str, bench: MtBench) -> ChatAnswers:
     """Read FastChat's model answers, as `expo-ray respond --format mt-bench` writes them; the first choice of each counts.
 
     Raises:
-        PromptError: with all bad rows, two answer sets in one file, and questions without an answer.
+        BenchmarkError: if a row is not JSON, or the file is damaged or too large.
+        PromptError: with all other bad rows, two answer sets in one file, and questions without an answer.
     """
     turns: dict[int, Sequence[str]] = {}
     names: dict[str, None] = {}

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from expo_ray.benchmark.intervals import Estimate, Refit, difference, estimate
-from expo_ray.benchmark.judges.verdicts import is_number
-from expo_ray.benchmark.row_files import places, read_row_file
+from expo_ray.benchmark.row_files import first_places, is_number, read_row_file
 from expo_ray.config.fields import DuplicatePolicy
 from expo_ray.errors import BenchmarkError, ExpoError, Problems, problems_of
 from expo_ray.evaluation.statistics import Array
@@ -112,12 +111,14 @@ def read_ratings(uris: Sequence[str], duplicates: DuplicatePolicy = "refuse") ->
         for place, _, fault in rows:
             if fault:
                 faulty[fault].append(place.removeprefix(f"{uri} "))
-        problems += [BenchmarkError(f"{uri}: {places(where)}: {what}") for what, where in faulty.items()]
+        problems += [
+            BenchmarkError(f"{uri}: {first_places(where)}: {what}") for what, where in faulty.items()
+        ]
     judges = Counter(rating.judge for rating in ratings)
     if len(judges) > 1:
         problems.append(
             BenchmarkError(
-                f"ratings of {len(judges)} judges ({places(judges)}) are not comparable; give those of one"
+                f"ratings of {len(judges)} judges ({first_places(judges)}) are not comparable; give those of one"
             )
         )
     if duplicates == "refuse":
