@@ -70,7 +70,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     job = yaml.safe_load((folder / "job.yaml").read_text().replace("FOLDER", str(folder)))
     for run in ("finished", "cut"):
         (folder / f"{run}.yaml").write_text(yaml.safe_dump(job | {"output": str(folder / run)}))
+    # Where this process and the actors look for the reward function.
     monkeypatch.syspath_prepend(str(BEFORE))
+    monkeypatch.chdir(BEFORE)
     return folder
 
 
@@ -97,13 +99,14 @@ def rows(run: Path, kind: str) -> Counter[tuple[str, str, int]]:
     )
 
 
-def without_times(results: Path, folder: Path) -> dict[str, Any]:
-    """`results.json` but for the time of the run, and for the folder that it was made in."""
-    report = json.loads(results.read_text())
-    made_in = str(Path(report["output"]).parent)
-    report = json.loads(results.read_text().replace(made_in, str(folder)))
-    kept = {key: value for key, value in report.items() if key not in {"created", "versions", "cost"}}
-    return kept | {"generations": report["cost"]["generations"]}
+def without_times(results: Path, *folders: str) -> dict[str, Any]:
+    """`results.json` but for the time of the run, and for the folders that it was made and done again in."""
+    text = results.read_text()
+    for folder in folders:
+        text = text.replace(folder, "FOLDER")
+    content = json.loads(text)
+    kept = {key: value for key, value in content.items() if key not in {"created", "versions", "cost"}}
+    return kept | {"generations": content["cost"]["generations"]}
 
 
 @pytest.mark.parametrize("parents", [False, True], ids=["files alone", "against its parents"])
@@ -161,7 +164,8 @@ def test_keys_are_those_of_the_stored_runs_wherever_they_lie(folder: Path) -> No
 @pytest.mark.ray
 def test_a_finished_run_is_done_again_from_what_is_stored(folder: Path) -> None:
     run = folder / "finished"
-    before, results = contents(run), without_times(run / "results.json", folder)
+    made_in = str(Path(json.loads((run / "results.json").read_text())["output"]).parent)
+    before, results = contents(run), without_times(run / "results.json", made_in)
     with RayBox() as box:
         path = f"{box.environment['PYTHONPATH']}:{BEFORE}"
         process = box.run("expo-ray", "run", str(folder / "finished.yaml"), PYTHONPATH=path)
@@ -169,7 +173,7 @@ def test_a_finished_run_is_done_again_from_what_is_stored(folder: Path) -> None:
         assert process.wait() == 0, process.stderr
         assert "engine" not in process.stderr  # none is started: no prompt is asked
     assert contents(run) == before  # no response, reward or shard is added
-    assert without_times(run / "results.json", folder) == results
+    assert without_times(run / "results.json", made_in, str(folder)) == results
 
 
 @contextlib.contextmanager
