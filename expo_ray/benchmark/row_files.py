@@ -22,7 +22,13 @@ _MOST_SHOWN = 5
 
 @dataclass(frozen=True)
 class RowFile:
-    """The rows of a file that are JSON objects, each with its place, and what is wrong with the others."""
+    """The rows of a file.
+
+    Attributes:
+        source: path or URI of the file.
+        rows: those that are JSON objects, each with its place in the file.
+        problems: faults of the other rows.
+    """
 
     source: str
     rows: tuple[tuple[str, Mapping[str, Any]], ...]
@@ -64,13 +70,13 @@ def parse_rows(data: bytes, source: str) -> list[tuple[str, Any]]:
 
 
 def read_row_file(uri: str) -> RowFile:
-    """Read a JSON list of objects or JSON lines, either also as .gz.
+    """Read a JSON list of objects or JSON lines, packed or not; faulty rows are reported in the result.
 
     Args:
         uri: a file in any store.
 
     Raises:
-        BenchmarkError: if it holds no row at all, or is a list that is not JSON.
+        BenchmarkError: if the file has no rows, or is a list that is not JSON.
         StorageError: if it cannot be read.
     """
     data = read_unpacked(uri).removeprefix(b"\xef\xbb\xbf")  # an editor's byte order mark

@@ -195,7 +195,7 @@ def _read_headers(
     if pickled:
         from expo_ray.checkpoint.torch_zip import read_torch_zip as read  # imports torch
 
-    def attempt(info: FileInfo) -> dict[str, Tensor] | ExpoError:
+    def read_or_error(info: FileInfo) -> dict[str, Tensor] | ExpoError:
         try:
             refuse_fault(store, info)
             return read(store, info)
@@ -204,7 +204,7 @@ def _read_headers(
 
     headers: dict[str, dict[str, Tensor]] = {}
     with ThreadPoolExecutor(_HEADERS_AT_ONCE) as pool:
-        for info, header in zip(infos, pool.map(attempt, infos), strict=True):
+        for info, header in zip(infos, pool.map(read_or_error, infos), strict=True):
             if isinstance(header, ExpoError):
                 problems.append(header)
             else:

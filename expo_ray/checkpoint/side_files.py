@@ -214,14 +214,14 @@ def _open_all(
 ) -> Iterator[tuple[str, bytes | None, ExpoError | None]]:
     """Open files in threads; yields key, content if the file may name others, and the problem if it cannot be opened."""
 
-    def attempt(info: FileInfo) -> tuple[str, bytes | None, ExpoError | None]:
+    def open_or_error(info: FileInfo) -> tuple[str, bytes | None, ExpoError | None]:
         try:
             return info.key, _open(store, info), None
         except (CheckpointError, StorageError) as error:
             return info.key, None, error
 
     with ThreadPoolExecutor(_PROBES_AT_ONCE, "side-files") as pool:
-        yield from pool.map(attempt, infos)
+        yield from pool.map(open_or_error, infos)
 
 
 def _open(store: Store, info: FileInfo) -> bytes | None:

@@ -163,14 +163,14 @@ def prepare_alpaca(request: AlpacaRequest) -> PreparedAlpaca:
     problems = Collected()
     with problems.catching():
         store = open_output(request.output)
-    covariates, notes = _covariates(request, problems)
+    covariates, notes = _load_covariates(request, problems)
     prompts = covariates.prompts if covariates else ()
     other: AnswerSet | None = None
     with problems.catching():
         model = read_answer_set(request.outputs, prompts)
     with problems.catching():
         other = read_answer_set(request.against, prompts) if request.against else None
-    baseline = _baseline(request, prompts, problems, notes)
+    baseline = _load_baseline(request, prompts, problems, notes)
     problems.raise_any()
     if other is not None and other.name == model.name:
         other = replace(other, name=f"{other.name} (against)")
@@ -179,10 +179,10 @@ def prepare_alpaca(request: AlpacaRequest) -> PreparedAlpaca:
     if not baseline or not set(model.outputs) <= set(prompts):
         covariates = None
     prepared = PreparedAlpaca(request, store, (), None, (), covariates, notes)
-    return _matched(prepared, model, other, baseline)
+    return _align_all(prepared, model, other, baseline)
 
 
-def _matched(
+def _align_all(
     prepared: PreparedAlpaca, model: AnswerSet, other: AnswerSet | None, baseline: AnswerSet | None
 ) -> PreparedAlpaca:
     """List the matchups: align the outputs of each two models by instruction."""
@@ -193,36 +193,37 @@ def _matched(
     if baseline:
         for arm in filter(None, [model, other]):
             with problems.catching():
-                arms.append(_match(request, baseline, arm, order))
+                arms.append(_matchup(request, baseline, arm, order))
     with problems.catching():
-        direct = _match(request, other, model, "both") if other else None
+        direct = _matchup(request, other, model, "both") if other else None
     problems.raise_any()
     gamed: list[Matchup] = []
     if baseline and covariates and request.length_control != "official":
         for file in (ALPACA_CONCISE, ALPACA_VERBOSE):
             with problems.catching():
-                gamed.append(_gamed_match(request, file, covariates, baseline, order))
+                gamed.append(_gamed_matchup(request, file, covariates, baseline, order))
         problems.raise_any()
     return replace(prepared, arms=arms, direct=direct, gamed=gamed)
 
 
-def _match(request: AlpacaRequest, baseline: AnswerSet, model: AnswerSet, order: Orders) -> Matchup:
+def _matchup(request: AlpacaRequest, baseline: AnswerSet, model: AnswerSet, order: Orders) -> Matchup:
     sides = align(baseline, model, allow_missing=request.allow_missing)
     comparisons = comparisons_of(request.judge, read_template(request.judge), sides, order)
     return Matchup(f"{model.name} against {baseline.name}", sides, comparisons)
 
 
-def _gamed_match(
+def _gamed_matchup(
     request: AlpacaRequest, file: PublicFile, covariates: Covariates, baseline: AnswerSet, order: Orders
 ) -> Matchup:
-    answers = _gamed_answers(request.covariates, file, covariates.prompts)
+    answers = _load_gamed_answers(request.covariates, file, covariates.prompts)
     common = {
         instruction: text for instruction, text in answers.outputs.items() if instruction in baseline.outputs
     }
-    return _match(replace(request, allow_missing=True), baseline, replace(answers, outputs=common), order)
+    return _matchup(replace(request, allow_missing=True), baseline, replace(answers, outputs=common), order)
 
 
-def _gamed_answers(folder: str | None, file: PublicFile, prompts: Sequence[str]) -> AnswerSet:
+def _load_gamed_answers(folder: str | None, file: PublicFile, prompts: Sequence[str]) -> AnswerSet:
+    """Read the answers of a gamed baseline from the folder of covariates, or download them."""
     if folder is not None:
         keys = {info.key for info in open_store(folder).list()}
         stem = file.name.removesuffix(".json")
@@ -232,9 +233,10 @@ def _gamed_answers(folder: str | None, file: PublicFile, prompts: Sequence[str])
     return parse_answer_set(parse_rows(fetch_public_file(file), file.url), file.url, prompts)
 
 
-def _baseline(
+def _load_baseline(
     request: AlpacaRequest, prompts: Sequence[str], problems: Collected, notes: list[str]
 ) -> AnswerSet | None:
+    """Read the baseline's answers, or download AlpacaEval's; head to head needs none, so a failed download is then only a note."""
     if request.baseline is not None:
         with problems.catching():
             return read_answer_set(request.baseline, prompts)
@@ -251,7 +253,7 @@ def _baseline(
         return None
 
 
-def _covariates(request: AlpacaRequest, problems: Collected) -> tuple[Covariates | None, list[str]]:
+def _load_covariates(request: AlpacaRequest, problems: Collected) -> tuple[Covariates | None, list[str]]:
     """Load the covariates unless they are not wanted; without them, the notes say why."""
     if request.length_control == "none":
         return None, []
@@ -306,7 +308,7 @@ def score_alpaca_answers(prepared: PreparedAlpaca, judged: Judged) -> AlpacaResu
         BenchmarkError: if fewer than two prompts hold a verdict.
     """
     request = prepared.request
-    control = _control(prepared, judged)
+    control = _length_control(prepared, judged)
     prompts = _prompts(prepared)
     arms = [
         score_arm(verdicts_of(_judgments(request, arm, judged.answers), prompts), control)
@@ -324,13 +326,13 @@ def score_alpaca_answers(prepared: PreparedAlpaca, judged: Judged) -> AlpacaResu
         compare_arms(arms[0], arms[1], control) if len(arms) > 1 else None,
         direct,
         control.kind if control else "none",
-        _checks(prepared),
+        _check_all_answers(prepared),
         read_judge_card(prepared.store, request.judge),
         sum(judged.answers[key].cost for key in used),
     )
 
 
-def _checks(prepared: PreparedAlpaca) -> dict[str, AnswerChecks]:
+def _check_all_answers(prepared: PreparedAlpaca) -> dict[str, AnswerChecks]:
     """Check each model's answers against the baseline's, or without a baseline against the other model's."""
     checks = {}
     for matchup in [*prepared.arms, *filter(None, [prepared.direct])]:
@@ -355,7 +357,7 @@ def write_annotations(prepared: PreparedAlpaca, judged: Judged) -> list[str]:
     return paths
 
 
-def _control(prepared: PreparedAlpaca, judged: Judged) -> LengthControl | None:
+def _length_control(prepared: PreparedAlpaca, judged: Judged) -> LengthControl | None:
     if prepared.covariates is None or not prepared.arms:
         return None
     if prepared.request.length_control == "official":

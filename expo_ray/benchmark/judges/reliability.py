@@ -80,7 +80,7 @@ class JudgeCard:
     warnings: tuple[str, ...]
 
     def __str__(self) -> str:
-        """One line of figures, for the notes below a table."""
+        """Figures in a line, for the notes below a table."""
         mass = "" if self.mass is None else f", mass {self.mass:.3f}"
         return (
             f"judge {self.judge} ({self.protocol}), {self.prompts} prompts: agrees with GPT-4 in {self.agreement:.0%} "
