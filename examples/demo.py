@@ -132,7 +132,7 @@ def copy(source: Store, target: Store, key: str) -> None:
 
 
 def reply(folder: Path) -> str:
-    """What the model of a folder answers, greedily."""
+    """Greedy answer of the model in a folder."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()

