@@ -17,8 +17,8 @@ def run(job: Job, *, overwrite: bool, dry_run: bool) -> int:
     from expo_ray.progress import Progress
     from expo_ray.storage import open_store
 
-    plan = plan_every_pair(job, overwrite=overwrite)  # everything wrong with it, before anything starts
-    print(describe(plan), flush=True)
+    job_plan = plan_every_pair(job, overwrite=overwrite)  # everything wrong with it, before anything starts
+    print(describe(job_plan), flush=True)
     if dry_run:
         return 0
 
@@ -30,9 +30,8 @@ def run(job: Job, *, overwrite: bool, dry_run: bool) -> int:
         Progress("extrapolate", open_store(job.output)) as progress,
         OnRay(progress, device=job.device) as executor,
     ):
-        outcome = run_job(
-            plan, executor, progress
-        )  # shards in parallel, each model published when it is whole
+        # Shards in parallel; each model is published when it is whole.
+        outcome = run_job(job_plan, executor, progress)
         progress.finish(sorted(outcome.failures), published=len(outcome.published))
     return print_outcome(outcome)
 

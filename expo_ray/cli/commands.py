@@ -85,14 +85,14 @@ def _extrapolate(arguments: argparse.Namespace) -> int:
         else join_uri(arguments.output, f"alpha={format_alpha(alpha)}")
         for alpha in pair.alphas
     }
-    job = plan_job([pair], [outputs], overwrite=arguments.overwrite)
+    job_plan = plan_job([pair], [outputs], overwrite=arguments.overwrite)
     if arguments.dry_run:
-        print(with_flags(describe(job, workers=1, bandwidth=parse_bytes("1GB")), flags))
+        print(with_flags(describe(job_plan, workers=1, bandwidth=parse_bytes("1GB")), flags))
         return 0
-    for note in (note for plan in job.pairs for note in plan.notes):
+    for note in (note for plan in job_plan.pairs for note in plan.notes):
         print(f"note: {with_flags(note, flags)}", file=sys.stderr)
     with Progress("extrapolate") as progress, InThreads(progress, device=arguments.device) as executor:
-        outcome = run_job(job, executor, progress)
+        outcome = run_job(job_plan, executor, progress)
     return print_outcome(outcome, flags)
 
 

@@ -14,7 +14,7 @@ from expo_ray.text import shown_end
 WORKER_BYTES_PER_S = 500_000_000
 
 
-def describe(job: JobPlan, *, workers: int | None = None, bandwidth: int = WORKER_BYTES_PER_S) -> str:
+def describe(job_plan: JobPlan, *, workers: int | None = None, bandwidth: int = WORKER_BYTES_PER_S) -> str:
     """A table of the pairs and an estimate of the time.
 
     Args:
@@ -25,9 +25,9 @@ def describe(job: JobPlan, *, workers: int | None = None, bandwidth: int = WORKE
     head = ("pair", "tensors", "shards", "alphas", "read", "write", "there already")
     rows = [head]
     read_in_all = 0
-    for plan in job.pairs:
-        written = job.bytes_of(plan)
-        read = sum(shard.size for index, shard in enumerate(plan.shards) if job.missing(plan, index))
+    for plan in job_plan.pairs:
+        written = job_plan.bytes_of(plan)
+        read = sum(shard.size for index, shard in enumerate(plan.shards) if job_plan.missing(plan, index))
         read = round(plan.bytes_read * read / max(1, plan.bytes_written))
         read_in_all += read
         rows.append(
@@ -45,10 +45,10 @@ def describe(job: JobPlan, *, workers: int | None = None, bandwidth: int = WORKE
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
-    moved = read_in_all + job.bytes_to_write
+    moved = read_in_all + job_plan.bytes_to_write
     lines.append(
-        f"{len(job.pairs)} pair(s): {size_text(read_in_all)} to read, {size_text(job.bytes_to_write)} to write, about "
+        f"{len(job_plan.pairs)} pair(s): {size_text(read_in_all)} to read, {size_text(job_plan.bytes_to_write)} to write, about "
         f"{clock(ceil(moved / (workers * bandwidth)))} with {workers} worker(s) of {size_text(bandwidth)}/s"
     )
-    lines += [f"note: {plan.name}: {shown_end(note, 2000)}" for plan in job.pairs for note in plan.notes]
+    lines += [f"note: {plan.name}: {shown_end(note, 2000)}" for plan in job_plan.pairs for note in plan.notes]
     return "\n".join(lines)

@@ -180,7 +180,7 @@ def _side_file_notes(plan: PairPlan) -> list[str]:
     copied = [key for key, parent in plan.side_files.items() if key in parent.side_weights]
     if copied:
         notes.append(
-            f"{len(copied)} file(s) with weights of their own are copied as they are, and not extrapolated: "
+            f"{len(copied)} file(s) beside the model hold weights; they are copied and not extrapolated: "
             f"{first_few(list(map(shown, copied)))}"
         )
     return notes

@@ -103,16 +103,16 @@ def inspect_pairs(plans: Sequence[PairPlan]) -> tuple[JobPlan, dict[str, Excepti
     Returns:
         The job of those that can be written, and why others cannot, by name.
     """
-    job, failures = JobPlan((), {}), dict[str, Exception]()
+    job_plan, failures = JobPlan((), {}), dict[str, Exception]()
     for plan in plans:
         try:
             states = _inspect(plan, overwrite=False)
             if not all(state.published for state in states.values()):
                 refuse_replaced_parents(plan)
-            job = _with_space([*job.pairs, plan], {**job.states, **states})
+            job_plan = _with_space([*job_plan.pairs, plan], {**job_plan.states, **states})
         except ExpoError as error:
             failures[plan.name] = error
-    return job, failures
+    return job_plan, failures
 
 
 def _plan_and_inspect(
@@ -148,9 +148,9 @@ def _with_space(plans: Sequence[PairPlan], states: Mapping[tuple[str, float], Fo
     Raises:
         Problems: if a local disk has no room for what is to be written.
     """
-    job = JobPlan(tuple(plans), states)
+    job_plan = JobPlan(tuple(plans), states)
     problems = Collected()
-    for folder, size in _bytes_by_disk(job).values():
+    for folder, size in _bytes_by_disk(job_plan).values():
         free = free_bytes(folder)
         if free is not None and size > free:
             problems.add(
@@ -159,20 +159,20 @@ def _with_space(plans: Sequence[PairPlan], states: Mapping[tuple[str, float], Fo
                 )
             )
     problems.raise_any()
-    return job
+    return job_plan
 
 
-def _bytes_by_disk(job: JobPlan) -> dict[int, tuple[str, int]]:
+def _bytes_by_disk(job_plan: JobPlan) -> dict[int, tuple[str, int]]:
     """A folder of each local disk, and the bytes that are to be written on it, by the disk's device number."""
     by_disk: dict[int, tuple[str, int]] = {}
-    for plan in job.pairs:
+    for plan in job_plan.pairs:
         for uri in plan.outputs.values():
             output = local_folder(uri)
             if output:
                 folder = _existing(output)
                 device = os.stat(folder).st_dev
                 _, before = by_disk.get(device, (folder, 0))
-                by_disk[device] = (folder, before + job.bytes_of(plan) // len(plan.outputs))
+                by_disk[device] = (folder, before + job_plan.bytes_of(plan) // len(plan.outputs))
     return by_disk
 
 

@@ -67,14 +67,14 @@ class Outcome:
     failures: dict[str, Exception] = field(default_factory=dict)
 
 
-def run_job(job: JobPlan, executor: Executor, progress: Progress) -> Outcome:
-    """Do all that `job` still lacks. What fails, a pair or one of its models, does not stop the others.
+def run_job(job_plan: JobPlan, executor: Executor, progress: Progress) -> Outcome:
+    """Do all that the job still lacks. What fails, a pair or one of its models, does not stop the others.
 
     Raises:
         ExpoError: if an output cannot be reserved; then nothing has been done.
     """
-    _reserve(job, set())
-    return _work_off(job, executor, progress)
+    _reserve(job_plan, set())
+    return _work_off(job_plan, executor, progress)
 
 
 def run_pairs(plans: Sequence[PairPlan], executor: Executor, progress: Progress) -> Outcome:
@@ -82,35 +82,35 @@ def run_pairs(plans: Sequence[PairPlan], executor: Executor, progress: Progress)
 
     A parent that was replaced since is named among the failures, and nothing of its pair is written.
     """
-    job, failures = inspect_pairs(plans)
+    job_plan, failures = inspect_pairs(plans)
     reserved: list[PairPlan] = []
     probed: set[str] = set()
-    for plan in job.pairs:
+    for plan in job_plan.pairs:
         try:
-            _reserve(JobPlan((plan,), job.states), probed)
+            _reserve(JobPlan((plan,), job_plan.states), probed)
         except ExpoError as error:
             failures[plan.name] = error
         else:
             reserved.append(plan)
     for name, reason in failures.items():
         log.error("%s failed: %s", name, in_one_line(reason))
-    outcome = _work_off(JobPlan(tuple(reserved), job.states), executor, progress)
+    outcome = _work_off(JobPlan(tuple(reserved), job_plan.states), executor, progress)
     return Outcome(outcome.published, failures | outcome.failures)
 
 
-def _work_off(job: JobPlan, executor: Executor, progress: Progress) -> Outcome:
-    """Run `job` to its end, and release the folders of models that failed before anything of them was stored."""
-    run = _Run(job, executor, progress)
+def _work_off(job_plan: JobPlan, executor: Executor, progress: Progress) -> Outcome:
+    """Run a job to its end, and release the folders of models that failed before anything of them was stored."""
+    run = _Run(job_plan, executor, progress)
     try:
         run.work_off()
     except BaseException:
         executor.cancel()
         raise
-    _release(_failed_models(job, run.outcome.failures))
+    _release(_failed_models(job_plan, run.outcome.failures))
     return run.outcome
 
 
-def _reserve(job: JobPlan, probed: set[str]) -> None:
+def _reserve(job_plan: JobPlan, probed: set[str]) -> None:
     """Claim every output that is still to be written, or none.
 
     Args:
@@ -120,9 +120,9 @@ def _reserve(job: JobPlan, probed: set[str]) -> None:
         ExpoError: if an output cannot be claimed.
     """
     claimed: list[ModelFolder] = []
-    for plan in job.pairs:
+    for plan in job_plan.pairs:
         for alpha in plan.outputs:
-            state = job.states[plan.name, alpha]
+            state = job_plan.states[plan.name, alpha]
             if state.published:
                 continue
             folder = ModelFolder(plan, alpha)
@@ -159,9 +159,9 @@ def _release(folders: Iterable[ModelFolder]) -> None:
             folder.release()
 
 
-def _failed_models(job: JobPlan, failures: Mapping[str, Exception]) -> Iterator[ModelFolder]:
+def _failed_models(job_plan: JobPlan, failures: Mapping[str, Exception]) -> Iterator[ModelFolder]:
     """Folders of models that failed, but for a store that does not answer: releasing them would wait for it once more."""
-    for plan in job.pairs:
+    for plan in job_plan.pairs:
         for alpha in plan.outputs:
             error = failures.get(plan.name) or failures.get(_model(plan, alpha))
             if isinstance(error, ExpoError) and not isinstance(error, TransientStorageError):
@@ -177,24 +177,24 @@ class _Run:
         unfinished: number of shards, by pair, that are queued or under way; its models are published once there are none.
     """
 
-    def __init__(self, job: JobPlan, executor: Executor, progress: Progress) -> None:
-        self.job, self.executor, self.progress = job, executor, progress
+    def __init__(self, job_plan: JobPlan, executor: Executor, progress: Progress) -> None:
+        self.job_plan, self.executor, self.progress = job_plan, executor, progress
         self.outcome = Outcome()
         work = [
             (plan, index)
-            for plan in job.pairs
+            for plan in job_plan.pairs
             for index in range(len(plan.shards))
-            if job.missing(plan, index)
+            if job_plan.missing(plan, index)
         ]
         # The biggest first, so that no big one is left to run alone at the end; popped from the back.
         self.queue = sorted(work, key=lambda item: item[0].shards[item[1]].size)
         self.unfinished = Counter(plan.name for plan, _ in work)
         self.under_way: dict[Future[Any], tuple[PairPlan, float | None]] = {}
-        progress.expect(shards=len(work), bytes=job.bytes_to_write)
+        progress.expect(shards=len(work), bytes=job_plan.bytes_to_write)
 
     def work_off(self) -> None:
         """Extrapolate and publish until nothing is left."""
-        for plan in self.job.pairs:
+        for plan in self.job_plan.pairs:
             if not self.unfinished[plan.name]:
                 self._publish(plan)
         while self.queue or self.under_way:
@@ -214,7 +214,7 @@ class _Run:
         # Twice as many as there are slots, so that none is idle while the driver settles what has finished.
         while self.queue and len(self.under_way) < 2 * self.executor.slots:
             plan, index = self.queue.pop()
-            alphas = self._possible(plan, self.job.missing(plan, index))
+            alphas = self._possible(plan, self.job_plan.missing(plan, index))
             if alphas:
                 self.under_way[self.executor.extrapolate(plan, index, alphas)] = (plan, None)
             else:

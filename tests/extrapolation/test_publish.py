@@ -1,4 +1,4 @@
-"""The protocol of a published model: claim, receipts, manifest last; whoever races, is killed, or comes back."""
+"""The protocol of a published model: claim, receipts, manifest last; with runs that race, are killed, or come back."""
 
 from __future__ import annotations
 
@@ -541,7 +541,7 @@ def test_an_overwrite_killed_at_any_moment_leaves_the_old_model_the_new_one_or_n
     assert seen["none"] > 7
 
 
-def test_a_job_that_is_told_to_stop_removes_what_it_had_begun(
+def test_a_job_that_is_stopped_removes_what_it_had_begun(
     tmp_path: Path,
     pair: tuple[Path, Path],
     monkeypatch: pytest.MonkeyPatch,
@@ -549,12 +549,12 @@ def test_a_job_that_is_told_to_stop_removes_what_it_had_begun(
 ) -> None:
     out = tmp_path / "out"
     add = Progress.add
-    told = threading.Event()
+    stopped = threading.Event()
 
     def stopping(self: Progress, **counts: int) -> None:
         add(self, **counts)
-        if not told.is_set() and list(out.glob(f"{TEMP_PREFIX}*")):
-            told.set()
+        if not stopped.is_set() and list(out.glob(f"{TEMP_PREFIX}*")):
+            stopped.set()
             os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)

@@ -22,7 +22,7 @@ Array = Any  # a numba array; of blocks, float32 or float64 as `compute_dtype` s
 
 
 def compiled(function: Function) -> Function:
-    """A piece of a kernel: no memory of its own, no exceptions, no `fastmath`."""
+    """Compile a piece of a kernel: it allocates nothing, raises nothing, and is compiled without `fastmath`."""
     # Without the wrappers, which only Python callers need, the whole compiles a tenth faster.
     decorated: Function = njit(function, no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)
     return decorated

@@ -62,7 +62,7 @@ def extrapolate(
     ]
     d_blocks, delta_blocks = in_blocks(d, first), in_blocks(delta, first)
     sums = [inner_products(d_blocks, d_blocks), inner_products(delta_blocks, delta_blocks)]
-    # The same bits for every alpha: models of two alphas then differ by the step and not by the dice.
+    # The same random bits for every alpha: two models of a pair then differ by their alphas alone.
     bits = random_bits(rule, key, first, d.numel(), d.device)
     outputs = []
     for alpha in alphas:
