@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,24 +41,23 @@ _TICK_NAMES = {-1.0: "\u22121\nsft", 0.0: "0\ndpo"}
 _SPACING = 0.075
 
 
-def drawings_of(pair: PairResult, name: str, confidence: float) -> list[Drawing]:
-    """All figures of a pair; `name` is the prefix of their ids."""
+def draw_pair(pair: PairResult, name: str, confidence: float) -> list[Drawing]:
+    """Draw all figures of a pair; `name` is the prefix of their ids."""
     pair = _drawable(pair)
     if not _fits(pair.decision):
         return []
     drawings = [
-        _drawn(f"{name}-reward{number}", partial(_reward, pair=pair, model=model, confidence=confidence))
+        _draw_reward(f"{name}-reward{number}", pair, model, confidence)
         for number, model in enumerate(pair.reward_models)
     ]
     if pair.mean_tokens:
-        drawings.append(_drawn(f"{name}-length", partial(_length, pair=pair)))
+        drawings.append(_draw_length(f"{name}-length", pair))
     checked = {check.name for check in pair.guardrails}
     shown = [name for name in GUARDRAILS if name in checked]
     if 0.0 in pair.mean_tokens and _LENGTH in shown:
         shown.remove(_LENGTH)  # the figure of lengths has its limits
     if shown:
-        height = 0.6 + _ROW * len(shown)
-        drawings.append(_drawn(f"{name}-guardrails", partial(_guardrails, pair=pair, names=shown), height))
+        drawings.append(_draw_guardrails(f"{name}-guardrails", pair, shown))
     return drawings
 
 
@@ -81,49 +80,56 @@ def _fits(*values: float) -> bool:
     return all(abs(value) < _LARGEST for value in values)  # False for NaN
 
 
-def _drawn(name: str, draw: Callable[[Figure], tuple[str, str, str]], height: float = _HEIGHT) -> Drawing:
+@contextmanager
+def _new_figure(name: str, height: float = _HEIGHT) -> Iterator[Figure]:
     from matplotlib.figure import Figure
 
     with figure_style(name):
-        figure = Figure(figsize=(_WIDTH, height))
-        title, caption, description = draw(figure)
-        return Drawing(inline_svg(figure, name, title, description), title, caption)
+        yield Figure(figsize=(_WIDTH, height))
 
 
-def _reward(figure: Figure, pair: PairResult, model: str, confidence: float) -> tuple[str, str, str]:
-    axes = figure.add_subplot()
-    halves: Mapping[HalfName, list[Measurement]] = {
-        half: sorted(
-            (row for row in pair.measured if (row.half, row.reward_model) == (half, model)),
-            key=lambda row: row.alpha,
+def _drawing(figure: Figure, name: str, title: str, caption: str, description: str) -> Drawing:
+    """Turn a figure into a part of the page, still in the style that it was drawn in."""
+    return Drawing(inline_svg(figure, name, title, description), title, caption)
+
+
+def _draw_reward(name: str, pair: PairResult, model: str, confidence: float) -> Drawing:
+    with _new_figure(name) as figure:
+        axes = figure.add_subplot()
+        halves: Mapping[HalfName, list[Measurement]] = {
+            half: sorted(
+                (row for row in pair.measured if (row.half, row.reward_model) == (half, model)),
+                key=lambda row: row.alpha,
+            )
+            for half in ("choose", "confirm")
+        }
+        choose, confirm = halves["choose"], halves["confirm"]
+        _draw_curve(axes, choose)
+        controlled = [(row.alpha, row.controlled_gain.mean) for row in choose if row.controlled_gain]
+        if controlled:
+            axes.plot(
+                *zip(*controlled, strict=True), ":D", color=GREEN, markersize=3.5, label="length-controlled"
+            )
+        if confirm:
+            _draw_points(axes, confirm)
+        axes.axhline(0, color=GREY, linewidth=0.9, zorder=1)
+        axes.set_ylabel("gain in reward over dpo")
+        _draw_alpha_axis(axes, [row.alpha for row in (*choose, *confirm)])
+        _mark_decision(axes, pair)
+        _add_legend(figure)
+        best = max(choose or confirm, key=lambda row: row.gain.mean)
+        return _drawing(
+            figure,
+            name,
+            f"Reward by {model}",
+            f"{_describe_halves(halves)} Band and bars: {confidence:.0%} intervals of the difference to dpo on the same prompts and seeds.",
+            f"Gain in mean reward over dpo, by {model}, against alpha. "
+            + "; ".join(f"alpha {format_alpha(row.alpha)}: {interval(row.gain)}" for row in choose)
+            + f". Largest at alpha {format_alpha(best.alpha)}. {_decided(pair)}.",
         )
-        for half in ("choose", "confirm")
-    }
-    choose, confirm = halves["choose"], halves["confirm"]
-    _curve(axes, choose)
-    controlled = [(row.alpha, row.controlled_gain.mean) for row in choose if row.controlled_gain]
-    if controlled:
-        axes.plot(
-            *zip(*controlled, strict=True), ":D", color=GREEN, markersize=3.5, label="length-controlled"
-        )
-    if confirm:
-        _points(axes, confirm)
-    axes.axhline(0, color=GREY, linewidth=0.9, zorder=1)
-    axes.set_ylabel("gain in reward over dpo")
-    _draw_alpha_axis(axes, [row.alpha for row in (*choose, *confirm)])
-    _mark_decision(axes, pair)
-    _legend(figure)
-    best = max(choose or confirm, key=lambda row: row.gain.mean)
-    return (
-        f"Reward by {model}",
-        f"{_halves(halves)} Band and bars: {confidence:.0%} intervals of the difference to dpo on the same prompts and seeds.",
-        f"Gain in mean reward over dpo, by {model}, against alpha. "
-        + "; ".join(f"alpha {format_alpha(row.alpha)}: {interval(row.gain)}" for row in choose)
-        + f". Largest at alpha {format_alpha(best.alpha)}. {_decided(pair)}.",
-    )
 
 
-def _curve(axes: Axes, rows: Sequence[Measurement]) -> None:
+def _draw_curve(axes: Axes, rows: Sequence[Measurement]) -> None:
     if rows:
         alphas = [row.alpha for row in rows]
         axes.fill_between(
@@ -134,7 +140,7 @@ def _curve(axes: Axes, rows: Sequence[Measurement]) -> None:
         )
 
 
-def _points(axes: Axes, rows: Sequence[Measurement]) -> None:
+def _draw_points(axes: Axes, rows: Sequence[Measurement]) -> None:
     box: dict[str, Any] = {
         "markersize": 8,
         "markerfacecolor": "white",
@@ -149,7 +155,7 @@ def _points(axes: Axes, rows: Sequence[Measurement]) -> None:
     axes.plot([], [], "s", label=_HALVES["confirm"], **box)
 
 
-def _halves(halves: Mapping[HalfName, Sequence[Measurement]]) -> str:
+def _describe_halves(halves: Mapping[HalfName, Sequence[Measurement]]) -> str:
     """The reward of dpo itself, from which the figure counts."""
     texts = []
     for half, rows in halves.items():
@@ -163,72 +169,86 @@ def _halves(halves: Mapping[HalfName, Sequence[Measurement]]) -> str:
     return " ".join(texts)
 
 
-def _length(figure: Figure, pair: PairResult) -> tuple[str, str, str]:
-    axes = figure.add_subplot()
-    rows = sorted(pair.mean_tokens.items())
-    axes.plot(*zip(*rows, strict=True), "-o", color=BLUE, label="mean length", zorder=3)
-    dpo = pair.mean_tokens.get(0.0)
-    checks = [check for check in pair.guardrails if check.name == _LENGTH and check.alpha in pair.mean_tokens]
-    if dpo and checks:
-        _limits(axes, checks[0], dpo)
-        _verdicts(axes, [(check.alpha, pair.mean_tokens[check.alpha], check.verdict) for check in checks])
-        axes.set_ylim(0, max(*(tokens for _, tokens in rows), dpo * checks[0].limit) * 1.06)
-    axes.set_ylabel("tokens")
-    _draw_alpha_axis(axes, pair.mean_tokens)
-    _mark_decision(axes, pair)
-    _legend(figure)
-    return (
-        "Length of responses",
-        f"Mean tokens of a response; reward models tend to like longer ones.{f' {_LEGEND}' if checks else ''}",
-        "Mean tokens of a response against alpha. "
-        + "; ".join(f"alpha {format_alpha(alpha)}: {tokens:.0f}" for alpha, tokens in rows)
-        + f". {_decided(pair)}.",
-    )
+def _draw_length(name: str, pair: PairResult) -> Drawing:
+    with _new_figure(name) as figure:
+        axes = figure.add_subplot()
+        rows = sorted(pair.mean_tokens.items())
+        axes.plot(*zip(*rows, strict=True), "-o", color=BLUE, label="mean length", zorder=3)
+        dpo = pair.mean_tokens.get(0.0)
+        checks = [
+            check for check in pair.guardrails if check.name == _LENGTH and check.alpha in pair.mean_tokens
+        ]
+        if dpo and checks:
+            _draw_limits(axes, checks[0], dpo)
+            _mark_verdicts(
+                axes, [(check.alpha, pair.mean_tokens[check.alpha], check.verdict) for check in checks]
+            )
+            axes.set_ylim(0, max(*(tokens for _, tokens in rows), dpo * checks[0].limit) * 1.06)
+        axes.set_ylabel("tokens")
+        _draw_alpha_axis(axes, pair.mean_tokens)
+        _mark_decision(axes, pair)
+        _add_legend(figure)
+        return _drawing(
+            figure,
+            name,
+            "Length of responses",
+            f"Mean tokens of a response; reward models tend to like longer ones.{f' {_LEGEND}' if checks else ''}",
+            "Mean tokens of a response against alpha. "
+            + "; ".join(f"alpha {format_alpha(alpha)}: {tokens:.0f}" for alpha, tokens in rows)
+            + f". {_decided(pair)}.",
+        )
 
 
-def _limits(axes: Axes, check: GuardrailCheck, scale: float = 1.0) -> None:
+def _draw_limits(axes: Axes, check: GuardrailCheck, scale: float = 1.0) -> None:
     if check.warn is not None:
         axes.axhline(check.warn * scale, color=ORANGE, linewidth=1.2, linestyle=":", label="warns")
     axes.axhline(check.limit * scale, color="#000000", linewidth=1.2, linestyle=(0, (6, 3)), label="rejects")
 
 
-def _verdicts(axes: Axes, points: Sequence[tuple[float, float, Verdict]]) -> None:
+def _mark_verdicts(axes: Axes, points: Sequence[tuple[float, float, Verdict]]) -> None:
     for verdict, (marker, colour) in _MARKERS.items():
         marked = [(alpha, value) for alpha, value, of_point in points if of_point == verdict]
         if marked:
             axes.plot(*zip(*marked, strict=True), marker, color=colour, markersize=7, zorder=3)
 
 
-def _guardrails(figure: Figure, pair: PairResult, names: Sequence[str]) -> tuple[str, str, str]:
-    rows = [
-        sorted((check for check in pair.guardrails if check.name == name), key=lambda check: check.alpha)
-        for name in names
-    ]
-    alphas = {check.alpha for row in rows for check in row}
-    all_axes = figure.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, name, row in zip(all_axes, names, rows, strict=True):
-        axes.plot([check.alpha for check in row], [check.value for check in row], "-", color=BLUE, zorder=2)
-        _verdicts(axes, [(check.alpha, check.value, check.verdict) for check in row])
-        _limits(axes, row[0])
-        axes.set_title(GUARDRAILS[name].title, loc="left", fontsize=11)
-        axes.yaxis.set_major_formatter(lambda value, _, name=name: guardrail_value(name, value))
-        axes.locator_params(axis="y", nbins=4)
-        _draw_alpha_axis(axes, alphas, label=axes is all_axes[-1])
-        _mark_decision(axes, pair)
-    return (
-        "Guardrails",
-        f"Against dpo on the same prompts. {_LEGEND} Dash-dotted: the chosen alpha.",
-        "Guardrails against alpha. "
-        + ". ".join(
-            f"{GUARDRAILS[name].title}: "
-            + "; ".join(
-                f"alpha {format_alpha(check.alpha)} {guardrail_value(name, check.value)} ({check.verdict})"
-                for check in row
+def _draw_guardrails(name: str, pair: PairResult, guardrails: Sequence[str]) -> Drawing:
+    with _new_figure(name, height=0.6 + _ROW * len(guardrails)) as figure:
+        rows = [
+            sorted(
+                (check for check in pair.guardrails if check.name == guardrail), key=lambda check: check.alpha
             )
-            for name, row in zip(names, rows, strict=True)
+            for guardrail in guardrails
+        ]
+        alphas = {check.alpha for row in rows for check in row}
+        all_axes = figure.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
+        for axes, guardrail, row in zip(all_axes, guardrails, rows, strict=True):
+            axes.plot(
+                [check.alpha for check in row], [check.value for check in row], "-", color=BLUE, zorder=2
+            )
+            _mark_verdicts(axes, [(check.alpha, check.value, check.verdict) for check in row])
+            _draw_limits(axes, row[0])
+            axes.set_title(GUARDRAILS[guardrail].title, loc="left", fontsize=11)
+            axes.yaxis.set_major_formatter(lambda value, _, name=guardrail: guardrail_value(name, value))
+            axes.locator_params(axis="y", nbins=4)
+            _draw_alpha_axis(axes, alphas, label=axes is all_axes[-1])
+            _mark_decision(axes, pair)
+        return _drawing(
+            figure,
+            name,
+            "Guardrails",
+            f"Against dpo on the same prompts. {_LEGEND} Dash-dotted: the chosen alpha.",
+            "Guardrails against alpha. "
+            + ". ".join(
+                f"{GUARDRAILS[guardrail].title}: "
+                + "; ".join(
+                    f"alpha {format_alpha(check.alpha)} {guardrail_value(guardrail, check.value)} ({check.verdict})"
+                    for check in row
+                )
+                for guardrail, row in zip(guardrails, rows, strict=True)
+            )
+            + ".",
         )
-        + ".",
-    )
 
 
 def _mark_decision(axes: Axes, pair: PairResult) -> None:
@@ -236,7 +256,7 @@ def _mark_decision(axes: Axes, pair: PairResult) -> None:
     axes.axvline(pair.decision, color="#000000", linewidth=1.6, linestyle="-.", zorder=2, label=label)
 
 
-def _legend(figure: Figure) -> None:
+def _add_legend(figure: Figure) -> None:
     figure.legend(loc="outside upper left", ncols=2, borderaxespad=0.2, columnspacing=1.2)
 
 

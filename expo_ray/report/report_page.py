@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from expo_ray.errors import JobError
 from expo_ray.report.formatting import alpha_text, bounded, cost_name, cost_value, visible
-from expo_ray.report.page_figures import drawings_of
+from expo_ray.report.page_figures import draw_pair
 from expo_ray.report.page_tables import (
     AlphaRow,
     EvidenceRow,
@@ -93,7 +93,7 @@ def _view(pair: PairResult, number: int, confidence: float) -> PairView:
         pair,
         decision_text(pair),
         "" if pair.candidate is None else alpha_text(pair.candidate),
-        drawings_of(pair, f"f{number}", confidence),
+        draw_pair(pair, f"f{number}", confidence),
         evidence_rows(pair),
         alpha_rows(pair),
         group_rows(pair),
