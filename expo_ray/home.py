@@ -9,12 +9,15 @@ from __future__ import annotations
 import getpass
 import os
 import tempfile
+from pathlib import Path
 
 from expo_ray.errors import StorageError
 from expo_ray.storage.local_writer import check_writable
+from expo_ray.storage.uri import expand_home
 
 # Holds the folder that took the place of a missing HOME, so that `~` in a path is not taken for it.
 MADE_UP = "EXPO_RAY_MADE_UP_HOME"
+CACHE_VARIABLE = "EXPO_RAY_CACHE"
 
 
 def prepare_home() -> None:
@@ -39,6 +42,13 @@ def prepare_home() -> None:
     os.environ.setdefault("MPLCONFIGDIR", os.path.join(folder, "matplotlib"))
     for name in ("FLASHINFER_WORKSPACE_BASE", "TRITON_HOME", "RAYLLM_HOME_DIR"):
         os.environ.setdefault(name, folder)
+
+
+def cache_folder() -> Path:
+    """Folder of our own copies on this node: `$EXPO_RAY_CACHE`, else `expo-ray` below `$XDG_CACHE_HOME` or `~/.cache`."""
+    if chosen := os.environ.get(CACHE_VARIABLE):
+        return Path(os.path.abspath(expand_home(chosen)))
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "expo-ray"
 
 
 def _has_name() -> bool:

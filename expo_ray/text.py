@@ -13,7 +13,7 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from urllib.parse import parse_qsl, quote, unquote
 
@@ -75,6 +75,11 @@ def first_few(texts: Sequence[str], most: int = 5) -> str:
     """The first `most` of `texts`, joined with commas, and the number of the others."""
     others = f" and {len(texts) - most} more" if len(texts) > most else ""
     return ", ".join(texts[:most]) + others
+
+
+def shown_names(names: Iterable[object], most: int = 5, longest: int = 200) -> str:
+    """The first `most` of some names from outside, each of at most `longest` characters as by `shown`, and the number of the others."""
+    return first_few([shown(name, longest) for name in names], most)
 
 
 def visible(text: str, *, kept: str = "\n") -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from expo_ray.errors import BenchmarkError
+from expo_ray.home import cache_folder
 from expo_ray.text import shown
 
 _TIMEOUT_S = 20.0
@@ -83,7 +84,7 @@ def fetch_public_file(file: PublicFile) -> bytes:
     Raises:
         BenchmarkError: if it cannot be downloaded or its digest differs; names the option that takes a copy.
     """
-    cached = cache_folder() / f"{file.sha256[:16]}-{file.name}"
+    cached = cache_folder() / "benchmarks" / f"{file.sha256[:16]}-{file.name}"
     if cached.is_file() and hashlib.sha256(data := cached.read_bytes()).hexdigest() == file.sha256:
         return data
     data = _download(file)
@@ -95,12 +96,6 @@ def fetch_public_file(file: PublicFile) -> bytes:
         )
     _store(cached, data)
     return data
-
-
-def cache_folder() -> Path:
-    """Folder of downloaded benchmark files: `benchmarks/` below `$EXPO_RAY_CACHE`, else below `~/.cache/expo-ray`."""
-    root = os.environ.get("EXPO_RAY_CACHE") or os.path.expanduser("~/.cache/expo-ray")
-    return Path(root, "benchmarks")
 
 
 def _download(file: PublicFile) -> bytes:

@@ -7,7 +7,7 @@ scale times (1 + alpha). Variants that are not linear in the scale, or change mo
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from math import isfinite, sqrt
 from typing import Any
@@ -17,7 +17,7 @@ from expo_ray.checkpoint.renaming import match_names
 from expo_ray.checkpoint.tensors import WEIGHT_DTYPES, Tensor
 from expo_ray.checkpoint.tied import VocabularyWeights
 from expo_ray.errors import CheckpointError, JobError
-from expo_ray.text import first_few, shown
+from expo_ray.text import shown, shown_names
 from expo_ray.untrusted import compile_pattern, is_ambiguous
 
 _MERGE_FIRST = "merge the adapter first (`merge_and_unload`, save) and pass the merged folder"
@@ -98,12 +98,12 @@ def match_lora_layers(adapter: Checkpoint, base: Checkpoint, *, merging: bool = 
     absent = [f"{module}.weight" for module, name in names.items() if name is None]
     if absent and merging:
         raise CheckpointError(
-            f"{adapter.uri}: adapts {len(absent)} weight(s) that {base.uri} does not have: {_shown(absent)}; pass as sft the "
+            f"{adapter.uri}: adapts {len(absent)} weight(s) that {base.uri} does not have: {shown_names(absent)}; pass as sft the "
             f"model it was trained on, saved by the version of transformers that trained it, or {_MERGE_FIRST}"
         )
     if absent:
         notes.append(
-            f"sft has no weight of the name of {len(absent)} layer(s) of the adapter, such as {_shown(absent[:1])}; scaling needs "
+            f"sft has no weight of the name of {len(absent)} layer(s) of the adapter, such as {shown_names(absent[:1])}; scaling needs "
             "none, but serve the result on the model it was trained on"
         )
     vocabulary = VocabularyWeights(base)
@@ -157,7 +157,7 @@ def _refuse_tied(
     ]
     if shared:
         raise CheckpointError(
-            f"{adapter.uri}: adapts {_shown(shared)}, and {base.uri} ties embedding and output head, so that merging would "
+            f"{adapter.uri}: adapts {shown_names(shared)}, and {base.uri} ties embedding and output head, so that merging would "
             "change both; such an adapter can be scaled (`adapter: scale`), and neither merged nor served"
         )
 
@@ -193,13 +193,13 @@ def _refuse_variants(config: Mapping[str, Any], where: str) -> None:
             f"{where}: peft_type is {kind}, and only plain LoRA can be rescaled; {_MERGE_FIRST}"
         )
     variants = [
-        f"{key} is {_short(value)}" for key, value in config.items() if value and key not in _UNDERSTOOD
+        f"{key} is {shown(value, 100)}" for key, value in config.items() if value and key not in _UNDERSTOOD
     ]
     if config.get("bias", "none") != "none":
         variants.append(f"bias is {config['bias']}")
     start = config.get("init_lora_weights", True)
     if not any(start is known or (isinstance(start, str) and start == known) for known in _INITIALISATIONS):
-        variants.append(f"init_lora_weights is {_short(start)}, which changes the base weights")
+        variants.append(f"init_lora_weights is {shown(start, 100)}, which changes the base weights")
     if variants:
         raise CheckpointError(f"{where}: not plain LoRA ({'; '.join(variants)}); {_MERGE_FIRST}")
 
@@ -246,7 +246,7 @@ def _pairs(adapter: Checkpoint) -> dict[str, tuple[Tensor, Tensor]]:
 def _refuse_others(names: Collection[str], where: str) -> None:
     if names:
         raise CheckpointError(
-            f"{where}: holds {len(names)} tensor(s) that are no LoRA matrices: {_shown(list(names))}; {_MERGE_FIRST}"
+            f"{where}: holds {len(names)} tensor(s) that are no LoRA matrices: {shown_names(names)}; {_MERGE_FIRST}"
         )
 
 
@@ -295,8 +295,8 @@ def _refuse_ambiguous(layers: Iterable[LoraLayer], adapter: Checkpoint) -> None:
     others = [layer.base_name for layer in linear if layer.transposed != declared]
     if square and others:
         raise CheckpointError(
-            f"{adapter.uri}: fan_in_fan_out is {declared}, which {_shown(others)} contradict, so the orientation of "
-            f"{_shown(square)} is unknown; {_MERGE_FIRST}"
+            f"{adapter.uri}: fan_in_fan_out is {declared}, which {shown_names(others)} contradict, so the orientation of "
+            f"{shown_names(square)} is unknown; {_MERGE_FIRST}"
         )
 
 
@@ -306,7 +306,7 @@ def _rank_and_scale(config: Mapping[str, Any], module: str, where: str) -> tuple
         _by_pattern(config, "alpha_pattern", module, config.get("lora_alpha"), where), "lora_alpha", where
     )
     if rank < 1 or rank != int(rank):
-        raise CheckpointError(f"{where}: {shown(module)} has rank {_short(rank)}; save the adapter again")
+        raise CheckpointError(f"{where}: {shown(module)} has rank {shown(rank, 100)}; save the adapter again")
     return int(rank), alpha / (sqrt(rank) if config.get("use_rslora") else rank)
 
 
@@ -341,19 +341,13 @@ def _ends_with(module: str, plain: str) -> bool:
 def _pattern(config: Mapping[str, Any], key: str, where: str) -> Iterable[tuple[str, object]]:
     patterns = config.get(key) or {}
     if not isinstance(patterns, Mapping):
-        raise CheckpointError(f"{where}: {key} is {_short(patterns)}, not an object; save the adapter again")
+        raise CheckpointError(
+            f"{where}: {key} is {shown(patterns, 100)}, not an object; save the adapter again"
+        )
     return patterns.items()
 
 
 def _number(value: object, key: str, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
-        raise CheckpointError(f"{where}: {key} is {_short(value)}, not a number; save the adapter again")
+        raise CheckpointError(f"{where}: {key} is {shown(value, 100)}, not a number; save the adapter again")
     return value
-
-
-def _short(value: object) -> str:
-    return shown(value, 100)
-
-
-def _shown(names: Sequence[str]) -> str:
-    return first_few([shown(name) for name in names])

@@ -10,6 +10,7 @@ from typing import Any
 from expo_ray.checkpoint.tensors import DTYPE_BYTES, Tensor
 from expo_ray.errors import CheckpointError
 from expo_ray.storage.protocol import FileInfo, Store
+from expo_ray.text import shown
 from expo_ray.untrusted import parse_json_object
 
 # The limit of the safetensors library (MAX_HEADER_SIZE).
@@ -115,21 +116,21 @@ def _check_metadata(metadata: object, where: str) -> None:
         return
     if not isinstance(metadata, dict):
         raise CheckpointError(
-            f"{where}: `__metadata__` is {_short(metadata)}, not an object; save the file again"
+            f"{where}: `__metadata__` is {shown(metadata, 100)}, not an object; save the file again"
         )
     for key, value in metadata.items():
         if not isinstance(value, str):
             raise CheckpointError(
-                f"{where}: `__metadata__` has {key!r}: {_short(value)}, where the format has strings; save the file again"
+                f"{where}: `__metadata__` has {key!r}: {shown(value, 100)}, where the format has strings; save the file again"
             )
 
 
 def _parse_entry(name: str, entry: object, data_start: int, file: str, where: str) -> tuple[int, int, Tensor]:
     """Check one entry of the header; returns begin and end in the data section, and the tensor."""
-    here = f"{where}: tensor {_short(name)}"
+    here = f"{where}: tensor {shown(name, 100)}"
     if not isinstance(entry, dict) or not entry.keys() >= _KEYS:
         raise CheckpointError(
-            f"{here} is described by {_short(entry)} instead of dtype, shape and data_offsets; save the file again"
+            f"{here} is described by {shown(entry, 100)} instead of dtype, shape and data_offsets; save the file again"
         )
     dtype = _dtype(entry["dtype"], here)
     shape = _shape(entry["shape"], dtype, here)
@@ -150,7 +151,7 @@ def _dtype(dtype: object, here: str) -> str:
         )
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise CheckpointError(
-            f"{here}: unknown dtype {_short(dtype)}; save the checkpoint again with one of {', '.join(DTYPE_BYTES)}"
+            f"{here}: unknown dtype {shown(dtype, 100)}; save the checkpoint again with one of {', '.join(DTYPE_BYTES)}"
         )
     return dtype
 
@@ -158,7 +159,7 @@ def _dtype(dtype: object, here: str) -> str:
 def _shape(shape: object, dtype: str, here: str) -> tuple[int, ...]:
     if not isinstance(shape, list) or not all(_is_size(size) for size in shape):
         raise CheckpointError(
-            f"{here}: shape {_short(shape)} is not a list of whole numbers from 0 to 2^63-1; save the file again"
+            f"{here}: shape {shown(shape, 100)} is not a list of whole numbers from 0 to 2^63-1; save the file again"
         )
     if len(shape) > _MAX_DIMENSIONS:
         raise CheckpointError(
@@ -166,7 +167,9 @@ def _shape(shape: object, dtype: str, here: str) -> tuple[int, ...]:
         )
     # Dimensions of 0 count as 1: other readers overflow on the product before they meet the 0.
     if prod(size or 1 for size in shape) * DTYPE_BYTES[dtype] > _MAX_SIZE:
-        raise CheckpointError(f"{here}: shape {_short(shape)} is larger than any memory; save the file again")
+        raise CheckpointError(
+            f"{here}: shape {shown(shape, 100)} is larger than any memory; save the file again"
+        )
     return tuple(shape)
 
 
@@ -174,7 +177,7 @@ def _offsets(entry: Mapping[str, Any], here: str) -> tuple[int, int]:
     offsets = entry["data_offsets"]
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(offset) for offset in offsets):
         raise CheckpointError(
-            f"{here}: data_offsets {_short(offsets)} are not two whole numbers from 0 to 2^63-1; save the file again"
+            f"{here}: data_offsets {shown(offsets, 100)} are not two whole numbers from 0 to 2^63-1; save the file again"
         )
     begin, end = offsets
     if begin > end:
@@ -185,7 +188,7 @@ def _offsets(entry: Mapping[str, Any], here: str) -> tuple[int, int]:
 def _check_layout(placed: list[tuple[int, int, Tensor]], data_start: int, size: int, where: str) -> None:
     covered, previous = 0, "the header"
     for begin, end, tensor in placed:
-        name = _short(tensor.name)
+        name = shown(tensor.name, 100)
         if begin != covered:
             fault = (
                 f"bytes {covered} to {begin} belong to no tensor"
@@ -211,8 +214,3 @@ def _check_layout(placed: list[tuple[int, int, Tensor]], data_start: int, size: 
 
 def _is_size(value: object) -> bool:
     return type(value) is int and 0 <= value <= _MAX_SIZE
-
-
-def _short(value: object) -> str:
-    text = value if isinstance(value, str) and value.isprintable() else repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}..."

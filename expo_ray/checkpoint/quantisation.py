@@ -11,7 +11,7 @@ from expo_ray.checkpoint.folder import Checkpoint
 from expo_ray.checkpoint.small_files import text_configs
 from expo_ray.checkpoint.tensors import WEIGHT_DTYPES, Tensor
 from expo_ray.errors import CheckpointError
-from expo_ray.text import first_few, shown
+from expo_ray.text import shown, shown_names
 
 _CONFIG_KEYS = ("quantization_config", "compression_config", "quantization")
 # The last part of a tensor's name -> the only scheme that writes it.
@@ -53,7 +53,7 @@ def refuse_unusable(checkpoint: Checkpoint) -> Iterator[CheckpointError]:
     empty = _empty_weights(checkpoint.tensors)
     if empty:
         yield CheckpointError(
-            f"{checkpoint.uri}: {len(empty)} weight(s) are empty placeholders of shape [0] ({first_few(list(map(shown, empty)))}), as "
+            f"{checkpoint.uri}: {len(empty)} weight(s) are empty placeholders of shape [0] ({shown_names(empty)}), as "
             "DeepSpeed ZeRO-3 saves them when it does not gather; run `zero_to_fp32.py` in the folder of the training "
             "checkpoint and pass its result, or train with `stage3_gather_16bit_weights_on_model_save: true`"
         )

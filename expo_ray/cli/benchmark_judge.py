@@ -162,12 +162,12 @@ def examine_judge(arguments: argparse.Namespace) -> int:
     card = measure_judge(judge, examination, judged.answers)
     write_judge_card(stored, card)
     if arguments.json:
-        _print(json.dumps(asdict(card), indent=1))
+        print(json.dumps(asdict(card), indent=1))
     else:
-        _print(str(card))
+        print(str(card))
         for warning in card.warnings:
-            _print(f"warning: {warning}")
-        _print(f"stored in {stored.store.uri}/{stored.prefix}")
+            print(f"warning: {warning}")
+        print(f"stored in {stored.store.uri}/{stored.prefix}")
     return 0
 
 
@@ -178,11 +178,11 @@ def _score_and_print(prepared: PreparedAlpaca, judged: Judged, *, as_json: bool)
     result = score_alpaca_answers(prepared, judged)
     summary, tables = write_results(prepared, result)
     if as_json:
-        _print(json.dumps(summary, indent=1))
+        print(json.dumps(summary, indent=1))
     else:
-        _print(markdown(tables))
-        _print("\n".join(f"annotations: {path}" for path in paths))
-        _print(f"results: {prepared.store.uri}/results.html, results.md and results.json")
+        print(markdown(tables))
+        print("\n".join(f"annotations: {path}" for path in paths))
+        print(f"results: {prepared.store.uri}/results.html, results.md and results.json")
     return _failed(judged.problems)
 
 
@@ -190,7 +190,3 @@ def _failed(problems: Sequence[ExpoError]) -> int:
     for problem in problems:
         sys.stderr.write(f"failed: {problem}\n")
     return FAILED if problems else 0
-
-
-def _print(text: str) -> None:
-    sys.stdout.write(f"{text}\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from math import ceil
 
 from expo_ray.config import format_alpha
@@ -41,10 +42,7 @@ def describe(job_plan: JobPlan, *, workers: int | None = None, bandwidth: int = 
                 size_text(plan.bytes_written * len(plan.outputs) - written),
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+    lines = align_columns(rows, left=len(head))
     moved = read_in_all + job_plan.bytes_to_write
     lines.append(
         f"{len(job_plan.pairs)} pair(s): {size_text(read_in_all)} to read, {size_text(job_plan.bytes_to_write)} to write, about "
@@ -52,3 +50,15 @@ def describe(job_plan: JobPlan, *, workers: int | None = None, bandwidth: int = 
     )
     lines += [f"note: {plan.name}: {shown_end(note, 2000)}" for plan in job_plan.pairs for note in plan.notes]
     return "\n".join(lines)
+
+
+def align_columns(rows: Sequence[Sequence[str]], *, left: int) -> list[str]:
+    """Lines of a table: the first `left` columns aligned to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            text.ljust(width) if place < left else text.rjust(width)
+            for place, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

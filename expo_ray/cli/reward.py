@@ -8,6 +8,7 @@ from collections.abc import Collection, Sequence
 
 from expo_ray.cli.exit_status import FAILED
 from expo_ray.cli.flags import given_flags, with_flags
+from expo_ray.cli.plan_table import align_columns
 from expo_ray.config import Job, RewardModel, load_job
 from expo_ray.errors import Collected, JobError
 from expo_ray.evaluation.check_job import check_rewards
@@ -74,7 +75,8 @@ def print_rewards(rewarded: Rewarded, flags: Collection[str] = ()) -> int:
         flags: see `with_flags`.
     """
     if rewarded.scored:
-        print(_table([_row(task, scored) for task, scored in rewarded.scored]))
+        rows = [_row(task, scored) for task, scored in rewarded.scored]
+        print("\n".join(align_columns([_HEADER, *rows], left=2)))
     for text in rewarded.failures:
         print(f"failed: {with_flags(text, flags)}", file=sys.stderr)
     return FAILED if rewarded.failures else 0
@@ -103,17 +105,4 @@ def _row(task: RewardTask, scored: ScoredResponses) -> Sequence[str]:
         f"{summary.num_tokens:.1f}",
         str(scored.num_new),
         str(summary.truncated),
-    )
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Align rows below the header: names to the left, figures to the right."""
-    lines = [_HEADER, *rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            text.ljust(width) if place < 2 else text.rjust(width)
-            for place, (text, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
     )

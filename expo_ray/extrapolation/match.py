@@ -26,7 +26,7 @@ from expo_ray.config import OutputDtype, PairOptions
 from expo_ray.errors import CheckpointError, Collected, ExpoError, PairError, problems_of
 from expo_ray.extrapolation.mismatch import Unmatched, explain
 from expo_ray.storage import open_store
-from expo_ray.text import first_few, shown
+from expo_ray.text import first_few, shown, shown_names
 from expo_ray.untrusted import compile_pattern
 
 # Heads of these embeddings shared their random bits from the first version on. Other tied copies came later, and a plan with one
@@ -363,4 +363,4 @@ def _read_vocabularies(*checkpoints: Checkpoint) -> list[dict[str, int]]:
 
 
 def _names(names: Sequence[str]) -> str:
-    return first_few([shown(name) for name in names])
+    return shown_names(names)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from expo_ray.checkpoint.renaming import wrappers_of
 from expo_ray.checkpoint.tied import VocabularyWeights
 from expo_ray.errors import PairError
-from expo_ray.text import first_few, shown
+from expo_ray.text import first_few, shown, shown_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ def explain(left: Unmatched, sft: VocabularyWeights, dpo: VocabularyWeights) -> 
 
 
 def _plain(names: Sequence[str], has: str, most: bool) -> PairError:
-    listed = first_few([shown(name) for name in names])
+    listed = shown_names(names)
     message = (
         f"sft lacks {len(names)} tensor(s) of dpo: {listed}"
         if has == "dpo"
@@ -69,7 +69,7 @@ def _plain(names: Sequence[str], has: str, most: bool) -> PairError:
 def _untied(names: Sequence[str], has: str, lacks: str) -> PairError:
     """Error for a head or an embedding without a partner, where no tie explains it."""
     return PairError(
-        f"{has} stores {first_few([shown(name) for name in names])}, and {lacks} neither stores it nor says in config.json that head "
+        f"{has} stores {shown_names(names)}, and {lacks} neither stores it nor says in config.json that head "
         f"and embedding are one weight (`tie_word_embeddings`); save {lacks} again with it, or set `tie_word_embeddings` to "
         f"true in config.json of {lacks} if its model shares the two"
     )
@@ -102,7 +102,7 @@ def _without_head(left: Unmatched, dpo: VocabularyWeights) -> str:
     if not root or left.missing or not beside or not any(map(dpo.is_head, left.extra)):
         return ""
     return (
-        f"dpo's names lack `{shown(root)}` and it has no {first_few([shown(name) for name in left.extra])}: it was saved without its "
+        f"dpo's names lack `{shown(root)}` and it has no {shown_names(left.extra)}: it was saved without its "
         "head, as `AutoModel` does; save it from the class that config.json of sft names under `architectures`"
     )
 

@@ -31,7 +31,7 @@ from expo_ray.extrapolation.match import (
     written_dtype,
 )
 from expo_ray.storage import Store, local_path, open_store
-from expo_ray.text import first_few, shown
+from expo_ray.text import first_few, shown, shown_names
 
 # Part of every plan id: raised when the same plan gives other bytes than before.
 ARITHMETIC_VERSION = 1
@@ -174,14 +174,14 @@ def _side_file_notes(plan: PairPlan) -> list[str]:
     notes = []
     if left := plan.left_behind:
         notes.append(
-            f"{len(left)} file(s) are not carried over, as nothing in the model names them: {first_few(list(map(shown, left)))}; copy "
+            f"{len(left)} file(s) are not carried over, as nothing in the model names them: {shown_names(left)}; copy "
             "those that you need"
         )
     copied = [key for key, parent in plan.side_files.items() if key in parent.side_weights]
     if copied:
         notes.append(
             f"{len(copied)} file(s) beside the model hold weights; they are copied and not extrapolated: "
-            f"{first_few(list(map(shown, copied)))}"
+            f"{shown_names(copied)}"
         )
     return notes
 

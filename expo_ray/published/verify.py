@@ -16,7 +16,7 @@ from expo_ray.extrapolation.receipt import hash_file
 from expo_ray.extrapolation.stream import compute_pages
 from expo_ray.storage import FileInfo, Store
 from expo_ray.storage.missing import missing_folder
-from expo_ray.text import first_few, shown
+from expo_ray.text import shown, shown_names
 
 _THREADS = 4
 _BOOKKEEPING = (".expo/", ".gitattributes", ".git/", ".cache/huggingface/")
@@ -81,7 +81,7 @@ def refuse_foreign_files(store: Store) -> None:
     if foreign:
         raise StorageError(
             f"{store.uri}: holds {len(foreign)} file(s) that are not part of the published model "
-            f"({first_few(list(map(shown, foreign)))}); move them elsewhere"
+            f"({shown_names(foreign)}); move them elsewhere"
         )
 
 

@@ -15,7 +15,7 @@ from expo_ray.config import Serving
 from expo_ray.errors import Collected, JobError
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.storage import open_store
-from expo_ray.text import first_few, shown
+from expo_ray.text import shown, shown_names
 
 _HEADS = ("num_attention_heads", "n_head", "num_heads")
 _CONFIG = "config.json"
@@ -93,6 +93,4 @@ def _check_arguments(engine: Mapping[str, Any]) -> None:
     except (subprocess.TimeoutExpired, ValueError, IndexError):
         return  # the engine itself will say
     if problems:
-        raise JobError(
-            f"`serving.engine`: {first_few(list(map(shown, problems)))}; write arguments as vLLM names them"
-        )
+        raise JobError(f"`serving.engine`: {shown_names(problems)}; write arguments as vLLM names them")

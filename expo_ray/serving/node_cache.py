@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,24 +17,17 @@ from expo_ray.checkpoint.folder import Checkpoint
 from expo_ray.errors import CheckpointError, StorageError
 from expo_ray.extrapolation.manifest import MANIFEST
 from expo_ray.extrapolation.plan import PairPlan
+from expo_ray.home import CACHE_VARIABLE, cache_folder
 from expo_ray.progress import size_text
 from expo_ray.published.verify import read_manifest, refuse_foreign_files
 from expo_ray.storage import FileInfo, Store, local_path, open_store
 from expo_ray.storage.local_writer import free_bytes
-from expo_ray.storage.uri import check_key, check_listing, expand_home
+from expo_ray.storage.uri import check_key, check_listing
 from expo_ray.text import shown
 from expo_ray.untrusted import TOKENIZER_BYTES, parse_json_object
 
-CACHE_VARIABLE = "EXPO_RAY_CACHE"
 _COMPLETE = ".complete.json"
 _FILES_AT_ONCE = 4
-
-
-def cache_folder() -> Path:
-    """Folder that copies are kept in: `$EXPO_RAY_CACHE`, else `expo-ray` below `$XDG_CACHE_HOME` or `~/.cache`."""
-    if chosen := os.environ.get(CACHE_VARIABLE):
-        return Path(os.path.abspath(expand_home(chosen)))
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "expo-ray"
 
 
 def download_parents(plan: PairPlan) -> PairPlan:

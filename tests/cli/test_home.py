@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from expo_ray.errors import StorageError
-from expo_ray.serving.node_cache import CACHE_VARIABLE, download_model
+from expo_ray.home import CACHE_VARIABLE
+from expo_ray.serving.node_cache import download_model
 from tests.support.paths import ROOT
 
 # Prints where caches would go after the preparation, and what `~` is.

@@ -60,8 +60,8 @@ def align(baseline: AnswerSet, model: AnswerSet, *, allow_missing: bool) -> Side
             `allow_missing`, if it leaves some of the baseline's without an answer.
     """
     common = [instruction for instruction in baseline.outputs if instruction in model.outputs]
-    unknown = [_short(instruction) for instruction in model.outputs if instruction not in baseline.outputs]
-    missing = [_short(instruction) for instruction in baseline.outputs if instruction not in model.outputs]
+    unknown = [_label(instruction) for instruction in model.outputs if instruction not in baseline.outputs]
+    missing = [_label(instruction) for instruction in baseline.outputs if instruction not in model.outputs]
     if unknown and (not allow_missing or not common):
         raise BenchmarkError(
             f"{model.source}: {len(unknown)} of its {len(model.outputs)} instruction(s) are not in {baseline.source} "
@@ -100,7 +100,7 @@ def _comparison(
     texts = {"instruction": instruction, "output_1": first, "output_2": second}
     question = Question(
         question_id(judge, template.id, list(texts.values()), options),
-        _short(instruction),
+        _label(instruction),
         template.filled(texts),
         options,
     )
@@ -183,5 +183,5 @@ def annotation_rows(judge: Judge, sides: Sides, judgments: Sequence[Judgment]) -
     return rows
 
 
-def _short(instruction: str) -> str:
+def _label(instruction: str) -> str:
     return repr(shown(instruction, 40))

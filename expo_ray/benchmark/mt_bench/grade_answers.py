@@ -20,7 +20,7 @@ from expo_ray.benchmark.judges.prompt_templates import Template
 from expo_ray.benchmark.row_files import parse_rows, read_unpacked
 from expo_ray.errors import BenchmarkError, NotFound, PromptError
 from expo_ray.storage import join_uri
-from expo_ray.text import first_few, shown
+from expo_ray.text import first_few, shown, shown_names
 from expo_ray.untrusted import kind_of
 
 # FastChat's categories with a reference answer, which the judge is shown.
@@ -134,7 +134,7 @@ def read_chat_answers(uri: str, bench: MtBench) -> ChatAnswers:
     if missing:
         wrong.append(f"no answer to {len(missing)} question(s): {first_few(missing)}")
     if len(names) > 1:
-        wrong.append(f"answers of several models: {first_few([shown(name, 60) for name in names])}")
+        wrong.append(f"answers of several models: {shown_names(names, longest=60)}")
     if wrong:
         listed = "\n    ".join(wrong[:20])
         raise PromptError(f"{uri}: {len(wrong)} problem(s), correct the file:\n    {listed}")

@@ -25,7 +25,7 @@ from expo_ray.evaluation.responses.response_file import ResponseFile, check_orig
 from expo_ray.progress import Counters
 from expo_ray.serving.served_models import names_by_engine
 from expo_ray.storage import Store, join_uri
-from expo_ray.text import first_few, shown
+from expo_ray.text import shown_names
 
 
 @dataclass
@@ -181,7 +181,5 @@ async def _only_name(client: Client) -> str:
     names = await client.names()
     if len(names) != 1:
         remedy = "choose one with --name" if names else "start one there"
-        raise EndpointError(
-            f"{client.url}: serves {first_few([shown(name) for name in names]) or 'no models'}; {remedy}"
-        )
+        raise EndpointError(f"{client.url}: serves {shown_names(names) or 'no models'}; {remedy}")
     return names[0]

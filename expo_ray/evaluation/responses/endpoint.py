@@ -17,7 +17,7 @@ import httpx
 from pydantic import Field
 
 from expo_ray.errors import EndpointError
-from expo_ray.text import first_few, remember_secret, remember_url_secrets, shown
+from expo_ray.text import remember_secret, remember_url_secrets, shown, shown_names
 from expo_ray.untrusted import Foreign, kind_of, parse_json, validated, without_halves
 
 CONNECT_TIMEOUT_S = 10.0
@@ -132,7 +132,7 @@ async def get_card(http: httpx.AsyncClient, name: str) -> Card:
     if page is None or page.get("id") != name:  # some endpoints have no such page
         cards = {str(card.get("id")): card for card in await _get_cards(http)}
         if name not in cards:
-            served = first_few([shown(name) for name in cards]) or "no models at all"
+            served = shown_names(cards) or "no models at all"
             raise EndpointError(f"{http.base_url}: does not serve {shown(name)}; it serves {served}")
         page = cards[name]
     where = f"{http.base_url}: its card of {shown(name)}"

@@ -26,7 +26,7 @@ from expo_ray.evaluation.rewards.reward_inputs import (
     model_inputs,
 )
 from expo_ray.storage import Store, open_store
-from expo_ray.text import first_few, shown
+from expo_ray.text import first_few, shown, shown_names
 from expo_ray.untrusted import Foreign, validated
 
 log = logging.getLogger("expo_ray")
@@ -145,13 +145,17 @@ def _problems(checkpoint: Checkpoint, config: _Config) -> list[str]:
         problems.append(f"quantised with {scheme}; give the model in bf16, fp16 or fp32")
     if not any(name.endswith(_SUFFIX) for name in config.architectures or ()):
         problems.append(
-            f"config.json says architectures {_shown(config.architectures or ()) or 'none'}, no sequence classifier; loaded as one it "
+            f"config.json says architectures {shown_names(config.architectures or (), longest=80) or 'none'}, no sequence classifier; loaded as one it "
             f"would score with a random head. Give a reward model saved as *{_SUFFIX}"
         )
     heads = [name for name in _HEADS if name in names]
     if not heads:
         others = [name for name in names if name.startswith(_OTHER_HEADS)]
-        ignored = f" (there is {_shown(others)}, which transformers does not load)" if others else ""
+        ignored = (
+            f" (there is {shown_names(others, longest=80)}, which transformers does not load)"
+            if others
+            else ""
+        )
         problems.append(
             f"has no score head: none of {first_few(list(_HEADS))} is among its tensors{ignored}; it would be filled with random numbers. "
             "Give the folder of the trained reward model, with its head"
@@ -186,15 +190,11 @@ def _code_problems(store: Store, checkpoint: Checkpoint) -> list[RewardError]:
             names = sorted(map(str, mapped[0])) if isinstance(mapped[0], dict) else [str(mapped[0])]
             problems.append(
                 RewardError(
-                    f"{store.uri}: {key} needs the model's own code ({_shown(names)}), which is not run here; remove its `auto_map` if "
+                    f"{store.uri}: {key} needs the model's own code ({shown_names(names, longest=80)}), which is not run here; remove its `auto_map` if "
                     "transformers has the class, else convert the model, or score with a `python:` function"
                 )
             )
     return problems
-
-
-def _shown(names: Iterable[str]) -> str:
-    return first_few([shown(name, 80) for name in names])
 
 
 def _max_tokens(config: Mapping[str, Any]) -> int | None:

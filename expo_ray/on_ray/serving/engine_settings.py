@@ -10,8 +10,8 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.llm import LLMConfig
 
 from expo_ray.config import Serving
+from expo_ray.home import CACHE_VARIABLE
 from expo_ray.on_ray.serving.routing import AlphaRouter
-from expo_ray.serving.node_cache import CACHE_VARIABLE
 
 # Requests that one engine works on at once, unless `engine: {max_num_seqs: ...}` says otherwise.
 CPU_SLOTS, GPU_SLOTS = 32, 256
