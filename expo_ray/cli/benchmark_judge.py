@@ -19,7 +19,7 @@ from expo_ray.benchmark.alpaca_eval.judge_answers import (
     score_alpaca_answers,
     write_annotations,
 )
-from expo_ray.benchmark.alpaca_eval.write_results import write_results
+from expo_ray.benchmark.alpaca_eval.write_results import write_alpaca_results
 from expo_ray.benchmark.judges.ask_judge import (
     AnswerStore,
     Judged,
@@ -176,7 +176,7 @@ def _score_and_print(prepared: PreparedAlpaca, judged: Judged, *, as_json: bool)
     if judged.problems and not prepared.request.allow_missing:
         return _failed(judged.problems)
     result = score_alpaca_answers(prepared, judged)
-    summary, tables = write_results(prepared, result)
+    summary, tables = write_alpaca_results(prepared, result)
     if as_json:
         print(json.dumps(summary, indent=1))
     else:

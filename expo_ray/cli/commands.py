@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from expo_ray.published.fit import Fit
 
 
-def run_words(words: Sequence[str], flags: list[str]) -> int:
+def run_command_line(words: Sequence[str], flags: list[str]) -> int:
     """Run the command that `words` name; returns its exit status.
 
     Args:

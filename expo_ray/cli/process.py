@@ -46,9 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags: list[str] = []
 
     def command() -> int:
-        from expo_ray.cli.commands import run_words
+        from expo_ray.cli.commands import run_command_line
 
-        return run_words(sys.argv[1:] if arguments is None else arguments, flags)
+        return run_command_line(sys.argv[1:] if arguments is None else arguments, flags)
 
     return guarded(command, flags)
 

@@ -28,7 +28,9 @@ from expo_ray.report.benchmark_page import Table, benchmark_page
 log = logging.getLogger("expo_ray")
 
 
-def write_results(prepared: PreparedAlpaca, result: AlpacaResult) -> tuple[dict[str, Any], list[Table]]:
+def write_alpaca_results(
+    prepared: PreparedAlpaca, result: AlpacaResult
+) -> tuple[dict[str, Any], list[Table]]:
     """Write `results.json`, `results.md` and `results.html` into the run's folder, and return the figures and the tables."""
     summary, tables = result_json(prepared, result), result_tables(prepared, result)
     prepared.store.put("results.json", (json.dumps(summary, indent=1) + "\n").encode())
