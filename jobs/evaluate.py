@@ -10,7 +10,7 @@ from expo_ray.config import Job, load_job
 
 
 def run(job: Job) -> int:
-    # Imported here, as it takes seconds: after the arguments are known to be right and signals are handled.
+    # Slow imports: deferred until the arguments are parsed and signals are handled.
     from expo_ray.cli.respond import print_responses
     from expo_ray.cli.reward import print_rewards
     from expo_ray.evaluation.check_job import check_evaluation, store_job_prompts

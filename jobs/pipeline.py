@@ -10,7 +10,7 @@ from expo_ray.config import Job, load_job
 
 
 def run(job: Job, *, dry_run: bool) -> int:
-    # Imported here, as it takes seconds: after the arguments are known to be right and signals are handled.
+    # Slow imports: deferred until the arguments are parsed and signals are handled.
     from expo_ray.cli.run import describe, print_results
     from expo_ray.evaluation.check_job import check_job
     from expo_ray.evaluation.job_report import push_winners, write_report
@@ -22,7 +22,7 @@ def run(job: Job, *, dry_run: bool) -> int:
     if dry_run:
         return 0
     with cluster():
-        searches = search_pairs(checked)  # respond, score, climb, decide: pair by pair, resumable
+        searches = search_pairs(checked)  # of each pair, several at once: respond, score, decide; resumable
         winners = publish_winners(checked, searches)
     results = write_report(checked, searches, winners)
     # Last: sending whole models may take longer than anybody waits for the report.

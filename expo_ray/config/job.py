@@ -29,7 +29,7 @@ class Job(Frozen):
     """Options of every pair that does not set them itself."""
 
     device: Device = "auto"
-    """Device of the arithmetic; the bytes are the same on each. `auto` takes a GPU where the task has one."""
+    """Device of the arithmetic; the bytes are the same on each. `auto` takes a GPU where the cluster has one, a quarter of it for each shard."""
 
     prompts: tuple[PromptSource, ...] = ()
     """Prompts for the models."""
@@ -50,7 +50,7 @@ class Job(Frozen):
     """Models that `expo-ray run` publishes: the chosen alpha of each pair, or that and all `alphas` of the pair."""
 
     push_to: str | None = None
-    """Repository on the Hugging Face Hub to which `expo-ray run` pushes each winner: `my-org/{pair}-expo`. One that it creates is private."""
+    """Repository on the Hugging Face Hub to which `expo-ray run` pushes each winner: `my-org/{pair}-expo`. A repository that it creates is private."""
 
     @model_validator(mode="before")
     @classmethod
@@ -60,6 +60,7 @@ class Job(Frozen):
         pairs = data.get("pairs")
         if not isinstance(pairs, list):
             return data
+        # Unknown keys are refused when `defaults` itself is validated.
         known = {key: value for key, value in data["defaults"].items() if key in PairOptions.model_fields}
         return data | {"pairs": [known | pair if isinstance(pair, dict) else pair for pair in pairs]}
 

@@ -23,7 +23,7 @@ from expo_ray.extrapolation.pinned import plan_publication
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.plan_job import inspect_job, outputs_of
 from expo_ray.extrapolation.step import DPO
-from expo_ray.serving.engine_checks import check_engine
+from expo_ray.serving.engine_checks import check_engine, deciding_arguments
 from expo_ray.serving.served_models import plan_served_pairs
 from expo_ray.storage import open_store
 from expo_ray.storage.hub_push import check_token
@@ -68,6 +68,8 @@ class CheckedJob:
             reward_ids: by name of the reward model. They are known on the cluster only, as its memory decides the data type that
                 a reward model computes in.
         """
+        serving = self.job.serving
+        engine = deciding_arguments(serving.engine)
         return digest(
             {
                 "weights": plan.plan_id(0.0),
@@ -76,7 +78,7 @@ class CheckedJob:
                 "rewards": list(reward_ids.values()),
                 "search": self.job.search.model_dump(mode="json"),
                 "search_version": SEARCH_VERSION,
-                "serving": [self.job.serving.dtype, self.job.serving.max_model_len],
+                "serving": [serving.dtype, serving.max_model_len, *([engine] if engine else [])],
                 "vllm": package_versions().get("vllm", ""),
             }
         )

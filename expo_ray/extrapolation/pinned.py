@@ -9,7 +9,7 @@ from expo_ray.checkpoint.folder import Checkpoint
 from expo_ray.config import Pair
 from expo_ray.errors import ExpoError, InputChanged, Problems, problems_of
 from expo_ray.extrapolation.match import TensorPlan, matches_other_rows, tied_copies
-from expo_ray.extrapolation.plan import PairPlan, impossible_options, named, plan_parents
+from expo_ray.extrapolation.plan import PairPlan, named, option_problems, plan_from_headers
 from expo_ray.extrapolation.step import Step, stepped
 from expo_ray.storage import open_store
 from expo_ray.text import first_few, shown
@@ -30,14 +30,14 @@ def plan_publication(checked: PairPlan, pair: Pair, step: Step, outputs: Mapping
     """
     plan = checked
     if plan.options.adapter != pair.adapter:
-        plan = plan_parents(pair, plan.sft, plan.dpo, outputs)
+        plan = plan_from_headers(pair, plan.sft, plan.dpo, outputs)
     options = pair.model_copy(
         update={"alphas": tuple(outputs), "multipliers": step.multipliers(pair.multipliers)}
     )
-    if problems := impossible_options(options):
+    if problems := option_problems(options):
         raise Problems([named(pair.name, problem) for problem in problems])
     plan = replace(_without_frozen_partners(stepped(plan, step)), options=options, outputs=outputs)
-    return replace(plan, revised=tuple(_reasons_that_still_hold(plan)))
+    return replace(plan, format_changes=tuple(_reasons_that_still_hold(plan)))
 
 
 def _without_frozen_partners(plan: PairPlan) -> PairPlan:
@@ -54,13 +54,13 @@ def _without_frozen_partner(tensor: TensorPlan) -> TensorPlan:
 
 
 def _reasons_that_still_hold(plan: PairPlan) -> Iterator[str]:
-    """Those of `plan.revised` that apply to tensors that still have partners.
+    """Those of `plan.format_changes` that apply to tensors that still have partners.
 
     They are part of the plan's id, which must be the one that planning the same model from scratch gives.
     """
     tensors = [tensor for shard in plan.shards for tensor in shard.tensors]
     applies = {"rows": matches_other_rows(tensors), "copies": bool(tied_copies(tensors))}
-    return (reason for reason in plan.revised if applies.get(reason, True))
+    return (reason for reason in plan.format_changes if applies.get(reason, True))
 
 
 def refuse_replaced_parents(plan: PairPlan) -> None:

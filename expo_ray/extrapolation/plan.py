@@ -50,10 +50,10 @@ class PairPlan:
     """A pair, matched tensor by tensor and laid out in shards.
 
     Attributes:
-        outputs: folder of the model of each alpha. It is not part of the plan's id: a model is the same wherever it lies.
+        outputs: folder of the model of each alpha. Not part of the plan's id: the place does not affect the bytes.
         notes: what a user should know and nothing is wrong with.
-        revised: reasons why the bytes are not those that the first version gave for the same inputs. They are part of the id, so
-            that models published then are not taken for these.
+        format_changes: rules that were added since the first version and change the bytes of this pair. They are part of the
+            id, so that models published before are not taken for these.
     """
 
     name: str
@@ -63,7 +63,7 @@ class PairPlan:
     shards: tuple[ShardPlan, ...]
     outputs: Mapping[float, str]
     notes: tuple[str, ...] = ()
-    revised: tuple[str, ...] = ()
+    format_changes: tuple[str, ...] = ()
 
     @property
     def base(self) -> Checkpoint:
@@ -106,7 +106,7 @@ class PairPlan:
         )
 
     def plan_id(self, alpha: float) -> str:
-        """Digest of all that decides the bytes of the model at `alpha`: inputs, arithmetic and layout, but no place or machine."""
+        """Digest of all that decides the bytes of the model at `alpha`: inputs, options and version of the arithmetic, but no place or machine."""
         options = self.options.model_dump(mode="json", include=set(PairOptions.model_fields))
         identity = {
             "arithmetic_version": ARITHMETIC_VERSION,
@@ -115,7 +115,7 @@ class PairPlan:
             | {"multipliers": list(self.options.multipliers.items())},  # their order counts
             "sft": _fingerprint(self.sft),
             "dpo": _fingerprint(self.dpo),
-        } | ({"revised": self.revised} if self.revised else {})
+        } | ({"revised": self.format_changes} if self.format_changes else {})
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -140,12 +140,12 @@ def plan_pair(pair: Pair, outputs: Mapping[float, str]) -> PairPlan:
             PairError(f"sft ({sft.uri}) and dpo ({dpo.uri}) are the same files; name two different models")
         )
     if sft is None or dpo is None or problems:
-        problems += impossible_options(pair)
+        problems += option_problems(pair)
         raise Problems([named(pair.name, problem) for problem in problems])
-    return plan_parents(pair, sft, dpo, outputs)
+    return plan_from_headers(pair, sft, dpo, outputs)
 
 
-def plan_parents(pair: Pair, sft: Checkpoint, dpo: Checkpoint, outputs: Mapping[float, str]) -> PairPlan:
+def plan_from_headers(pair: Pair, sft: Checkpoint, dpo: Checkpoint, outputs: Mapping[float, str]) -> PairPlan:
     """Match the tensors of parents whose headers have been read, and lay out the shards.
 
     Raises:
@@ -153,7 +153,7 @@ def plan_parents(pair: Pair, sft: Checkpoint, dpo: Checkpoint, outputs: Mapping[
         Problems: with everything that is wrong with the pair.
     """
     match = match_parents(sft, dpo, pair)
-    if problems := [*match.problems, *impossible_options(pair)]:
+    if problems := [*match.problems, *option_problems(pair)]:
         raise Problems([named(pair.name, problem) for problem in problems])
     if dpo.adapter and pair.adapter == "scale":  # readers of adapters know one file only
         shards = lay_out(match.tensors, sys.maxsize, "adapter_model")
@@ -164,7 +164,7 @@ def plan_parents(pair: Pair, sft: Checkpoint, dpo: Checkpoint, outputs: Mapping[
     others = _compare_kept(sft, dpo, match.kept)
     notes = [*match.notes, *_kept_notes(others), *_vocabulary_notes(sft, dpo, pair)]
     plan = PairPlan(
-        pair.name, sft, dpo, pair, shards, outputs, tuple(notes), _revised(match, others, dpo, pair)
+        pair.name, sft, dpo, pair, shards, outputs, tuple(notes), _format_changes(match, others, dpo, pair)
     )
     return replace(plan, notes=(*notes, *_side_file_notes(plan)))
 
@@ -186,13 +186,17 @@ def _side_file_notes(plan: PairPlan) -> list[str]:
     return notes
 
 
-def _revised(match: Match, others: Sequence[Tensor], dpo: Checkpoint, pair: Pair) -> tuple[str, ...]:
-    """Reasons why the bytes are not those of the first version; see `PairPlan.revised`."""
+def _format_changes(match: Match, others: Sequence[Tensor], dpo: Checkpoint, pair: Pair) -> tuple[str, ...]:
+    """Rules added since the first version that apply to this pair; see `PairPlan.format_changes`."""
     merged = dpo.adapter and pair.adapter == "merge"
     reasons = {
+        # Constants are copied from dpo, not extrapolated.
         "constants": any(tensor.dtype in WEIGHT_DTYPES for tensor in others),
+        # Rows are matched by token where both vocabularies have the same size and another order.
         "rows": match.other_rows,
+        # A second copy of a tied weight gets the random bits of the first, so that they stay equal.
         "copies": bool(match.copies),
+        # A merged model takes its configuration from sft, not from the folder of the adapter.
         "configuration": merged and any(key in dpo.side_files for key in _OF_THE_BASE),
     }
     return tuple(reason for reason, applies in reasons.items() if applies)
@@ -285,7 +289,7 @@ def _read_parent(side: str, uri: str, allow_pickle: bool, problems: list[ExpoErr
     return checkpoint
 
 
-def impossible_options(pair: Pair) -> list[ExpoError]:
+def option_problems(pair: Pair) -> list[ExpoError]:
     """Problems with options that exclude each other, and with multipliers that carry an alpha out of its range."""
     problems: list[ExpoError] = []
     written = written_dtype(pair)

@@ -76,7 +76,7 @@ def publish(folder: ModelFolder, result: PairResult | None = None) -> Published:
 
 
 def _read_published(folder: ModelFolder) -> Published:
-    """Read the folder's manifest, which may be that of a twin.
+    """Read the folder's manifest, which a concurrent run of the same plan may have put.
 
     Raises:
         NotFound: if the model is not published.
@@ -107,7 +107,7 @@ def _refuse_equal_parents(folder: ModelFolder, receipts: Sequence[Receipt]) -> N
 
 
 def _put_first(store: Store, key: str, data: bytes) -> bytes:
-    """Store `data` unless a twin has put its own; returns what the folder then holds.
+    """Store `data` unless a concurrent run of the same plan has put its own; returns what the folder then holds.
 
     Card and manifest of two runs of one plan differ where the runs name their parents differently. The first of each stays, so
     that a manifest never speaks of a card that was overwritten.
@@ -185,5 +185,5 @@ def _declaring(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def _json(data: Mapping[str, Any]) -> bytes:
-    # A path that is not UTF-8 holds halves of surrogate pairs, which no encoding has.
+    # A path that is not UTF-8 holds lone surrogates, which UTF-8 cannot encode.
     return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "replace")

@@ -68,13 +68,13 @@ def extrapolate_shard(
         for page in compute_pages(plan, index, alphas, device):
             under_way.append([output.append(out) for output, out in zip(outputs, page.outs, strict=True)])
             for tensor, statistics in page.statistics:
-                for total, sums in zip(totals, statistics, strict=False):  # no statistics where dpo is kept
+                for total, sums in zip(totals, statistics, strict=False):  # kept tensors have none
                     total[tensor] = total.get(tensor, TensorStatistics()) + sums
             if len(under_way) > HELD:  # the buffers of older pages are about to be filled again
                 on_bytes(_wait_for(under_way.popleft()))
         while under_way:
             on_bytes(_wait_for(under_way.popleft()))
-        _refuse_broken_weights(totals[0])
+        _refuse_broken_weights(totals[0])  # of the parents, so the same for every alpha
         receipts: list[Receipt] = []
         failures: dict[float, ExpoError] = {}
         for alpha, output, total in zip(alphas, outputs, totals, strict=True):
@@ -112,7 +112,7 @@ class _Output:
         Raises:
             OutputError: if another plan has taken the folder.
         """
-        self.folder.check_claim()  # or a job that was given up and lives on writes into its successor
+        self.folder.check_claim()  # else a zombie task could write into the folder's new owner
         info, digest = self.writer.commit(), self.sha256.hexdigest()
         receipt = Receipt(self.folder.plan_id, self.file, info.size, digest, info.etag, statistics)
         write_receipt(self.folder.store, receipt)

@@ -20,6 +20,11 @@ from expo_ray.text import shown, shown_names
 _HEADS = ("num_attention_heads", "n_head", "num_heads")
 _CONFIG = "config.json"
 _ARGUMENTS_TIMEOUT_S = 120.0
+# Arguments that decide how fast an engine is, and those that its card names one by one.
+_NOT_DECIDING = {
+    "allowed_media_domains", "distributed_executor_backend", "dtype", "gpu_memory_utilization", "kv_cache_memory_bytes",
+    "max_model_len", "max_num_batched_tokens", "max_num_seqs", "use_tqdm_on_load", "worker_extension_cls",
+}  # fmt: skip
 _CHECK_ARGUMENTS = """
 import dataclasses, json, sys
 from pydantic import TypeAdapter, ValidationError
@@ -43,6 +48,11 @@ for name, value in given.items():
         pass
 print("\\n" + json.dumps(problems))
 """
+
+
+def deciding_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of an engine that decide its answers."""
+    return {name: value for name, value in arguments.items() if name not in _NOT_DECIDING}
 
 
 def check_engine(settings: Serving, plans: Sequence[PairPlan]) -> None:

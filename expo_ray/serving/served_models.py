@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from expo_ray.config import Job, Pair, format_alpha
 from expo_ray.errors import Collected, ExpoError
-from expo_ray.extrapolation.plan import PairPlan, plan_pair, plan_parents
+from expo_ray.extrapolation.plan import PairPlan, plan_from_headers, plan_pair
 from expo_ray.extrapolation.plan_job import outputs_of
 from expo_ray.extrapolation.step import Step, parse_step
 from expo_ray.published.verify import refuse_foreign_files
@@ -102,4 +102,4 @@ def _plan_whole(job: Job, pair: Pair) -> PairPlan:
     if not plan.scaled:
         return plan
     merged = pair.model_copy(update={"adapter": "merge"})
-    return plan_parents(merged, plan.sft, plan.dpo, plan.outputs)
+    return plan_from_headers(merged, plan.sft, plan.dpo, plan.outputs)

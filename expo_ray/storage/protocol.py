@@ -12,7 +12,7 @@ from typing_extensions import Buffer
 
 from expo_ray.errors import AlreadyExists, StorageError
 
-# Prefix of probes, of which a killed job leaves one; they are no part of a model.
+# Key prefix of probe objects; a killed job may leave one behind. They are no part of a model.
 PROBE_PREFIX = ".expo/probe-"
 # What `Store.read` takes into memory unless its caller says otherwise.
 MOST_BYTES = 2**30
@@ -26,7 +26,7 @@ class FileInfo:
         key: path below the store's folder, parts joined by `/`.
         size: length in bytes.
         etag: names these bytes: S3's ETag, `mtime_ns-size` of a local file, the digest or blob id on the Hub.
-        fault: reason not to take it for a file of this folder: it is a FIFO, a dangling link, a link that leads elsewhere, or
+        fault: why this entry cannot be used as a file: it is a FIFO, a dangling link, a link that leads elsewhere, or
             has a name that no key can hold. Empty for everything else; only local folders have such entries.
     """
 
@@ -84,8 +84,8 @@ class Store(Protocol):
 
     Attributes:
         uri: the folder, without a trailing slash and without credentials.
-        chunk_bytes: size of a read that keeps this store busy.
-        concurrency: number of such reads in flight that keeps this store busy.
+        chunk_bytes: size of a read that saturates the store.
+        concurrency: number of such reads in flight that saturates it.
         local_path: the folder on this machine; None for a store whose files have to be fetched.
     """
 
@@ -121,8 +121,8 @@ class Store(Protocol):
     def put_if_absent(self, key: str, data: bytes) -> FileInfo:
         """Write a small object in one piece unless its key is taken; atomic against every other writer.
 
-        A key that already holds the same bytes counts as written: it is our own write whose acknowledgement was lost, or a
-        twin's.
+        A key that already holds the same bytes counts as written: it is our own write whose acknowledgement was lost, or that
+        of a concurrent run of the same plan.
 
         Raises:
             AlreadyExists: if the key holds other bytes.

@@ -15,7 +15,7 @@ pytest.importorskip("ray")
 pytest.importorskip("peft")
 
 from expo_ray.cli.run import print_results
-from expo_ray.config import Pair, load_job
+from expo_ray.config import Job, Pair, load_job
 from expo_ray.errors import InputChanged
 from expo_ray.evaluation.check_job import CheckedJob, check_job
 from expo_ray.evaluation.job_report import Searches, push_winners, write_report
@@ -181,3 +181,23 @@ def parents_of(checked: CheckedJob, name: str) -> tuple[Any, Any]:
     """Both checkpoints of a pair as they were checked."""
     (plan,) = (plan for plan in checked.plans if plan.name == name)
     return plan.sft, plan.dpo
+
+
+@pytest.mark.parametrize(
+    ("engine", "is_another"),
+    [
+        ({"max_num_seqs": 4, "gpu_memory_utilization": 0.5}, False),
+        ({"enable_prefix_caching": False}, True),
+        ({"hf_overrides": {"rope_theta": 500000.0}}, True),
+    ],
+)
+def test_an_engine_that_answers_otherwise_is_another_search(
+    tmp_path: Path, engine: dict[str, Any], is_another: bool
+) -> None:
+    sft, dpo = save_chat_pair(tmp_path / "pair", tied=False, dtype=torch.bfloat16)
+    plan = plan_pair(Pair(name="pair", sft=str(sft), dpo=str(dpo)), {ALPHA: str(tmp_path / "out")})
+    pairs = [{"name": "pair", "sft": str(sft), "dpo": str(dpo)}]
+    plain = Job.model_validate({"output": str(tmp_path), "pairs": pairs})
+    other = Job.model_validate({"output": str(tmp_path), "pairs": pairs, "serving": {"engine": engine}})
+    ids = [CheckedJob(job, [plan], []).search_id(plan, {}) for job in (plain, other)]
+    assert (ids[0] != ids[1]) == is_another

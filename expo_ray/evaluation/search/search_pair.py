@@ -89,7 +89,7 @@ def search_alpha(
         history = history.with_scores(rung.half, _evaluate(alphas, asked, evaluator, at_once))
     decision = decide(history, settings)
     announce(decision.reason)
-    # Not part of the search: where the curve of the report begins.
+    # Not part of the search: sft (alpha -1) as well, where the curve of the report begins.
     smallest = min(settings.prompts[0], len(halves["choose"]))
     alphas = history.choose.missing(Rung("choose", (SFT.alpha,), smallest, "sft"))
     asked = halves["choose"].first(smallest)

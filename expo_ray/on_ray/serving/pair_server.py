@@ -31,6 +31,7 @@ from expo_ray.on_ray.serving.engine_adapter import (
     restore_plain_logs,
     stop_engine,
 )
+from expo_ray.serving.engine_checks import deciding_arguments
 from expo_ray.serving.engine_errors import read_own_log, root_cause
 from expo_ray.serving.lease import Busy, Lease
 from expo_ray.serving.node_cache import rebuild_engine_folder
@@ -41,8 +42,8 @@ restore_plain_logs()  # which the imports above have changed
 
 SWAP_TIMEOUT_S = 3600.0
 
-# Files of a model that no engine reads for an answer, or whose content the identity of the weights covers.
-_NOT_READ = {
+# Files of a model that are not part of its engine's identity: weights, which have their own, and what no engine reads.
+_NOT_HASHED = {
     ".safetensors",
     ".bin",
     ".pt",
@@ -55,11 +56,6 @@ _NOT_READ = {
     ".png",
     ".pdf",
 }
-# Arguments of an engine that decide how fast it is, or that its card names one by one.
-_NEUTRAL = {
-    "allowed_media_domains", "distributed_executor_backend", "dtype", "gpu_memory_utilization", "kv_cache_memory_bytes",
-    "max_model_len", "max_num_batched_tokens", "max_num_seqs", "use_tqdm_on_load", "worker_extension_cls",
-}  # fmt: skip
 
 Method = Callable[[Any, Any], Coroutine[Any, Any, AsyncGenerator[Any, None]]]
 
@@ -214,7 +210,7 @@ def hash_side_files(folder: Path) -> str:
         path
         for path in folder.rglob("*")
         if path.is_file()
-        and path.suffix not in _NOT_READ
+        and path.suffix not in _NOT_HASHED
         and not path.relative_to(folder).parts[0].startswith(".")
     ]
     return digest({str(path.relative_to(folder)): _sha256(path) for path in paths})
@@ -227,7 +223,7 @@ def _sha256(path: Path) -> str:
 
 def settings_of(arguments: Mapping[str, Any]) -> str:
     """Digest of the engine's arguments that decide answers; data type and context are described by the engine itself."""
-    return digest({name: value for name, value in arguments.items() if name not in _NEUTRAL})
+    return digest(deciding_arguments(arguments))
 
 
 def _error(status: int, message: str, kind: str) -> ErrorResponse:
