@@ -16,7 +16,7 @@ from expo_ray.errors import Collected, JobError
 from expo_ray.evaluation.prompts.load_prompts import load_prompts
 from expo_ray.evaluation.prompts.prompt_set import PromptSet, store_prompts
 from expo_ray.evaluation.records import digest
-from expo_ray.evaluation.responses.check_served import check_served, check_writable
+from expo_ray.evaluation.responses.check_served import check_output_folder, check_served
 from expo_ray.evaluation.rewards.reward_model import CheckedReward, check_reward
 from expo_ray.evaluation.search.methods import SEARCH_VERSION, check_size
 from expo_ray.extrapolation.pinned import plan_publication
@@ -226,7 +226,7 @@ def _check_asked(checked: CheckedJob, *, needs_all: bool = False) -> None:
     with problems.catching():
         check_engine(job.serving, checked.plans)
     with problems.catching():
-        check_writable(job.output)
+        check_output_folder(job.output)
     problems.raise_any()
 
 

@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 from expo_ray.config import PublishedModel, Serving
 from expo_ray.errors import ExpoError, OutputError, Problems
 from expo_ray.evaluation.prompts.prompt_set import PromptSet, prompt_of
-from expo_ray.evaluation.responses.check_served import check_served, check_writable, longest_context
+from expo_ray.evaluation.responses.check_served import check_output_folder, check_served, longest_context
 from tests.support.tiny_reward_models import TURNS, byte_tokenizer
 
 NO_SYSTEM = (
@@ -143,12 +143,12 @@ def test_arguments_that_vllm_does_not_have_are_refused(tmp_path: Path) -> None:
 
 
 def test_an_output_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
-    check_writable(str(tmp_path / "a" / "b"))
-    check_writable("s3://bucket/out")
+    check_output_folder(str(tmp_path / "a" / "b"))
+    check_output_folder("s3://bucket/out")
     (tmp_path / "file").write_text("")
     for output in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(OutputError, match="is a file"):
-            check_writable(str(output))
+            check_output_folder(str(output))
     with pytest.raises(ExpoError, match="cannot be written"):
-        check_writable("/proc/1/out")
+        check_output_folder("/proc/1/out")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -75,7 +75,7 @@ def check_served(
         raise Problems(problems)
 
 
-def check_writable(uri: str) -> None:
+def check_output_folder(uri: str) -> None:
     """Check that a local output folder can be made and written, without making it.
 
     Raises:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
@@ -13,7 +11,8 @@ import pytest
 pytest.importorskip("huggingface_hub")
 
 from expo_ray.errors import StorageError
-from expo_ray.storage import forget_stores, open_store
+from expo_ray.storage import open_store
+from tests.support.fixed_answer import FixedAnswer, answering
 
 _SHA = "a" * 40
 _INFO: dict[str, Any] = {
@@ -31,43 +30,16 @@ _INFO: dict[str, Any] = {
 }
 
 
-class _Hub(ThreadingHTTPServer):
-    body = b""
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self) -> None:
-        assert isinstance(self.server, _Hub)
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(self.server.body)))
-        self.end_headers()
-        self.wfile.write(self.server.body)
-
-    def log_message(self, *arguments: object) -> None:
-        pass
-
-
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Hub]:
-    server = _Hub(("127.0.0.1", 0), _Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FixedAnswer]:
+    server = FixedAnswer("application/json")
+    monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    forget_stores()
-    try:
+    with answering(server):
         yield server
-    finally:
-        forget_stores()
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
-def test_a_listing_is_read(hub: _Hub) -> None:
+def test_a_listing_is_read(hub: FixedAnswer) -> None:
     hub.body = json.dumps(_INFO).encode()
     files = [(info.key, info.size, info.etag) for info in open_store("hf://org/m").list()]
     assert files == [("config.json", 5, "b" * 40), ("model.safetensors", 7, "d" * 64)]
@@ -108,7 +80,7 @@ def _listing(**changes: object) -> dict[str, Any]:
     ],
     ids=lambda answer: json.dumps(answer)[-60:],
 )
-def test_an_answer_with_fields_of_other_types_is_one_error(hub: _Hub, answer: object) -> None:
+def test_an_answer_with_fields_of_other_types_is_one_error(hub: FixedAnswer, answer: object) -> None:
     hub.body = json.dumps(answer).encode()
     with pytest.raises(StorageError, match=r"^hf://org/m"):
         open_store("hf://org/m")
@@ -117,7 +89,7 @@ def test_an_answer_with_fields_of_other_types_is_one_error(hub: _Hub, answer: ob
 @pytest.mark.parametrize(
     "body", [b"", b"<html>", b"[" * 100_000, b"\xff\xfe", b"9" * 5000], ids=lambda body: repr(body[:8])
 )
-def test_what_is_no_json_is_one_error(hub: _Hub, body: bytes) -> None:
+def test_what_is_no_json_is_one_error(hub: FixedAnswer, body: bytes) -> None:
     hub.body = body
     with pytest.raises(StorageError, match=r"^hf://org/m"):
         open_store("hf://org/m")

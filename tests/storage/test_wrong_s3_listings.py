@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from expo_ray.errors import StorageError
-from expo_ray.storage import forget_stores, open_store
+from expo_ray.storage import open_store
+from tests.support.fixed_answer import FixedAnswer, answering
 
 _ITEM = '<Contents><Key>x/{key}</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified><ETag>"a"</ETag><Size>{size}</Size></Contents>'
 _PAGE = (
@@ -18,43 +17,16 @@ _PAGE = (
 )
 
 
-class _Store(ThreadingHTTPServer):
-    page = b""
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self) -> None:
-        assert isinstance(self.server, _Store)
-        self.send_response(200)
-        self.send_header("Content-Type", "application/xml")
-        self.send_header("Content-Length", str(len(self.server.page)))
-        self.end_headers()
-        self.wfile.write(self.server.page)
-
-    def log_message(self, *arguments: object) -> None:
-        pass
-
-
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Store]:
-    server = _Store(("127.0.0.1", 0), _Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FixedAnswer]:
+    server = FixedAnswer("application/xml")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "k")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s")
     monkeypatch.setenv("AWS_REGION", "us-east-1")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    forget_stores()
-    try:
+    with answering(server):
         yield server
-    finally:
-        forget_stores()
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 def _page(*items: tuple[str, str], endless: bool = False) -> bytes:
@@ -63,26 +35,26 @@ def _page(*items: tuple[str, str], endless: bool = False) -> bytes:
     return _PAGE.format(truncated=str(endless).lower(), token=token, items=text).encode()
 
 
-def test_a_listing_that_ends_is_read(server: _Store) -> None:
-    server.page = _page(("a", "5"), ("b", "0"))
+def test_a_listing_that_ends_is_read(server: FixedAnswer) -> None:
+    server.body = _page(("a", "5"), ("b", "0"))
     assert [(info.key, info.size) for info in open_store("s3://b/x").list()] == [("a", 5), ("b", 0)]
 
 
-def test_a_listing_that_begins_again_is_refused(server: _Store) -> None:
-    server.page = _page(("a", "5"), ("b", "6"), endless=True)
+def test_a_listing_that_begins_again_is_refused(server: FixedAnswer) -> None:
+    server.body = _page(("a", "5"), ("b", "6"), endless=True)
     with pytest.raises(StorageError, match="does not end"):
         open_store("s3://b/x").list()
 
 
 @pytest.mark.parametrize("size", ["x", "-5", "", "1e9", "9" * 30])
-def test_a_size_that_is_none_is_refused(server: _Store, size: str) -> None:
-    server.page = _page(("a", size))
+def test_a_size_that_is_none_is_refused(server: FixedAnswer, size: str) -> None:
+    server.body = _page(("a", size))
     with pytest.raises(StorageError):
         open_store("s3://b/x").list()
 
 
 @pytest.mark.parametrize("page", [b"", b"<", b"{}", b"<ListBucketResult>" * 10_000, b"\xff\xfe"], ids=repr)
-def test_what_is_no_listing_is_refused(server: _Store, page: bytes) -> None:
-    server.page = page[:200_000]
+def test_what_is_no_listing_is_refused(server: FixedAnswer, page: bytes) -> None:
+    server.body = page[:200_000]
     with pytest.raises(StorageError):
         open_store("s3://b/x").list()
