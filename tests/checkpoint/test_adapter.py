@@ -238,7 +238,7 @@ def test_variants_of_lora_are_refused_by_name(change: dict[str, Any], named: str
     assert "; merge the adapter first (`merge_and_unload`, save) and pass the merged folder" in refusal(copy)
 
 
-def test_all_reasons_are_told_at_once(copy: Path) -> None:
+def test_all_reasons_are_reported_at_once(copy: Path) -> None:
     change_config(copy, use_dora=True, bias="all")
     assert "not plain LoRA (use_dora is True; bias is all)" in refusal(copy)
 

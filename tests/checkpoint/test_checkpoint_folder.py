@@ -263,7 +263,7 @@ def test_an_index_cannot_leave_the_folder(name: str) -> None:
     assert store.reads == 2  # config.json and the index; nothing else was opened
 
 
-def test_all_problems_of_a_folder_are_told_at_once() -> None:
+def test_all_problems_of_a_folder_are_reported_at_once() -> None:
     files = sharded(**{"model-00001-of-00002.safetensors": b"bad"})
     del files["config.json"], files["model-00002-of-00002.safetensors"]
     with pytest.raises(Problems) as caught:
@@ -275,7 +275,7 @@ def test_all_problems_of_a_folder_are_told_at_once() -> None:
     assert "1 of the 2 weight files are missing: model-00002-of-00002.safetensors" in texts[2]
 
 
-def test_two_files_swapped_by_the_index_are_both_told() -> None:
+def test_two_files_swapped_by_the_index_are_both_reported() -> None:
     swapped = {"weight_map": {"a": "model-00002-of-00002.safetensors", "b": "model-00001-of-00002.safetensors",
                               "c": "model-00001-of-00002.safetensors"}}  # fmt: skip
     with pytest.raises(Problems) as caught:

@@ -39,19 +39,19 @@ from tests.support.pairs import (
 BAD_INPUT, FAILED = 2, 1
 NORM, EMBEDDING = "model.norm.weight", "model.embed_tokens.weight"
 Print = pytest.CaptureFixture[str]
-Mend = Callable[[Tensors], None]
+Change = Callable[[Tensors], None]
 
 
-def refused(told: Print, *words: object, more: str = "", alphas: tuple[object, ...] = (0.5,)) -> str:
+def refused(capsys: Print, *words: object, more: str = "", alphas: tuple[object, ...] = (0.5,)) -> str:
     """What the command says on its way out, after making sure that it has written nothing."""
     sft, dpo, out = map(Path, map(str, words))
     before = files_of(out)
     existed = out.exists()
-    told.readouterr()
+    capsys.readouterr()
     assert expo(sft, dpo, out, *alphas, more=more) == BAD_INPUT
     assert files_of(out) == before
     assert out.exists() == existed
-    said = told.readouterr().err
+    said = capsys.readouterr().err
     assert "Traceback" not in said
     return said
 
@@ -59,15 +59,15 @@ def refused(told: Print, *words: object, more: str = "", alphas: tuple[object, .
 # Two parents that do not fit
 
 
-def without(name: str) -> Mend:
+def without(name: str) -> Change:
     return lambda tensors: tensors.__delitem__(name)
 
 
-def with_one(name: str, *shape: int) -> Mend:
+def with_one(name: str, *shape: int) -> Change:
     return lambda tensors: tensors.__setitem__(name, torch.zeros(shape, dtype=torch.bfloat16))
 
 
-def rows(count: int) -> Mend:
+def rows(count: int) -> Change:
     def change(tensors: Tensors) -> None:
         tensors |= {name: torch.zeros(count, 64).bfloat16() for name in (EMBEDDING, "lm_head.weight")}
 
@@ -92,7 +92,7 @@ def nothing(tensors: Tensors) -> None:
     ids=["missing", "extra", "missing head", "shape", "dimensions", "vocabulary", "smaller vocabulary"],
 )  # fmt: skip
 def test_parents_that_do_not_fit(
-    tmp_path: Path, capsys: Print, change_sft: Mend, change_dpo: Mend, expected: str
+    tmp_path: Path, capsys: Print, change_sft: Change, change_dpo: Change, expected: str
 ) -> None:
     sft = llama_tensors()
     dpo = moved(sft)
@@ -121,7 +121,7 @@ def test_remedies_are_flags_for_a_command_and_keys_for_a_job_file(tmp_path: Path
         assert remedy in said
 
 
-def test_everything_wrong_with_a_pair_is_told_at_once(tmp_path: Path, capsys: Print) -> None:
+def test_everything_wrong_with_a_pair_is_reported_at_once(tmp_path: Path, capsys: Print) -> None:
     sft = llama_tensors()
     dpo = moved(sft)
     rows(264)(dpo)
@@ -268,7 +268,7 @@ def test_damaged_indexes(tmp_path: Path, capsys: Print, text: str, expected: str
     assert expected in said
 
 
-def test_a_missing_shard_a_broken_configuration_and_a_missing_folder_are_told_together(
+def test_a_missing_shard_a_broken_configuration_and_a_missing_folder_are_reported_together(
     tmp_path: Path, capsys: Print
 ) -> None:
     sft, _ = write_pair(tmp_path, sft_shards=3)
@@ -529,7 +529,7 @@ def as_nobody() -> Iterator[Path]:
             os.seteuid(user)
 
 
-def test_missing_permissions_are_told(capsys: Print, as_nobody: Path) -> None:
+def test_missing_permissions_are_reported(capsys: Print, as_nobody: Path) -> None:
     sft, dpo = write_pair(as_nobody)
     locked = as_nobody / "locked"
     locked.mkdir(mode=0o500)
@@ -544,9 +544,9 @@ def test_missing_permissions_are_told(capsys: Print, as_nobody: Path) -> None:
 # What only the weights themselves tell: the work begins, fails, and publishes nothing
 
 
-def failing(told: Print, sft: Path, dpo: Path, out: Path, *alphas: object, more: str = "") -> str:
+def failing(capsys: Print, sft: Path, dpo: Path, out: Path, *alphas: object, more: str = "") -> str:
     assert expo(sft, dpo, out, *alphas, more=more) == FAILED
-    said = told.readouterr().err
+    said = capsys.readouterr().err
     assert "Traceback" not in said
     return said
 
@@ -564,7 +564,7 @@ def test_nan_and_infinity_in_a_parent(
     out = tmp_path / "out"
     said = failing(capsys, *folders, out, 0.5)
     assert (
-        f"failed: dpo: 1 tensor(s) of the parents hold values that no alpha can mend: {NORM} {expected}; repair"
+        f"failed: dpo: 1 tensor(s) of the parents hold values that no alpha can repair: {NORM} {expected}; repair"
         in said
     )
     nothing_published(out)
@@ -602,12 +602,12 @@ def test_an_alpha_that_overflows_costs_the_others_nothing(tmp_path: Path, capsys
     folders = write_both(tmp_path, sft, dpo)
     shards = "--shard-size 40kB"
     assert expo(*folders, tmp_path / "out", 0.5, 8, 1, more=shards) == FAILED
-    told = capsys.readouterr()
-    assert [line.split(": ")[:2] for line in told.err.splitlines() if "failed: " in line] == [
+    printed = capsys.readouterr()
+    assert [line.split(": ")[:2] for line in printed.err.splitlines() if "failed: " in line] == [
         ["failed", "dpo alpha=8"]
     ]
-    assert f"alpha 8 overflows the output's dtype in 1 tensor(s): {NORM} (1 elements)" in told.err
-    assert [line.partition(": ")[0] for line in told.out.splitlines() if ": alpha " in line] == [
+    assert f"alpha 8 overflows the output's dtype in 1 tensor(s): {NORM} (1 elements)" in printed.err
+    assert [line.partition(": ")[0] for line in printed.out.splitlines() if ": alpha " in line] == [
         str(tmp_path / "out" / f"alpha={alpha}") for alpha in ("0.5", "1")
     ]
     assert not (tmp_path / "out" / "alpha=8" / "expo.json").exists()

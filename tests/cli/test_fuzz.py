@@ -1,4 +1,4 @@
-"""A little of `tests/fuzz.py` in every run of the tests; `python -m tests.fuzz` goes on for as long as it is told."""
+"""A little of `tests/fuzz.py` in every run of the tests; `python -m tests.fuzz` goes on for as long as it is asked to."""
 
 from __future__ import annotations
 

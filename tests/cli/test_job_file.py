@@ -58,7 +58,7 @@ def test_a_pair_overrides_the_defaults_and_inherits_the_rest(tmp_path: Path) -> 
     )
 
 
-def test_every_problem_is_told_at_once_with_place_and_near_key() -> None:
+def test_every_problem_is_reported_at_once_with_place_and_near_key() -> None:
     text = problems_of(
         {
             "output": "out",
@@ -102,12 +102,12 @@ def test_two_pairs_of_one_name_are_refused() -> None:
         ("output: o\npairs: []", "at least 1 item"),
     ],
 )
-def test_what_is_no_job_file_is_told(tmp_path: Path, text: str, said: str) -> None:
+def test_what_is_no_job_file_is_reported(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises((JobError, Problems), match=said):
         load_job(write(tmp_path, text))
 
 
-def test_a_missing_job_file_is_told(tmp_path: Path) -> None:
+def test_a_missing_job_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(JobError, match=r"cannot be read .* give the path of a YAML job file"):
         load_job(tmp_path / "none.yaml")
 

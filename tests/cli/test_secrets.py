@@ -55,7 +55,7 @@ BAD_URLS = (
 )
 
 
-# Modules are imported once; a command that ends in an exception shows it as a process of its own would.
+# Modules are imported once; a command that ends in an exception shows it as its own process would.
 _RUN = """
 import json, sys
 from expo_ray.cli.process import main

@@ -233,7 +233,7 @@ def test_a_traceback_shows_no_secret() -> None:
         "        raise RuntimeError('s3://u:' + secret + '@b') from error\n"
         "logging.error('log %s', secret)\n"
         "warnings.warn('warned of ' + secret)\n"
-        "print('told', secret)\n"
+        "print('printed', secret)\n"
         "thread = threading.Thread(target=fail); thread.start(); thread.join()\n"
         "fail()\n"
     )
@@ -247,7 +247,7 @@ def test_a_traceback_shows_no_secret() -> None:
     )
 
     assert ended.returncode == 1
-    assert ended.stdout == "told ***\n"
+    assert ended.stdout == "printed ***\n"
     assert ended.stderr.count("ValueError: first ***") == 2
     assert ended.stderr.count("RuntimeError: s3://***@b") == 2
     assert "log ***" in ended.stderr

@@ -164,7 +164,7 @@ def test_keep_dpo_matches_by_position_and_keeps_the_rest(
     assert same_bits(read_weights(tmp_path / "out"), expected)
 
 
-def test_tokenizers_that_are_missing_are_told_for_both_sides_with_every_other_problem(
+def test_tokenizers_that_are_missing_are_reported_for_both_sides_with_every_other_problem(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sft = llama_tensors(rows=64)

@@ -162,7 +162,7 @@ def test_one_alpha_of_several_is_made_up_for(
 @pytest.mark.parametrize(
     "lost", ["model-00002-of-00006.safetensors", "config.json", "model.safetensors.index.json", "README.md"]
 )
-def test_a_published_model_that_lost_a_file_is_mended(
+def test_a_published_model_that_lost_a_file_is_completed(
     tmp_path: Path, pair: tuple[Path, Path], written: Counter[str], lost: str
 ) -> None:
     out = tmp_path / "out"
@@ -187,7 +187,7 @@ def test_a_published_model_may_be_moved_and_is_not_written_again(
     assert not written
 
 
-def test_a_manifest_that_cannot_be_read_is_told(
+def test_a_manifest_that_cannot_be_read_is_reported(
     tmp_path: Path, pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"

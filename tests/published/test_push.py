@@ -46,7 +46,7 @@ def model(made: Path, tmp_path: Path) -> Path:
 def server(hub_server: HubServer, monkeypatch: pytest.MonkeyPatch) -> HubServer:
     import huggingface_hub.constants
 
-    # hf_xet speaks a protocol of its own to servers of its own.
+    # hf_xet speaks its own protocol to its own servers.
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(retry, "FIRST_DELAY_S", 0.01)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -282,7 +282,7 @@ def test_a_commit_of_somebody_else_in_the_meantime_is_not_overwritten(server: Hu
     assert pushed(server) == {"README.md": b"mine"}
 
 
-def test_tokens_that_cannot_write_are_told_before_anything_is_sent(
+def test_tokens_that_cannot_write_are_reported_before_anything_is_sent(
     server: HubServer, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for token, message in (
@@ -296,7 +296,7 @@ def test_tokens_that_cannot_write_are_told_before_anything_is_sent(
     assert writes(server) == []
 
 
-def test_no_right_no_answer_and_no_network_are_told(
+def test_no_right_no_answer_and_no_network_are_reported(
     server: HubServer, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(StorageError, match=r"answered 403; set HF_TOKEN to a token that may write to others"):

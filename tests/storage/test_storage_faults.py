@@ -299,7 +299,7 @@ def _check_range(store: Store, start: int, etag: str) -> None:
     assert out == BIG[start : start + MIB]
 
 
-# --- what only the user can mend
+# --- what only the user can fix
 
 
 def _everything(store: Store) -> Iterator[Callable[[], object]]:

@@ -65,7 +65,7 @@ def test_a_branch_that_moves_does_not_move_the_store(server: HubServer) -> None:
     forget_stores()
     assert pickle.loads(pickle.dumps(store)).stat("model.safetensors").etag == etag
     assert _read(open_store(store.uri), 0, 10) == WEIGHTS[::-1][:10]
-    with pytest.raises(InputChanged):  # whoever opens the branch again is told
+    with pytest.raises(InputChanged):  # opening the branch again says so
         open_store("hf://org/model").read_into("model.safetensors", 0, memoryview(bytearray(1)), etag=etag)
 
 
@@ -196,7 +196,7 @@ def test_a_hub_that_does_not_answer_is_named(server: HubServer, monkeypatch: pyt
         open_store("hf://org/model")
 
 
-# --- what only the user can mend
+# --- what only the user can fix
 
 
 def test_a_private_model_needs_the_token(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,8 +21,8 @@ Failing = Callable[[Body], tuple[int, str] | None]
 
 def text_for(body: Body) -> str:
     """What the endpoint answers to a request."""
-    told = [body["model"], body["messages"], body.get("seed"), body.get("temperature")]
-    return f"{hashlib.sha256(json.dumps(told).encode()).hexdigest()} {LINE_ENDS} end"
+    parts = [body["model"], body["messages"], body.get("seed"), body.get("temperature")]
+    return f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()} {LINE_ENDS} end"
 
 
 class FakeEndpoint:

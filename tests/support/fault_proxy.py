@@ -77,7 +77,7 @@ class _Message:
 
 
 class FaultProxy:
-    """Runs in a thread of its own while the `with` block lasts.
+    """Runs in its own thread while the `with` block lasts.
 
     Args:
         upstream: endpoint of the real server, `http://127.0.0.1:<port>`.

@@ -251,7 +251,7 @@ def _entry(path: str, data: bytes) -> dict[str, object]:
 
 @pytest.fixture
 def hub_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    """A stand-in that this process takes for the Hub, with an empty cache of its own and no token."""
+    """A stand-in that this process takes for the Hub, with its own empty cache and no token."""
     import huggingface_hub.constants
 
     with HubServer() as server:

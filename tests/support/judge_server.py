@@ -24,7 +24,7 @@ from typing import Any
 
 Reply = tuple[int, Mapping[str, str], Any]
 MODES = ("replay", "indifferent", "longer", "coin", "slow", "429", "400", "garbage", "gone")
-# A difference of so many characters doubles the odds of the longer output, in the mode `longer`.
+# This difference in characters doubles the odds of the longer output, in the mode `longer`.
 LIKING = 700.0
 _OUTPUTS = (
     re.compile(r'"output": """(.*?)"""\n    },\n    {\n.*?"output": """(.*)"""\n    }\n}', re.DOTALL),

@@ -1,6 +1,6 @@
-"""A spawned child of an actor that connects to the cluster as a driver of its own, as vLLM's engine core does on a GPU.
+"""A spawned child of an actor that connects to the cluster as another driver, as vLLM's engine core does on a GPU.
 
-Prints, as JSON, the address that the child reached and the package that an actor of its own imports.
+Prints, as JSON, the address that the child reached and the package that an actor of that driver imports.
 """
 
 from __future__ import annotations
