@@ -218,9 +218,9 @@ def as_torch(words: Words, dtype: str) -> torch.Tensor:
 def test_a_mask_of_minus_infinities_survives(rounding: RoundingName) -> None:
     mask = np.where(np.triu(np.ones((64, 64), bool)), 0xFF80, 0).astype(np.uint16).reshape(-1)
     outs, statistics = run(Rule("BF16", "BF16", "BF16", rounding), mask, mask.copy(), [0.5, -0.5])
-    for out, one in zip(outs, statistics, strict=True):
+    for out, sums in zip(outs, statistics, strict=True):
         assert out.tobytes() == mask.tobytes()
-        assert one == TensorStatistics(elements=4096)
+        assert sums == TensorStatistics(elements=4096)
 
 
 def test_nan_and_infinities_are_counted_and_do_not_hide_the_rest() -> None:
@@ -229,13 +229,13 @@ def test_nan_and_infinities_are_counted_and_do_not_hide_the_rest() -> None:
     (_,), (clean,) = run(BF16, dpo[5:], sft[5:], [0.5], first=5)
     dpo[:5] = [0x7FC1, 0x3F80, 0x7F80, 0x7F80, 0x7FC7]
     sft[:5] = [0x3F80, 0x7FFF, 0x3F80, 0x7F80, 0x7FC7]
-    (out,), (one,) = run(BF16, dpo, sft, [0.5])
+    (out,), (sums,) = run(BF16, dpo, sft, [0.5])
     assert out[:5].tolist() == [0x7FC0, 0x7FC0, 0x7F80, 0x7F80, 0x7FC7]
-    assert (one.nan, one.inf, one.overflow) == (3, 1, 0)
-    assert one.changed == clean.changed + 3
-    assert one.delta_square == pytest.approx(clean.delta_square, rel=1e-6)
-    assert one.moved_delta == pytest.approx(clean.moved_delta, rel=1e-6)
-    assert one.dpo_square == pytest.approx(clean.dpo_square + 1, rel=1e-6)  # the 1.0 beside sft's NaN
+    assert (sums.nan, sums.inf, sums.overflow) == (3, 1, 0)
+    assert sums.changed == clean.changed + 3
+    assert sums.delta_square == pytest.approx(clean.delta_square, rel=1e-6)
+    assert sums.moved_delta == pytest.approx(clean.moved_delta, rel=1e-6)
+    assert sums.dpo_square == pytest.approx(clean.dpo_square + 1, rel=1e-6)  # the 1.0 beside sft's NaN
 
 
 def test_overflow_is_counted() -> None:
@@ -243,12 +243,12 @@ def test_overflow_is_counted() -> None:
     dpo = tuned(sft, "F16", 14)
     dpo[[1, 2500, 5999]] = np.array([60000, -60000, 65504], np.float16).view(np.uint16)
     outs, statistics = run(Rule("F16", "F16", "F16", "nearest"), dpo, sft, [0.5, 1e-3, -0.5])
-    assert [one.overflow for one in statistics] == [3, 1, 0]
+    assert [sums.overflow for sums in statistics] == [3, 1, 0]
     assert outs[0][[1, 2500, 5999]].tolist() == [0x7C00, 0xFC00, 0x7C00]
-    assert all(math.isfinite(one.moved_delta) and not one.inf for one in statistics)
+    assert all(math.isfinite(sums.moved_delta) and not sums.inf for sums in statistics)
     narrower = np.array([1e5, 1.0], np.float32).view(np.uint32)
-    (_,), (one,) = run(Rule("F32", "F32", "F16", "nearest"), narrower, narrower, [0.0])
-    assert one.overflow == 1
+    (_,), (sums,) = run(Rule("F32", "F32", "F16", "nearest"), narrower, narrower, [0.0])
+    assert sums.overflow == 1
 
 
 def scaled_rules() -> list[tuple[Rule, float]]:
@@ -267,13 +267,13 @@ def test_statistics_are_sums_over_the_written_weights(rule: Rule, scale: float) 
     real: Any = np.float32 if rule.compute_dtype == "F32" else np.float64
     d, s = values(dpo, rule.dpo_dtype).astype(real), values(sft, rule.sft_dtype).astype(real)
     wide, delta = d.astype(np.float64), (d - s).astype(np.float64)
-    for out, one in zip(outs, statistics, strict=True):
+    for out, sums in zip(outs, statistics, strict=True):
         moved = values(out, rule.out_dtype).astype(np.float64) - wide
-        assert (one.elements, one.changed) == (30_000, int((d != s).sum()))
-        assert (one.nan, one.inf, one.overflow) == (0, 0, 0)
-        assert one.dpo_square == pytest.approx(math.fsum(wide**2), rel=1e-6)
-        assert one.delta_square == pytest.approx(math.fsum(delta**2), rel=1e-6)
-        assert one.moved_delta == pytest.approx(math.fsum(moved * delta), rel=2e-6)
+        assert (sums.elements, sums.changed) == (30_000, int((d != s).sum()))
+        assert (sums.nan, sums.inf, sums.overflow) == (0, 0, 0)
+        assert sums.dpo_square == pytest.approx(math.fsum(wide**2), rel=1e-6)
+        assert sums.delta_square == pytest.approx(math.fsum(delta**2), rel=1e-6)
+        assert sums.moved_delta == pytest.approx(math.fsum(moved * delta), rel=2e-6)
 
 
 def test_effective_alpha_shows_what_bf16_swallows() -> None:
@@ -314,8 +314,8 @@ def test_any_division_into_chunks_gives_the_same(
             assert total[k].delta_square == pytest.approx(statistics[k].delta_square, rel=1e-6)
 
 
-def counts(one: TensorStatistics) -> tuple[int, ...]:
-    return one.elements, one.changed, one.nan, one.inf, one.overflow
+def counts(sums: TensorStatistics) -> tuple[int, ...]:
+    return sums.elements, sums.changed, sums.nan, sums.inf, sums.overflow
 
 
 def test_buffers_may_be_read_only_and_at_odd_addresses() -> None:

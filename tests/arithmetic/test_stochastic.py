@@ -78,7 +78,7 @@ def test_the_ends_of_a_format(dtype: str) -> None:
     reals = np.array([0, -0.0, least, largest, -largest, least / 2, -least / 1e30, largest * (1 + 2.0**-12)])
     reals = np.repeat(reals, 4000)
     words = reals.view(np.uint64)
-    (out,), (one,) = run(Rule("F64", "F64", dtype, "stochastic"), words, words, [0.0], key=KEY)
+    (out,), (sums,) = run(Rule("F64", "F64", dtype, "stochastic"), words, words, [0.0], key=KEY)
     rows = out.reshape(-1, 4000)
     top = len(finite) - 1
     for row, word in zip(rows[:5], (0, 0x8000, 1, top, 0x8000 | top), strict=True):
@@ -86,7 +86,7 @@ def test_the_ends_of_a_format(dtype: str) -> None:
     assert set(rows[5].tolist()) == {0, 1}
     assert (rows[6] == 0x8000).all()
     assert set(rows[7].tolist()) == {top, top + 1}
-    assert one.overflow == (rows[7] == top + 1).sum()
+    assert sums.overflow == (rows[7] == top + 1).sum()
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
@@ -106,12 +106,12 @@ def test_frequencies_match_the_exact_probability(out_dtype: str, share: float, s
     real = np.full(count, 1 + share * ulp, np.float32 if source == "F32" else np.float64)
     words = real.view(WORD_TYPES[source])
     (out,), _ = run(Rule(source, source, out_dtype, "stochastic"), words, words, [0.0], key=KEY)
-    one = {"BF16": 0x3F80, "F16": 0x3C00}[out_dtype]
-    assert set(out.tolist()) == {one, one + 1}
+    word_of_one = {"BF16": 0x3F80, "F16": 0x3C00}[out_dtype]
+    assert set(out.tolist()) == {word_of_one, word_of_one + 1}
     exact_share = (float(real[0]) - 1) / ulp
     # Six standard deviations of a binomial share; the seed is fixed, so this cannot fail by chance tomorrow.
     bound = 6 * math.sqrt(exact_share * (1 - exact_share) / count)
-    assert abs((out == one + 1).mean() - exact_share) < bound
+    assert abs((out == word_of_one + 1).mean() - exact_share) < bound
 
 
 def test_the_mean_error_of_ten_million_elements_is_below_a_thousandth_of_an_ulp() -> None:

@@ -141,7 +141,7 @@ def test_everything_wrong_with_a_pair_is_reported_at_once(tmp_path: Path, capsys
 
 def test_a_sample_of_many_names_is_shown(tmp_path: Path, capsys: Print) -> None:
     dpo = moved(llama_tensors())
-    sft = {name: one for name, one in llama_tensors().items() if "layers" not in name}
+    sft = {name: tensor for name, tensor in llama_tensors().items() if "layers" not in name}
     said = refused(capsys, *write_both(tmp_path, sft, dpo), tmp_path / "out")
     assert "sft lacks 18 tensor(s) of dpo" in said
     assert "and 13 more" in said

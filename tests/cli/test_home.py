@@ -74,10 +74,10 @@ def test_a_missing_home_becomes_a_private_folder_that_no_path_means(open_folder:
 def test_a_home_that_cannot_be_written_keeps_its_hub_cache(open_folder: Path) -> None:
     home = open_folder / "home"
     (home / ".cache" / "huggingface").mkdir(parents=True)
-    caches, hub, found, _, path = shown(open_folder, HOME=str(home))
+    caches, hub, folder, _, path = shown(open_folder, HOME=str(home))
     assert not caches.startswith(str(home))
     assert hub == f"{home}/.cache/huggingface"
-    assert found == str(home)
+    assert folder == str(home)
     assert path == f"{home}/x"
 
 

@@ -264,10 +264,10 @@ def test_a_folder_that_another_job_claims_at_the_last_moment_fails_its_pair_alon
     inspected = jobs.inspect_pairs
 
     def inspect_and_lose(pairs: Sequence[PairPlan]) -> object:
-        found = inspected(pairs)
+        inspection = inspected(pairs)
         first = plans[0]
         ModelFolder(replace(first, options=first.options.model_copy(update={"seed": 7})), ALPHA).claim()
-        return found
+        return inspection
 
     monkeypatch.setattr("expo_ray.extrapolation.run_job.inspect_pairs", inspect_and_lose)
     outcome = run(plans)

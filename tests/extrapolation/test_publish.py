@@ -55,8 +55,8 @@ def run(job: JobPlan) -> Outcome:
 
 def model_of(folder: Path) -> dict[str, bytes]:
     """Files that readers see: everything but the bookkeeping of runs, and what a killed one left behind."""
-    found = files_of(folder)
-    return {key: data for key, data in found.items() if not key.startswith((".expo/", TEMP_PREFIX))}
+    files = files_of(folder)
+    return {key: data for key, data in files.items() if not key.startswith((".expo/", TEMP_PREFIX))}
 
 
 def is_whole(folder: Path) -> bool:
@@ -69,21 +69,21 @@ def is_whole(folder: Path) -> bool:
 def at_once(*work: Callable[[], Outcome]) -> list[Outcome | Exception]:
     """Run all at the same moment; the result or error of each."""
     barrier = threading.Barrier(len(work))
-    found: list[Outcome | Exception] = [Outcome()] * len(work)
+    outcomes: list[Outcome | Exception] = [Outcome()] * len(work)
 
-    def one(index: int) -> None:
+    def run(index: int) -> None:
         barrier.wait()
         try:
-            found[index] = work[index]()
+            outcomes[index] = work[index]()
         except Exception as error:
-            found[index] = error
+            outcomes[index] = error
 
-    threads = [threading.Thread(target=one, args=(index,)) for index in range(len(work))]
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(len(work))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return found
+    return outcomes
 
 
 @pytest.fixture
@@ -385,8 +385,8 @@ def test_two_processes_race_for_one_output(tmp_path: Path, pair: tuple[Path, Pat
         )  # fmt: skip
 
     runs = [start("0.5", "same"), start("0.5", "same"), start("0.5", "other"), start("1", "other")]
-    said = [one.communicate()[1] for one in runs]
-    codes = [one.returncode for one in runs]
+    said = [process.communicate()[1] for process in runs]
+    codes = [process.returncode for process in runs]
     assert codes[:2] == [0, 0], said
     assert sorted(codes[2:]) == [0, 2], said
     loser = said[2 + codes[2:].index(2)]
@@ -586,9 +586,9 @@ def test_readers_never_see_the_manifest_before_the_rest(
             seen.append(is_whole(out))
 
     def replacing(self: Path, target: Path) -> Path:
-        found = replace(self, target)
+        path = replace(self, target)
         look()
-        return found
+        return path
 
     def linking(source: Path, target: Path) -> None:
         link(source, target)

@@ -58,8 +58,8 @@ def test_a_pair_is_the_same_bytes_each_time_and_moved_by_the_delta(
         make("tensor-1048576")
         made.append(Pair(home / "tensor-1048576" / "sft", home / "tensor-1048576" / "dpo"))
     first, second = ([read_weights(side) for side in (pair.sft, pair.dpo)] for pair in made)
-    for one, other in zip(first, second, strict=True):
-        assert all(torch.equal(one[name], other[name]) for name in one)
+    for tensors, others in zip(first, second, strict=True):
+        assert all(torch.equal(tensors[name], others[name]) for name in tensors)
     sft, dpo = (next(iter(side.values())).double() for side in first)
     assert sft.numel() * 2 == 1048576
     assert (dpo - sft).square().mean().sqrt() / sft.square().mean().sqrt() == pytest.approx(2.5e-3, rel=0.2)

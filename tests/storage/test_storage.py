@@ -209,7 +209,7 @@ def test_put_if_absent(store: Store) -> None:
     with pytest.raises(AlreadyExists, match=r"claim\.json"):
         store.put_if_absent("claim.json", b"other")
     assert store.read("claim.json") == b"mine"
-    assert [found.key for found in store.list()] == ["claim.json"]
+    assert [info.key for info in store.list()] == ["claim.json"]
 
 
 def test_put_if_absent_has_one_winner(store: Store) -> None:

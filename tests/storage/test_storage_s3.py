@@ -100,8 +100,8 @@ def test_a_profile_supplies_keys_and_endpoint(
     clean_environment.setenv("AWS_PROFILE", "work")
     store = open_store(f"s3://{s3_server.bucket}/profile")
     store.put("a", b"by profile")
-    found = s3_server.client().get_object(Bucket=s3_server.bucket, Key="profile/a")
-    assert found["Body"].read() == b"by profile"
+    stored = s3_server.client().get_object(Bucket=s3_server.bucket, Key="profile/a")
+    assert stored["Body"].read() == b"by profile"
 
 
 @pytest.mark.parametrize("profile", ["virtual", "path"])

@@ -30,17 +30,17 @@ MORE = ("PI0", "T5Gemma")
 
 def classes() -> dict[str, tuple[Any, Any]]:
     """Name of the model class -> its configuration's class and itself."""
-    found: dict[str, tuple[Any, Any]] = {}
+    by_name: dict[str, tuple[Any, Any]] = {}
     for mapping in MAPPINGS:
         pairs = getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING")
         for config_class in pairs:
             models = pairs[config_class]
             for model_class in models if isinstance(models, tuple | list) else [models]:
-                found.setdefault(model_class.__name__, (config_class, model_class))
+                by_name.setdefault(model_class.__name__, (config_class, model_class))
     for name in MORE:
         model_class = getattr(transformers, f"{name}ForConditionalGeneration")
-        found.setdefault(model_class.__name__, (getattr(transformers, f"{name}Config"), model_class))
-    return found
+        by_name.setdefault(model_class.__name__, (getattr(transformers, f"{name}Config"), model_class))
+    return by_name
 
 
 def survey(name: str, config_class: Any, model_class: Any) -> dict[str, Any]:
@@ -59,9 +59,9 @@ def survey(name: str, config_class: Any, model_class: Any) -> dict[str, Any]:
         copy: kept for copy, kept in model.all_tied_weights_keys.items() if copy in state and kept in state
     }
     stored = {
-        key: Tensor(key, "F32", tuple(one.shape), "f", 0)
-        for key, one in state.items()
-        if key not in tied and one.is_floating_point()
+        key: Tensor(key, "F32", tuple(tensor.shape), "f", 0)
+        for key, tensor in state.items()
+        if key not in tied and tensor.is_floating_point()
     }
     saved = json.loads(config.to_json_string(use_diff=False))
     vocabulary = VocabularyWeights(Checkpoint("memory://x", "", saved, stored, {}))
@@ -98,7 +98,7 @@ def _not_reversed(config: dict[str, Any], stored: dict[str, Tensor], tied: dict[
     if len(matrices) != 1:
         return
     for head, kept in matrices.items():
-        alone = {head if key == kept else key: one for key, one in stored.items()}
+        alone = {head if key == kept else key: tensor for key, tensor in stored.items()}
         if VocabularyWeights(Checkpoint("memory://x", "", config, alone, {})).owner(kept) != head:
             yield head
 

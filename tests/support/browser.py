@@ -38,13 +38,13 @@ class Tab:
     @property
     def requests(self) -> list[str]:
         """URLs of all that was requested, the page itself among them, whether it was allowed or not."""
-        return [one["params"]["request"]["url"] for one in self._of("Network.requestWillBeSent")]
+        return [event["params"]["request"]["url"] for event in self._of("Network.requestWillBeSent")]
 
     @property
     def complaints(self) -> list[str]:
         """What the browser's console says, such as that its policy forbade something, and exceptions of scripts."""
-        logged = [one["params"]["entry"]["text"] for one in self._of("Log.entryAdded")]
-        return logged + [str(one["params"]) for one in self._of("Runtime.exceptionThrown")]
+        logged = [event["params"]["entry"]["text"] for event in self._of("Log.entryAdded")]
+        return logged + [str(event["params"]) for event in self._of("Runtime.exceptionThrown")]
 
     def open(self, url: str, width: int, height: int = 900) -> None:
         """Load a page in a window of that size, in CSS pixels; returns once it is loaded."""
@@ -59,9 +59,9 @@ class Tab:
 
     def evaluate(self, script: str) -> Any:
         """The value of a JavaScript expression in the page."""
-        found = self.call("Runtime.evaluate", expression=script, returnByValue=True)
-        assert "exceptionDetails" not in found, found
-        return found["result"].get("value")
+        answer = self.call("Runtime.evaluate", expression=script, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
 
     def screenshot(self, path: Path) -> None:
         """A PNG of the whole page."""
@@ -83,7 +83,7 @@ class Tab:
                 return result
 
     def _of(self, method: str) -> list[dict[str, Any]]:
-        return [one for one in self._events if one.get("method") == method]
+        return [event for event in self._events if event.get("method") == method]
 
     def _read(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:
@@ -128,5 +128,5 @@ def chromium(folder: Path) -> Iterator[Tab]:
 
 @pytest.fixture(scope="session")
 def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
-    with chromium(tmp_path_factory.mktemp("chromium")) as found:
-        yield found
+    with chromium(tmp_path_factory.mktemp("chromium")) as page:
+        yield page

@@ -20,9 +20,9 @@ Answer = tuple[int, Any]
 def written(hub: HubServer, path: str, body: bytes, *, authorized: bool) -> Answer:
     """Status and JSON of the answer; what it changed is in `hub`."""
     kind = next(
-        one
-        for one in ("create", "validate", "batch", "verify", "preupload", "commit", "lfs")
-        if f"/{one}" in path
+        item
+        for item in ("create", "validate", "batch", "verify", "preupload", "commit", "lfs")
+        if f"/{item}" in path
     )
     faults = hub.upload_faults.get(kind, [])
     fault = faults.pop(0) if faults else None
@@ -42,7 +42,7 @@ def _answer(hub: HubServer, kind: str, path: str, data: list[Any]) -> Answer:
     if kind == "create":
         return _created(hub, data[0])
     if kind == "batch":
-        return 200, {"transfer": "basic", "objects": [_object(hub, one) for one in data[0]["objects"]]}
+        return 200, {"transfer": "basic", "objects": [_object(hub, item) for item in data[0]["objects"]]}
     if kind == "verify":
         return _verified(hub, data[0]), {}
     return _of_repository(hub, kind, path, data)
@@ -59,7 +59,7 @@ def _of_repository(hub: HubServer, kind: str, path: str, data: list[Any]) -> Ans
         return 404, {}
     if kind == "commit":
         return _committed(hub, match[1], data)
-    return 200, {"files": [_mode(hub, match[1], one) for one in data[0]["files"]]}
+    return 200, {"files": [_mode(hub, match[1], item) for item in data[0]["files"]]}
 
 
 def _parsed(body: bytes) -> list[Any]:

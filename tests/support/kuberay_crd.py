@@ -25,7 +25,9 @@ def load_schema(crd: Path, version: str) -> Schema:
     """The OpenAPI schema of one version in a CRD file."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # 1.4 MB take 20 s in pure Python
     versions = yaml.load(crd.read_text(), Loader=loader)["spec"]["versions"]
-    schema: Schema = next(one["schema"]["openAPIV3Schema"] for one in versions if one["name"] == version)
+    schema: Schema = next(
+        version["schema"]["openAPIV3Schema"] for version in versions if version["name"] == version
+    )
     return schema
 
 

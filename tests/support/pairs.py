@@ -58,10 +58,10 @@ def moved(tensors: Tensors, seed: int = 1, scale: float = 5e-4) -> Tensors:
     """The same weights after a small step, as alignment training makes."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: (one.float() + torch.randn(one.shape, generator=generator) * scale).to(one.dtype)
-        if one.is_floating_point()
-        else one
-        for name, one in tensors.items()
+        name: (tensor.float() + torch.randn(tensor.shape, generator=generator) * scale).to(tensor.dtype)
+        if tensor.is_floating_point()
+        else tensor
+        for name, tensor in tensors.items()
     }
 
 
@@ -81,7 +81,7 @@ def write_model(folder: Path, tensors: Tensors, config: Mapping[str, Any] = LLAM
             {name: tensors[name] for name in names[index::shards]}, folder / file, metadata={"format": "pt"}
         )
         weight_map |= dict.fromkeys(names[index::shards], file)
-    total = sum(one.nbytes for one in tensors.values())
+    total = sum(tensor.nbytes for tensor in tensors.values())
     index_file = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index_file))
     return folder
@@ -112,7 +112,9 @@ def write_both(
 def read_weights(folder: Path) -> Tensors:
     """Every tensor of a folder, read with the safetensors library."""
     return {
-        name: one for file in sorted(folder.glob("*.safetensors")) for name, one in load_file(file).items()
+        name: tensor
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
     }
 
 
@@ -121,12 +123,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
-def same_bits(found: Tensors, wanted: Tensors) -> bool:
+def same_bits(tensors: Tensors, wanted: Tensors) -> bool:
     """Whether names, dtypes, shapes and every bit agree."""
-    return found.keys() == wanted.keys() and all(
-        (one.dtype, one.shape) == (wanted[name].dtype, wanted[name].shape)
-        and torch.equal(one.flatten().view(torch.uint8), wanted[name].flatten().view(torch.uint8))
-        for name, one in found.items()
+    return tensors.keys() == wanted.keys() and all(
+        (tensor.dtype, tensor.shape) == (wanted[name].dtype, wanted[name].shape)
+        and torch.equal(tensor.flatten().view(torch.uint8), wanted[name].flatten().view(torch.uint8))
+        for name, tensor in tensors.items()
     )
 
 

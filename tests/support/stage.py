@@ -83,7 +83,11 @@ class Stage:
             .get_paginator("list_objects_v2")
             .paginate(Bucket=self.server.bucket, Prefix=prefix)
         )
-        return {one["Key"].removeprefix(prefix): one for page in pages for one in page.get("Contents", [])}
+        return {
+            stored["Key"].removeprefix(prefix): stored
+            for page in pages
+            for stored in page.get("Contents", [])
+        }
 
     def shown(self) -> list[str]:
         """The models that readers trust."""

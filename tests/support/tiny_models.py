@@ -30,10 +30,10 @@ def causal_model(
 
 def after_training(model: PreTrainedModel) -> PreTrainedModel:
     """The model itself, after a small step of all its weights."""
-    weights = {name: one.detach() for name, one in model.named_parameters()}
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
     with torch.no_grad():
-        for name, one in moved(weights).items():
-            weights[name].copy_(one)
+        for name, weight in moved(weights).items():
+            weights[name].copy_(weight)
     return model
 
 
@@ -56,8 +56,8 @@ def save_lora(folder: Path, model: PreTrainedModel, **settings: Any) -> tuple[Pa
     adapted = get_peft_model(model, config)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
-        for name, one in adapted.named_parameters():
+        for name, weight in adapted.named_parameters():
             if ".lora_" in name or "lora_embedding" in name:
-                one.copy_(torch.randn(one.shape, generator=generator) * 0.05)
+                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.05)
     adapted.save_pretrained(str(folder / "adapter"))
     return folder / "sft", folder / "adapter"
