@@ -221,6 +221,8 @@ def test_only_transient_errors_are_tried_again_and_all_arrive_as_they_are(
 def test_a_cancelled_shard_cleans_up_undisturbed() -> None:
     from expo_ray.on_ray.extrapolation import run_until_cancelled
 
+    # Workers of Ray have Python's own handler; a command that ran in this process before has left another one.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     cleaned_up = False
 
     def work(on_bytes: Callable[[int], None]) -> None:
@@ -235,8 +237,11 @@ def test_a_cancelled_shard_cleans_up_undisturbed() -> None:
             time.sleep(0.5)
             cleaned_up = True
 
-    with pytest.raises(KeyboardInterrupt):
-        run_until_cancelled(work)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_until_cancelled(work)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert cleaned_up
 
 
