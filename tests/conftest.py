@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Generator
 
 import pytest
+from hypothesis import settings
 
 pytest_plugins = [
     "tests.support.s3_server",
@@ -14,6 +15,10 @@ pytest_plugins = [
     "tests.support.browser",
     "tests.support.disks",
 ]
+
+# No test asserts a time: on a busy machine, an example may take any.
+settings.register_profile("without-deadline", deadline=None)
+settings.load_profile("without-deadline")
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

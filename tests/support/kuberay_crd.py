@@ -26,7 +26,7 @@ def load_schema(crd: Path, version: str) -> Schema:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # 1.4 MB take 20 s in pure Python
     versions = yaml.load(crd.read_text(), Loader=loader)["spec"]["versions"]
     schema: Schema = next(
-        version["schema"]["openAPIV3Schema"] for version in versions if version["name"] == version
+        entry["schema"]["openAPIV3Schema"] for entry in versions if entry["name"] == version
     )
     return schema
 
