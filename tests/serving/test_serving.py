@@ -99,8 +99,8 @@ def test_echoed_prompts_have_the_logprobs_of_the_formula(endpoint: Running) -> N
         "input_ids"
     ]
     with torch.no_grad():
-        logprobs = torch.log_softmax(model(ids).logits[0], -1)
-    wanted = [float(logprobs[position, ids[0, position + 1]]) for position in range(ids.shape[1] - 1)]
+        by_token = torch.log_softmax(model(ids).logits[0], -1)
+    wanted = [float(by_token[position, ids[0, position + 1]]) for position in range(ids.shape[1] - 1)]
     assert logprobs[0] is None
     assert logprobs[1 : len(wanted) + 1] == pytest.approx(wanted, abs=1e-4)
 
