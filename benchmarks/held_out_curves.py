@@ -191,7 +191,8 @@ class HeldOutPair:
         if self.kind != "rare collapses" or alpha <= 0:
             return np.zeros(NUM_PROMPTS)
         generator = np.random.default_rng([self.seed, 103, half, _micro(alpha)])
-        return COLLAPSE * (COLLAPSE_RATE - (generator.uniform(size=NUM_PROMPTS) < COLLAPSE_RATE))
+        collapsed = generator.uniform(size=NUM_PROMPTS) < COLLAPSE_RATE
+        return np.asarray(COLLAPSE * (COLLAPSE_RATE - collapsed), np.float64)
 
     def _mixed(
         self, half: int, alpha: float, draw: Callable[[np.random.Generator], Array], stream: int = 0

@@ -12,12 +12,24 @@ from benchmarks.held_out_curves import KINDS, NUM_PROMPTS, HeldOutPair
 from expo_ray.evaluation.statistics import standard_error
 from tests.support.paths import ROOT
 
-SOURCE = "700dde0acea05b87"
+# Of the file; and of means of rewards and lengths, which would also change with numpy's generators.
+SOURCE, VALUES = "5212fb7b9cec3ade", "845a2b350aa53757"
 
 
 def test_the_file_is_the_one_that_was_frozen() -> None:
     source = (ROOT / "benchmarks" / "held_out_curves.py").read_bytes()
     assert hashlib.sha256(source).hexdigest()[:16] == SOURCE, "put another kind of curve into another file"
+
+
+def test_the_values_are_those_that_were_frozen() -> None:
+    pairs = [HeldOutPair(kind, 2, null) for kind in KINDS for null in (False, True)]
+    means = [
+        f"{pair.rewards(half, alpha).mean():.4f} {pair.lengths(half, alpha).mean():.2f}"
+        for pair in pairs
+        for half in (0, 1)
+        for alpha in (0.0, 0.03, 1.0, 25.0)
+    ]
+    assert hashlib.sha256(" ".join(means).encode()).hexdigest()[:16] == VALUES
 
 
 @pytest.mark.parametrize("kind", KINDS)
