@@ -204,7 +204,7 @@ def _steps(
         if start[dimension] + times * (size - 1) < extent:
             return [Step(size, dimension, times)]
         within = extent // times
-        if times * within == extent and start[dimension] < times and size % within == 0:
+        if within > 1 and times * within == extent and start[dimension] < times and size % within == 0:
             outer = _steps((size // within, within * stride), start, strides, shape)
             return [*outer, Step(within, dimension, times)]
     raise Irregular(f"an axis of {size} elements, {stride} apart, over {list(shape)}")
