@@ -70,14 +70,19 @@ class _File:
             if not len(self._page):
                 page = next(self._pages)
                 for name, statistics in page.statistics:
-                    _refuse_broken(name, statistics, self._alpha)
+                    refuse_broken(name, statistics, self._alpha)
                 self._page = np.frombuffer(page.outs[0], np.uint8)
             count = min(len(out), len(self._page))
             out[:count] = self._page[:count]
             out, self._page = out[count:], self._page[count:]
 
 
-def _refuse_broken(name: str, statistics: Sequence[TensorStatistics], alpha: float) -> None:
+def refuse_broken(name: str, statistics: Sequence[TensorStatistics], alpha: float) -> None:
+    """Refuse values that no model can have.
+
+    Raises:
+        ArithmeticFault: if the statistics of a tensor count any.
+    """
     for sums in statistics:
         if sums.nan or sums.inf or sums.overflow:
             raise ArithmeticFault(

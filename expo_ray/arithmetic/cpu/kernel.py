@@ -15,7 +15,7 @@ from expo_ray.checkpoint.tensors import DTYPE_BYTES
 # The constants of `words` and `blocks`, which are not imported here: numba would come with them. A test compares the two.
 DTYPE_CODES = {dtype: code for code, dtype in enumerate(("BF16", "F16", "F32", "F64"))}
 ROUNDING_CODES = {rounding: code for code, rounding in enumerate(ROUNDINGS)}
-SCRATCH_BYTES = 53 * 2048
+SCRATCH_BYTES = 58 * 2048
 
 _threads = threading.local()
 
@@ -43,18 +43,58 @@ class CpuKernel:
         count, num = dpo.nbytes // dpo_size, len(outs)
         assert sft.nbytes == count * sft_size
         assert [out.nbytes for out in outs] == [count * out_size] * num
-        shared, per_alpha = (ctypes.c_double * 5)(), (ctypes.c_double * (3 * num))()
         parents = (_aligned(dpo, dpo_size), _aligned(sft, sft_size))
         results = [_aligned(out, out_size) for out in outs]
-        addresses, factors = (ctypes.c_int64 * num)(*map(_address, results)), (self._real * num)(*alphas)
-        self._run(
-            *map(_address, parents), ctypes.addressof(addresses), *self._codes,
-            ctypes.addressof(factors), num, _signed(key), first, count,
-            ctypes.addressof(shared), ctypes.addressof(per_alpha), _scratch(),
+        statistics = self._call(
+            _address(parents[0]), _address(parents[1]), list(map(_address, results)), alphas,
+            key=key, first=first, count=count, run=count, pitch=0,
         )  # fmt: skip
         for out, result in zip(outs, results, strict=True):
             if result is not out:
                 out[:] = result
+        return statistics
+
+    def compute_runs(
+        self,
+        dpo: int,
+        sft: int,
+        out: int,
+        count: int,
+        *,
+        alpha: float,
+        key: int,
+        first: int,
+        run: int,
+        pitch: int,
+    ) -> TensorStatistics:
+        """Extrapolate runs of elements that lie one after the other in memory, and `pitch` elements apart in their tensor.
+
+        Args:
+            dpo, sft, out: addresses, multiples of an element's size.
+            count: number of elements of all runs together.
+            first: index within the tensor of the first run's first element.
+            run: number of elements of each run; `count` for a single one.
+
+        Returns:
+            Statistics. Their sums are added in an order of their own where there are several runs.
+        """
+        (statistics,) = self._call(
+            dpo, sft, [out], [alpha], key=key, first=first, count=count, run=run, pitch=pitch
+        )
+        return statistics
+
+    def _call(
+        self, dpo: int, sft: int, outs: Sequence[int], alphas: Sequence[float], *,
+        key: int, first: int, count: int, run: int, pitch: int,
+    ) -> list[TensorStatistics]:  # fmt: skip
+        num = len(outs)
+        shared, per_alpha = (ctypes.c_double * 5)(), (ctypes.c_double * (3 * num))()
+        addresses, factors = (ctypes.c_int64 * num)(*outs), (self._real * num)(*alphas)
+        self._run(
+            dpo, sft, ctypes.addressof(addresses), *self._codes,
+            ctypes.addressof(factors), num, _signed(key), first, count,
+            ctypes.addressof(shared), ctypes.addressof(per_alpha), _scratch(), run, pitch,
+        )  # fmt: skip
         return statistics_from_sums(count, shared, [per_alpha[k : k + 2] for k in range(0, 3 * num, 3)])
 
 

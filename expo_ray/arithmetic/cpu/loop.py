@@ -15,10 +15,18 @@ import numpy as np
 from numba import carray
 
 from expo_ray.arithmetic.cpu.blocks import BLOCK, NEAREST, STOCHASTIC, any_block, whole_block
-from expo_ray.arithmetic.cpu.words import BF16, Scalar, bits_per_element, element_bytes, pointer, random_bits
+from expo_ray.arithmetic.cpu.words import (
+    BF16,
+    Scalar,
+    bits_per_element,
+    element_bytes,
+    pointer,
+    random_bits,
+    random_bits_of_runs,
+)
 
-# Six blocks of float64, one of 32 random bits and one of bool.
-SCRATCH_BYTES = 53 * BLOCK
+# Six blocks of float64, one of 32 random bits, one of bool, and words of random bits before they are cut.
+SCRATCH_BYTES = 58 * BLOCK
 
 
 def extrapolate_in(real: Any) -> Callable[..., None]:
@@ -32,6 +40,8 @@ def extrapolate_in(real: Any) -> Callable[..., None]:
         rounding: NEAREST, STOCHASTIC or REFERENCE.
         alphas, num_alphas: address and number of alphas, of type `real`.
         key, first, count: see `arithmetic.kernels.Kernel`.
+        run, pitch: the elements lie in runs of `run` elements, of which each begins `pitch` elements after the one before it in
+            the tensor; the buffers hold the runs one after the other. A whole chunk is a single run.
         shared: address of float64 that are increased by changed, nan, inf, dpo_square, delta_square.
         per_alpha: address of a row of float64 for each alpha, increased by overflow, moved_delta; the third is scratch.
         scratch: address of `SCRATCH_BYTES`, aligned to 8.
@@ -40,7 +50,7 @@ def extrapolate_in(real: Any) -> Callable[..., None]:
     def extrapolate(
         dpo: Scalar, sft: Scalar, outs: Scalar, dpo_kind: Scalar, sft_kind: Scalar, out_kind: Scalar, rounding: Scalar,
         alphas: Scalar, num_alphas: Scalar, key: Scalar, first: Scalar, count: Scalar, shared: Scalar,
-        per_alpha: Scalar, scratch: Scalar,
+        per_alpha: Scalar, scratch: Scalar, run: Scalar, pitch: Scalar,
     ) -> None:  # fmt: skip
         out_at = carray(pointer(outs), num_alphas, np.int64)
         alpha = carray(pointer(alphas), num_alphas, real)
@@ -68,11 +78,14 @@ def extrapolate_in(real: Any) -> Callable[..., None]:
             usual = usual and alpha[k] != 0 and alpha[k] != -1
         done = 0
         while done < count:
-            lo = (first + done) % BLOCK
+            lo = (first + done) % BLOCK if run >= count else 0
             hi = min(BLOCK, lo + count - done)
-            if (
-                stochastic
-            ):  # for the whole block, so that an element's bits do not depend on where the chunk begins
+            if stochastic and run < count:
+                random_bits_of_runs(
+                    key, first, run, pitch, done, hi, random_bytes, scratch + 53 * BLOCK, bits_at
+                )
+            elif stochastic:
+                # for the whole block, so that an element's bits do not depend on where the chunk begins
                 random = carray(pointer(bits_at), BLOCK * random_bytes // 8, np.uint64)
                 random_bits(key, (first + done - lo) * random_bytes // 8, random)
             if not (

@@ -19,7 +19,7 @@ from typing import Any
 import llvmlite
 from llvmlite import binding as llvm
 
-NUM_ARGUMENTS = 15
+NUM_ARGUMENTS = 17
 # Every file that decides the machine code; their digest is part of its name in the cache.
 _SOURCES = ("blocks.py", "loop.py", "machine_code.py", "words.py")
 _SYMBOL = "extrapolate"

@@ -210,3 +210,41 @@ def random_bits(key: Scalar, first: Scalar, out: Array) -> None:
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         out[i] = z ^ (z >> np.uint64(31))
+
+
+@compiled
+def random_bits_of_runs(
+    key: Scalar, first: Scalar, run: Scalar, pitch: Scalar, done: Scalar, count: Scalar, size: Scalar, words: Scalar,
+    address: Scalar,
+) -> None:  # fmt: skip
+    """Write the random bits of elements that are consecutive in runs only, each as many as at its place in the tensor.
+
+    Args:
+        first, run, pitch: see `loop.extrapolate_in`.
+        done, count: the elements to write, counted over all runs.
+        size: bytes for each element, 2 or 4.
+        words: address of memory for the words of `count` elements and one word more.
+        address: of the output.
+    """
+    per_word, filled = 8 // size, 0
+    while filled < count:
+        within = (done + filled) % run
+        element = first + (done + filled) // run * pitch + within
+        part = min(run - within, count - filled)
+        ahead = element % per_word
+        random_bits(
+            key,
+            element // per_word,
+            carray(pointer(words), (ahead + part + per_word - 1) // per_word, np.uint64),
+        )
+        if size == 2:
+            halves = carray(pointer(words + 2 * ahead), part, np.uint16)
+            short = carray(pointer(address + 2 * filled), part, np.uint16)
+            for i in range(part):
+                short[i] = halves[i]
+        else:
+            singles = carray(pointer(words + 4 * ahead), part, np.uint32)
+            long = carray(pointer(address + 4 * filled), part, np.uint32)
+            for i in range(part):
+                long[i] = singles[i]
+        filled += part

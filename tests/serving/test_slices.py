@@ -1,0 +1,194 @@
+"""Weights computed by slices: each parameter of each worker is what vLLM's loader makes of the published folder, bit for bit."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from expo_ray.cli.process import main
+from expo_ray.config import Pair
+from expo_ray.errors import ArithmeticFault, InputChanged
+from expo_ray.extrapolation.plan import PairPlan, plan_pair
+from expo_ray.extrapolation.step import Step
+from expo_ray.serving import slices as slices_module
+from expo_ray.serving.index_map import Axis, Copy, IndexMap, simplified, strides_of
+from expo_ray.serving.slices import Slices, pieces_of
+from tests.support.pairs import moved
+from tests.support.vllm_models import ADAPTED_SIZES, forms_of, save_architecture, worker
+
+WORKERS = (1, 2, 4, 8)
+ALPHA = 0.7
+
+
+def pair(sft: Path, dpo: Path, **options: Any) -> PairPlan:
+    return plan_pair(Pair(name="pair", sft=str(sft), dpo=str(dpo), **options), {})
+
+
+def computed(
+    plan: PairPlan, index_map: IndexMap, alpha: float, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    outs = {name: torch.full(shape, 77, dtype=dtype) for name, shape in index_map.shapes.items()}
+    slices = Slices(plan, index_map, threads=2)
+    slices.at(Step(alpha)).fill(outs)
+    slices.close()
+    return outs
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=3), st.data())
+def test_pieces_take_each_element_of_a_copy_once(shape: list[int], data: st.DataObject) -> None:
+    source = np.arange(math.prod(shape)).reshape(shape)
+    index = tuple(
+        slice(first := data.draw(st.integers(0, size - 1)), data.draw(st.integers(first + 1, size)), data.draw(st.integers(1, 3)))
+        for size in shape
+    )  # fmt: skip
+    part = source[index].transpose(data.draw(st.permutations(range(len(shape)))))
+    axes = [
+        Axis(size, stride // 8, step)
+        for size, stride, step in zip(part.shape, part.strides, strides_of(part.shape), strict=True)
+    ]
+    copy = Copy("tensor", "parameter", int(part.flat[0]), 0, simplified(axes))
+    filled = np.full(part.size, -1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slices_module, "PIECE", data.draw(st.integers(1, 9)))
+        patch.setattr(slices_module, "_BLOCK", 1)
+        for piece in pieces_of(copy):
+            rows = [source.flat[piece.first + row * piece.pitch :][: piece.run] for row in range(piece.rows)]
+            dense = np.concatenate(rows)
+            sources, targets = np.zeros(1, int), np.full(1, piece.target)
+            for axis in piece.taken:
+                steps = np.arange(axis.size)
+                sources = (sources[:, None] + steps * axis.source).ravel()
+                targets = (targets[:, None] + steps * axis.target).ravel()
+            assert (filled[targets] == -1).all()
+            filled[targets] = dense[sources]
+    assert (filled == part.ravel()).all()
+
+
+def column_map(shape: tuple[int, int], first: int, count: int, *, transposed: bool = False) -> IndexMap:
+    """A worker that holds some columns of one matrix."""
+    rows, columns = shape
+    steps = (1, rows) if transposed else (count, 1)
+    axes = simplified([Axis(rows, columns, steps[0]), Axis(count, 1, steps[1])])
+    held = (count, rows) if transposed else (rows, count)
+    return IndexMap({"weight": held}, [Copy("weight", "weight", first, 0, axes)])
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "reference"])
+@pytest.mark.parametrize("dtypes", [("bfloat16",) * 3, ("float16", "float32", "bfloat16"), ("float32",) * 3])
+def test_columns_have_the_published_bytes_in_every_rule(
+    rounding: str, dtypes: tuple[str, str, str], tmp_path: Path
+) -> None:
+    sft_dtype, dpo_dtype, held_dtype = (getattr(torch, name) for name in dtypes)
+    torch.manual_seed(1)
+    sft = torch.randn(37, 300)
+    save(tmp_path / "sft", sft.to(sft_dtype))
+    save(tmp_path / "dpo", moved({"weight": sft})["weight"].to(dpo_dtype))
+    flags = [
+        "--sft",
+        f"{tmp_path}/sft",
+        "--dpo",
+        f"{tmp_path}/dpo",
+        "--alpha",
+        str(ALPHA),
+        "--rounding",
+        rounding,
+    ]
+    assert main(["extrapolate", *flags, "--output", f"{tmp_path}/out"]) == 0
+    published = load_file(tmp_path / "out/model.safetensors")["weight"].to(held_dtype)
+    plan = pair(tmp_path / "sft", tmp_path / "dpo", rounding=rounding)
+    for first, count in ((0, 300), (0, 75), (75, 75), (299, 1), (13, 7)):
+        for transposed in (False, True):
+            index_map = column_map((37, 300), first, count, transposed=transposed)
+            (held,) = computed(plan, index_map, ALPHA, held_dtype).values()
+            wanted = published[:, first : first + count]
+            assert torch.equal(held, wanted.T if transposed else wanted)
+
+
+def test_rows_that_sft_lacks_have_the_published_bytes(tmp_path: Path) -> None:
+    torch.manual_seed(2)
+    name = "model.embed_tokens.weight"
+    save(tmp_path / "sft", torch.randn(37, 20, dtype=torch.bfloat16), name)
+    save(tmp_path / "dpo", torch.randn(40, 20, dtype=torch.bfloat16), name)
+    flags = [
+        "--sft",
+        f"{tmp_path}/sft",
+        "--dpo",
+        f"{tmp_path}/dpo",
+        "--alpha",
+        str(ALPHA),
+        "--vocab",
+        "keep-dpo",
+    ]
+    assert main(["extrapolate", *flags, "--output", f"{tmp_path}/out"]) == 0
+    published = load_file(tmp_path / "out/model.safetensors")[name]
+    plan = pair(tmp_path / "sft", tmp_path / "dpo", vocab="keep-dpo")
+    for axes, wanted in (
+        ([Axis(35 * 20, 1, 1)], published[5:]),
+        ([Axis(40, 20, 6), Axis(6, 1, 1)], published[:, 4:10]),
+    ):
+        first = 100 if len(axes) == 1 else 4
+        index_map = IndexMap({"weight": tuple(wanted.shape)}, [Copy(name, "weight", first, 0, tuple(axes))])
+        (held,) = computed(plan, index_map, ALPHA, torch.bfloat16).values()
+        assert torch.equal(held, wanted)
+
+
+def save(folder: Path, weight: torch.Tensor, name: str = "weight") -> None:
+    folder.mkdir()
+    save_file({name: weight}, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text("{}")
+
+
+def test_an_overflow_and_a_replaced_parent_are_errors(tmp_path: Path) -> None:
+    save(tmp_path / "sft", torch.full((8, 8), 1.0, dtype=torch.float16))
+    save(tmp_path / "dpo", torch.full((8, 8), 2.0, dtype=torch.float16))
+    plan = pair(tmp_path / "sft", tmp_path / "dpo")
+    index_map = column_map((8, 8), 0, 4)
+    slices = Slices(plan, index_map, threads=1)
+    out = {"weight": torch.zeros(8, 4, dtype=torch.float16)}
+    with pytest.raises(ArithmeticFault, match="weight at alpha 70000: 0 NaN, 0 infinite and 32 overflowing"):
+        slices.at(Step(70000.0)).fill(out)
+    slices.at(Step(1.0)).fill(out)
+    assert (out["weight"] == 3).all()
+    (tmp_path / "new").mkdir()
+    save_file({"weight": torch.zeros(8, 8, dtype=torch.float16)}, tmp_path / "new/model.safetensors")
+    (tmp_path / "new/model.safetensors").rename(tmp_path / "dpo/model.safetensors")
+    with pytest.raises(InputChanged, match="was replaced since it was planned"):
+        slices.at(Step(1.0))
+    slices.close()
+
+
+# Fused in the engine, fused in the checkpoint, interleaved, one key for all, transposed, tied, biases, experts.
+COVERED = ("llama", "qwen2-tied", "phi3", "gpt-neox", "gpt-bigcode", "gpt2", "bloom", "mixtral")
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("name", COVERED)
+def test_every_parameter_of_an_architecture_is_what_vllm_loads_from_the_published_folder(
+    name: str, tmp_path: Path
+) -> None:
+    from expo_ray.on_ray.serving.record_map import record_map
+
+    sft, dpo = (
+        save_architecture(name, tmp_path / side, ADAPTED_SIZES, seed)
+        for seed, side in enumerate(("sft", "dpo"))
+    )
+    flags = ["--sft", str(sft), "--dpo", str(dpo), "--alpha", str(ALPHA), "--rounding", "stochastic"]
+    assert main(["extrapolate", *flags, "--output", f"{tmp_path}/out"]) == 0
+    published = load_file(tmp_path / "out/model.safetensors")
+    plan = pair(sft, dpo, rounding="stochastic")
+    for workers in WORKERS:
+        for rank in {0, workers - 1}:
+            with worker(dpo, workers, rank) as model:
+                index_map = record_map(model, forms_of(dpo))
+                model.load_weights(published.items())
+                loaded = {key: tensor.detach() for key, tensor in model.named_parameters()}
+            for key, held in computed(plan, index_map, ALPHA, torch.bfloat16).items():
+                assert torch.equal(held, loaded[key]), f"{key} of worker {rank} of {workers}"
