@@ -98,11 +98,12 @@ class Pair:
 
     def __init__(self, curve: Curve, seed: int, other: Curve | None = None) -> None:
         self.curve, self.seed, self.other = curve, seed, other
-        self.history = History(Half(NUM_PROMPTS, {}), Half(NUM_PROMPTS, {}))
+        self.history = History(Half(_IDS, {}), Half(_IDS, {}))
 
     def evaluate(self, rung: Rung) -> None:
         missing = self.history.half(rung.half).missing(rung)
-        scores = {alpha: self._respond(rung.half, alpha).first(rung.num_prompts) for alpha in missing}
+        asked = _IDS[rung.start : rung.stop]
+        scores = {alpha: self._respond(rung.half, alpha).on(asked) for alpha in missing}
         self.history = self.history.with_scores(rung.half, scores)
 
     def gain(self, alpha: float) -> float:
@@ -117,7 +118,7 @@ class Pair:
 
     def mean(self, alpha: float, num_prompts: int = NUM_PROMPTS) -> float:
         """Mean reward on the choosing half, asked for where it is missing."""
-        self.evaluate(Rung("choose", (alpha,), num_prompts, ""))
+        self.evaluate(Rung("choose", (alpha,), 0, num_prompts, ""))
         return float(self.history.choose.scores[alpha].rewards["reward"].mean())
 
     def _respond(self, half: HalfName, alpha: float) -> AlphaScores:

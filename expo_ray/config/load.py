@@ -71,6 +71,8 @@ def _explain(error: ValidationError) -> Iterator[str]:
     for problem in problems:
         if problem["loc"][:1] == ("pairs",) and (problem["loc"][2:], problem["msg"]) in in_defaults:
             continue  # inherited; reported once, at its place
+        if problem["type"] == "default_factory_not_called":
+            continue  # the default depends on a key that is wrong, and reported itself
         if problem["loc"] == ("pairs",) and problem["type"] == "too_short" and in_pairs:
             continue  # pydantic counts the valid pairs only
         place = "".join(

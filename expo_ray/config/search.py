@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
@@ -17,32 +18,46 @@ def check_rungs(sizes: tuple[int, ...]) -> tuple[int, ...]:
     return sizes
 
 
-Method = Literal["ladder", "grid"]
+Method = Literal["surface", "ladder", "grid"]
 Group = Literal["attention", "mlp", "embeddings"]
 Rungs = Annotated[tuple[Annotated[int, Field(ge=16)], ...], Field(min_length=1), AfterValidator(check_rungs)]
+
+
+# Prompts seen after each round. On 64 prompts the standard error of a gain is 0.26 where single differences deviate by 2.1
+# (benchmarks/results/alpha_search.md): enough to see a collapse, which costs several rewards. For `surface`, a curve through all alphas says
+# the rest. In `ladder`, each round has twice the prompts for about half the alphas, so that rounds cost the same (successive halving), and
+# the last has as many prompts as the paper.
+_PROMPTS: Mapping[Method, tuple[int, ...]] = {
+    "surface": (64, 128, 256, 512),
+    "ladder": (128, 256, 512, 1000),
+    "grid": (128, 256, 512, 1000),
+}
+# The most that the last look needs: `surface` looks at 128, 256 and 512 first.
+_CONFIRM_PROMPTS: Mapping[Method, int] = {"surface": 1000, "ladder": 512, "grid": 512}
 
 
 class Search(Frozen):
     """The search for alpha."""
 
     method: Method = "ladder"
-    """`ladder` doubles alpha until the reward falls or a guardrail trips, and then refines around the best; `grid` tries
-    `alphas` on the largest number of prompts."""
+    """`surface` fits the gain as a curve over alpha and asks where it tells most; `ladder` doubles alpha until the reward falls or a
+    guardrail trips, and then refines around the best; `grid` tries `alphas` on the largest number of prompts."""
 
     alphas: Alphas = (0.1, 0.2, 0.3, 0.4, 0.5)
     """The alphas of `grid`, beside dpo. Those below 0 interpolate: they are drawn, and never chosen."""
 
-    # On 128 prompts the standard error of a gain is 0.19 where single differences deviate by 2.1 (benchmarks/results/alpha_search.md):
-    # enough to see a collapse, which costs several rewards, and too little to choose. Each round then has twice the prompts for about half
-    # the alphas, so that rounds cost the same (successive halving). The last has as many prompts as the paper.
-    prompts: Rungs = (128, 256, 512, 1000)
-    """Prompts of each round of the search, all but the last on few; never more than the set has."""
+    prompts: Rungs = Field(default_factory=lambda data: _PROMPTS[data["method"]])
+    """Prompts seen after each round of the search, by default 64, 128, 256 and 512 for `surface` and 128, 256, 512 and 1,000 for the others;
+    never more than the set has."""
 
-    confirm_prompts: Annotated[int, Field(ge=16)] = 512
-    """Untouched prompts on which the picked alpha is compared with dpo at the end; never more than the set has."""
+    confirm_prompts: Annotated[int, Field(ge=16)] = Field(
+        default_factory=lambda data: _CONFIRM_PROMPTS[data["method"]]
+    )
+    """Untouched prompts on which the picked alpha is compared with dpo at the end, by default 1,000 for `surface`, which may be content with
+    128, 256 or 512, and 512 for the others; never more than the set has."""
 
     largest_alpha: Positive = 51.2
-    """The ladder climbs no further."""
+    """The climb goes no further."""
 
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     """Of all intervals; alpha is above 0 only where the lower bound of its gain over dpo is."""

@@ -71,6 +71,11 @@ def search_key(pair: str, search_id: str) -> str:
     return f"{_ROOT}/searches/{pair}-{search_id}.json"
 
 
+def rungs_key(pair: str, search_id: str) -> str:
+    """File of what each rung of a search asked."""
+    return f"{_ROOT}/searches/{pair}-{search_id}.rungs.json"
+
+
 def part_key(folder: str, digest: str) -> str:
     """File of one part of the rows in `folder`, named after its content."""
     return f"{folder}/{digest}.jsonl"

@@ -7,6 +7,7 @@ are resampled together.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import lru_cache
 from statistics import NormalDist
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 from expo_ray.report.results import Interval
 
 Array = NDArray[np.float64]
+# A label for each prompt; prompts with the same one hang together.
+Clusters = NDArray[np.int64]
 # Takes means of columns, (..., columns), and gives the statistic, (...).
 Statistic = Callable[[Array], Array]
 
@@ -26,26 +29,91 @@ _SEED = 20_240_425
 # Resamples at a time: of 1,000 prompts, their draws take 8 MB.
 _BLOCK = 1_000
 NORMAL = NormalDist()
+# Where a t interval puts two units that the sample lacks, in standard deviations. With 2, intervals on 96 prompts of which 1.5 % collapse cover
+# 92.9 % (nominal 95); with 3, those of normal differences on 48 prompts cover 97.7 %.
+_UNSEEN = 2.5
 
 
-def bootstrap(columns: Array, statistic: Statistic, confidence: float = 0.95) -> Interval:
-    """BCa bootstrap interval (Efron 1987) of a statistic of means.
+def bootstrap(
+    columns: Array, statistic: Statistic, confidence: float = 0.95, *, clusters: Clusters | None = None
+) -> Interval:
+    """Interval of a statistic of means: from the lower of the lower ends to the higher of the upper ends of a BCa and a t interval.
+
+    The BCa bootstrap (Efron 1987) follows a skewed distribution. Student's t is right where few prompts or few distinct rewards leave too
+    little to resample, and it has room for two prompts that the sample lacks (`student_margin`). Either alone covers too seldom somewhere:
+    `benchmarks/results/coverage.md`.
 
     Args:
         columns: (prompts, columns), what is averaged over prompts.
         statistic: function of the columns' means; refitted in each resample.
         confidence: of the two-sided interval.
+        clusters: (prompts,), labels; prompts with the same one are drawn together. By default each prompt stands alone.
 
     Raises:
-        ValueError: if there are fewer than two prompts.
+        ValueError: if there are fewer than two prompts, or clusters of them.
     """
-    num_prompts = len(columns)
-    if num_prompts < 2:
-        raise ValueError(f"{num_prompts} prompt(s); an interval needs at least 2")
+    if clusters is not None:
+        columns, statistic = _by_cluster(columns, statistic, clusters)
+    units = len(columns)
+    if units < 2:
+        raise ValueError(
+            f"{units} {'prompt(s)' if clusters is None else 'cluster(s) of prompts'}; an interval needs at least 2"
+        )
     means = columns.mean(axis=0)
+    value = float(statistic(means))
     replicates = np.asarray(statistic(means + resampled_deviations(columns)), np.float64)
-    without_one = np.asarray(statistic(means + (means - columns) / (num_prompts - 1)), np.float64)
-    return bca(float(statistic(means)), replicates, without_one, confidence)
+    without_one = np.asarray(statistic(means + (means - columns) / (units - 1)), np.float64)
+    resampled = bca(value, replicates, without_one, confidence)
+    margin = student_margin(jackknife_error(without_one), units, confidence)
+    return Interval(value, min(resampled.low, value - margin), max(resampled.high, value + margin))
+
+
+def _by_cluster(columns: Array, statistic: Statistic, clusters: Clusters) -> tuple[Array, Statistic]:
+    """Sums of the columns and the number of prompts in each cluster; and the statistic of the means over prompts, given theirs."""
+    _, labels = np.unique(clusters, return_inverse=True)
+    sums = np.zeros((labels.max() + 1, columns.shape[1] + 1))
+    np.add.at(sums, labels, np.column_stack([columns, np.ones(len(columns))]))
+    return sums, lambda means: statistic(means[..., :-1] / means[..., -1:])
+
+
+def student_margin(error: float, units: int, confidence: float) -> float:
+    """Half the width of a t interval, as if two more units had been drawn, one 2.5 standard deviations to each side.
+
+    A sample without the rare answer that collapses looks better and steadier than it is. The two widen the interval by 12 % on 48 prompts, by
+    5 % on 128 and by 1 % on 512.
+    """
+    unseen = math.sqrt(1 + 2 * _UNSEEN**2 / units)
+    return student_quantile(0.5 + confidence / 2, units - 1) * error * unseen
+
+
+def jackknife_error(without_one: Array) -> float:
+    """Standard error of a statistic from its values without each unit in turn; of a mean, that of the textbooks."""
+    units = len(without_one)
+    return math.sqrt((units - 1) / units * float(((without_one - without_one.mean()) ** 2).sum()))
+
+
+@lru_cache(maxsize=256)
+def student_quantile(probability: float, freedom: int) -> float:
+    """Quantile of Student's t distribution, for a probability above 1/2 and a whole number of degrees of freedom."""
+    # Bisection on the angle arctan(t / sqrt(freedom)), to its last bits.
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = _student_within(middle, freedom) < 2 * probability - 1
+        low, high = (middle, high) if below else (low, middle)
+    return math.tan(low) * math.sqrt(freedom)
+
+
+def _student_within(angle: float, freedom: int) -> float:
+    """P(|T| < tan(angle) sqrt(freedom)): the finite series of Abramowitz and Stegun (26.7.3 and 26.7.4)."""
+    odd = freedom % 2
+    steps = np.arange(1 + odd, freedom - 1, 2)
+    terms = np.cumprod(steps / (steps + 1) * math.cos(angle) ** 2)
+    series = 1 + float(terms.sum())
+    if not odd:
+        return math.sin(angle) * series
+    beyond_one = math.sin(angle) * math.cos(angle) * series if freedom > 1 else 0.0
+    return 2 / math.pi * (angle + beyond_one)
 
 
 def bca(value: float, replicates: Array, without_one: Array, confidence: float = 0.95) -> Interval:
@@ -96,28 +164,40 @@ def resample_counts(num_prompts: int) -> NDArray[np.uint8]:
     return counts
 
 
-def mean_of(values: Array, confidence: float = 0.95) -> Interval:
+def mean_of(values: Array, confidence: float = 0.95, *, clusters: Clusters | None = None) -> Interval:
     """Mean of one value for each prompt."""
-    return bootstrap(values[:, None], lambda means: means[..., 0], confidence)
+    return bootstrap(values[:, None], lambda means: means[..., 0], confidence, clusters=clusters)
 
 
-def gain(rewards: Array, reference: Array, confidence: float = 0.95) -> Interval:
+def gain(
+    rewards: Array, reference: Array, confidence: float = 0.95, *, clusters: Clusters | None = None
+) -> Interval:
     """Mean difference of rewards to a reference on the same prompts.
 
     Args:
         rewards: (prompts,), each the mean over the samples of a prompt.
         reference: (prompts,), the same prompts in the same order.
+        confidence: of the two-sided interval.
+        clusters: (prompts,), labels of prompts that hang together.
     """
-    return mean_of(rewards - reference, confidence)
+    return mean_of(rewards - reference, confidence, clusters=clusters)
 
 
-def win_rate(rewards: Array, reference: Array, confidence: float = 0.95) -> Interval:
+def win_rate(
+    rewards: Array, reference: Array, confidence: float = 0.95, *, clusters: Clusters | None = None
+) -> Interval:
     """Share of prompts whose reward is above the reference; a tie counts half."""
-    return mean_of((1 + np.sign(rewards - reference)) / 2, confidence)
+    return mean_of((1 + np.sign(rewards - reference)) / 2, confidence, clusters=clusters)
 
 
 def length_controlled_gain(
-    rewards: Array, reference: Array, lengths: Array, reference_lengths: Array, confidence: float = 0.95
+    rewards: Array,
+    reference: Array,
+    lengths: Array,
+    reference_lengths: Array,
+    confidence: float = 0.95,
+    *,
+    clusters: Clusters | None = None,
 ) -> Interval:
     """The gain that is left where the responses are as long as the reference's.
 
@@ -138,7 +218,7 @@ def length_controlled_gain(
         slope = np.where(flat, 0.0, (mean_xy - mean_x * mean_y) / np.where(flat, 1.0, variance))
         return np.asarray(at_reward + mean_y - slope * (at_length + mean_x))
 
-    return bootstrap(np.stack([x, y, x * x, x * y], axis=1), intercept, confidence)
+    return bootstrap(np.stack([x, y, x * x, x * y], axis=1), intercept, confidence, clusters=clusters)
 
 
 def standard_error(rewards: Array, reference: Array) -> float:

@@ -16,8 +16,9 @@ import ray
 from expo_ray.errors import ExpoError, JobError, NotFound, OutputError, in_one_line
 from expo_ray.evaluation.check_job import CheckedJob, store_job_prompts
 from expo_ray.evaluation.job_report import Searches, Usage, Winners
-from expo_ray.evaluation.paths import search_key
+from expo_ray.evaluation.paths import rungs_key, search_key
 from expo_ray.evaluation.search.pair_evaluator import PairEvaluator, SharedScorer
+from expo_ray.evaluation.search.rung_log import RungLog
 from expo_ray.evaluation.search.search_pair import search_pair
 from expo_ray.extrapolation.model_folder import ModelFolder
 from expo_ray.extrapolation.pinned import plan_publication, refuse_replaced_parents
@@ -127,13 +128,16 @@ class _SearchRun:
             plan, self._checked.prompts, self._job.search, evaluator,
             announce=lambda text: progress.note(plan.name, text),
             at_once=self._job.serving.replicas + 1,  # the next step is asked while rewards of the last are made
+            rung_log=RungLog(self._store, rungs_key(plan.name, self._search_id(plan))),
         )  # fmt: skip
         self._store.put(self._key(plan), results_json(Results(self._store.uri, "", (result,))))
         return result
 
     def _key(self, plan: PairPlan) -> str:
-        search_id = self._checked.search_id(plan, self.searches.reward_ids)
-        return search_key(plan.name, search_id)
+        return search_key(plan.name, self._search_id(plan))
+
+    def _search_id(self, plan: PairPlan) -> str:
+        return self._checked.search_id(plan, self.searches.reward_ids)
 
 
 def drop_replaced(plans: Sequence[PairPlan], searches: Searches) -> list[PairPlan]:

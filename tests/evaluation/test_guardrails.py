@@ -72,7 +72,7 @@ def test_samples_are_averaged_within_a_prompt_and_prompts_keep_the_order_of_the_
     assert scores.measures["cut"].tolist() == [0.5, 0]
     assert scores.measures["broken"].tolist() == [0, 0.5]
     assert scores.samples == 2
-    assert scores.first(1).rewards["rm"].tolist() == [10]
+    assert scores.on(scores.prompt_ids[:1]).rewards["rm"].tolist() == [10]
 
 
 def test_rows_that_do_not_fit_are_named() -> None:

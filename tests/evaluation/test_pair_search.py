@@ -45,7 +45,7 @@ class Curve:
 
 
 def test_a_gain_is_found_and_confirmed_on_prompts_that_did_not_choose_it() -> None:
-    settings = Search(prompts=(64, 128, 200))
+    settings = Search(method="ladder", prompts=(64, 128, 200))
     history, decision = search_alpha(halves_of(PROMPTS), settings, Curve(height=3.0), print, at_once=2)
     assert 0.3 <= decision.alpha <= 1.6, decision.reason
     choose, confirm = ({prompt.id for prompt in half.prompts} for half in PROMPTS.halves())
@@ -61,7 +61,11 @@ def test_a_gain_is_found_and_confirmed_on_prompts_that_did_not_choose_it() -> No
 def test_without_a_gain_dpo_is_kept() -> None:
     lines: list[str] = []
     _, decision = search_alpha(
-        halves_of(PROMPTS), Search(prompts=(64, 128, 200)), Curve(height=0.0), lines.append, at_once=2
+        halves_of(PROMPTS),
+        Search(method="ladder", prompts=(64, 128, 200)),
+        Curve(height=0.0),
+        lines.append,
+        at_once=2,
     )
     assert decision.alpha == 0
     assert lines[-1] == decision.reason
@@ -71,7 +75,7 @@ def test_without_a_gain_dpo_is_kept() -> None:
 
 def test_a_rung_asks_only_for_alphas_that_need_more_prompts_and_each_set_begins_with_the_last_one() -> None:
     curve = Curve(height=3.0)
-    search_alpha(halves_of(PROMPTS), Search(prompts=(64, 128, 200)), curve, print, at_once=1)
+    search_alpha(halves_of(PROMPTS), Search(method="ladder", prompts=(64, 128, 200)), curve, print, at_once=1)
     for alpha in {alpha for alpha, _ in curve.asked}:
         sets = [ids for asked, ids in curve.asked if asked == alpha and ids]
         on_choose = [ids for ids in sets if ids[0] == sets[0][0]]

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import get_args
 
@@ -15,74 +15,13 @@ from expo_ray.config import Search
 from expo_ray.config.search import Method
 from expo_ray.evaluation.search.alpha_scores import AlphaScores, EvaluationError
 from expo_ray.evaluation.search.decision import Decision, decide
-from expo_ray.evaluation.search.history import Half, History, Rejected, Rung
+from expo_ray.evaluation.search.history import History, Rejected, Rung
 from expo_ray.evaluation.search.ladder import top_of
 from expo_ray.evaluation.search.methods import METHODS, SearchError, next_rung
-from expo_ray.report.results import HalfName, Measurement
-from tests.support.scores import scores_of
+from expo_ray.report.results import HalfName
+from tests.support.searched_pairs import Curve, Pair, flat, hill
 
-Curve = Callable[[float], float]
-
-
-class Pair:
-    """A pair whose rewards follow curves: the same prompts for every alpha, noise of each response, and no engine."""
-
-    def __init__(
-        self,
-        *curves: Curve,
-        halves: tuple[int, int] = (1000, 1000),
-        noise: float = 1.5,
-        seed: int = 0,
-        length: Curve = lambda alpha: 200,
-    ) -> None:
-        self.curves, self.noise, self.seed, self.length = curves, noise, seed, length
-        self.history = History(Half(halves[0], {}), Half(halves[1], {}))
-        self.asked: list[Rung] = []
-
-    def evaluate(self, rung: Rung) -> None:
-        """As the pipeline does: each alpha that is missing, on the prompts asked for."""
-        half = self.history.half(rung.half)
-        scores = {
-            alpha: self.respond(rung.half, alpha, half.num_prompts).first(rung.num_prompts)
-            for alpha in half.missing(rung)
-        }
-        self.history = self.history.with_scores(rung.half, scores)
-
-    def respond(self, half: HalfName, alpha: float, count: int) -> AlphaScores:
-        side = 0 if half == "choose" else 1
-        ease = np.random.default_rng([self.seed, side]).normal(0, 2, count)
-        generator = np.random.default_rng([self.seed, side, round((alpha + 1) * 1e6)])
-        return scores_of(
-            alpha,
-            [f"{half}-{number}" for number in range(count)],
-            {
-                f"rm{number}": ease + curve(alpha) + generator.normal(0, self.noise, count)
-                for number, curve in enumerate(self.curves)
-            },
-            length=self.length(alpha),
-        )
-
-    def search(self, settings: Search) -> Decision:
-        while rung := next_rung(self.history, settings):
-            self.asked.append(rung)
-            assert self.history.half(rung.half).missing(rung)
-            assert rung.num_prompts <= self.history.half(rung.half).num_prompts
-            assert len(set(rung.alphas)) == len(rung.alphas)
-            self.evaluate(rung)
-        return decide(self.history, settings)
-
-    def evidence(self, decision: Decision) -> list[Measurement]:
-        """Measurements of the alpha that the search picked."""
-        return list(self.history.measurements([decision.considered], Search().confidence))
-
-
-def hill(best: float, height: float = 1.0) -> Curve:
-    """A parabola in alpha through 0, falling as fast as it rose."""
-    return lambda alpha: max(height * (1 - (1 - alpha / best) ** 2), -8)
-
-
-def flat(alpha: float) -> float:
-    return 0.0
+LADDER = Search(method="ladder")
 
 
 def rejection(decision: Decision, alpha: float) -> Rejected:
@@ -93,7 +32,7 @@ def rejection(decision: Decision, alpha: float) -> Rejected:
 def test_the_ladder_finds_the_top_of_a_hill(best: float) -> None:
     curve = hill(best)
     pair = Pair(curve)
-    decision = pair.search(Search())
+    decision = pair.search(LADDER)
     assert curve(decision.alpha) > 0.8
     (confirmed,) = (measured for measured in pair.evidence(decision) if measured.half == "confirm")
     assert confirmed.prompts == 512
@@ -103,7 +42,7 @@ def test_the_ladder_finds_the_top_of_a_hill(best: float) -> None:
 
 def test_the_ladder_asks_as_designed() -> None:
     pair = Pair(hill(1.0))
-    pair.search(Search())
+    pair.search(LADDER)
     first, *climb = [rung for rung in pair.asked if rung.stage == "ladder"]
     assert first.alphas == (0, 0.1, 0.2, 0.4)
     assert [rung.alphas for rung in climb] == [(0, 0.8), (0, 1.6), (0, 3.2)]
@@ -119,7 +58,7 @@ def test_the_ladder_asks_as_designed() -> None:
 
 
 def test_no_gain_keeps_dpo_and_says_so() -> None:
-    decision = Pair(lambda alpha: -alpha).search(Search())
+    decision = Pair(lambda alpha: -alpha).search(LADDER)
     assert decision.alpha == 0
     assert decision.reason.startswith("keep dpo (alpha 0): ")
     assert {0.1, 0.2, 0.4} <= {rejected.alpha for rejected in decision.rejected}
@@ -131,7 +70,7 @@ def test_a_gain_that_untouched_prompts_do_not_confirm_is_none() -> None:
             self.curves = (hill(1.0) if half == "choose" else flat,)
             return super().respond(half, alpha, count)
 
-    decision = Overfitted(flat).search(Search())
+    decision = Overfitted(flat).search(LADDER)
     assert decision.considered > 0
     assert decision.alpha == 0
     assert "untouched prompts" in decision.reason
@@ -140,7 +79,7 @@ def test_a_gain_that_untouched_prompts_do_not_confirm_is_none() -> None:
 
 def test_a_climb_that_only_the_choosing_reward_likes_is_stopped_by_the_second_model() -> None:
     hacked = Pair(lambda alpha: alpha, lambda alpha: 0.1 * alpha - 0.1 * alpha**2)
-    decision = hacked.search(Search())
+    decision = hacked.search(LADDER)
     tried = set(hacked.history.choose.scores)
     assert max(tried) < 12, "the climb goes on past what the second model finds worse"
     assert decision.alpha == 0
@@ -154,7 +93,7 @@ def test_a_climb_that_only_the_choosing_reward_likes_is_stopped_by_the_second_mo
 def test_where_another_model_would_rather_have_dpo_a_smaller_alpha_takes_the_place() -> None:
     """The first model likes alpha 1.3 best; the second one sees a small gain below 1, and a small loss above."""
     pair = Pair(hill(1.3), lambda alpha: 1.5 * alpha * (1 - alpha), seed=1)
-    decision = pair.search(Search(confirm_prompts=1000))
+    decision = pair.search(Search(method="ladder", confirm_prompts=1000))
     assert decision.alpha == 0.8
     assert {
         measured.reward_model
@@ -170,7 +109,7 @@ def test_where_another_model_would_rather_have_dpo_a_smaller_alpha_takes_the_pla
 
 def test_a_guardrail_ends_the_climb_and_bounds_the_race() -> None:
     pair = Pair(lambda alpha: alpha, length=lambda alpha: 200 * (1 + alpha / 3))
-    decision = pair.search(Search())
+    decision = pair.search(LADDER)
     # x1.6 is reached at alpha 1.8: the step at 3.2 trips, and nothing beyond is tried.
     assert max(pair.history.choose.scores) == 3.2
     assert 0.8 <= decision.alpha <= 1.8
@@ -190,13 +129,13 @@ def test_a_guardrail_that_trips_late_leaves_the_alphas_below_it() -> None:
             return replace(scores, lengths=np.where(late & (alpha > 0.5), 3, 1) * scores.lengths)
 
     pair = Longer(hill(1.5))
-    decision = pair.search(Search())
+    decision = pair.search(LADDER)
     assert decision.alpha in {0.4, 0.5}
     assert all("tokens where" in rejected.reason for rejected in decision.rejected if rejected.alpha == 0.8)
 
 
 def test_a_climb_without_end_says_so() -> None:
-    decision = Pair(lambda alpha: alpha).search(Search(largest_alpha=1))
+    decision = Pair(lambda alpha: alpha).search(Search(method="ladder", largest_alpha=1))
     assert decision.alpha <= 1
     assert any("raise `largest_alpha`" in warning for warning in decision.warnings)
 
@@ -204,7 +143,7 @@ def test_a_climb_without_end_says_so() -> None:
 def test_every_alpha_that_was_tried_is_chosen_or_has_a_reason() -> None:
     for curve in (hill(0.3), hill(5.0, 0.3), flat, lambda alpha: alpha):
         pair = Pair(curve, seed=3)
-        decision = pair.search(Search())
+        decision = pair.search(LADDER)
         tried = set(pair.history.choose.scores) - {0.0}
         assert {rejected.alpha for rejected in decision.rejected} == tried - {decision.alpha}
         assert all(rejected.reason for rejected in decision.rejected)
@@ -217,18 +156,18 @@ def test_a_killed_search_comes_to_the_same_decision_and_asks_nothing_twice(
     best: float, height: float, seed: int, data: st.DataObject
 ) -> None:
     whole = Pair(hill(best, height), seed=seed)
-    wanted = whole.search(Search())
+    wanted = whole.search(LADDER)
     cut = data.draw(st.integers(0, len(whole.asked) - 1))
     killed = Pair(hill(best, height), seed=seed)
     for rung in whole.asked[:cut]:
         killed.evaluate(rung)
     # Of the rung in flight, one alpha was stored.
     killed.evaluate(replace(whole.asked[cut], alphas=whole.asked[cut].alphas[:1]))
-    assert killed.search(Search()) == wanted
+    assert killed.search(LADDER) == wanted
     assert killed.asked in (whole.asked[cut:], whole.asked[cut + 1 :])
     # What the report evaluates later changes nothing either.
-    killed.evaluate(Rung("choose", (-1.0,), 128, "sft"))
-    assert decide(killed.history, Search()) == wanted
+    killed.evaluate(Rung("choose", (-1.0,), 0, 128, "sft"))
+    assert decide(killed.history, LADDER) == wanted
 
 
 @hypothesis_settings(max_examples=20, deadline=None)
@@ -237,13 +176,16 @@ def test_a_killed_search_comes_to_the_same_decision_and_asks_nothing_twice(
     st.sampled_from([0, 10, 200]),
     st.sampled_from([(16,), (128,), (20, 40), (128, 256, 512, 1000)]),
     st.floats(0.1, 60),
-    st.sampled_from([hill(0.05), hill(1.0), hill(10.0), flat]),
+    st.tuples(
+        st.sampled_from([hill(0.05), hill(1.0), hill(10.0), flat]), st.sampled_from(["ladder", "surface"])
+    ),
 )
 def test_any_set_and_any_settings_come_to_an_end(
-    choose: int, confirm: int, prompts: tuple[int, ...], largest: float, curve: Curve
+    choose: int, confirm: int, prompts: tuple[int, ...], largest: float, searched: tuple[Curve, Method]
 ) -> None:
+    curve, method = searched
     pair = Pair(curve, halves=(choose, confirm))
-    decision = pair.search(Search(prompts=prompts, largest_alpha=largest))
+    decision = pair.search(Search(method=method, prompts=prompts, largest_alpha=largest))
     assert max(pair.history.choose.scores) <= max(largest, 0.4)
     assert len(pair.asked) < 20
     assert {rejected.alpha for rejected in decision.rejected} | {decision.alpha, 0.0} == set(
@@ -285,20 +227,26 @@ def test_without_untouched_prompts_the_bound_is_corrected_for_the_alphas_tried()
 
 def test_a_decision_before_the_end_and_too_few_prompts_are_refused() -> None:
     pair = Pair(hill(1.0))
-    pair.evaluate(Rung("choose", (0.0,), 128, "ladder"))
+    pair.evaluate(Rung("choose", (0.0,), 0, 128, "ladder"))
     with pytest.raises(SearchError, match="not finished: ladder needs 4 alpha"):
-        decide(pair.history, Search())
+        decide(pair.history, LADDER)
     with pytest.raises(SearchError, match="there are 15 prompts"):
-        next_rung(Pair(flat, halves=(15, 15)).history, Search())
+        next_rung(Pair(flat, halves=(15, 15)).history, LADDER)
 
 
 def test_alphas_on_other_prompts_are_not_compared() -> None:
     pair = Pair(hill(1.0))
-    pair.evaluate(Rung("choose", (0.0, 0.1, 0.2, 0.4), 128, "ladder"))
-    known = dict(pair.history.choose.scores)
-    known[0.2] = replace(known[0.2], prompt_ids=known[0.2].prompt_ids[::-1])
-    with pytest.raises(EvaluationError, match=r"alpha 0\.2 was evaluated on other prompts"):
-        next_rung(History(Half(1000, known)), Search())
+    pair.evaluate(Rung("choose", (0.0, 0.1, 0.2, 0.4), 0, 128, "ladder"))
+    known = pair.history.choose.scores
+    foreign = replace(known[0.2], prompt_ids=tuple(f"other-{number}" for number in range(128)))
+    with pytest.raises(
+        EvaluationError,
+        match=r"alpha 0\.2 was evaluated on 128 prompt\(s\) that are not of this half \(other-0,",
+    ):
+        pair.history.with_scores("choose", {0.2: foreign})
+    other_model = replace(known[0.2], rewards={"another": known[0.2].rewards["rm0"]})
+    with pytest.raises(EvaluationError, match=r"alpha 0\.2 was evaluated on other prompts or reward models"):
+        next_rung(History(replace(pair.history.choose, scores={**known, 0.2: other_model})), LADDER)
 
 
 @given(st.floats(0.05, 20), st.floats(0.1, 5), st.lists(st.integers(50, 1000), min_size=5, max_size=5))

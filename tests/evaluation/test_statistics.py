@@ -14,6 +14,7 @@ from expo_ray.evaluation.statistics import (
     length_controlled_gain,
     losers,
     standard_error,
+    student_quantile,
     win_rate,
 )
 
@@ -30,17 +31,49 @@ def skewed(num_prompts: int, seed: int = 0) -> tuple[Array, Array, Array, Array]
     return rewards, dpo, lengths, dpo_lengths
 
 
-def test_the_interval_of_the_gain_is_scipys() -> None:
+@pytest.mark.parametrize("confidence", [0.9, 0.95, 0.998])
+def test_the_interval_of_the_gain_is_the_wider_of_scipys_bca_and_t(confidence: float) -> None:
     rewards, dpo, _, _ = skewed(80)
-    wanted = stats.bootstrap(
-        (rewards - dpo,), np.mean, method="BCa", n_resamples=20_000, rng=np.random.default_rng(1)
-    ).confidence_interval
-    interval = gain(rewards, dpo)
-    assert interval.mean == pytest.approx((rewards - dpo).mean())
-    # Two resamplings of 10,000 and 20,000 agree to a few hundredths of the interval's width.
-    width = wanted.high - wanted.low
-    assert interval.low == pytest.approx(wanted.low, abs=0.03 * width)
-    assert interval.high == pytest.approx(wanted.high, abs=0.03 * width)
+    differences = rewards - dpo
+    bca = stats.bootstrap(
+        (differences,), np.mean, method="BCa", n_resamples=40_000, confidence_level=confidence,
+        rng=np.random.default_rng(1),
+    ).confidence_interval  # fmt: skip
+    # As if two more prompts lay 2.5 standard deviations from the mean.
+    error = stats.sem(differences) * np.sqrt(1 + 12.5 / 80)
+    low, high = stats.t.interval(confidence, 79, differences.mean(), error)
+    interval = gain(rewards, dpo, confidence)
+    assert interval.mean == pytest.approx(differences.mean())
+    # Two resamplings of 10,000 and 40,000 agree to a few hundredths of the interval's width.
+    width = bca.high - bca.low
+    assert interval.low == pytest.approx(min(low, bca.low), abs=0.04 * width)
+    assert interval.high == pytest.approx(max(high, bca.high), abs=0.04 * width)
+    assert interval.low <= low + 1e-9
+
+
+@given(st.integers(1, 1200), st.floats(0.6, 0.9999))
+def test_quantiles_of_students_t_are_scipys(freedom: int, probability: float) -> None:
+    assert student_quantile(probability, freedom) == pytest.approx(
+        stats.t.ppf(probability, freedom), rel=1e-6
+    )
+
+
+def test_prompts_that_hang_together_are_drawn_together() -> None:
+    generator = np.random.default_rng(3)
+    labels = generator.integers(0, 60, 300)
+    rewards = generator.normal(0, 1, 60)[labels] + generator.normal(0, 0.1, 300)
+    zero = np.zeros(300)
+    interval, alone = gain(rewards, zero, clusters=labels), gain(rewards, zero)
+    assert interval.mean == pytest.approx(rewards.mean())
+    # The textbook's standard error of a mean over clusters, a ratio of two sums.
+    sums = np.bincount(labels, rewards - rewards.mean(), 60)
+    error = np.sqrt((sums**2).sum() * 60 / 59) / 300
+    assert (interval.high - interval.low) / (2 * error) == pytest.approx(2.2, abs=0.3)
+    assert interval.high - interval.low > 1.8 * (alone.high - alone.low)
+    each = gain(rewards, zero, clusters=np.arange(300))
+    assert (each.low, each.high) == pytest.approx((alone.low, alone.high), abs=1e-6)
+    with pytest.raises(ValueError, match="1 cluster"):
+        gain(rewards, zero, clusters=np.zeros(300, np.int64))
 
 
 def test_the_length_controlled_gain_is_the_intercept_of_least_squares_refitted_in_each_resample() -> None:
@@ -96,8 +129,8 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(confidence: float) ->
         # Skewed differences of mean 1, where a normal interval is off to one side.
         interval = gain(generator.exponential(1, 128).astype(np.float64), np.zeros(128), confidence)
         covered += interval.low <= 1 <= interval.high
-    # The tail beyond is one in a thousand, and BCa at 128 prompts misses by a point.
-    low, high = stats.binom.ppf([0.001, 0.999], rounds, confidence - 0.01)
+    # The tail beyond is one in a thousand; the interval is wider than each of the two that it is made of.
+    low, high = stats.binom.ppf([0.001, 0.999], rounds, [confidence, confidence + 0.03])
     assert low <= covered <= high
 
 
@@ -113,9 +146,7 @@ def test_an_interval_holds_its_estimate_and_turns_with_the_sign(pair: tuple[Arra
     forward, backward = gain(rewards, dpo), gain(dpo, rewards)
     assert forward == gain(rewards.copy(), dpo.copy())
     slack = 1e-4 * (1 + np.abs(rewards).max() + np.abs(dpo).max())
-    assert forward.low <= forward.high
-    assert forward.low >= (rewards - dpo).min() - slack
-    assert forward.high <= (rewards - dpo).max() + slack
+    assert forward.low - slack <= forward.mean <= forward.high + slack
     assert backward.mean == pytest.approx(-forward.mean, abs=slack)
     assert backward.low == pytest.approx(-forward.high, abs=slack + 0.05 * (forward.high - forward.low))
     assert win_rate(rewards, dpo).mean + win_rate(dpo, rewards).mean == pytest.approx(1)

@@ -57,6 +57,10 @@ class PromptSet:
         """The first prompts of the set, in its order."""
         return replace(self, prompts=self.prompts[:count])
 
+    def between(self, start: int, stop: int) -> PromptSet:
+        """A slice of the set, in its order."""
+        return replace(self, prompts=self.prompts[start:stop])
+
     def drawn(self) -> PromptSet:
         """The set in the order in which subsets are drawn: its first `n` prompts are those of `limit(n)`."""
         return replace(self, prompts=tuple(_in_order_of_drawing(self.prompts)))

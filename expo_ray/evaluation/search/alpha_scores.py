@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -51,18 +52,40 @@ class AlphaScores:
     divergence: Array | None = None
     samples: int = 1
 
-    def first(self, num_prompts: int) -> AlphaScores:
-        """The same on the first prompts only."""
-        if num_prompts == len(self.prompt_ids):
+    @cached_property
+    def row_of(self) -> Mapping[str, int]:
+        """Row of each prompt id."""
+        return {prompt_id: row for row, prompt_id in enumerate(self.prompt_ids)}
+
+    def on(self, prompt_ids: Sequence[str]) -> AlphaScores:
+        """The same on these prompts only, in their order."""
+        if tuple(prompt_ids) == self.prompt_ids:
             return self
-        rows = slice(num_prompts)
+        rows = [self.row_of[prompt_id] for prompt_id in prompt_ids]
         return replace(
             self,
-            prompt_ids=self.prompt_ids[rows],
+            prompt_ids=tuple(prompt_ids),
             rewards={model: values[rows] for model, values in self.rewards.items()},
             lengths=self.lengths[rows],
             measures={name: values[rows] for name, values in self.measures.items()},
             divergence=None if self.divergence is None else self.divergence[rows],
+        )
+
+    def joined(self, other: AlphaScores) -> AlphaScores:
+        """The same with the rows of prompts that only `other` has, behind these."""
+        new = other.on([prompt_id for prompt_id in other.prompt_ids if prompt_id not in self.row_of])
+        both = self.divergence is not None and new.divergence is not None
+        return replace(
+            self,
+            prompt_ids=self.prompt_ids + new.prompt_ids,
+            rewards={
+                model: np.concatenate([values, new.rewards[model]]) for model, values in self.rewards.items()
+            },
+            lengths=np.concatenate([self.lengths, new.lengths]),
+            measures={
+                name: np.concatenate([values, new.measures[name]]) for name, values in self.measures.items()
+            },
+            divergence=np.concatenate([self.divergence, new.divergence]) if both else None,
         )
 
     @property

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from expo_ray.config import Search, format_alpha
+from expo_ray.evaluation.search.confirmation import Look
 from expo_ray.evaluation.search.guardrails import checks, rejection
 from expo_ray.evaluation.search.history import History, Picked, Rejected
-from expo_ray.evaluation.search.methods import looks_better, picked_alpha
+from expo_ray.evaluation.search.methods import looks_better, outcome_of
 from expo_ray.evaluation.statistics import gain
 from expo_ray.report.results import GuardrailCheck, Measurement
 
@@ -23,6 +24,7 @@ class Decision:
         considered: the alpha that the search picked; 0 where none was left.
         rejected: every other alpha that was tried, and `considered` too if it fell at the end.
         warnings: what a reader should know besides.
+        look: at the confirming half, that decided; None where there was none.
     """
 
     alpha: float
@@ -30,6 +32,7 @@ class Decision:
     considered: float
     rejected: tuple[Rejected, ...]
     warnings: tuple[str, ...]
+    look: Look | None = None
 
 
 def decide(history: History, settings: Search) -> Decision:
@@ -41,11 +44,13 @@ def decide(history: History, settings: Search) -> Decision:
     Raises:
         SearchError: if `next_rung` still asks for something.
     """
-    picked = picked_alpha(history, settings)
+    outcome = outcome_of(history, settings)
+    picked, look = outcome.picked, outcome.look
     rejected = list(picked.rejected)
     if not picked.alpha:
         return Decision(0.0, f"keep dpo (alpha 0): {picked.fault}", 0.0, _sorted(rejected), picked.warnings)
-    evidence = tuple(history.measurements([picked.alpha], settings.confidence))
+    confirming = look.confidence if look else settings.confidence
+    evidence = tuple(history.measurements([picked.alpha], settings.confidence, confirming=confirming))
     checked = _last_checks(history, settings, picked.alpha)
     fault = _fault(history, settings, picked, evidence, checked)
     if fault:
@@ -57,6 +62,7 @@ def decide(history: History, settings: Search) -> Decision:
         considered=picked.alpha,
         rejected=_sorted(rejected),
         warnings=picked.warnings + tuple(check.text for check in checked if check.verdict == "warn"),
+        look=look,
     )
 
 
@@ -79,7 +85,7 @@ def _fault(
 ) -> str:
     """The reason to keep dpo; empty if there is none."""
     confirmed = [measured for measured in evidence if measured.half == "confirm"]
-    if not confirmed and looks_better(history, picked, settings.confidence):
+    if not confirmed and looks_better(history, picked, settings):
         return _corrected_fault(history, settings, picked) or rejection(checked)
     # Unconfirmed: the choosing model's gain on the choosing half, which did not look better than dpo.
     failed = [measured for measured in confirmed or evidence[:1] if measured.gain.low <= 0]

@@ -40,8 +40,8 @@ def rejection(checked: Iterable[GuardrailCheck]) -> str:
 
 
 def veto(half: Half, settings: Search, alpha: float, num_prompts: int, confidence: float) -> str:
-    """The guardrails' reasons to reject an alpha on the first prompts of a half; empty if there are none."""
-    scores, dpo = half.at(alpha, num_prompts), half.at(0.0, num_prompts)
+    """The guardrails' reasons to reject an alpha on those of a half's first prompts that it was asked; empty if there are none."""
+    scores, dpo = half.beside_dpo(alpha, num_prompts)
     return rejection(checks(scores, dpo, settings.guardrails, confidence))
 
 
@@ -51,13 +51,13 @@ def objection(half: Half, alpha: float, num_prompts: int) -> str:
     Another reward model, which will have to see a gain, scores the alpha more than one standard error below dpo: the chance that it
     truly prefers the alpha is then below one in six. Earlier looks take a significant loss (`veto`).
     """
-    scores, dpo = half.at(alpha, num_prompts), half.at(0.0, num_prompts)
+    scores, dpo = half.beside_dpo(alpha, num_prompts)
     for model in list(scores.rewards)[1:]:
         loss = float((dpo.rewards[model] - scores.rewards[model]).mean())
         error = standard_error(scores.rewards[model], dpo.rewards[model])
         if loss > error:
             return (
-                f"{model} has to confirm it, and gives it {loss:.3f} less than dpo on {num_prompts} prompts, where the standard "
+                f"{model} has to confirm it, and gives it {loss:.3f} less than dpo on {len(dpo.prompt_ids)} prompts, where the standard "
                 f"error is {error:.3f}"
             )
     return ""

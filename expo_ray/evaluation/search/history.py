@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,94 +11,139 @@ from expo_ray.config import format_alpha
 from expo_ray.evaluation.search.alpha_scores import AlphaScores, EvaluationError, measurements
 from expo_ray.evaluation.statistics import Array
 from expo_ray.report.results import HalfName, Measurement
+from expo_ray.text import first_few
 
 HALF_NAMES: tuple[HalfName, HalfName] = ("choose", "confirm")
 
 
 @dataclass(frozen=True)
 class Rung:
-    """A round of a search: alphas to evaluate, each independent of the others.
+    """A round of a search: alphas to evaluate, each independent of the others, on a slice of the prompts.
 
     Attributes:
         half: of the prompt set.
         alphas: to have evaluated after this round; some may be already.
-        num_prompts: to evaluate them on: the first ones of the half.
+        start, stop: the slice, counted from the first prompt of the half.
         stage: of the search, for a progress line.
     """
 
     half: HalfName
     alphas: tuple[float, ...]
-    num_prompts: int
+    start: int
+    stop: int
     stage: str
+
+    @property
+    def num_prompts(self) -> int:
+        """Prompts of the slice."""
+        return self.stop - self.start
 
 
 @dataclass(frozen=True)
 class Half:
-    """A half of the prompt set, and the scores on it.
+    """A half of the prompt set, and the scores on it: any alpha on any of its prompts.
 
     Attributes:
-        num_prompts: of the half; 0 if there is none.
-        scores: by alpha, each on the first prompts of the half, as many as were asked.
+        prompt_ids: in the order in which prompts are asked; none if there is no such half.
+        scores: by alpha, each on the prompts that were asked, in the order in which they were.
     """
 
-    num_prompts: int
+    prompt_ids: tuple[str, ...]
     scores: Mapping[float, AlphaScores]
+
+    @property
+    def num_prompts(self) -> int:
+        """Prompts of the half, asked or not."""
+        return len(self.prompt_ids)
 
     def missing(self, rung: Rung) -> list[float]:
         """The alphas of `rung` that lack scores on some of its prompts."""
+        wanted = self.prompt_ids[rung.start : rung.stop]
         return [
             alpha
             for alpha in rung.alphas
-            if alpha not in self.scores or len(self.scores[alpha].prompt_ids) < rung.num_prompts
+            if alpha not in self.scores or not self.scores[alpha].row_of.keys() >= set(wanted)
         ]
 
-    def at(self, alpha: float, num_prompts: int) -> AlphaScores:
-        """Scores of an alpha on the first `num_prompts` prompts.
+    def beside_dpo(self, alpha: float, stop: int | None = None) -> tuple[AlphaScores, AlphaScores]:
+        """Scores of an alpha and of dpo, on the prompts before `stop` that both were evaluated on.
 
         Raises:
-            EvaluationError: if its prompts are not those of dpo; a paired difference would then mean nothing.
+            EvaluationError: if there is no such prompt, or their reward models differ; a paired difference would then mean nothing.
         """
-        scores, dpo = self.scores[alpha].first(num_prompts), self.scores[0.0].first(num_prompts)
-        if scores.prompt_ids != dpo.prompt_ids or list(scores.rewards) != list(dpo.rewards):
+        scores, dpo = self.scores[alpha], self.scores[0.0]
+        common = self._common((0.0, alpha), 0, stop)
+        if not common or list(scores.rewards) != list(dpo.rewards):
             raise EvaluationError(
                 f"alpha {format_alpha(alpha)} was evaluated on other prompts or reward models than dpo; evaluate both on the "
-                "same prompt set, in its order, and by the same reward models"
+                "same prompt set, and by the same reward models"
             )
-        return scores
+        return scores.on(common), dpo.on(common)
 
-    def beside_dpo(self, alpha: float) -> tuple[AlphaScores, AlphaScores]:
-        """Scores of an alpha and of dpo, on all prompts that both were evaluated on."""
-        common = min(len(self.scores[each].prompt_ids) for each in (0.0, alpha))
-        return self.at(alpha, common), self.at(0.0, common)
+    def rewards(self, alphas: Sequence[float], stop: int | None = None, start: int = 0) -> Array:
+        """Rewards by the choosing model on the prompts of a slice that all `alphas` were evaluated on: (prompts, alphas)."""
+        common = self._common(alphas, start, stop)
+        return np.stack([self._chosen_by(alpha, common) for alpha in alphas], axis=1)
 
-    def rewards(self, alphas: tuple[float, ...], num_prompts: int) -> Array:
-        """Rewards by the choosing model: (prompts, alphas)."""
-        by_alpha = [self.at(alpha, num_prompts) for alpha in alphas]
-        return np.stack([scores.rewards[scores.chooser] for scores in by_alpha], axis=1)
+    def _common(self, alphas: Sequence[float], start: int, stop: int | None) -> list[str]:
+        rows = [self.scores[alpha].row_of for alpha in alphas]
+        return [each for each in self.prompt_ids[start:stop] if all(each in known for known in rows)]
+
+    def _chosen_by(self, alpha: float, prompt_ids: Sequence[str]) -> Array:
+        scores = self.scores[alpha]
+        return scores.rewards[scores.chooser][[scores.row_of[prompt_id] for prompt_id in prompt_ids]]
 
 
 @dataclass(frozen=True)
 class History:
-    """All scores of one pair: alpha is chosen on one half of the prompts, and confirmed on the other."""
+    """All scores of one pair: alpha is chosen on one half of the prompts, and confirmed on the other.
+
+    Attributes:
+        asked: the rungs that an earlier run of this search asked for, in order. Their alphas are taken where this machine would compute
+            others, in the last bits of a float.
+    """
 
     choose: Half
-    confirm: Half = Half(0, {})
+    confirm: Half = Half((), {})
+    asked: tuple[Rung, ...] = ()
 
     def half(self, name: HalfName) -> Half:
         """The half of that name."""
         return self.choose if name == "choose" else self.confirm
 
     def with_scores(self, half: HalfName, scores: Mapping[float, AlphaScores]) -> History:
-        """The history with more scores on a half."""
-        known = self.half(half)
-        return replace(self, **{half: replace(known, scores={**known.scores, **scores})})
+        """The history with more scores on a half.
 
-    def measurements(self, alphas: Iterable[float], confidence: float) -> Iterator[Measurement]:
-        """Compare alphas with dpo on each half that has their scores."""
+        Raises:
+            EvaluationError: if they are on prompts that the half does not have.
+        """
+        known = self.half(half)
+        merged = dict(known.scores)
+        for alpha, new in scores.items():
+            if foreign := new.row_of.keys() - known.prompt_ids:
+                raise EvaluationError(
+                    f"alpha {format_alpha(alpha)} was evaluated on {len(foreign)} prompt(s) that are not of this half "
+                    f"({first_few(sorted(foreign))}); evaluate it on the same prompt set as dpo"
+                )
+            merged[alpha] = merged[alpha].joined(new) if alpha in merged else new
+        half_now = replace(known, scores=merged)
+        return replace(self, choose=half_now) if half == "choose" else replace(self, confirm=half_now)
+
+    def measurements(
+        self, alphas: Iterable[float], confidence: float, *, confirming: float | None = None
+    ) -> Iterator[Measurement]:
+        """Compare alphas with dpo on each half that has their scores.
+
+        Args:
+            alphas: those that were not evaluated on a half are left out there.
+            confidence: of the intervals.
+            confirming: of the intervals on the confirming half, where it is another.
+        """
         for name in HALF_NAMES:
             half = self.half(name)
+            level = confirming if confirming and name == "confirm" else confidence
             for alpha in sorted(set(alphas) & half.scores.keys()):
-                yield from measurements(name, *half.beside_dpo(alpha), confidence)
+                yield from measurements(name, *half.beside_dpo(alpha), level)
 
     @property
     def generations(self) -> int:
@@ -134,7 +179,7 @@ class Picked:
 
     Attributes:
         alpha: 0 where no other alpha was left.
-        num_prompts: on which it was compared with the last others.
+        num_prompts: the first ones of the half, on which it was compared with the last others.
         rejected: all others.
         warnings: on the way, such as a climb that ended before the reward fell.
         fault: reason for alpha 0; empty if it is not 0.

@@ -1,4 +1,4 @@
-"""The default search for alpha.
+"""The search by rounds of comparisons: a climb, a race on more and more prompts, a fit.
 
 1. Climb: double alpha until the reward falls or a guardrail trips.
 2. Race: compare alphas around the best step, on more and more prompts.
@@ -29,7 +29,7 @@ from expo_ray.evaluation.statistics import Array, losers, standard_error
 # steps that double end at the default `largest_alpha`, 51.2. The race also looks below the first step.
 FIRST_ALPHA = 0.1
 # The first steps are asked for at once: few optima lie below 0.4, and engines in parallel wait less.
-_FIRST_STEPS = 3
+FIRST_STEPS = 3
 # Candidates of the race: the best step of the ladder times these powers of 2. Doubling leaves the optimum within a factor of 2.
 _AROUND = (-1, -0.5, 0, 0.5, 1)
 # Candidates kept after each round of the race when no test separates them; the last entry repeats. Each costs as many responses as
@@ -43,7 +43,7 @@ _FITTED_WITHIN = 2.1
 _SAME_WITHIN = 1.2
 
 
-def ladder(half: Half, settings: Search) -> Generator[Rung, None, Picked]:
+def ladder(half: Half, settings: Search) -> Generator[Rung, Rung, Picked]:
     """Search on the choosing half: yield the rungs, return the picked alpha."""
     course = _Course(half, settings)
     best_step = yield from course.climb()
@@ -59,10 +59,9 @@ class _Course:
         self.half, self.settings = half, settings
         self.sizes = sizes_of(half, settings)
         self.final_stage = f"final at {self.sizes[-1]} prompts"
-        steps = max(1, math.floor(math.log2(settings.largest_alpha / FIRST_ALPHA) + 1e-9) + 1)
-        self.steps = tuple(FIRST_ALPHA * 2**step for step in range(steps))
+        self.steps = climbing_steps(settings)
         # A step of the ladder or a round of the race may end an alpha: each spends the same share of the error.
-        self.level = (1 - settings.confidence) / (steps + len(self.sizes))
+        self.level = (1 - settings.confidence) / (len(self.steps) + len(self.sizes))
         self.ceiling = math.inf
         # The smallest alpha that a guardrail or another reward model ended since the last look below it.
         self.vetoed_at = math.inf
@@ -70,13 +69,13 @@ class _Course:
         self.rejected: dict[float, Rejected] = {}
         self.warnings: list[str] = []
 
-    def climb(self) -> Generator[Rung, None, float]:
+    def climb(self) -> Generator[Rung, Rung, float]:
         """Double alpha until a guardrail trips or the reward is significantly below the best; return the best step above 0."""
         size, passed = self.sizes[0], [0.0]
         for number, alpha in enumerate(self.steps):
             if number == 0:
-                yield self._rung((0.0, *self.steps[:_FIRST_STEPS]), size, "ladder")
-            elif number >= _FIRST_STEPS:
+                yield self._rung((0.0, *self.steps[:FIRST_STEPS]), size, "ladder")
+            elif number >= FIRST_STEPS:
                 yield self._rung((0.0, alpha), size, "ladder")
             if self._vetoed(alpha, size, "ladder"):
                 self.ceiling = alpha
@@ -103,7 +102,7 @@ class _Course:
             alpha for alpha in around if alpha < self.ceiling and alpha <= self.settings.largest_alpha
         )
 
-    def race(self, alive: tuple[float, ...]) -> Generator[Rung, None, tuple[float, ...]]:
+    def race(self, alive: tuple[float, ...]) -> Generator[Rung, Rung, tuple[float, ...]]:
         """Compare on more and more prompts, up to the last number but one; return the alphas that are left, without dpo."""
         for round_number, size in enumerate(self.sizes[:-1] or self.sizes):
             if alive:
@@ -131,7 +130,7 @@ class _Course:
             self._reject(alpha, self.final_stage, reason)
         return tuple(sorted({*alive, top} - set(same)))
 
-    def final(self, alive: tuple[float, ...]) -> Generator[Rung, None, tuple[float, ...]]:
+    def final(self, alive: tuple[float, ...]) -> Generator[Rung, Rung, tuple[float, ...]]:
         """Compare on all prompts; return the alphas that every guardrail and every reward model lets pass.
 
         Where nothing is left, the best alpha below the rejected ones gets its turn.
@@ -181,7 +180,7 @@ class _Course:
 
     def _rung(self, alphas: tuple[float, ...], size: int, stage: str) -> Rung:
         self.asked.update(dict.fromkeys(alphas, size))
-        return Rung("choose", alphas, size, stage)
+        return Rung("choose", alphas, 0, size, stage)
 
     def _reject(self, alpha: float, stage: str, reason: str) -> None:
         self.rejected.pop(alpha, None)  # the last to fall stands last
@@ -258,6 +257,12 @@ class _Course:
                 )
         rejected = (self.rejected[key] for key in sorted(self.rejected) if key != alpha)
         return Picked(alpha, self.sizes[-1], tuple(rejected), tuple(self.warnings), fault)
+
+
+def climbing_steps(settings: Search) -> tuple[float, ...]:
+    """Alphas of the climb: doubling from the first one to the largest."""
+    steps = max(1, math.floor(math.log2(settings.largest_alpha / FIRST_ALPHA) + 1e-9) + 1)
+    return tuple(FIRST_ALPHA * 2**step for step in range(steps))
 
 
 def sizes_of(half: Half, settings: Search) -> tuple[int, ...]:

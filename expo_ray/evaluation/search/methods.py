@@ -5,14 +5,17 @@ A new method is a name in `expo_ray.config.search` and a generator in `METHODS`,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass
 
 from expo_ray.config import Search, format_alpha
 from expo_ray.config.search import Method
 from expo_ray.errors import ExpoError
+from expo_ray.evaluation.search.confirmation import Look, confirm
 from expo_ray.evaluation.search.guardrails import objection, veto
 from expo_ray.evaluation.search.history import Half, History, Picked, Rejected, Rung
 from expo_ray.evaluation.search.ladder import ladder, sizes_of
+from expo_ray.evaluation.search.surface import surface
 from expo_ray.evaluation.statistics import gain
 
 # The fewest that a job file may ask for in a round. The standard error of a gain is then a quarter of its standard deviation.
@@ -20,8 +23,8 @@ FEWEST_PROMPTS = 16
 # Part of what identifies a search: raised when it would go another way than before, or decide otherwise.
 SEARCH_VERSION = 2
 
-# Yields rungs on the choosing half; each is evaluated when the generator goes on.
-Course = Generator[Rung, None, Picked]
+# Yields rungs on the choosing half, and is sent each as it was asked, when it has been evaluated.
+Course = Generator[Rung, Rung, Picked]
 
 
 class SearchError(ExpoError):
@@ -32,7 +35,7 @@ def grid(half: Half, settings: Search) -> Course:
     """Compare a list of alphas on the largest number of prompts; the highest mean reward wins, as in the paper."""
     size = sizes_of(half, settings)[-1]
     alphas = tuple(sorted({0.0, *settings.alphas}))
-    yield Rung("choose", alphas, size, "grid")
+    yield Rung("choose", alphas, 0, size, "grid")
     means = dict(zip(alphas, half.rewards(alphas, size).mean(axis=0), strict=True))
     reasons = {
         alpha: "it interpolates: drawn, and never chosen"
@@ -52,7 +55,24 @@ def grid(half: Half, settings: Search) -> Course:
     return Picked(picked, size, tuple(rejected), fault="" if picked else nothing)
 
 
-METHODS: Mapping[Method, Callable[[Half, Search], Course]] = {"ladder": ladder, "grid": grid}
+METHODS: Mapping[Method, Callable[[Half, Search], Course]] = {
+    "surface": surface,
+    "ladder": ladder,
+    "grid": grid,
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Outcome of a finished search.
+
+    Attributes:
+        picked: on the choosing half.
+        look: that ended the confirmation; None where there was none.
+    """
+
+    picked: Picked
+    look: Look | None
 
 
 def check_size(num_prompts: int) -> None:
@@ -77,45 +97,59 @@ def next_rung(history: History, settings: Search) -> Rung | None:
     Raises:
         SearchError: if the prompts are too few for any comparison.
     """
-    for rung in _course(history, settings):
-        if history.half(rung.half).missing(rung):
-            return rung
-    return None
+    reached = _play(history, settings)
+    return reached if isinstance(reached, Rung) else None
 
 
-def picked_alpha(history: History, settings: Search) -> Picked:
-    """The alpha that the finished search picked.
+def outcome_of(history: History, settings: Search) -> Outcome:
+    """The outcome of a finished search.
 
     Raises:
         SearchError: if `next_rung` still asks for something.
     """
-    course = _course(history, settings)
-    while True:
-        try:
-            rung = next(course)
-        except StopIteration as end:
-            picked: Picked = end.value
-            return picked
-        if history.half(rung.half).missing(rung):
-            raise SearchError(
-                f"the search is not finished: {rung.stage} needs {len(rung.alphas)} alpha(s) on {rung.num_prompts} prompts; evaluate what "
-                "`next_rung` asks for first"
-            )
+    reached = _play(history, settings)
+    if isinstance(reached, Rung):
+        raise SearchError(
+            f"the search is not finished: {reached.stage} needs {len(reached.alphas)} alpha(s) on {reached.num_prompts} prompts; evaluate "
+            "what `next_rung` asks for first"
+        )
+    return reached
 
 
-def looks_better(history: History, picked: Picked, confidence: float) -> bool:
+def looks_better(history: History, picked: Picked, settings: Search) -> bool:
     """True if the choosing half finds the picked alpha better than dpo, so that confirming it is worth its price."""
-    if picked.alpha == 0:
-        return False
+    if picked.alpha == 0 or settings.method == "surface":  # whose last round has weighed that
+        return picked.alpha > 0
     rewards = history.choose.rewards((picked.alpha, 0.0), picked.num_prompts)
-    return gain(rewards[:, 0], rewards[:, 1], confidence).low > 0
+    return gain(rewards[:, 0], rewards[:, 1], settings.confidence).low > 0
 
 
-def _course(history: History, settings: Search) -> Course:
+def _play(history: History, settings: Search) -> Rung | Outcome:
+    """Play the search over its results: the first rung that lacks some, or the outcome."""
+    course = _course(history, settings)
+    earlier = iter(history.asked)
+    try:
+        rung = _as_asked(next(course), earlier, settings)
+        while not history.half(rung.half).missing(rung):
+            rung = _as_asked(course.send(rung), earlier, settings)
+    except StopIteration as end:
+        outcome: Outcome = end.value
+        return outcome
+    return rung
+
+
+def _as_asked(rung: Rung, earlier: Iterator[Rung], settings: Search) -> Rung:
+    """The rung as an earlier run asked it: of `surface`, another machine may have rounded an alpha otherwise."""
+    asked = next(earlier, rung)
+    same = (asked.half, asked.start, asked.stop) == (rung.half, rung.start, rung.stop)
+    return asked if same and settings.method == "surface" and rung.half == "choose" else rung
+
+
+def _course(history: History, settings: Search) -> Generator[Rung, Rung, Outcome]:
     """The method on the choosing half, then the confirmation on the other."""
     check_size(history.choose.num_prompts)
     picked = yield from METHODS[settings.method](history.choose, settings)
-    if history.confirm.num_prompts >= FEWEST_PROMPTS and looks_better(history, picked, settings.confidence):
-        size = min(settings.confirm_prompts, history.confirm.num_prompts)
-        yield Rung("confirm", (0.0, picked.alpha), size, "confirmation")
-    return picked
+    if history.confirm.num_prompts < FEWEST_PROMPTS or not looks_better(history, picked, settings):
+        return Outcome(picked, None)
+    look = yield from confirm(history.confirm, settings, picked.alpha)
+    return Outcome(picked, look)

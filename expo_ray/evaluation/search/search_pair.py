@@ -14,8 +14,9 @@ from expo_ray.evaluation.search.alpha_scores import AlphaScores, Evaluator
 from expo_ray.evaluation.search.decision import Decision, decide
 from expo_ray.evaluation.search.groups import StepScores, search_groups
 from expo_ray.evaluation.search.guardrails import checks
-from expo_ray.evaluation.search.history import Half, History, Rung
+from expo_ray.evaluation.search.history import HALF_NAMES, Half, History, Rung
 from expo_ray.evaluation.search.methods import next_rung
+from expo_ray.evaluation.search.rung_log import RungLog
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.step import DPO, SFT, Step
 from expo_ray.report.results import Example, Groups, GuardrailCheck, HalfName, PairResult
@@ -32,18 +33,23 @@ def search_pair(
     announce: Callable[[str], None],
     *,
     at_once: int,
+    rung_log: RungLog | None = None,
 ) -> PairResult:
     """Choose the alpha of a pair, and multipliers of it where the settings ask for them.
 
     Args:
         announce: takes a line for each round, and the reason of each decision.
         at_once: alphas of a rung to evaluate at the same time.
+        rung_log: keeps what each rung asked, for a rerun on another machine.
 
     Raises:
         ExpoError: if an alpha cannot be evaluated, or the prompts are too few.
     """
     halves = halves_of(prompts)
-    history, decision = search_alpha(halves, settings, evaluator, announce, at_once=at_once)
+    history, decision = search_alpha(
+        halves, settings, evaluator, announce, at_once=at_once, rung_log=rung_log
+    )
+    confirming = decision.look.confidence if decision.look else None
     groups: Groups | None = None
     step_scores: StepScores = {}
     if settings.groups and decision.alpha:
@@ -56,7 +62,9 @@ def search_pair(
         dpo=_pinned(plan.dpo.uri, plan.dpo.revision),
         decision=decision.alpha,
         reason=decision.reason,
-        measured=tuple(history.measurements(history.choose.scores, settings.confidence)),
+        measured=tuple(
+            history.measurements(history.choose.scores, settings.confidence, confirming=confirming)
+        ),
         guardrails=tuple(_guardrail_checks(history.choose, settings)),
         rejected={rejected.alpha: str(rejected) for rejected in decision.rejected},
         mean_tokens={
@@ -78,23 +86,33 @@ def search_alpha(
     announce: Callable[[str], None],
     *,
     at_once: int,
+    rung_log: RungLog | None = None,
 ) -> tuple[History, Decision]:
     """Choose alpha on one half of the prompts, and confirm it on the other; see `search_pair`."""
-    history = History(Half(len(halves["choose"]), {}), Half(len(halves["confirm"]), {}))
+    choose, confirm = (Half(_ids(halves[name]), {}) for name in HALF_NAMES)
+    history = History(choose, confirm, rung_log.read() if rung_log else ())
+    rungs: list[Rung] = []
     while rung := next_rung(history, settings):
+        rungs.append(rung)
+        if rung_log:
+            rung_log.write(rungs)
         alphas = history.half(rung.half).missing(rung)
         announce(f"{rung.stage}, alpha {', '.join(map(format_alpha, alphas))} on {rung.num_prompts} prompts")
-        asked = halves[rung.half].first(rung.num_prompts)
+        asked = halves[rung.half].between(rung.start, rung.stop)
         assert len(asked) == rung.num_prompts, rung  # or it would be asked for again and again
         history = history.with_scores(rung.half, _evaluate(alphas, asked, evaluator, at_once))
     decision = decide(history, settings)
     announce(decision.reason)
     # Not part of the search: sft (alpha -1) as well, where the curve of the report begins.
     smallest = min(settings.prompts[0], len(halves["choose"]))
-    alphas = history.choose.missing(Rung("choose", (SFT.alpha,), smallest, "sft"))
+    alphas = history.choose.missing(Rung("choose", (SFT.alpha,), 0, smallest, "sft"))
     asked = halves["choose"].first(smallest)
     history = history.with_scores("choose", _evaluate(alphas, asked, evaluator, at_once))
     return history, decision
+
+
+def _ids(prompts: PromptSet) -> tuple[str, ...]:
+    return tuple(prompt.id for prompt in prompts.prompts)
 
 
 def halves_of(prompts: PromptSet) -> Mapping[HalfName, PromptSet]:

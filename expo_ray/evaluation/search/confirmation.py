@@ -1,0 +1,102 @@
+"""Confirmation of a picked alpha on untouched prompts: one look, or a few at more and more of them.
+
+Each look but the last spends a small share of the error, so that only a gain that is plain on few prompts ends the confirmation early; the
+last look has the rest. The shares add up to the error (Bonferroni), which holds however the looks hang together. Where not even the
+optimistic end of the gain could be confirmed at the last look, the others are saved.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from dataclasses import dataclass
+
+from expo_ray.config import Search, format_alpha
+from expo_ray.evaluation.search.history import Half, Rung
+from expo_ray.evaluation.statistics import NORMAL, gain, standard_error
+from expo_ray.report.results import Interval
+
+# Prompts at which a sequential confirmation looks, up to the number that the settings allow.
+_LOOKS = (128, 256, 512)
+# Share of the one-sided error that each look but the last spends.
+_EARLY = 0.001
+# Where a gain whose one-sided upper end, at 95 %, stays below what is confirmed in half of all cases, the confirmation ends. Ending early
+# can only keep dpo, so it costs power and no error.
+_OPTIMISTIC = NORMAL.inv_cdf(0.95)
+_NEEDED = 2.0
+
+
+@dataclass(frozen=True)
+class Look:
+    """A look at the confirming half.
+
+    Attributes:
+        num_prompts: the first ones of the half.
+        confidence: of the two-sided interval whose lower end decides.
+        is_last: no other follows.
+    """
+
+    num_prompts: int
+    confidence: float
+    is_last: bool
+
+
+def looks_of(num_prompts: int, settings: Search) -> tuple[Look, ...]:
+    """The looks at a confirming half with this many prompts."""
+    most = min(num_prompts, settings.confirm_prompts)
+    sequential = settings.method == "surface"
+    sizes = [*(size for size in _LOOKS if size < most and sequential), most]
+    error = (1 - settings.confidence) / 2
+    early = min(_EARLY, error / len(sizes))
+    last = error - early * (len(sizes) - 1)
+    return tuple(
+        Look(size, 1 - 2 * (last if size == most else early), is_last=size == most) for size in sizes
+    )
+
+
+def confirm(half: Half, settings: Search, alpha: float) -> Generator[Rung, Rung, Look]:
+    """Compare an alpha with dpo on the untouched half, look by look; return the look that ended it."""
+    looks, seen = looks_of(half.num_prompts, settings), 0
+    for look in looks:
+        count = f"confirmation on {look.num_prompts} prompts" if len(looks) > 1 else "confirmation"
+        yield Rung("confirm", (0.0, alpha), seen, look.num_prompts, count)
+        seen = look.num_prompts
+        if all(bound.low > 0 for bound in bounds_at(half, alpha, look).values()) or _is_futile(
+            half, alpha, looks, look
+        ):
+            return look
+    return looks[-1]
+
+
+def bounds_at(half: Half, alpha: float, look: Look) -> dict[str, Interval]:
+    """The gain over dpo by each reward model, with the interval that decides at this look."""
+    scores, dpo = half.beside_dpo(alpha, look.num_prompts)
+    return {
+        model: gain(rewards, dpo.rewards[model], look.confidence) for model, rewards in scores.rewards.items()
+    }
+
+
+def _is_futile(half: Half, alpha: float, looks: tuple[Look, ...], look: Look) -> bool:
+    """True if some reward model's gain has hardly a chance to be confirmed at the last look."""
+    scores, dpo = half.beside_dpo(alpha, look.num_prompts)
+    return any(
+        float((rewards - dpo.rewards[model]).mean())
+        + _OPTIMISTIC * (error := standard_error(rewards, dpo.rewards[model]))
+        < smallest_confirmed(error * math.sqrt(look.num_prompts), looks[-1].num_prompts)
+        for model, rewards in scores.rewards.items()
+    )
+
+
+def smallest_confirmed(deviation: float, num_prompts: int) -> float:
+    """The gain that about half of all confirmations on this many prompts would show.
+
+    Args:
+        deviation: standard deviation of a paired difference.
+        num_prompts: at the last look.
+    """
+    return _NEEDED * deviation / math.sqrt(num_prompts)
+
+
+def stopped_early(look: Look, alpha: float) -> str:
+    """Say which look ended a confirmation that could have gone on; empty if it was the last."""
+    return "" if look.is_last else f"alpha {format_alpha(alpha)} was looked at on {look.num_prompts} prompts"
