@@ -10,6 +10,8 @@ from expo_ray.cli.extras import require
 from expo_ray.config import Job, load_job
 from expo_ray.evaluation.check_job import CheckedJob, check_job
 from expo_ray.evaluation.job_report import push_winners, write_report
+from expo_ray.evaluation.rewards.reward_model import CheckedReward
+from expo_ray.evaluation.search.stored_searches import read_stored_searches
 from expo_ray.report.report_page import PAGE
 from expo_ray.report.results import PairResult, Results
 from expo_ray.storage import join_uri, local_path
@@ -45,17 +47,22 @@ def describe(checked: CheckedJob) -> str:
     """Description of what the pipeline is going to do, one line for each subject."""
     job, prompts = checked.job, checked.prompts
     to_choose, to_confirm = map(len, prompts.halves())
+    stored = len(read_stored_searches(checked))
     lines = [
         f"{len(checked.plans)} pair(s): {', '.join(plan.name for plan in checked.plans)}",
         f"{len(prompts)} prompts ({', '.join(each.name for each in checked.sets)}): {to_choose} to choose alpha on, "
         f"{to_confirm} to confirm it on; {job.sampling.samples} response(s) each",
-        f"rewards: {', '.join(reward.spec.name for reward in checked.rewards)}; the first one chooses",
-        f"search: {job.search.method}, then {'the winners' if job.publish == 'winners' else 'every alpha'} to {job.output}",
+        f"rewards: {', '.join(map(_reward_text, checked.rewards))}; the first one chooses",
+        f"search: {job.search.method}{f', stored already for {stored} pair(s)' if stored else ''}, then {'the winners' if job.publish == 'winners' else 'every alpha'} to {job.output}",
     ]
     if job.push_to is not None:
         places = ", ".join(str(job.repo_of(pair.name)) for pair in job.pairs)
         lines.append(f"push: each winner to the Hub, in a private repository unless it is there: {places}")
     return "\n".join(lines)
+
+
+def _reward_text(reward: CheckedReward) -> str:
+    return f"{reward.spec.name} in {reward.dtype}" if reward.dtype else reward.spec.name
 
 
 def print_results(results: Results, job: Job) -> int:

@@ -123,7 +123,7 @@ class RewardModel(Frozen):
     """`vllm` (pooling), or `transformers`, the reference; `auto` takes vLLM where it knows the architecture."""
 
     dtype: WeightDtype = "auto"
-    """Data type that it computes in; `auto` is fp32 where that fits into memory."""
+    """Data type that it computes in; `auto` is fp32 for models of up to 10^9 weights, else the stored 16 bits."""
 
     replicas: Annotated[int, Field(ge=1)] = 1
     """Number of actors."""

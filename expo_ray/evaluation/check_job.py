@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -53,21 +53,21 @@ class CheckedJob:
         name = "+".join(prompts.name for prompts in self.sets)
         return PromptSet.of(name, (prompt for prompts in self.sets for prompt in prompts.prompts))
 
-    def digests(self, reward_ids: Mapping[str, str]) -> dict[str, str]:
+    @cached_property
+    def reward_ids(self) -> dict[str, str]:
+        """Digests of all that decides the scores of each reward model, by its name."""
+        return {reward.spec.name: reward.id for reward in self.rewards}
+
+    def digests(self) -> dict[str, str]:
         """Identities of all inputs: prompt sets, reward models, pairs."""
         return (
             {f"prompts {prompts.name}": prompts.digest for prompts in self.sets}
-            | {f"reward model {name}": reward_id for name, reward_id in reward_ids.items()}
+            | {f"reward model {name}": reward_id for name, reward_id in self.reward_ids.items()}
             | {f"pair {plan.name}": plan.plan_id(0.0) for plan in self.plans}
         )
 
-    def search_id(self, plan: PairPlan, reward_ids: Mapping[str, str]) -> str:
-        """Digest of all that decides the search of a pair.
-
-        Args:
-            reward_ids: by name of the reward model. They are known on the cluster only, as its memory decides the data type that
-                a reward model computes in.
-        """
+    def search_id(self, plan: PairPlan) -> str:
+        """Digest of all that decides the search of a pair."""
         serving = self.job.serving
         engine = deciding_arguments(serving.engine)
         return digest(
@@ -75,7 +75,7 @@ class CheckedJob:
                 "weights": plan.plan_id(0.0),
                 "prompts": self.prompts.digest,
                 "sampling": self.job.sampling.model_dump(mode="json"),
-                "rewards": list(reward_ids.values()),
+                "rewards": list(self.reward_ids.values()),
                 "search": self.job.search.model_dump(mode="json"),
                 "search_version": SEARCH_VERSION,
                 "serving": [serving.dtype, serving.max_model_len, *([engine] if engine else [])],

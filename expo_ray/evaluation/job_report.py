@@ -44,13 +44,11 @@ class Searches:
     Attributes:
         results: by pair, in the job's order.
         failures: error by pair.
-        reward_ids: what identifies each reward model, by name.
         num_tokens: of all responses that were looked at.
     """
 
     results: dict[str, PairResult] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
-    reward_ids: Mapping[str, str] = field(default_factory=dict)
     num_tokens: int = 0
     usage: Usage = field(default_factory=Usage)
 
@@ -86,7 +84,7 @@ def write_report(checked: CheckedJob, searches: Searches, winners: Winners) -> R
         ),
         cost=_cost(searches, winners),
         versions=package_versions(),
-        digests=checked.digests(searches.reward_ids),
+        digests=checked.digests(),
         failures=searches.failures | winners.failures,
         confidence=checked.job.search.confidence,
     )

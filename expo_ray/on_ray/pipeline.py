@@ -13,13 +13,14 @@ from contextlib import ExitStack
 
 import ray
 
-from expo_ray.errors import ExpoError, JobError, NotFound, OutputError, in_one_line
+from expo_ray.errors import ExpoError, JobError, in_one_line
 from expo_ray.evaluation.check_job import CheckedJob, store_job_prompts
 from expo_ray.evaluation.job_report import Searches, Usage, Winners
 from expo_ray.evaluation.paths import rungs_key, search_key
 from expo_ray.evaluation.search.pair_evaluator import PairEvaluator, SharedScorer
 from expo_ray.evaluation.search.rung_log import RungLog
 from expo_ray.evaluation.search.search_pair import search_pair
+from expo_ray.evaluation.search.stored_searches import read_stored_searches
 from expo_ray.extrapolation.model_folder import ModelFolder
 from expo_ray.extrapolation.pinned import plan_publication, refuse_replaced_parents
 from expo_ray.extrapolation.plan import PairPlan
@@ -32,8 +33,8 @@ from expo_ray.on_ray.rewards.pool import RewardPool
 from expo_ray.on_ray.serving.serve_models import serving
 from expo_ray.progress import Progress
 from expo_ray.report.results import PairResult, Results
-from expo_ray.report.results_file import RESULTS_BYTES, parse_results, results_json
-from expo_ray.storage import Store, open_store
+from expo_ray.report.results_file import results_json
+from expo_ray.storage import open_store
 
 log = logging.getLogger("expo_ray")
 
@@ -78,14 +79,13 @@ class _SearchRun:
         self._checked, self._job, self._pools = checked, checked.job, pools
         self._store = open_store(checked.job.output)
         self._scorers = [SharedScorer(pool) for pool in pools]
-        self.searches = Searches(reward_ids={pool.name: pool.id for pool in pools})
+        self.searches = Searches()
 
     def read_stored(self) -> None:
         """Read the searches that an earlier run has finished."""
-        for plan in self._checked.plans:
-            if result := _read_search(self._store, self._key(plan)):
-                log.info("%s: its search is stored; %s", plan.name, result.reason)
-                self.searches.results[plan.name] = result
+        self.searches.results = read_stored_searches(self._checked)
+        for name, result in self.searches.results.items():
+            log.info("%s: its search is stored; %s", name, result.reason)
 
     def search(self, plans: Sequence[PairPlan]) -> None:
         """Search pairs, as many at a time as the cluster has room for; a batch whose engines do not start fails alone."""
@@ -124,20 +124,16 @@ class _SearchRun:
 
     def _search_pair(self, plan: PairPlan, evaluator: PairEvaluator, progress: Progress) -> PairResult:
         """Choose alpha, then multipliers if the job asks for them, and store the result."""
+        search_id = self._checked.search_id(plan)
         result = search_pair(
             plan, self._checked.prompts, self._job.search, evaluator,
             announce=lambda text: progress.note(plan.name, text),
             at_once=self._job.serving.replicas + 1,  # the next step is asked while rewards of the last are made
-            rung_log=RungLog(self._store, rungs_key(plan.name, self._search_id(plan))),
+            rung_log=RungLog(self._store, rungs_key(plan.name, search_id)),
         )  # fmt: skip
-        self._store.put(self._key(plan), results_json(Results(self._store.uri, "", (result,))))
+        results = results_json(Results(self._store.uri, "", (result,)))
+        self._store.put(search_key(plan.name, search_id), results)
         return result
-
-    def _key(self, plan: PairPlan) -> str:
-        return search_key(plan.name, self._search_id(plan))
-
-    def _search_id(self, plan: PairPlan) -> str:
-        return self._checked.search_id(plan, self.searches.reward_ids)
 
 
 def drop_replaced(plans: Sequence[PairPlan], searches: Searches) -> list[PairPlan]:
@@ -154,15 +150,6 @@ def drop_replaced(plans: Sequence[PairPlan], searches: Searches) -> list[PairPla
         else:
             unchanged.append(plan)
     return unchanged
-
-
-def _read_search(store: Store, key: str) -> PairResult | None:
-    """Read a finished search; None if there is none, or one of another version: it is then repeated from the stored rows."""
-    try:
-        results = parse_results(store.read(key, most_bytes=RESULTS_BYTES), f"{store.uri}/{key}")
-    except (NotFound, OutputError):
-        return None
-    return results.pairs[0] if results.pairs else None
 
 
 def _pairs_at_once(checked: CheckedJob, pools: Sequence[RewardPool]) -> int:

@@ -24,7 +24,6 @@ from expo_ray.extrapolation.plan_job import JobPlan, inspect_pairs
 from expo_ray.extrapolation.run_job import run_pairs
 from expo_ray.on_ray.extrapolation import OnRay
 from expo_ray.on_ray.pipeline import drop_replaced, publish_winners, search_pairs
-from expo_ray.on_ray.rewards.pool import RewardPool
 from expo_ray.progress import Progress
 from expo_ray.published.verify import read_manifest, verify_files
 from expo_ray.report.results import PairResult, Results
@@ -57,17 +56,13 @@ def save_pairs(root: str, folder: Path) -> list[dict[str, Any]]:
     return pairs
 
 
-def search_id(checked: CheckedJob, plan: PairPlan) -> str:
-    return checked.search_id(plan, {pool.name: pool.id for pool in map(RewardPool, checked.rewards)})
-
-
 def store_searches(checked: CheckedJob) -> None:
     """Store a decision for every pair but the last, as a finished search does."""
     store = open_store(checked.job.output)
     for plan in checked.plans[:-1]:
         decision = 3.2 if plan.name == "unplannable" else ALPHA
         result = PairResult(plan.name, plan.sft.uri, plan.dpo.uri, decision, f"alpha {decision:g} is best")
-        key = f"evaluation/searches/{plan.name}-{search_id(checked, plan)}.json"
+        key = f"evaluation/searches/{plan.name}-{checked.search_id(plan)}.json"
         store.put(key, results_json(Results(store.uri, "", (result,))))
 
 
@@ -137,7 +132,7 @@ def test_pairs_that_cannot_be_published_any_more_fail_alone_and_the_report_is_wr
     changed = [
         new.name
         for old, new in zip(checked.plans, again.plans, strict=True)
-        if search_id(checked, old) != search_id(again, new)
+        if checked.search_id(old) != again.search_id(new)
     ]
     assert changed == ["replaced"]
 
@@ -199,5 +194,5 @@ def test_an_engine_that_answers_otherwise_is_another_search(
     pairs = [{"name": "pair", "sft": str(sft), "dpo": str(dpo)}]
     plain = Job.model_validate({"output": str(tmp_path), "pairs": pairs})
     other = Job.model_validate({"output": str(tmp_path), "pairs": pairs, "serving": {"engine": engine}})
-    ids = [CheckedJob(job, [plan], []).search_id(plan, {}) for job in (plain, other)]
+    ids = [CheckedJob(job, [plan], []).search_id(plan) for job in (plain, other)]
     assert (ids[0] != ids[1]) == is_another

@@ -28,7 +28,6 @@ from expo_ray.evaluation.records import Message, digest, seed_of
 from expo_ray.evaluation.responses.client import Answer, Client
 from expo_ray.extrapolation.step import parse_step
 from expo_ray.on_ray import pipeline
-from expo_ray.on_ray.rewards.pool import RewardPool
 from expo_ray.on_ray.serving.serve_models import Endpoint
 from expo_ray.report.report_page import PAGE
 from expo_ray.report.results_file import read_results
@@ -128,17 +127,16 @@ def test_a_report_is_written_of_a_stored_run(folder: Path) -> None:
 @same_versions
 def test_keys_are_those_of_the_stored_runs_wherever_they_lie(folder: Path) -> None:
     checked = check_job(load_job(folder / "finished.yaml"))
-    (plan,), (reward,) = checked.plans, checked.rewards
-    reward_ids = {"letter": RewardPool(reward).id}
+    (plan,) = checked.plans
     stored = json.loads((folder / "finished" / "results.json").read_text())
-    assert checked.digests(reward_ids) == stored["digests"]
+    assert checked.digests() == stored["digests"]
 
     (search,) = (folder / "finished" / "evaluation" / "searches").iterdir()
-    assert search.name == f"tiny-{checked.search_id(plan, reward_ids)}.json"
+    assert search.name == f"tiny-{checked.search_id(plan)}.json"
     (prompts,) = (folder / "finished" / "evaluation" / "prompts").iterdir()
     assert prompts.name == f"letters-{checked.prompts.digest}.jsonl"
     (rewards,) = {path.name for path in folder.glob("finished/evaluation/*/*/rewards/*")}
-    assert rewards == f"letter-{reward_ids['letter']}"
+    assert rewards == f"letter-{checked.reward_ids['letter']}"
 
     model = published_model(folder)
     plan_id = plan.plan_id(stored["pairs"][0]["decision"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("transformers")
+import ray
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -23,7 +25,12 @@ from transformers import (
 from expo_ray.config import RewardModel
 from expo_ray.errors import RewardError
 from expo_ray.evaluation.rewards.reward_inputs import model_inputs
-from expo_ray.evaluation.rewards.reward_model import Classifier, check_reward, inspect_reward_model
+from expo_ray.evaluation.rewards.reward_model import (
+    FP32_WEIGHTS,
+    Classifier,
+    check_reward,
+    inspect_reward_model,
+)
 from expo_ray.on_ray.rewards import backends as reward_models
 from expo_ray.on_ray.rewards.backends import TransformersBackend, check_parity, load_backend
 from expo_ray.on_ray.rewards.pool import RewardPool
@@ -198,6 +205,29 @@ def test_all_that_decides_a_score_names_the_rewards(tmp_path: Path, monkeypatch:
         )
         ids[package] = _id(tmp_path)
     assert len({first, *ids.values()}) == 1 + len(ids), ids
+
+
+@pytest.mark.parametrize(
+    ("stored", "numel", "asked", "dtype"),
+    [
+        ("bf16", FP32_WEIGHTS, "auto", "fp32"),
+        ("bf16", FP32_WEIGHTS + 1, "auto", "bf16"),
+        ("fp16", FP32_WEIGHTS + 1, "auto", "fp16"),
+        ("fp32", FP32_WEIGHTS + 1, "auto", "bf16"),
+        ("bf16", FP32_WEIGHTS + 1, "fp32", "fp32"),
+        ("bf16", 1, "fp16", "fp16"),
+    ],
+)
+def test_the_data_type_and_the_id_follow_from_model_and_job_alone(
+    folder: Path, stored: str, numel: int, asked: str, dtype: str
+) -> None:
+    assert not ray.is_initialized()
+    checked = check_reward(RewardModel.model_validate({"model": str(folder), "dtype": asked}))
+    assert isinstance(checked.model, Classifier)
+    model = replace(checked.model, stored=stored, numel=numel)
+    assert replace(checked, model=model).dtype == dtype
+    resolved = replace(model, spec=checked.spec.model_copy(update={"dtype": dtype}))
+    assert replace(checked, model=resolved).id == replace(checked, model=model).id
 
 
 def test_a_model_in_a_bucket_is_looked_at_through_its_small_files(

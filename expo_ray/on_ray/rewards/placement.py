@@ -1,8 +1,6 @@
-"""Placement of the actors of a reward model: resources of each, nodes that are large enough, the data type that fits."""
+"""Placement of the actors of a reward model: resources of each, and nodes that are large enough."""
 
 from __future__ import annotations
-
-import logging
 
 import ray
 
@@ -10,11 +8,6 @@ from expo_ray.config import RewardModel
 from expo_ray.errors import RewardError
 from expo_ray.evaluation.rewards.reward_function import RewardFunction
 from expo_ray.evaluation.rewards.reward_model import Classifier
-
-log = logging.getLogger("expo_ray")
-
-# What fp32 weights may take of the memory, as activations and caches need some, too.
-_MEMORY_SHARE = 0.75
 
 
 def gpu_share(spec: RewardModel, model: Classifier | RewardFunction) -> float:
@@ -41,34 +34,3 @@ def check_room(spec: RewardModel, num_gpus: float) -> None:
             f"{spec.name}: an actor wants {wanted['CPU']:g} CPU(s) and {wanted['GPU']:g} GPU(s), and no node has both "
             f"(the largest have {most['CPU']:g} and {most['GPU']:g}); lower `num_cpus` or `num_gpus`"
         )
-
-
-def choose_dtype(model: Classifier, num_gpus: float) -> str:
-    """Ask the cluster for its memory, and choose fp32 if the weights fit, else 16 bits: as stored, or bf16."""
-    if num_gpus:
-        room = ray.get(ray.remote(num_gpus=num_gpus)(_gpu_bytes).remote()) * min(num_gpus, 1)
-    else:
-        memories = [
-            node["Resources"].get("memory", 0) / min(model.spec.replicas, _at_once(node["Resources"], model))
-            for node in ray.nodes()
-            if node["Alive"] and node["Resources"].get("CPU", 0) >= model.spec.num_cpus
-        ]
-        room = max(memories, default=0)
-    if 4 * model.numel <= room * _MEMORY_SHARE:
-        return "fp32"
-    log.warning(
-        "%s: fp32 weights do not fit into %.1f GB; scored in 16 bits", model.uri, room * _MEMORY_SHARE / 1e9
-    )
-    return "fp16" if model.stored == "fp16" else "bf16"
-
-
-def _at_once(resources: dict[str, float], model: Classifier) -> int:
-    """Actors that one node can hold."""
-    return max(1, int(resources["CPU"] // model.spec.num_cpus))
-
-
-def _gpu_bytes() -> int:
-    """Memory in bytes of the first GPU of this task."""
-    import torch
-
-    return int(torch.cuda.get_device_properties(0).total_memory)

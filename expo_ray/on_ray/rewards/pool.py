@@ -28,10 +28,9 @@ from expo_ray.evaluation.rewards.reward_model import (
     CheckedReward,
     Classifier,
     inspect_reward_model,
-    reward_id,
 )
-from expo_ray.on_ray.rewards.backends import PARITY_TEXTS, SCORING_PACKAGES, load_backend
-from expo_ray.on_ray.rewards.placement import check_room, choose_dtype, gpu_share
+from expo_ray.on_ray.rewards.backends import PARITY_TEXTS, load_backend
+from expo_ray.on_ray.rewards.placement import check_room, gpu_share
 from expo_ray.serving.node_cache import download_model
 from expo_ray.text import shown
 
@@ -55,7 +54,6 @@ class RewardPool:
 
     def __init__(self, checked: CheckedReward) -> None:
         self._checked, self.spec, self.model = checked, checked.spec, checked.model
-        self._dtype: str = "" if self.spec.dtype == "auto" else self.spec.dtype
         self._crew: Crew | None = None
 
     @property
@@ -63,26 +61,12 @@ class RewardPool:
         return self.spec.name
 
     @property
-    def dtype(self) -> str:
-        """Data type that it computes in; empty for a function. `auto` asks the cluster how much memory there is."""
-        if not self._dtype and isinstance(self.model, Classifier):
-            self._dtype = choose_dtype(self.model, gpu_share(self.spec, self.model))
-        return self._dtype
-
-    @property
     def id(self) -> str:
-        return reward_id(self.model, self.spec, self.dtype, SCORING_PACKAGES)
+        return self._checked.id
 
     @property
     def about(self) -> Mapping[str, Any]:
-        return {
-            "model": self.model.uri,
-            "identity": self.model.identity,
-            "backend": self.spec.backend,
-            "dtype": self.dtype,
-            "truncate": self.spec.truncate,
-            "id": self.id,
-        }
+        return self._checked.about
 
     def share(self, kind: str) -> float:
         """CPUs or GPUs that one actor takes."""
@@ -100,7 +84,7 @@ class RewardPool:
         if self._crew is None:
             num_gpus = gpu_share(self.spec, self.model)
             check_room(self.spec, num_gpus)
-            self._crew = Crew(self.spec, self.model, self.dtype, num_gpus, _probe(ordered))
+            self._crew = Crew(self.spec, self.model, self._checked.dtype, num_gpus, _probe(ordered))
         yield from self._crew.work_off(
             ordered[first : first + size] for first in range(0, len(ordered), size)
         )
