@@ -29,7 +29,7 @@ class Job(Frozen):
     """Options of every pair that does not set them itself."""
 
     device: Device = "auto"
-    """Device of the arithmetic; the bytes are the same on each. `auto` takes a GPU where the cluster has one, a quarter of it for each shard."""
+    """Device of the arithmetic; the bytes are the same on each. `auto` means the CPU, as reading, hashing and writing take longer than the arithmetic there; with `cuda`, each shard asks for a quarter of a GPU."""
 
     prompts: tuple[PromptSource, ...] = ()
     """Prompts for the models."""

@@ -17,7 +17,7 @@ from ray.exceptions import RayTaskError
 
 from expo_ray.arithmetic.kernels import resolve_device
 from expo_ray.config import Device
-from expo_ray.errors import TransientStorageError
+from expo_ray.errors import JobError, TransientStorageError
 from expo_ray.extrapolation.in_threads import Cancelled
 from expo_ray.extrapolation.model_folder import ModelFolder
 from expo_ray.extrapolation.plan import PairPlan
@@ -87,7 +87,8 @@ class OnRay(Executor):
             options["resources"] = {SHARD_IO: 1}
         else:
             log.warning("no node has the resource %s; shards are bounded by CPUs alone", SHARD_IO)
-        if device == "cuda" or (device == "auto" and resources.get("GPU")):
+        if device == "cuda":
+            check_gpus(device)
             options["num_gpus"] = GPU_PER_SHARD
         self._shard_task = shard_task or _extrapolate
         self._run_shard = ray.remote(**options)(_run_shard)
@@ -145,6 +146,19 @@ class OnRay(Executor):
 
         ref.future().add_done_callback(settle)
         return outcome
+
+
+def check_gpus(device: Device) -> None:
+    """Refuse `cuda` on a cluster without a GPU, where each shard would wait for one forever.
+
+    Raises:
+        JobError: if the connected cluster has none.
+    """
+    if device == "cuda" and not ray.cluster_resources().get("GPU"):
+        raise JobError(
+            "`device: cuda` is asked for, and the cluster has no GPU; start a GPU node, or set `device: auto`: the arithmetic "
+            "then runs on CPUs, with the same bytes"
+        )
 
 
 def _wait_for_resources() -> dict[str, float]:

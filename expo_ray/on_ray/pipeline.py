@@ -28,7 +28,7 @@ from expo_ray.extrapolation.plan_job import outputs_of
 from expo_ray.extrapolation.publish import Published, publish
 from expo_ray.extrapolation.run_job import run_pairs
 from expo_ray.extrapolation.step import GROUPS, Step
-from expo_ray.on_ray.extrapolation import OnRay
+from expo_ray.on_ray.extrapolation import OnRay, check_gpus
 from expo_ray.on_ray.rewards.pool import RewardPool
 from expo_ray.on_ray.serving.serve_models import serving
 from expo_ray.progress import Progress
@@ -45,8 +45,10 @@ def search_pairs(checked: CheckedJob) -> Searches:
     A pair that fails does not stop the others; it is named among the failures.
 
     Raises:
-        ExpoError: if the cluster cannot hold the engines, or the reward models do not start, and no search is stored.
+        ExpoError: if the cluster cannot hold the engines, or the reward models do not start, and no search is stored; or if
+            winners are to be extrapolated on GPUs, and it has none.
     """
+    check_gpus(checked.job.device)  # now, not when hours of search are over
     store_job_prompts(checked)
     started = time.monotonic()
     with ExitStack() as stack:

@@ -11,6 +11,8 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -18,7 +20,7 @@ import torch
 
 from examples.local_s3 import SeaweedFS
 from expo_ray.config import load_job
-from expo_ray.errors import ArithmeticFault, TransientStorageError
+from expo_ray.errors import ArithmeticFault, JobError, TransientStorageError
 from expo_ray.extrapolation.plan_job import outputs_of, plan_job
 from expo_ray.extrapolation.run_job import Outcome, run_job
 from expo_ray.progress import Progress
@@ -272,6 +274,29 @@ def test_a_cluster_without_nodes_is_waited_for(
     with OnRay(Progress("extrapolate", quiet=True)) as executor:
         assert executor.slots == 160
     assert caplog.messages == ["waiting for the cluster's first worker node"]
+
+
+def test_shards_ask_for_no_gpu_unless_told_to(ray_here: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    from expo_ray.on_ray.extrapolation import OnRay, ShardReport
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0, "GPU": 8.0})
+    plan: Any = SimpleNamespace(name="pair", shards=[SimpleNamespace(file="model.safetensors")])
+    with OnRay(
+        Progress("extrapolate", quiet=True), shard_task=lambda *_: ShardReport(1, 0.0, "here")
+    ) as executor:
+        # The real cluster has no GPU, so a task that asked for some would never start.
+        assert executor.extrapolate(plan, 0, [0.5]).result(timeout=60) == {}
+
+
+def test_cuda_on_a_cluster_without_gpus_is_refused(ray_here: None) -> None:
+    from expo_ray.on_ray.extrapolation import OnRay
+
+    with pytest.raises(
+        JobError, match="`device: cuda` is asked for, and the cluster has no GPU; start a GPU"
+    ):
+        OnRay(Progress("extrapolate", quiet=True), device="cuda")
 
 
 # --- ray job submit
