@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from math import sqrt
+
+from expo_ray.config import format_alpha
+from expo_ray.errors import ArithmeticFault
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,3 +76,17 @@ def statistics_from_sums(
         )
         for overflow, moved_delta in per_alpha
     ]
+
+
+def refuse_broken(name: str, statistics: Sequence[TensorStatistics], alpha: float) -> None:
+    """Refuse values that no model can have.
+
+    Raises:
+        ArithmeticFault: if the statistics of a tensor count any.
+    """
+    for sums in statistics:
+        if sums.nan or sums.inf or sums.overflow:
+            raise ArithmeticFault(
+                f"{name} at alpha {format_alpha(alpha)}: {sums.nan} NaN, {sums.inf} infinite and {sums.overflow} overflowing "
+                "elements; choose a smaller alpha, or repair the parents"
+            )

@@ -78,7 +78,7 @@ def lay_out(tensors: Sequence[TensorPlan], shard_bytes: int, stem: str = STEM) -
     groups: list[list[TensorPlan]] = [[]]
     filled = 0
     for tensor in tensors:
-        size = _nbytes(tensor)
+        size = out_bytes(tensor)
         if groups[-1] and filled + size > shard_bytes:
             groups.append([])
             filled = 0
@@ -124,14 +124,15 @@ def pages_of(shard: ShardPlan, page_bytes: int, chunk_bytes: int) -> Iterator[Pa
 def _shard(file: str, tensors: Sequence[TensorPlan]) -> ShardPlan:
     # Wide dtypes first, so that every tensor starts at a multiple of its element's width, as readers that map files want.
     ordered = tuple(sorted(tensors, key=lambda tensor: -DTYPE_BYTES[tensor.dtype]))
-    return ShardPlan(file, ordered, len(_header(ordered)) + sum(map(_nbytes, ordered)))
+    return ShardPlan(file, ordered, len(_header(ordered)) + sum(map(out_bytes, ordered)))
 
 
 def _header(tensors: Sequence[TensorPlan]) -> bytes:
     return write_header([(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors])
 
 
-def _nbytes(tensor: TensorPlan) -> int:
+def out_bytes(tensor: TensorPlan) -> int:
+    """Bytes of a whole output tensor."""
     return tensor.base.numel * DTYPE_BYTES[tensor.dtype]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from expo_ray.errors import ArithmeticFault, ExpoError
 from expo_ray.extrapolation.step import Step
@@ -37,12 +37,20 @@ class Lease:
         swap: puts the weights of a step into the engine, which is idle while it runs.
         held: the step whose weights the engine holds already, if any.
         expected: steps that may always wait.
+        make_ahead: is told, while the engine works, which step it is likely to be swapped to next.
     """
 
     def __init__(
-        self, swap: Callable[[Step], Awaitable[None]], held: Step | None, expected: Collection[Step] = ()
+        self,
+        swap: Callable[[Step], Awaitable[None]],
+        held: Step | None,
+        expected: Collection[Step] = (),
+        make_ahead: Callable[[Step], None] = lambda step: None,
     ) -> None:
         self._swap, self._held, self._expected = swap, held, frozenset(expected)
+        self._make_ahead = make_ahead
+        self._hint: Step | None = None
+        self._made_ahead: Step | None = None
         self._too_far: dict[object, tuple[float, ArithmeticFault]] = {}
         self._active = 0
         self._waiting: dict[Step, list[asyncio.Future[None]]] = {}  # the step that has waited longest first
@@ -76,6 +84,21 @@ class Lease:
         finally:
             self._active -= 1
             self._advance()
+
+    def expect(self, step: Step) -> None:
+        """Take a client's hint that it will ask for `step` after the one in the engine. A wrong hint costs time alone."""
+        self._hint = step
+        self._look_ahead()
+
+    def _look_ahead(self) -> None:
+        """While the engine works, name the step that is next: the one that has waited longest, or else the hint."""
+        step = next(iter(self._waiting), self._hint)
+        if not self._active or step is None or step in {self._held, self._made_ahead}:
+            return
+        with suppress(ArithmeticFault):
+            self._check_refused(step)
+            self._made_ahead = step
+            self._make_ahead(step)
 
     async def _enter(self, step: Step) -> None:
         if self._failure:
@@ -140,6 +163,7 @@ class Lease:
     def _advance(self) -> None:
         """Once the engine is free, give it to the step that has waited longest."""
         if self._active or self._swapping or self._failure or not self._waiting:
+            self._look_ahead()
             return
         step = next(iter(self._waiting))
         if step == self._held:
@@ -160,6 +184,7 @@ class Lease:
             return
         finally:
             self._swapping = None
+        self._made_ahead = None  # the swap has used it up
         if fault is None:
             self._held, self._swap_s = step, time.monotonic() - started
             self._admit(step)

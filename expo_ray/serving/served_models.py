@@ -16,6 +16,9 @@ from expo_ray.extrapolation.step import Step, parse_step
 from expo_ray.published.verify import refuse_foreign_files
 from expo_ray.storage import open_store
 
+# Header of a request: the served name that the client will probably ask for next, whose weights are then made ahead.
+NEXT_MODEL = "Expo-Next-Model"
+
 
 class NameFault(ExpoError):
     """The name in a request is not one that can be served."""

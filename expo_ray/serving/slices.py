@@ -25,6 +25,7 @@ import torch
 from expo_ray.arithmetic.cpu.kernel import CpuKernel
 from expo_ray.arithmetic.kernels import load_kernel
 from expo_ray.arithmetic.rule import Rule, random_key
+from expo_ray.arithmetic.sums import refuse_broken
 from expo_ray.checkpoint.folder import Checkpoint
 from expo_ray.checkpoint.tensors import DTYPE_BYTES, Tensor
 from expo_ray.errors import InputChanged
@@ -32,7 +33,7 @@ from expo_ray.extrapolation.match import TensorPlan
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.step import Step, stepped
 from expo_ray.serving.index_map import Axis, Copy, Fill, IndexMap
-from expo_ray.serving.weights import TORCH_DTYPES, refuse_broken
+from expo_ray.serving.weights import TORCH_DTYPES
 from expo_ray.storage import open_store
 
 # Elements that a thread computes at a time: its buffers stay in the processor's cache.

@@ -10,11 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from expo_ray.arithmetic.sums import TensorStatistics
+from expo_ray.arithmetic.sums import refuse_broken
 from expo_ray.checkpoint.vocabulary import RowRun
-from expo_ray.config import format_alpha
-from expo_ray.errors import ArithmeticFault
-from expo_ray.extrapolation.layout import ShardPlan
+from expo_ray.extrapolation.layout import ShardPlan, out_bytes
 from expo_ray.extrapolation.match import TensorPlan
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.stream import compute_pages
@@ -25,40 +23,61 @@ TORCH_DTYPES = {
 }  # fmt: skip
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+_NOTHING: Bytes = np.empty(0, np.uint8)
 
 
-def extrapolated(plan: PairPlan, alpha: float) -> Iterator[tuple[str, torch.Tensor]]:
+def extrapolated(plan: PairPlan, alpha: float, made: Bytes = _NOTHING) -> Iterator[tuple[str, torch.Tensor]]:
     """Compute every tensor at `alpha`, one after another: names and weights, with the bytes that the published shards have.
+
+    Args:
+        made: the first bytes of the shards' files, one after another, computed already; tensors that are whole are views of it.
 
     Raises:
         ArithmeticFault: if the result holds NaN or infinities.
         InputChanged: if a parent is no longer the one that was planned.
         StorageError: if a parent cannot be read.
     """
-    for index in range(len(plan.shards)):
-        yield from _tensors_of(plan, index, alpha)
+    for shard in plan.shards:
+        made, missing = made[len(shard.header) :], list(shard.tensors)
+        while missing and out_bytes(missing[0]) <= len(made):
+            tensor = missing.pop(0)
+            size = out_bytes(tensor)
+            yield tensor.name, _shaped(torch.from_numpy(made[:size]), tensor)
+            made = made[size:]
+        if missing:
+            made = _NOTHING
+            rest = replace(shard, tensors=tuple(missing))
+            yield from _tensors_of(replace(plan, shards=(rest,)), alpha)
 
 
-def _tensors_of(plan: PairPlan, index: int, alpha: float) -> Iterator[tuple[str, torch.Tensor]]:
-    shard = plan.shards[index]
-    file = _File(plan, index, alpha)
-    file.read_into(np.empty(len(shard.header), np.uint8))
-    for tensor in shard.tensors:
-        dtype = TORCH_DTYPES[tensor.dtype]
-        shape = (sum(run.count for run in tensor.runs), *tensor.shape[1:]) if tensor.runs else tensor.shape
+def _tensors_of(plan: PairPlan, alpha: float) -> Iterator[tuple[str, torch.Tensor]]:
+    """Compute the tensors of the plan's first shard."""
+    file = _File(plan, alpha)
+    file.read_into(np.empty(len(plan.shards[0].header), np.uint8))
+    for tensor in plan.shards[0].tensors:
         # New memory for each tensor: the loader keeps tensors until all that a layer fuses have come.
-        data = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
+        shape = _shape_of(tensor)
+        data = torch.empty(
+            math.prod(shape) * TORCH_DTYPES[tensor.dtype].itemsize, dtype=torch.uint8, device="cpu"
+        )
         file.read_into(data.numpy())
-        yield tensor.name, data.view(dtype).reshape(shape)
+        yield tensor.name, _shaped(data, tensor)
+
+
+def _shape_of(tensor: TensorPlan) -> tuple[int, ...]:
+    return (sum(run.count for run in tensor.runs), *tensor.shape[1:]) if tensor.runs else tensor.shape
+
+
+def _shaped(data: torch.Tensor, tensor: TensorPlan) -> torch.Tensor:
+    return data.view(TORCH_DTYPES[tensor.dtype]).reshape(_shape_of(tensor))
 
 
 class _File:
-    """The bytes of a shard's file as they are computed, front to back."""
+    """The bytes of the file of a plan's first shard as they are computed, front to back."""
 
-    def __init__(self, plan: PairPlan, index: int, alpha: float) -> None:
-        self._pages = compute_pages(plan, index, [alpha], "cpu")
-        self._alpha = alpha
-        self._page: Bytes = np.empty(0, np.uint8)
+    def __init__(self, plan: PairPlan, alpha: float) -> None:
+        self._pages, self._alpha = compute_pages(plan, 0, [alpha], "cpu"), alpha
+        self._page: Bytes = _NOTHING
 
     def read_into(self, out: Bytes) -> None:
         """Fill `out` with the next bytes.
@@ -77,20 +96,6 @@ class _File:
             out, self._page = out[count:], self._page[count:]
 
 
-def refuse_broken(name: str, statistics: Sequence[TensorStatistics], alpha: float) -> None:
-    """Refuse values that no model can have.
-
-    Raises:
-        ArithmeticFault: if the statistics of a tensor count any.
-    """
-    for sums in statistics:
-        if sums.nan or sums.inf or sums.overflow:
-            raise ArithmeticFault(
-                f"{name} at alpha {format_alpha(alpha)}: {sums.nan} NaN, {sums.inf} infinite and {sums.overflow} overflowing "
-                "elements; choose a smaller alpha, or repair the parents"
-            )
-
-
 def rows_of(plan: PairPlan, rows: Mapping[str, Sequence[int]], alpha: float) -> dict[str, torch.Tensor]:
     """Compute some rows of some tensors at `alpha`, each (rows, the tensor's other dimensions), by name."""
     tensors = [
@@ -100,7 +105,7 @@ def rows_of(plan: PairPlan, rows: Mapping[str, Sequence[int]], alpha: float) -> 
         if tensor.name in rows
     ]
     alone = replace(plan, shards=(ShardPlan("", tuple(tensors), 0),))
-    return dict(_tensors_of(alone, 0, alpha))
+    return dict(_tensors_of(alone, alpha))
 
 
 def _partner(tensor: TensorPlan, row: int) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,6 +39,9 @@ class Truth:
     def __init__(self, worth: dict[str, float], *, other: float = 0.0, lengthens: str = "") -> None:
         self.worth, self.other, self.lengthens = worth, other, lengthens
         self.asked: list[tuple[Step, tuple[str, ...]]] = []
+
+    def expect(self, steps: Sequence[Step]) -> None:
+        """Nothing is made ahead."""
 
     def evaluate(self, step: Step, prompts: PromptSet) -> AlphaScores:
         ids = tuple(prompt.id for prompt in prompts.prompts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -33,6 +33,10 @@ class Curve:
     def __init__(self, height: float) -> None:
         self.height = height
         self.asked: list[tuple[float, tuple[str, ...]]] = []
+        self.expected: list[list[float]] = []
+
+    def expect(self, steps: Sequence[Step]) -> None:
+        self.expected.append([step.alpha for step in steps])
 
     def evaluate(self, step: Step, prompts: PromptSet) -> AlphaScores:
         alpha = step.alpha
@@ -102,3 +106,14 @@ def test_the_status_of_a_search_tells_what_each_pair_is_at() -> None:
     assert status["rewards"] == {"done": 16, "all": 32}
     assert status["pairs"] == {"first": "ladder, alpha 0, 0.1 on 64 prompts", "second": "keep dpo"}
     assert status["seconds_left"] is not None
+
+
+def test_the_order_of_each_rung_is_known_ahead_and_the_first_alpha_of_most_next_ones() -> None:
+    curve = Curve(height=3.0)
+    search_alpha(halves_of(PROMPTS), Search(prompts=(64, 128, 200)), curve, print, at_once=1)
+    asked = [alpha for alpha, _ in curve.asked]
+    expected = [alpha for *alphas, _ in curve.expected for alpha in alphas]
+    assert asked == [*expected, SFT.alpha]
+    firsts = [alphas[0] for alphas in curve.expected[1:]] + [SFT.alpha]
+    guessed = [then for *_, then in curve.expected]
+    assert sum(map(float.__eq__, guessed, firsts)) >= len(firsts) - 1  # the climb ends somewhere

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,9 @@ class Answers:
         self.height = height
         self.texts: dict[Step, dict[str, Response]] = {}
         self.num_responses = 0
+
+    def expect(self, steps: Sequence[Step]) -> None:
+        """Nothing is made ahead."""
 
     def evaluate(self, step: Step, prompts: PromptSet) -> AlphaScores:
         alpha = step.alpha

@@ -46,7 +46,13 @@ class Engine:
         self.fail_on: float | None = None
         self.may_swap = asyncio.Event()
         self.may_swap.set()
-        self.lease = Lease(self._swap, None if held is None else Step(held), expected)
+        self.made_ahead: list[float] = []
+        self.lease = Lease(
+            self._swap,
+            None if held is None else Step(held),
+            expected,
+            lambda step: self.made_ahead.append(step.alpha),
+        )
 
     async def _swap(self, step: Step) -> None:
         alpha = step.alpha
@@ -276,5 +282,58 @@ def test_an_expected_alpha_is_never_turned_away() -> None:
         engine = Engine(expected=expected)
         await asyncio.gather(*(engine.request(step.alpha) for step in expected))
         assert len(engine.served) == len(expected)
+
+    run(scenario())
+
+
+def test_the_step_that_waits_is_made_ahead_while_the_engine_works_and_before_any_hint() -> None:
+    async def scenario() -> None:
+        engine, done = Engine(), asyncio.Event()
+        running = asyncio.create_task(engine.request(0.0, done))
+        await wait_for(lambda: engine.users == 1)
+        engine.lease.expect(Step(2.0))
+        engine.lease.expect(Step(2.0))
+        assert engine.made_ahead == [2.0]
+        others = [asyncio.create_task(engine.request(alpha)) for alpha in (0.5, 0.5, 1.0)]
+        await pass_turns()
+        assert engine.made_ahead == [2.0, 0.5]
+        done.set()
+        await asyncio.gather(running, *others)
+        # each swap uses up what was made: the next in the queue follows, then the hint, which still stands
+        assert engine.swaps == [0.5, 1.0]
+        assert engine.made_ahead == [2.0, 0.5, 1.0, 2.0]
+
+    run(scenario())
+
+
+def test_nothing_is_made_ahead_for_an_idle_engine_nor_for_a_step_that_it_holds_or_that_overflows() -> None:
+    async def scenario() -> None:
+        engine, done = Engine(), asyncio.Event()
+        with pytest.raises(ArithmeticFault):
+            await engine.request(3e40)
+        await engine.request(0.0)
+        engine.lease.expect(Step(0.5))
+        await pass_turns()
+        assert engine.made_ahead == []
+        running = asyncio.create_task(engine.request(0.0, done))
+        await wait_for(lambda: engine.users == 1)
+        engine.lease.expect(Step(0.0))
+        engine.lease.expect(Step(1e308))
+        assert engine.made_ahead == []
+        engine.lease.expect(Step(0.5))
+        assert engine.made_ahead == [0.5]
+        done.set()
+        await running
+
+    run(scenario())
+
+
+def test_a_wrong_hint_changes_no_answer_and_no_swap() -> None:
+    async def scenario() -> None:
+        engine = Engine()
+        for alpha in (0.5, 1.0, 0.5):
+            async with engine.lease.on(Step(alpha)):
+                engine.lease.expect(Step(8.0))
+        assert engine.swaps == [0.5, 1.0, 0.5]
 
     run(scenario())

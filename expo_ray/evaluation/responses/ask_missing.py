@@ -78,6 +78,7 @@ def ask_model(
     progress: Counters,
     slots: int,
     key_variable: str = KEY_VARIABLE,
+    next_name: str = "",
 ) -> ModelResponses:
     """Ask a served model for the responses that `store` lacks, store them, and return all of them.
 
@@ -86,6 +87,7 @@ def ask_model(
         store: the job's output; see `ResponsesFolder` for the place in it.
         slots: requests that keep the endpoint busy.
         key_variable: environment variable with the endpoint's key.
+        next_name: the model that will probably be asked for next, if known.
 
     Raises:
         EndpointError: if the endpoint cannot be reached, or stops answering.
@@ -94,6 +96,7 @@ def ask_model(
 
     async def run() -> ModelResponses:
         async with Client(url, slots=slots, key_variable=key_variable) as client:
+            client.next_models[name] = next_name
             questions = await find_open_questions(client, name, sets, sampling, store)
             progress.expect(rows=len(questions.missing), kept=len(questions.stored))
             return await ask_open_questions(client, questions, progress, client.concurrency)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from expo_ray.config import Job, Sampling
 from expo_ray.errors import EndpointError, PromptError
@@ -162,6 +163,8 @@ async def _ask_engine(
 ) -> None:
     """Ask the models of one engine, one after the other: an engine holds the weights of one alpha at a time."""
     failed = False
+    open_names = [questions.card.name for questions in of_engine if questions.missing]
+    client.next_models |= dict(pairwise(open_names))
     for questions in of_engine:
         name = questions.card.name
         try:

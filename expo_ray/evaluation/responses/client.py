@@ -30,6 +30,7 @@ from expo_ray.evaluation.responses.endpoint import (
     retry_after_s,
     send,
 )
+from expo_ray.serving.served_models import NEXT_MODEL
 from expo_ray.text import shown
 from expo_ray.untrusted import Foreign, validated
 
@@ -99,6 +100,8 @@ class Client:
     Attributes:
         url: of the endpoint, without `/v1`.
         concurrency: requests to have in flight.
+        next_models: by model, the one that will probably be asked for after it. An endpoint of expo-ray then makes its weights
+            ahead; others ignore the header.
     """
 
     def __init__(
@@ -116,6 +119,7 @@ class Client:
         self.concurrency = concurrency or slots + max(2, slots // 4)
         self._attempts, self._delay_s, self._timeout_s = attempts, delay_s, timeout_s
         self._key_variable = key_variable
+        self.next_models: dict[str, str] = {}
         self._http = connect(url, timeout_s, key_variable)
         self.url = str(self._http.base_url)
         self._given_up, self._last_logged = 0, float("-inf")
@@ -180,7 +184,7 @@ class Client:
                 "POST",
                 "/v1/chat/completions",
                 content=_json(self._renamed(body)),
-                headers={"Content-Type": "application/json"},
+                headers=self._headers(body["model"]),
             )
         except httpx.TransportError as error:
             return None, f"no answer ({connection_failure(error)})", 0.0
@@ -203,6 +207,10 @@ class Client:
         if answer.finish_reason in {"abort", "error"}:
             return None, f"the engine broke off ({shown(answer.finish_reason)})", 0.0
         return answer, "", 0.0
+
+    def _headers(self, model: str) -> dict[str, str]:
+        following = self.next_models.get(model)
+        return {"Content-Type": "application/json"} | ({NEXT_MODEL: following} if following else {})
 
     def _renamed(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
         return {self._limit_name if name == "max_tokens" else name: value for name, value in body.items()}

@@ -56,8 +56,12 @@ def measure_likelihoods(
     *,
     slots: int,
     key_variable: str = KEY_VARIABLE,
+    next_name: str = "",
 ) -> dict[tuple[str, int], Sequence[float]]:
     """Ask a served model for the log-probabilities of responses that `row_store` lacks, store them, and return all by key.
+
+    Args:
+        next_name: the model that will probably be asked for next, if known.
 
     Raises:
         EndpointError: if the endpoint leaves out any of them.
@@ -65,16 +69,17 @@ def measure_likelihoods(
     by_key = row_store.read()
     missing = [response for response in responses if response.key not in by_key]
     if missing:
-        measured = asyncio.run(_ask_all(url, name, missing, slots, key_variable))
+        measured = asyncio.run(_ask_all(url, name, missing, slots, key_variable, next_name=next_name))
         row_store.write(measured)
         by_key |= {likelihood.key: likelihood for likelihood in measured}
     return {response.key: by_key[response.key].logprobs for response in responses}
 
 
 async def _ask_all(
-    url: str, name: str, responses: Sequence[Response], slots: int, key_variable: str
+    url: str, name: str, responses: Sequence[Response], slots: int, key_variable: str, *, next_name: str
 ) -> list[Likelihood]:
     async with Client(url, slots=slots, key_variable=key_variable) as client:
+        client.next_models[name] = next_name
         at_once = asyncio.Semaphore(client.concurrency)
 
         async def ask(response: Response) -> Likelihood:

@@ -105,6 +105,9 @@ class Evaluator(Protocol):
     def num_responses(self) -> int:
         """Responses to all steps so far."""
 
+    def expect(self, steps: Sequence[Step]) -> None:
+        """Learn which steps will probably be evaluated, in this order, so that the weights of one are made while another answers."""
+
     def evaluate(self, step: Step, prompts: PromptSet) -> AlphaScores:
         """Ask for and score the responses of a step to `prompts`; those that are stored are not made again.
 

@@ -138,6 +138,7 @@ class _Course:
         """Evaluate `steps`, and what they are compared with."""
         self.announce(f"{stage}, {'; '.join(map(str, steps))} on {len(prompts)} prompts")
         compared = [DPO, self.alone, *steps]
+        self.evaluator.expect(compared)
         scores = self.pool.map(lambda step: self.evaluator.evaluate(step, prompts), compared)
         return dict(zip(compared, scores, strict=True))
 

@@ -69,7 +69,8 @@ class PairEvaluator:
         self._plan, self._url, self._scorers, self._sampling = plan, url, scorers, sampling
         self._store, self._progress, self._slots = store, progress, slots
         # Two steps on one engine would swap its weights to and fro; scoring one while the next is answered costs nothing.
-        self._answering = threading.Semaphore(at_once)
+        self._answering, self._at_once = threading.Semaphore(at_once), at_once
+        self._expected: Sequence[Step] = ()
         self._special_tokens = special_tokens(plan)
         self._asking_dpo = threading.Lock()
         self.texts: dict[Step, dict[str, Response]] = {}
@@ -82,6 +83,17 @@ class PairEvaluator:
     @property
     def num_tokens(self) -> int:
         return sum(self._counted.values())
+
+    def expect(self, steps: Sequence[Step]) -> None:
+        """Learn which steps will probably be evaluated, in this order; requests then name the next step of their engine."""
+        self._expected = tuple(steps)
+
+    def _next_name(self, step: Step) -> str:
+        """Served name of the step that follows `step` on the same engine; empty if unknown."""
+        if step not in self._expected:
+            return ""
+        following = self._expected[self._expected.index(step) + self._at_once :]
+        return self._name(following[0]) if following else ""
 
     def evaluate(self, step: Step, prompts: PromptSet) -> AlphaScores:
         """Ask for and score the responses of a step to some prompts, as far as they are not stored.
@@ -109,7 +121,7 @@ class PairEvaluator:
     def _responses(self, step: Step, prompts: PromptSet) -> dict[Hashable, Response]:
         answers = ask_model(
             self._url, self._name(step), [prompts], self._sampling, self._store, progress=self._progress, slots=self._slots,
-            key_variable=self._key_variable,
+            key_variable=self._key_variable, next_name=self._next_name(step),
         )  # fmt: skip
         if answers.problems:
             raise Problems(answers.problems)
@@ -128,8 +140,9 @@ class PairEvaluator:
         origin = responses[0].origin if responses else ""
         row_store = RowStore(self._store, likelihoods_folder(name, weights, origin), likelihood_from_row)
         return measure_likelihoods(
-            self._url, name, responses, row_store, slots=self._slots, key_variable=self._key_variable
-        )
+            self._url, name, responses, row_store, slots=self._slots, key_variable=self._key_variable,
+            next_name=self._next_name(step),
+        )  # fmt: skip
 
     def _rewards(
         self, name: str, responses: Mapping[Hashable, Response], shared: SharedScorer

@@ -100,6 +100,7 @@ def search_alpha(
         announce(f"{rung.stage}, alpha {', '.join(map(format_alpha, alphas))} on {rung.num_prompts} prompts")
         asked = halves[rung.half].between(rung.start, rung.stop)
         assert len(asked) == rung.num_prompts, rung  # or it would be asked for again and again
+        evaluator.expect([*map(Step, alphas), _likely_next(history.choose, rung, settings)])
         history = history.with_scores(rung.half, _evaluate(alphas, asked, evaluator, at_once))
     decision = decide(history, settings)
     announce(decision.reason)
@@ -109,6 +110,18 @@ def search_alpha(
     asked = halves["choose"].first(smallest)
     history = history.with_scores("choose", _evaluate(alphas, asked, evaluator, at_once))
     return history, decision
+
+
+def _likely_next(choose: Half, rung: Rung, settings: Search) -> Step:
+    """The step that the round after `rung` will probably begin with.
+
+    Most rounds begin with dpo, on more prompts than before. A climb goes on with twice its last alpha on the same ones.
+    """
+    if rung.half == "confirm":
+        return SFT
+    top = max(rung.alphas)
+    climbs = settings.method != "grid" and top > max(choose.scores, default=0.0)
+    return Step(2 * top) if climbs and 2 * top <= settings.largest_alpha else DPO
 
 
 def _ids(prompts: PromptSet) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ import json
 import logging
 import pickle
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from expo_ray.serving.engine_checks import deciding_arguments
 from expo_ray.serving.engine_errors import read_own_log, root_cause
 from expo_ray.serving.lease import Busy, Lease
 from expo_ray.serving.node_cache import rebuild_engine_folder
-from expo_ray.serving.served_models import ServedName, parse_name
+from expo_ray.serving.served_models import NEXT_MODEL, NameFault, ServedName, parse_name
 
 log = logging.getLogger("expo_ray")
 restore_plain_logs()  # which the imports above have changed
@@ -140,7 +141,8 @@ class PairServer(ModelServer):
     async def __init__(self, llm_config: LLMConfig, *, plan: PairPlan) -> None:  # type: ignore[misc]
         self._plan, holds_dpo = plan, starts_at_dpo(plan)
         expected = {DPO, *map(Step, plan.outputs)}
-        self._lease = Lease(self._swap, DPO if holds_dpo else None, expected)
+        self._lease = Lease(self._swap, DPO if holds_dpo else None, expected, self._make_ahead)
+        self._announcements: set[asyncio.Task[Any]] = set()
         await super().__init__(llm_config, fetch=lambda: rebuild_engine_folder(plan))
         await self.collective_rpc("expo_open", args=(pickle.dumps(plan), holds_dpo))
 
@@ -151,6 +153,7 @@ class PairServer(ModelServer):
     async def _answer(self, method: Method, request: Any, raw_request_info: Any) -> AsyncGenerator[Any, None]:
         try:
             async with self._lease.on(parse_name(request.model).step or DPO):
+                self._expect_next(raw_request_info)
                 async for part in super()._answer(method, request, raw_request_info):
                     yield part
         except ArithmeticFault as error:
@@ -161,6 +164,21 @@ class PairServer(ModelServer):
             if error is not self._lease.failure:
                 raise
             yield _error(503, self._unusable(), "service_unavailable")
+
+    def _expect_next(self, raw_request_info: Any) -> None:
+        """Pass on the hint of a request, the name that its client will ask for next, if it is one of this pair."""
+        headers = getattr(raw_request_info, "headers", None) or {}
+        with suppress(NameFault):
+            following = parse_name(headers.get(NEXT_MODEL.lower(), ""))
+            if following.base == self._name:
+                self._lease.expect(following.step or DPO)
+
+    def _make_ahead(self, step: Step) -> None:
+        task = asyncio.get_running_loop().create_task(
+            self.collective_rpc("expo_make_ahead", args=(str(step),))
+        )
+        self._announcements.add(task)
+        task.add_done_callback(self._announcements.discard)
 
     async def _swap(self, step: Step) -> None:
         """Swap the weights of the engine, which no request uses now.

@@ -1,0 +1,62 @@
+"""Memory that may still be taken, of this machine and of the control groups (containers) that this process runs in."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+# Stays free beside what is taken. Ray kills workers when a twentieth is left (`RAY_memory_usage_threshold`).
+KEPT_FREE = 0.1
+
+# Names of limit, usage and reclaimable page cache, in version 2 and version 1 of control groups.
+_V2 = ("memory.max", "memory.current", ("inactive_file", "active_file"))
+_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
+
+
+def spare_bytes(root: Path = Path("/")) -> int:
+    """Bytes that can be taken so that `KEPT_FREE` of each limit stays free; below 0 if less is free already.
+
+    Page cache counts as free, as the kernel gives it up. 0 where the kernel does not say.
+
+    Args:
+        root: below which `proc` and `sys` are.
+    """
+    return int(min((free - KEPT_FREE * total for total, free in _limits(root)), default=0))
+
+
+def _limits(root: Path) -> Iterator[tuple[int, int]]:
+    """Total and free bytes of the machine, and of each group with a limit."""
+    with contextlib.suppress(OSError, KeyError, ValueError):
+        machine = _table(root / "proc/meminfo")
+        total = 1024 * machine["MemTotal:"]
+        yield total, 1024 * machine["MemAvailable:"]
+        for folder in _groups(root):
+            for names in (_V2, _V1):
+                with contextlib.suppress(OSError, KeyError, ValueError):
+                    yield from _limit_of(folder, total, *names)
+
+
+def _limit_of(
+    folder: Path, machine: int, limit: str, usage: str, cached: tuple[str, ...]
+) -> Iterator[tuple[int, int]]:
+    text = (folder / limit).read_text().strip()
+    if text != "max" and int(text) < machine:
+        reclaimable = _table(folder / "memory.stat")
+        used = int((folder / usage).read_text()) - sum(reclaimable[name] for name in cached)
+        yield int(text), int(text) - used
+
+
+def _groups(root: Path) -> Iterator[Path]:
+    """Folders of this process's memory groups and of those around them; in a container its own is the root."""
+    for line in (root / "proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers in {"", "memory"}:
+            mounted = root / "sys/fs/cgroup" / controllers
+            group = mounted / path.strip("/")
+            yield from (folder for folder in (group, *group.parents) if folder.is_relative_to(mounted))
+
+
+def _table(path: Path) -> dict[str, int]:
+    rows = (line.split() for line in path.read_text().splitlines())
+    return {row[0]: int(row[1]) for row in rows if len(row) > 1}
