@@ -19,6 +19,7 @@ QUESTIONS = {
     "coverage": "how often do the intervals of gains cover the truth?",
     "decisions": "which alpha does the pipeline choose on real models, and what stops it?",
     "swap": "what does another alpha cost by a swap, against starting an engine on the published folder?",
+    "swap_wait": "how long does an engine wait for a swap, against the floor, and with the next alpha made ahead?",
     "swap_architectures": "do swapped weights of many architectures answer as transformers does?",
     "serving": "what does the endpoint cost, against vLLM alone on the same prompts?",
     "judgments": "do intervals of judged win rates cover the truth, and what does a judge who likes length change?",

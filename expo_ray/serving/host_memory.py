@@ -1,13 +1,18 @@
-"""Memory that may still be taken, of this machine and of the control groups (containers) that this process runs in."""
+"""Memory of the host: what may still be taken of it, and how a process keeps what it frees."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Iterator
 from pathlib import Path
 
 # Stays free beside what is taken. Ray kills workers when a twentieth is left (`RAY_memory_usage_threshold`).
 KEPT_FREE = 0.1
+
+# Parameters of glibc's `mallopt`.
+_MMAP_MAX, _TRIM_THRESHOLD = -4, -1
+_LARGEST = 2**31 - 1
 
 # Names of limit, usage and reclaimable page cache, in version 2 and version 1 of control groups.
 _V2 = ("memory.max", "memory.current", ("inactive_file", "active_file"))
@@ -60,3 +65,14 @@ def _groups(root: Path) -> Iterator[Path]:
 def _table(path: Path) -> dict[str, int]:
     rows = (line.split() for line in path.read_text().splitlines())
     return {row[0]: int(row[1]) for row in rows if len(row) > 1}
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep large blocks that it frees, and use them again; returns True if its C library can.
+
+    glibc gives each large block back to the system, and the next one begins as pages that the kernel has to clear, one fault for
+    each 4 KiB. A swap takes and frees as much as the model several times: of 131 ms to pack the weights of SmolLM2, 66 were
+    faults, and of 113 ms to copy them, 99.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(_MMAP_MAX, 0) and mallopt(_TRIM_THRESHOLD, _LARGEST))

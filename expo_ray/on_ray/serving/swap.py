@@ -11,6 +11,7 @@ import torch
 from expo_ray.errors import ArithmeticFault
 from expo_ray.extrapolation.pinned import refuse_replaced_parents
 from expo_ray.extrapolation.step import DPO, SFT, Step, parse_step, stepped
+from expo_ray.serving.host_memory import keep_freed_memory
 from expo_ray.serving.weights import extrapolated
 from expo_ray.text import first_few
 
@@ -61,6 +62,8 @@ class PairWorker:
         from expo_ray.serving.weight_check import Comparison
 
         restore_plain_logs()
+        if next(self.get_model().parameters()).device.type == "cpu":
+            keep_freed_memory()
         self.expo_plan = download_parents(pickle.loads(plan))
         self.expo_ahead = MadeAhead(self.expo_plan)
         dtype = self.model_config.dtype
