@@ -1,7 +1,7 @@
 """How good is the alpha that the search finds, at what price, against other ways to search?
 
-Every way is asked about the same synthetic pairs (`reward_curves.py`) and pays for the same responses. The ladder and the gridded searches
-of `Search` run through `next_rung` and `decide`, as in the product. No guardrail trips here: the reward alone has to do.
+Every way is asked about the same synthetic pairs (`reward_curves.py`) and pays for the same responses. The searches of the product run
+through `next_rung` and `decide`, as they do there. No guardrail trips on the first family; on the held-out one, the length ratio may.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
@@ -17,9 +17,22 @@ from dataclasses import dataclass
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
+from scipy.stats import beta
 
+from benchmarks.held_out_curves import KINDS as HELD_OUT_KINDS
+from benchmarks.held_out_curves import HeldOutPair
 from benchmarks.result import TARGET_HEADER, report, table, target
-from benchmarks.reward_curves import PROMPT_NOISE, RESIDUAL, Pair, draw, falling, flat, second
+from benchmarks.reward_curves import (
+    PROMPT_NOISE,
+    RESIDUAL,
+    AnsweredPair,
+    HeldOut,
+    Pair,
+    draw,
+    falling,
+    flat,
+    second,
+)
 from expo_ray.config import Search
 from expo_ray.evaluation.search.decision import decide
 from expo_ray.evaluation.search.methods import next_rung
@@ -29,13 +42,13 @@ LOG_GRID = tuple(float(f"{alpha:.3g}") for alpha in np.geomspace(0.05, 20, 26))
 # The constants of the search were tuned on seeds from 100,000 up, never on these.
 FIRST_SEED = 0
 
-Way = Callable[[Pair], float]
+Way = Callable[[AnsweredPair], float]
 
 
 def by_search(settings: Search) -> Way:
     """The product's own search."""
 
-    def choose(pair: Pair) -> float:
+    def choose(pair: AnsweredPair) -> float:
         while rung := next_rung(pair.history, settings):
             pair.evaluate(rung)
         return decide(pair.history, settings).alpha
@@ -48,7 +61,7 @@ def by_highest_mean(alphas: Sequence[float]) -> Way:
     return lambda pair: max((0.0, *alphas), key=pair.mean)
 
 
-def golden_section(pair: Pair) -> float:
+def golden_section(pair: AnsweredPair) -> float:
     """On log alpha from 0.05 to 20, to a factor of 1.2; the highest mean that was seen wins, dpo's among them."""
     ratio = (math.sqrt(5) - 1) / 2
     low, high = math.log(0.05), math.log(20)
@@ -73,29 +86,55 @@ def golden_section(pair: Pair) -> float:
     return max(seen, key=lambda alpha: seen[alpha])
 
 
-LADDER = "ladder"
+SURFACE, LADDER = "surface", "ladder"
+FAIR_GRID = "26-point log grid, 128 prompts, confirmed"
+FULL_GRID = "26-point log grid, highest mean"
 WAYS: Mapping[str, Way] = {
-    LADDER: by_search(Search()),
+    SURFACE: by_search(Search(method="surface")),
+    LADDER: by_search(Search(method="ladder")),
+    FAIR_GRID: by_search(Search(method="grid", alphas=LOG_GRID, prompts=(128,))),
+    FULL_GRID: by_highest_mean(LOG_GRID),
     "grid 0.1 to 0.5, confirmed": by_search(Search(method="grid", alphas=PAPERS_GRID)),
     "grid 0.1 to 0.5, highest mean": by_highest_mean(PAPERS_GRID),
-    "26-point log grid, highest mean": by_highest_mean(LOG_GRID),
     "golden section, highest mean": golden_section,
 }
-TWO_MODELS = "two reward models"
-KINDS: Mapping[str, Callable[[int], Pair]] = {
-    "with a gain": lambda seed: Pair(draw(seed), seed),
-    "flat": lambda seed: Pair(flat(seed), seed),
-    "falling": lambda seed: Pair(falling(seed), seed),
+# On the held-out family, whose kinds are many.
+COMPARED = (SURFACE, LADDER, FAIR_GRID, FULL_GRID)
+GAIN, NULLS, TWO_MODELS = "with a gain", ("flat", "falling"), "two reward models"
+KINDS: Mapping[str, Callable[[int], AnsweredPair]] = {
+    GAIN: lambda seed: Pair(draw(seed), seed),
+    NULLS[0]: lambda seed: Pair(flat(seed), seed),
+    NULLS[1]: lambda seed: Pair(falling(seed), seed),
     TWO_MODELS: lambda seed: Pair(draw(seed), seed, second(seed)),
 }
+BOUGHT = "bought with length"
+
+
+def pair_of(kind: str, seed: int) -> AnsweredPair:
+    """The pair of a kind: one of `KINDS`, or a held-out kind with `null: ` before it where it has no gain."""
+    if kind in KINDS:
+        return KINDS[kind](seed)
+    return HeldOut(HeldOutPair(kind.removeprefix(_NULL), seed, null=kind.startswith(_NULL)))
+
+
+_NULL = "null: "
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result of a search method on a pair: the chosen alpha, its true gain, the largest gain of any alpha, and responses spent."""
+    """Result of a search method on a pair.
+
+    Attributes:
+        alpha: the chosen one.
+        gain: its true gain by the reward.
+        worth: its true gain to a user.
+        attainable: the largest gain of any alpha.
+        generations: responses spent.
+    """
 
     alpha: float
     gain: float
+    worth: float
     attainable: float
     generations: int
 
@@ -107,68 +146,111 @@ class Outcome:
 def run_task(task: tuple[str, str, int]) -> Outcome:
     """Run a search method on a synthetic pair of a kind and seed."""
     way, kind, seed = task
-    pair = KINDS[kind](seed)
+    pair = pair_of(kind, seed)
     alpha = WAYS[way](pair)
-    return Outcome(alpha, pair.gain(alpha), pair.attainable(), pair.history.generations)
+    return Outcome(alpha, pair.gain(alpha), pair.worth(alpha), pair.attainable(), pair.history.generations)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="20 curves of each kind; the result is not kept")
-    parser.add_argument("--curves", type=int, default=500, help="of each kind (%(default)s)")
+    parser.add_argument(
+        "--curves", type=int, default=500, help="of each kind of the first family (%(default)s)"
+    )
+    parser.add_argument("--held-out", type=int, default=50, help="curves of each held-out kind (%(default)s)")
     parser.add_argument("--first-seed", type=int, default=FIRST_SEED, help="of the curves (%(default)s)")
     parser.add_argument("--processes", type=int, default=1, help="(%(default)s)")
     arguments = parser.parse_args()
+    tuning = arguments.first_seed != FIRST_SEED
     count = 20 if arguments.quick else arguments.curves
-    tasks = [
-        (way, kind, seed)
-        for way in WAYS
-        for kind in KINDS
-        for seed in range(arguments.first_seed, arguments.first_seed + count)
+    # Nothing is tuned on the held-out family, so tuning does not even see it.
+    held_out = 0 if tuning else 2 if arguments.quick else arguments.held_out
+    by_way = run_all(arguments.first_seed, count, held_out, arguments.processes)
+    report(
+        "alpha_search",
+        "Choosing alpha: how good, and at what price?",
+        [
+            *first_family(by_way, count, arguments.first_seed),
+            *(second_family(by_way, held_out) if held_out else ()),
+        ],
+        packages=("numpy",),
+        keep=not arguments.quick and not tuning,
+    )
+
+
+def run_all(
+    first: int, count: int, held_out: int, processes: int
+) -> Mapping[tuple[str, str], Sequence[Outcome]]:
+    """Run every way on every pair; the outcomes by way and kind."""
+    tasks = [(way, kind, seed) for way in WAYS for kind in KINDS for seed in range(first, first + count)] + [
+        (way, null + kind, seed)
+        for way in COMPARED
+        for null in ("", _NULL)
+        for kind in HELD_OUT_KINDS
+        for seed in range(held_out)
     ]
-    with ProcessPoolExecutor(arguments.processes) as pool:
+    with ProcessPoolExecutor(processes) as pool:
         outcomes = list(pool.map(run_task, tasks, chunksize=20))
     by_way: dict[tuple[str, str], list[Outcome]] = {}
     for (way, kind, _), outcome in zip(tasks, outcomes, strict=True):
         by_way.setdefault((way, kind), []).append(outcome)
-    report(
-        "alpha_search",
-        "Choosing alpha: how good, and at what price?",
-        sections(by_way, count, arguments.first_seed),
-        packages=("numpy",),
-        keep=not arguments.quick and arguments.first_seed == FIRST_SEED,
-    )
+    return by_way
 
 
-def sections(
+def first_family(
     by_way: Mapping[tuple[str, str], Sequence[Outcome]], count: int, first_seed: int
 ) -> Sequence[str]:
     return [
-        f"{count} curves of each kind, seeds from {first_seed}; the search was tuned on seeds from 100,000. With a gain: a rise up to an alpha "
-        "that is log-uniform in 0.1 to 10, a fall, and a cliff at 1.5 to 4 times that alpha; the largest gain is log-uniform in about 0.3 to 3 "
-        f"rewards, with standard deviations of {PROMPT_NOISE:g} between prompts (the same for every alpha) and {RESIDUAL:g} of each response. "
-        "So a gain of 0.3 is one seventh of the standard deviation of a paired difference, 2.1. 1,000 prompts to choose on, 1,000 to confirm "
-        "on; one response each. Generations count dpo's, and the confirmation's.",
-        table(HEADER, [row(way, by_way[way, "with a gain"]) for way in WAYS]),
-        "Regret is the share of the largest gain of the curve that the decision misses; 100 % is dpo. By the size of that gain, for the ladder:",
+        f"## The first family\n\n{count} curves of each kind, seeds from {first_seed}; the search was tuned on seeds from 100,000. With a gain: a "
+        "rise up to an alpha that is log-uniform in 0.1 to 10, a fall, and a cliff at 1.5 to 4 times that alpha; the largest gain is log-uniform "
+        f"in about 0.3 to 3 rewards, with standard deviations of {PROMPT_NOISE:g} between prompts (the same for every alpha) and {RESIDUAL:g} of "
+        "each response. So a gain of 0.3 is one seventh of the standard deviation of a paired difference, 2.1. 1,000 prompts to choose on, 1,000 "
+        "to confirm on; one response each. Generations count dpo's, and the confirmation's.",
+        table(HEADER, [row(way, by_way[way, GAIN]) for way in WAYS]),
+        "Regret is the share of the largest gain of the curve that the decision misses; 100 % is dpo. `k of n (at most x %)` has the upper end of "
+        "a one-sided 95 % interval. By the size of the largest gain:",
         table(
-            ("largest gain", "curves", "median regret", "mean regret", "dpo kept"),
-            [by_size(by_way[LADDER, "with a gain"], *bounds) for bounds in ((0, 0.6), (0.6, 1.2), (1.2, 9))],
+            ("", "largest gain", "curves", "median regret", "mean regret", "dpo kept", "generations, median"),
+            [
+                by_size(way, by_way[way, GAIN], *bounds)
+                for way in (SURFACE, LADDER)
+                for bounds in ((0, 0.6), (0.6, 1.2), (1.2, 9))
+            ],
         ),
-        "Without any gain (flat: as good as dpo up to a cliff; falling: worse from the beginning), share of decisions for an alpha above 0, and "
-        "median generations:",
+        "Without any gain (flat: as good as dpo up to a cliff; falling: worse from the beginning), decisions for an alpha above 0, and median "
+        "generations:",
         table(
             ("", "flat", "generations", "falling", "generations"),
-            [
-                (way, *(cell for kind in ("flat", "falling") for cell in null(by_way[way, kind])))
-                for way in WAYS
-            ],
+            [(way, *(cell for kind in NULLS for cell in null(by_way[way, kind]))) for way in WAYS],
         ),
         "With a second reward model, whose turn comes 1 to 8 times as early, log-uniform, and whose gain is of the same kind: the attainable gain "
         "is the first model's where the second one's is not below 0, and an alpha that the second one finds worse than dpo is worse than dpo. "
         "The searches that only compare means know the first model alone:",
         table(HEADER, [row(way, by_way[way, TWO_MODELS]) for way in WAYS]),
         table(TARGET_HEADER, targets(by_way)),
+    ]
+
+
+def second_family(by_way: Mapping[tuple[str, str], Sequence[Outcome]], count: int) -> Sequence[str]:
+    together = {
+        (way, null): [outcome for kind in HELD_OUT_KINDS for outcome in by_way[way, null + kind]]
+        for way in COMPARED
+        for null in ("", _NULL)
+    }
+    return [
+        f"## The held-out family\n\n{count} curves of each of {len(HELD_OUT_KINDS)} kinds (`held_out_curves.py`), on which nothing was tuned. Worse "
+        f"than dpo is a matter of quality, not of reward: where a gain is {BOUGHT}, every alpha with a higher reward is worse.",
+        table(HEADER, [row(way, together[way, ""]) for way in COMPARED]),
+        "Without a gain, of all kinds together:",
+        table(
+            ("", "alpha above 0", "generations, median"),
+            [(way, *null(together[way, _NULL])) for way in COMPARED],
+        ),
+        "Median and mean regret by kind; dpo kept; and, without a gain, alpha above 0:",
+        table(
+            ("", *COMPARED),
+            [(kind, *(by_kind(by_way, way, kind) for way in COMPARED)) for kind in HELD_OUT_KINDS],
+        ),
     ]
 
 
@@ -185,44 +267,76 @@ def row(way: str, outcomes: Sequence[Outcome]) -> Sequence[str]:
         f"{np.median(regrets):.1%}",
         f"{regrets.mean():.1%}",
         f"{np.quantile(regrets, 0.9):.1%}",
-        f"{np.mean([outcome.gain < 0 for outcome in outcomes]):.1%}",
-        f"{np.mean([outcome.alpha == 0 for outcome in outcomes]):.1%}",
+        counted(outcome.worth < 0 for outcome in outcomes),
+        counted(outcome.alpha == 0 for outcome in outcomes),
         f"{np.median(generations):,.0f}",
         f"{generations.mean():,.0f}",
         f"{generations.max():,}",
     )
 
 
-def by_size(outcomes: Sequence[Outcome], low: float, high: float) -> Sequence[str]:
+def counted(cases: Iterable[bool]) -> str:
+    """`3 of 500 (at most 1.5 %)`: the upper end of a one-sided 95 % interval (Clopper and Pearson 1934)."""
+    listed = list(cases)
+    number, of = sum(listed), len(listed)
+    most = float(beta.ppf(0.95, number + 1, of - number)) if number < of else 1.0
+    return f"{number} of {of} (at most {100 * most:.1f} %)"
+
+
+def by_size(way: str, outcomes: Sequence[Outcome], low: float, high: float) -> Sequence[str]:
     chosen = [outcome for outcome in outcomes if low <= outcome.attainable < high]
-    regrets = [outcome.regret for outcome in chosen] or [math.nan]
+    if not chosen:
+        return (way, f"{low:g} to {high:g}", "0", "", "", "", "")
+    regrets = [outcome.regret for outcome in chosen]
     name = f"below {high:g}" if not low else f"{low:g} to {high:g}" if high < 9 else f"{low:g} and more"
-    kept = np.mean([float(outcome.alpha == 0) for outcome in chosen] or [math.nan])
-    return name, str(len(chosen)), f"{np.median(regrets):.1%}", f"{np.mean(regrets):.1%}", f"{kept:.1%}"
+    return (
+        way,
+        name,
+        str(len(chosen)),
+        f"{np.median(regrets):.1%}",
+        f"{np.mean(regrets):.1%}",
+        counted(outcome.alpha == 0 for outcome in chosen),
+        f"{np.median([outcome.generations for outcome in chosen]):,.0f}",
+    )
+
+
+def by_kind(by_way: Mapping[tuple[str, str], Sequence[Outcome]], way: str, kind: str) -> str:
+    outcomes, nulls = by_way[way, kind], by_way[way, _NULL + kind]
+    regrets = [outcome.regret for outcome in outcomes]
+    kept, wrong = sum(outcome.alpha == 0 for outcome in outcomes), sum(outcome.alpha > 0 for outcome in nulls)
+    return f"{np.median(regrets):.1%} / {np.mean(regrets):.1%}; {kept} of {len(outcomes)}; {wrong} of {len(nulls)}"
 
 
 def null(outcomes: Sequence[Outcome]) -> Sequence[str]:
-    wrong = np.mean([outcome.alpha > 0 for outcome in outcomes])
-    return f"{wrong:.1%}", f"{np.median([outcome.generations for outcome in outcomes]):,.0f}"
+    generations = np.median([outcome.generations for outcome in outcomes])
+    return counted(outcome.alpha > 0 for outcome in outcomes), f"{generations:,.0f}"
 
 
 def targets(by_way: Mapping[tuple[str, str], Sequence[Outcome]]) -> Sequence[Sequence[str]]:
-    hills = by_way[LADDER, "with a gain"]
-    worse = float(np.mean([outcome.gain < 0 for outcome in hills]))
-    wrong = [
-        float(np.mean([outcome.alpha > 0 for outcome in by_way[LADDER, kind]]))
-        for kind in ("flat", "falling")
-    ]
+    hills, ladders = by_way[SURFACE, GAIN], by_way[LADDER, GAIN]
+    regrets, generations = (
+        [outcome.regret for outcome in hills],
+        [outcome.generations / 1000 for outcome in hills],
+    )
+    wrong = [float(np.mean([outcome.alpha > 0 for outcome in by_way[SURFACE, kind]])) for kind in NULLS]
+    ladders_median = 100 * float(np.median([outcome.regret for outcome in ladders]))
     return [
-        target("median regret", 100 * float(np.median([outcome.regret for outcome in hills])), 3, unit=" %"),
-        target("decisions worse than dpo", 100 * worse, 1, unit=" %"),
         target(
-            "generations, the most of any curve",
-            max(outcome.generations for outcome in hills) / 1000,
-            6,
-            unit=" thousand",
+            "surface: median regret, against the ladder's",
+            100 * float(np.median(regrets)),
+            round(ladders_median, 2),
+            unit=" %",
         ),
-        target("alpha above 0 on curves without a gain, the worse kind", 100 * max(wrong), 5, unit=" %"),
+        target("mean regret", 100 * float(np.mean(regrets)), 4, unit=" %"),
+        target(
+            "decisions worse than dpo",
+            100 * float(np.mean([outcome.worth < 0 for outcome in hills])),
+            1,
+            unit=" %",
+        ),
+        target("generations, median", float(np.median(generations)), 1.7, unit=" thousand"),
+        target("generations, mean", float(np.mean(generations)), 2.2, unit=" thousand"),
+        target("alpha above 0 on curves without a gain, the worse kind", 100 * max(wrong), 1, unit=" %"),
     ]
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from benchmarks.held_out_curves import HeldOutPair
 from expo_ray.evaluation.search.alpha_scores import AlphaScores
 from expo_ray.evaluation.search.history import Half, History, Rung
 from expo_ray.evaluation.search.response_measures import RESPONSE_MEASURES
+from expo_ray.evaluation.statistics import Array
 from expo_ray.report.results import HalfName
 
 # Standard deviations of the reward: between prompts, the same for every alpha; and of each response.
@@ -89,22 +93,56 @@ def second(seed: int) -> Curve:
     return replace(draw(seed + _SECOND), turn=turn)
 
 
-class Pair:
-    """A pair with this curve, whose responses are drawn as they are asked for.
+class AnsweredPair(ABC):
+    """A pair whose responses are drawn as they are asked for, and what they cost."""
+
+    def __init__(self) -> None:
+        self.history = History(Half(_IDS, {}), Half(_IDS, {}))
+
+    @abstractmethod
+    def gain(self, alpha: float) -> float:
+        """The true gain of an alpha, as the rewards show it."""
+
+    @abstractmethod
+    def worth(self, alpha: float) -> float:
+        """The true gain of an alpha, as a user would see it: below 0 it is worse than dpo."""
+
+    @abstractmethod
+    def attainable(self) -> float:
+        """The largest gain of any alpha."""
+
+    @abstractmethod
+    def respond(self, half: HalfName, alpha: float) -> AlphaScores:
+        """Draw and score a response to every prompt of a half."""
+
+    def evaluate(self, rung: Rung) -> None:
+        """Ask for what a rung lacks."""
+        missing = self.history.half(rung.half).missing(rung)
+        asked = _IDS[rung.start : rung.stop]
+        scores = {alpha: self.respond(rung.half, alpha).on(asked) for alpha in missing}
+        self.history = self.history.with_scores(rung.half, scores)
+
+    def mean(self, alpha: float, num_prompts: int = NUM_PROMPTS) -> float:
+        """Mean reward on the choosing half, asked for where it is missing."""
+        self.evaluate(Rung("choose", (alpha,), 0, num_prompts, ""))
+        return float(self.history.choose.scores[alpha].rewards["reward"].mean())
+
+
+def scored(alpha: float, rewards: Mapping[str, Array], lengths: Array = _ONE) -> AlphaScores:
+    """Scores of a response to every prompt of a half, with nothing that a guardrail could object to but their lengths."""
+    return AlphaScores(alpha, _IDS, rewards, lengths, dict.fromkeys(RESPONSE_MEASURES, _ZERO))
+
+
+class Pair(AnsweredPair):
+    """A pair with a curve of this family.
 
     Args:
         other: the curve of a second reward model.
     """
 
     def __init__(self, curve: Curve, seed: int, other: Curve | None = None) -> None:
+        super().__init__()
         self.curve, self.seed, self.other = curve, seed, other
-        self.history = History(Half(_IDS, {}), Half(_IDS, {}))
-
-    def evaluate(self, rung: Rung) -> None:
-        missing = self.history.half(rung.half).missing(rung)
-        asked = _IDS[rung.start : rung.stop]
-        scores = {alpha: self._respond(rung.half, alpha).on(asked) for alpha in missing}
-        self.history = self.history.with_scores(rung.half, scores)
 
     def gain(self, alpha: float) -> float:
         """The true gain of an alpha; what is below 0 by either reward model counts as it."""
@@ -112,16 +150,13 @@ class Pair:
         other = self.other.gain(alpha) if self.other else gain
         return gain if other >= 0 else min(gain, other)
 
+    def worth(self, alpha: float) -> float:
+        return self.gain(alpha)
+
     def attainable(self) -> float:
-        """The largest gain of any alpha."""
         return max(0.0, *(self.gain(self.curve.turn * factor) for factor in np.geomspace(0.02, 2, 1000)))
 
-    def mean(self, alpha: float, num_prompts: int = NUM_PROMPTS) -> float:
-        """Mean reward on the choosing half, asked for where it is missing."""
-        self.evaluate(Rung("choose", (alpha,), 0, num_prompts, ""))
-        return float(self.history.choose.scores[alpha].rewards["reward"].mean())
-
-    def _respond(self, half: HalfName, alpha: float) -> AlphaScores:
+    def respond(self, half: HalfName, alpha: float) -> AlphaScores:
         side = 0 if half == "choose" else 1
         by_prompt = np.random.default_rng([self.seed, 2, side])
         by_response = np.random.default_rng([self.seed, 3, side, round(alpha * 1e6)])
@@ -132,4 +167,25 @@ class Pair:
             for name, curve in (("reward", self.curve), ("second", self.other))
             if curve
         }
-        return AlphaScores(alpha, _IDS, rewards, _ONE, dict.fromkeys(RESPONSE_MEASURES, _ZERO))
+        return scored(alpha, rewards)
+
+
+class HeldOut(AnsweredPair):
+    """A pair of the family that nothing is tuned on."""
+
+    def __init__(self, pair: HeldOutPair) -> None:
+        super().__init__()
+        self.pair = pair
+
+    def gain(self, alpha: float) -> float:
+        return self.pair.gain(alpha)
+
+    def worth(self, alpha: float) -> float:
+        return self.pair.quality(alpha)
+
+    def attainable(self) -> float:
+        return self.pair.attainable()
+
+    def respond(self, half: HalfName, alpha: float) -> AlphaScores:
+        side = 0 if half == "choose" else 1
+        return scored(alpha, {"reward": self.pair.rewards(side, alpha)}, self.pair.lengths(side, alpha))

@@ -86,8 +86,10 @@ class Half:
         return np.stack([self._chosen_by(alpha, common) for alpha in alphas], axis=1)
 
     def _common(self, alphas: Sequence[float], start: int, stop: int | None) -> list[str]:
-        rows = [self.scores[alpha].row_of for alpha in alphas]
-        return [each for each in self.prompt_ids[start:stop] if all(each in known for known in rows)]
+        """The prompts of a slice that all `alphas` were evaluated on, in the order of the half."""
+        wanted = self.prompt_ids[start:stop]
+        common = set(wanted).intersection(*(self.scores[alpha].row_of for alpha in alphas))
+        return [prompt_id for prompt_id in wanted if prompt_id in common]
 
     def _chosen_by(self, alpha: float, prompt_ids: Sequence[str]) -> Array:
         scores = self.scores[alpha]

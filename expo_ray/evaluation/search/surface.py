@@ -41,10 +41,11 @@ _FEWEST_ROUNDS = 3
 _SHORTFALL = 0.1
 # ... or once the chance that some alpha's gain could be confirmed is below this.
 _HOPELESS = 0.05
-# The flanks that a round asks: these quantiles of where the top may lie, at least this factor away from it.
-_FLANK, _APART = 0.03, 1.15
+# The flanks that a round asks: these quantiles of where the top may lie, at least this factor away from it. The first round looks wide, as the
+# curve may have another hump; the others look near the top.
+_FLANKS, _APART = (0.03, 0.1), 1.3
 # The picked alpha goes to confirmation if its gain is above zero with this probability.
-_LIKELY = 0.9
+_LIKELY = 0.95
 # Alphas at which the curve is looked at, beside the measured ones, and the smallest of them.
 _GRID, _SMALLEST = 90, 0.006
 _DIGITS = 2
@@ -152,7 +153,8 @@ class _Course:
         top = float(curve.alphas[curve.mean.argmax()])
         hopeful = curve.draws[:, curve.draws.max(axis=0) > 0]
         tops = curve.alphas[hopeful.argmax(axis=0)] if hopeful.size else np.array([top])
-        low, high = np.quantile(tops, [_FLANK, 1 - _FLANK], method="nearest")
+        flank = _FLANKS[min(self.rounds, len(_FLANKS)) - 1]
+        low, high = np.quantile(tops, [flank, 1 - flank], method="nearest")
         flanks = max(min(low, top / _APART), curve.alphas[0]), min(max(high, top * _APART), curve.alphas[-1])
         alphas = sorted({0.0, *(rounded(float(alpha), _DIGITS) for alpha in (flanks[0], top, flanks[1]))})
         self.rounds += 1
