@@ -11,7 +11,7 @@ from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 
 from expo_ray import __version__
-from expo_ray.config import Job
+from expo_ray.config import Job, Search
 from expo_ray.errors import Collected, JobError
 from expo_ray.evaluation.prompts.load_prompts import load_prompts
 from expo_ray.evaluation.prompts.prompt_set import PromptSet, store_prompts
@@ -66,8 +66,23 @@ class CheckedJob:
             | {f"pair {plan.name}": plan.plan_id(0.0) for plan in self.plans}
         )
 
+    def stored_search_ids(self, plan: PairPlan) -> tuple[str, ...]:
+        """Ids under which a finished search of this job may be stored, the job's own first.
+
+        A job file that names no method was searched by `ladder` while that was the default: such a search is not paid for again.
+        """
+        search = self.job.search
+        if "method" in search.model_fields_set:
+            return (self.search_id(plan),)
+        named = search.model_dump(include=search.model_fields_set)
+        before = Search.model_validate(named | {"method": "ladder"})
+        return self.search_id(plan), self._search_id(plan, before)
+
     def search_id(self, plan: PairPlan) -> str:
         """Digest of all that decides the search of a pair."""
+        return self._search_id(plan, self.job.search)
+
+    def _search_id(self, plan: PairPlan, search: Search) -> str:
         serving = self.job.serving
         engine = deciding_arguments(serving.engine)
         return digest(
@@ -76,7 +91,7 @@ class CheckedJob:
                 "prompts": self.prompts.digest,
                 "sampling": self.job.sampling.model_dump(mode="json"),
                 "rewards": list(self.reward_ids.values()),
-                "search": self.job.search.model_dump(mode="json"),
+                "search": search.model_dump(mode="json"),
                 "search_version": SEARCH_VERSION,
                 "serving": [serving.dtype, serving.max_model_len, *([engine] if engine else [])],
                 "vllm": package_versions().get("vllm", ""),

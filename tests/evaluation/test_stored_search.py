@@ -15,7 +15,7 @@ pytest.importorskip("ray")
 pytest.importorskip("peft")
 
 from expo_ray.cli.run import print_results
-from expo_ray.config import Job, Pair, load_job
+from expo_ray.config import Job, Pair, Search, load_job
 from expo_ray.errors import InputChanged
 from expo_ray.evaluation.check_job import CheckedJob, check_job
 from expo_ray.evaluation.job_report import Searches, push_winners, write_report
@@ -196,3 +196,29 @@ def test_an_engine_that_answers_otherwise_is_another_search(
     other = Job.model_validate({"output": str(tmp_path), "pairs": pairs, "serving": {"engine": engine}})
     ids = [CheckedJob(job, [plan], []).search_id(plan) for job in (plain, other)]
     assert (ids[0] != ids[1]) == is_another
+
+
+def test_a_search_of_a_job_that_named_no_method_is_found_after_the_default_has_changed(
+    tmp_path: Path,
+) -> None:
+    sft, dpo = save_chat_pair(tmp_path / "pair", tied=False, dtype=torch.bfloat16)
+    plan = plan_pair(Pair(name="pair", sft=str(sft), dpo=str(dpo)), {ALPHA: str(tmp_path / "out")})
+    pairs = [{"name": "pair", "sft": str(sft), "dpo": str(dpo)}]
+
+    def checked(**search: Any) -> CheckedJob:
+        job = Job.model_validate({"output": str(tmp_path), "pairs": pairs, "search": search})
+        return CheckedJob(job, [plan], [])
+
+    for settings in (
+        {},
+        {"prompts": [32, 64]},
+        {"confidence": 0.9, "guardrails": {"kl": {"warn": 1, "reject": 3}}},
+    ):
+        before = checked(method="ladder", **settings).search_id(plan)
+        assert before in checked(**settings).stored_search_ids(plan)
+        assert before not in checked(method="surface", **settings).stored_search_ids(plan)
+    # As it was before there was a third method: the same key for the same settings.
+    assert checked(method="ladder").job.search.model_dump(mode="json") == {
+        "method": "ladder", "alphas": [0.1, 0.2, 0.3, 0.4, 0.5], "prompts": [128, 256, 512, 1000], "confirm_prompts": 512,
+        "largest_alpha": 51.2, "confidence": 0.95, "groups": [], "guardrails": Search().guardrails.model_dump(mode="json"),
+    }  # fmt: skip

@@ -18,7 +18,16 @@ def read_stored_searches(checked: CheckedJob) -> dict[str, PairResult]:
     """
     store = open_store(checked.job.output)
     results = {
-        plan.name: _read_search(store, search_key(plan.name, checked.search_id(plan)))
+        plan.name: next(
+            filter(
+                None,
+                (
+                    _read_search(store, search_key(plan.name, each))
+                    for each in checked.stored_search_ids(plan)
+                ),
+            ),
+            None,
+        )
         for plan in checked.plans
     }
     return {name: result for name, result in results.items() if result}
