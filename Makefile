@@ -24,7 +24,7 @@ install: .venv/cpu.txt .venv/package ## make .venv from requirements/cpu.txt (2-
 demo: install ## choose alpha for a real pair, from and to a real S3 server, on Ray, on this machine (10 minutes)
 	@$(RUN) examples/demo.py $(ARGS)
 
-test: install ## run every test this machine can run, and name those it cannot; ARGS="-m unit -k plan" narrows
+test: install .venv/triton.txt ## run every test this machine can run, and name those it cannot; ARGS="-m unit -k plan" narrows
 	@$(RUN) -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
 
 lint: install ## ruff (lint and format) and mypy
@@ -79,3 +79,10 @@ clean: ## remove .venv and every cache
 	@echo 'installing expo-ray itself, editable'
 	@$(PIP) --no-build-isolation --editable .
 	@touch $@
+
+# In a folder of its own: beside torch's CPU build, Triton keeps vLLM from being imported.
+.venv/triton.txt: requirements/triton.txt .venv/cpu.txt
+	@echo 'installing Triton (200 MB) into .venv/triton, for the tests of the GPU kernel'
+	@rm -rf .venv/triton
+	@$(LOCKED) $< --target .venv/triton
+	@cp $< $@

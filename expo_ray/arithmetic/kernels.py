@@ -56,9 +56,9 @@ def load_kernel(rule: Rule, device: str = "cpu") -> Kernel:
         from expo_ray.arithmetic.cpu.kernel import CpuKernel
 
         return CpuKernel(rule)
-    from expo_ray.arithmetic.gpu.kernel import TorchKernel
+    from expo_ray.arithmetic.gpu.kernel import GpuKernel
 
-    return TorchKernel(rule, device)
+    return GpuKernel(rule, device)
 
 
 def resolve_device(device: str) -> str:
@@ -74,7 +74,7 @@ def resolve_device(device: str) -> str:
         `cpu` or `cuda`.
 
     Raises:
-        JobError: if `cuda` is asked for and is unavailable, or the word is unknown.
+        JobError: if `cuda` is asked for and is unavailable or has no memory left, or the word is unknown.
     """
     if device not in {"auto", "cpu", "cuda"}:
         raise JobError(f"device: {device!r} is not known; choose `auto`, `cpu` or `cuda`")
@@ -85,7 +85,21 @@ def resolve_device(device: str) -> str:
             f"device: `cuda` was asked for, but {obstacle}; "
             "fix that, or choose `auto` or `cpu`: the result is the same, byte for byte"
         )
+    _try_gpu()
     return "cuda"
+
+
+@functools.cache
+def _try_gpu() -> None:
+    """Compute one element, so that a full card, an old driver or a missing compiler is reported before anything is written.
+
+    Raises:
+        JobError: if the GPU cannot; it names the remedy.
+    """
+    element = bytes(2)
+    load_kernel(Rule("BF16", "BF16", "BF16", "nearest"), "cuda")(
+        memoryview(element), memoryview(element), [memoryview(bytearray(2))], alphas=[0.5], key=0, first=0
+    )
 
 
 def _obstacle_to_cuda() -> str:
@@ -96,10 +110,21 @@ def _obstacle_to_cuda() -> str:
     driver = any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()  # the latter under WSL
     if not driver and shutil.which("nvidia-smi") is None:
         return "this machine has no NVIDIA driver (neither /dev/nvidia0 nor nvidia-smi)"
+    return _obstacle_in_packages()
+
+
+def _obstacle_in_packages() -> str:
+    """The reason why torch or Triton cannot use the GPU; empty if they can."""
     try:
         import torch
     except ImportError as error:
         return f"torch cannot be imported ({error}; pip install 'expo-ray[torch]')"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is a build without CUDA"
-    return "" if torch.cuda.is_available() else "torch finds no usable GPU (see `nvidia-smi`)"
+    if not torch.cuda.is_available():
+        return "torch finds no usable GPU (see `nvidia-smi`)"
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"Triton cannot be imported ({error}; pip install 'expo-ray[torch]')"
+    return ""

@@ -27,7 +27,7 @@ _EXACT = (
 class Rounding:
     """A way to compute and round a weight.
 
-    Its name is declared in `config/fields.py`, and the kernels implement it in `cpu/blocks.py` and `gpu/operations.py`. Everything
+    Its name is declared in `config/fields.py`, and the kernels implement it in `cpu/blocks.py` and `gpu/elements.py`. Everything
     else reads this object, so a new one touches these four files.
 
     Attributes:

@@ -1,8 +1,4 @@
-"""The arithmetic as torch tensor operations, bit for bit that of `arithmetic/cpu`: for GPUs, and as its check on the CPU.
-
-Every operation rounds once, as IEEE 754 says. `add(..., alpha=)`, `addcmul` and `lerp` may multiply and add with one rounding on
-a GPU, so nothing here uses them.
-"""
+"""The declared arithmetic written again as tensor operations of torch, each of which rounds once: a second opinion on the kernels."""
 
 from __future__ import annotations
 
@@ -14,6 +10,7 @@ import torch
 from torch import Tensor
 
 from expo_ray.arithmetic.rule import Rule
+from expo_ray.arithmetic.sums import TensorStatistics, statistics_from_sums
 
 BLOCK = 2048  # elements of a block of the sums, as in `cpu/blocks.py`
 FLOATS: Mapping[str, torch.dtype] = {
@@ -23,6 +20,29 @@ WORDS: Mapping[str, torch.dtype] = {
     "BF16": torch.int16, "F16": torch.int16, "F32": torch.int32, "F64": torch.int64,
 }  # fmt: skip
 NAN_WORDS = {"BF16": 0x7FC0, "F16": 0x7E00, "F32": 0x7FC0 << 16, "F64": 0x7FF8 << 48}
+
+
+class TensorKernel:
+    """`Kernel` of one rule on the CPU."""
+
+    def __init__(self, rule: Rule) -> None:
+        self._rule = rule
+
+    def __call__(
+        self, dpo: memoryview, sft: memoryview, outs: Sequence[memoryview], *,
+        alphas: Sequence[float], key: int, first: int,
+    ) -> list[TensorStatistics]:  # fmt: skip
+        parents = [torch.from_numpy(np.frombuffer(data, np.uint8).copy()) for data in (dpo, sft)]
+        result = extrapolate(self._rule, parents[0], parents[1], alphas=alphas, key=key, first=first)
+        for out, words in zip(outs, result.words, strict=True):
+            np.frombuffer(out, np.uint8)[:] = words.contiguous().view(torch.uint8).numpy()
+        with np.errstate(over="ignore"):
+            totals = np.add.accumulate(result.block_sums.numpy(), axis=0)[-1]
+        num = result.counts.numpy()
+        return statistics_from_sums(
+            parents[0].numel() // torch.empty(0, dtype=FLOATS[self._rule.dpo_dtype]).element_size(),
+            [*num[:3], *totals[:2]], list(zip(num[3:], totals[2:], strict=True)),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
