@@ -75,11 +75,12 @@ def test_the_looks_together_spend_the_error(num_prompts: int, most: int, confide
 
 
 def test_without_a_gain_dpo_is_kept_and_the_reason_says_what_could_have_been_seen() -> None:
-    decisions = [Pair(flat, seed=seed).search(SURFACE) for seed in range(12)]
+    decisions = [Pair(flat, seed=seed).search(SURFACE) for seed in range(4)]
     assert {decision.alpha for decision in decisions} == {0.0}
-    assert any("which 1000 untouched prompts would confirm" in decision.reason for decision in decisions)
+    assert any("no alpha gains more than" in decision.reason for decision in decisions)
     falling = Pair(lambda alpha: -alpha).search(SURFACE)
     assert falling.alpha == 0
+    assert "which 1000 untouched prompts would confirm" in falling.reason
 
 
 def test_every_alpha_that_was_tried_is_chosen_or_has_a_reason() -> None:

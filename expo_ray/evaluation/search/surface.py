@@ -141,7 +141,10 @@ class _Course:
         needed = smallest_confirmed(math.sqrt(2) * deviation(slices), self._confirming_prompts())
         reach = float((highest > needed).mean())
         shortfall = float((np.maximum(highest, 0) - gained).mean())
+        most = float(np.quantile(highest, 0.95))
         fault = self._fault(reach, needed, best, float((gained > 0).mean()))
+        if fault:
+            fault += f"; with a probability of 95 %, no alpha gains more than {most:+.3f}"
         is_close = self.rounds >= _FEWEST_ROUNDS and gain > 0 and shortfall <= _SHORTFALL * gain
         asks_on = reach >= _HOPELESS and not is_close and self.rounds < len(self.ends)
         return _State(curve, measured, best, needed, reach, fault, asks_on)
