@@ -8,11 +8,13 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
+import pytest
 
 from expo_ray.config import Search
 from expo_ray.evaluation.prompts.prompt_set import PromptSet, prompt_of
 from expo_ray.evaluation.records import Response
 from expo_ray.evaluation.search.alpha_scores import AlphaScores
+from expo_ray.evaluation.search.rung_log import RungLog
 from expo_ray.evaluation.search.search_pair import halves_of, search_alpha
 from expo_ray.extrapolation.step import SFT, Step
 from expo_ray.progress import Progress
@@ -117,3 +119,42 @@ def test_the_order_of_each_rung_is_known_ahead_and_the_first_alpha_of_most_next_
     firsts = [alphas[0] for alphas in curve.expected[1:]] + [SFT.alpha]
     guessed = [then for *_, then in curve.expected]
     assert sum(map(float.__eq__, guessed, firsts)) >= len(firsts) - 1  # the climb ends somewhere
+
+
+class Killed(Exception):
+    """The search ends here, as by a signal."""
+
+
+class Storing(Curve):
+    """Answers each prompt at each alpha once, as the store keeps them, and counts the answers; dies after some of them."""
+
+    def __init__(self, height: float, lives: int = 10**9) -> None:
+        super().__init__(height)
+        self.answers: set[tuple[float, str]] = set()
+        self.lives = lives
+
+    def evaluate(self, step: Step, prompts: PromptSet) -> AlphaScores:
+        for prompt in prompts.prompts:
+            if (step.alpha, prompt.id) not in self.answers:
+                if len(self.answers) >= self.lives:
+                    raise Killed
+                self.answers.add((step.alpha, prompt.id))
+        return super().evaluate(step, prompts)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_a_killed_search_by_surface_goes_on_from_its_answers_and_its_rungs(share: float) -> None:
+    settings = Search(method="surface", prompts=(32, 64, 128, 200))
+    halves = halves_of(PROMPTS)
+    whole = Storing(2.0)
+    history, wanted = search_alpha(halves, settings, whole, print, at_once=2)
+    log = RungLog(open_store(f"memory://killed-after-{share}"), "rungs.json")
+    killed = Storing(2.0, lives=int(share * len(whole.answers)))
+    with pytest.raises(Killed):
+        search_alpha(halves, settings, killed, print, at_once=2, rung_log=log)
+    assert log.read()
+    killed.lives = 10**9
+    resumed, decision = search_alpha(halves, settings, killed, print, at_once=2, rung_log=log)
+    assert decision == wanted
+    assert killed.answers == whole.answers
+    assert len(killed.answers) == resumed.generations == history.generations
