@@ -24,10 +24,11 @@ QUESTIONS = {
     "serving": "what does the endpoint cost, against vLLM alone on the same prompts?",
     "judgments": "do intervals of judged win rates cover the truth, and what does a judge who likes length change?",
     "rounding": "how far from the exact model is the written one?",
+    "gpu": "does a GPU write the CPU's bytes, and how near are its kernels to the card's limits?",
 }
 # These measure the quality of results instead of this machine's speed. They take many minutes, so they run only when named.
 ONLY_WHEN_NAMED = {
-    "alpha_search", "coverage", "decisions", "judgments", "rounding", "swap_architectures",
+    "alpha_search", "coverage", "decisions", "gpu", "judgments", "rounding", "swap_architectures",
 }  # fmt: skip
 
 

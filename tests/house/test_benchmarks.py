@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,46 @@ def test_every_question_has_its_script_and_says_what_it_asks() -> None:
     for name, question in QUESTIONS.items():
         assert (ROOT / "benchmarks" / f"{name}.py").is_file()
         assert question in listed.stdout
+
+
+# As on a machine with a GPU and little else.
+WITHOUT_RAY_AND_VLLM = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"ray", "vllm"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Refuse())
+from benchmarks.__main__ import main
+sys.exit(main(["gpu", "--quick"]))
+"""
+
+
+@pytest.mark.timeout(300)
+def test_the_check_of_a_card_runs_dry_without_one() -> None:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(sys.prefix) / "triton"),
+        "TRITON_INTERPRET": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    child = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", WITHOUT_RAY_AND_VLLM],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert child.returncode == 0, child.stderr + child.stdout
+    assert "no GPU: a dry run" in child.stdout
+    compared = [line for line in child.stdout.splitlines() if line.endswith("| equal |")]
+    assert len(compared) == 7
+    assert "bf16 | at most" in child.stdout
+    # Each part that needs a card says so; none failed.
+    reasons = child.stdout.partition("## not run")[2].splitlines()
+    assert [line.partition(":")[0] for line in reasons if line] == [
+        "- copies", "- kernel", "- command", "- swap",
+    ]  # fmt: skip
+    assert not (ROOT / "benchmarks" / "results" / "gpu.md").exists()
 
 
 def test_a_work_phase_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None:
