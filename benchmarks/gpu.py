@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from benchmarks.measure import CACHE
 from benchmarks.result import report, table
 
-# A part is its heading, and the function that measures it, named `module:function`.
+# In the order of the result; `measurement` finds the function of each.
 PARTS = ("copies", "bits", "kernel", "command", "swap", "rewards")
 
 
