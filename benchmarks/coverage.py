@@ -256,10 +256,7 @@ def targets(
     clusters: Mapping[tuple[int, int], tuple[Misses, Misses]],
     controlled: Mapping[int, Misses],
 ) -> Sequence[Sequence[str]]:
-    chosen = METHODS[2]
-    lowest = {
-        name: min(by_size[size][chosen].coverage for size in SIZES) for name, by_size in by_kind.items()
-    }
+    lowest = {name: min(by_size[size][SHOWN].coverage for size in SIZES) for name, by_size in by_kind.items()}
     lowest["clusters"] = min(pair[1].coverage for pair in clusters.values())
     lowest["gain at dpo's length"] = min(misses.coverage for misses in controlled.values())
     return [
