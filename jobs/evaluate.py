@@ -22,10 +22,13 @@ def run(job: Job) -> int:
     checked = check_evaluation(job)  # everything wrong with it, before anything starts
     store_job_prompts(checked)
     with cluster():
+        pools = [RewardPool(model) for model in checked.rewards]
+        for pool in pools:
+            pool.check_room()
         with serving(checked.plans, job.models, job.serving) as endpoint:
             status = print_responses(respond(checked, endpoint.client()))
         # The engines are gone, so that the reward models have the cluster for themselves.
-        rewarded = reward(checked, load_responses(checked), [RewardPool(model) for model in checked.rewards])
+        rewarded = reward(checked, load_responses(checked), pools)
     return max(status, print_rewards(rewarded))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -132,13 +132,31 @@ class RewardModel(Frozen):
     """CPUs of each actor."""
 
     num_gpus: Annotated[float, Field(ge=0)] | None = None
-    """GPUs of each actor; one where the cluster has GPUs and the model is no function, unless given."""
+    """GPUs of each actor: a share of one, such as 0.5, or a whole number that vLLM splits the model over; one where the cluster has
+    GPUs and the model is no function, unless given."""
 
     allow_pickle: bool = False
     """Read a model that comes as `pytorch_model*.bin` only; no code in it is run."""
 
     truncate: bool = False
     """Score the beginning of texts that are too long for the model, instead of refusing them; they are counted."""
+
+    @field_validator("num_gpus")
+    @classmethod
+    def _check_gpus(cls, num_gpus: float | None) -> float | None:
+        if num_gpus and num_gpus > 1 and num_gpus % 1:
+            raise ValueError(
+                f"{num_gpus:g} is neither a share of one GPU nor a whole number; give {int(num_gpus)} or {int(num_gpus) + 1}, or less than 1"
+            )
+        return num_gpus
+
+    @model_validator(mode="after")
+    def _check_split(self) -> Self:
+        if self.backend == "transformers" and self.num_gpus and self.num_gpus > 1:
+            raise ValueError(
+                f"`num_gpus: {self.num_gpus:g}` splits a model, which `backend: transformers` does not; set `num_gpus: 1`, or `backend: vllm`"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -29,6 +29,7 @@ from expo_ray.extrapolation.publish import Published, publish
 from expo_ray.extrapolation.run_job import run_pairs
 from expo_ray.extrapolation.step import GROUPS, Step
 from expo_ray.on_ray.extrapolation import OnRay, check_gpus
+from expo_ray.on_ray.rewards.memory import check_memory
 from expo_ray.on_ray.rewards.pool import RewardPool
 from expo_ray.on_ray.serving.serve_models import serving
 from expo_ray.progress import Progress
@@ -91,6 +92,7 @@ class _SearchRun:
 
     def search(self, plans: Sequence[PairPlan]) -> None:
         """Search pairs, as many at a time as the cluster has room for; a batch whose engines do not start fails alone."""
+        check_memory([pool.need for pool in self._pools])
         size = _pairs_at_once(self._checked, self._pools)
         with Progress("search", self._store, rows="responses") as progress:
             for first in range(0, len(plans), size):

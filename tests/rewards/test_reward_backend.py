@@ -89,7 +89,7 @@ class _OffByOne:
 
     name = "off by one"
 
-    def __init__(self, model: Classifier, folder: Path, dtype: str, *, cuda: bool, gpu_share: float) -> None:
+    def __init__(self, model: Classifier, folder: Path, dtype: str, *, cuda: bool, **_: float) -> None:
         self._reference = TransformersBackend(folder, dtype, cuda=cuda)
 
     def score(self, ids: Sequence[Sequence[int]]) -> list[float]:
@@ -104,7 +104,7 @@ def test_an_engine_that_scores_otherwise_does_not_get_to_work(
     model = inspect_reward_model(RewardModel(model=str(folder), backend="vllm"))
     assert isinstance(model, Classifier)
     with pytest.raises(RewardError, match="disagree on 16 of 16 texts"):
-        load_backend(model, folder, "fp32", gpu_share=0, probe=ids[:16])
+        load_backend(model, folder, "fp32", num_gpus=0, probe=ids[:16])
 
 
 @pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
@@ -126,8 +126,8 @@ def test_auto_takes_the_reference_for_what_vllm_does_not_know(
     )
     assert isinstance(unknown, Classifier)
     assert isinstance(known, Classifier)
-    assert load_backend(known, folder, "fp32", gpu_share=0).name == "off by one"  # in the place of vLLM
-    backend = load_backend(unknown, tmp_path, "fp32", gpu_share=0)
+    assert load_backend(known, folder, "fp32", num_gpus=0).name == "off by one"  # in the place of vLLM
+    backend = load_backend(unknown, tmp_path, "fp32", num_gpus=0)
     assert backend.name.startswith("transformers ")
     with torch.inference_mode():
         expected = network.eval()(torch.tensor([[5, 6, 7]])).logits[0, 0].item()

