@@ -20,6 +20,7 @@ QUESTIONS = {
     "decisions": "which alpha does the pipeline choose on real models, and what stops it?",
     "swap": "what does another alpha cost by a swap, against starting an engine on the published folder?",
     "swap_wait": "how long does an engine wait for a swap, against the floor, and with the next alpha made ahead?",
+    "swap_slices": "how much does each worker read and compute for a swap, and which architectures does that cover?",
     "swap_architectures": "do swapped weights of many architectures answer as transformers does?",
     "serving": "what does the endpoint cost, against vLLM alone on the same prompts?",
     "judgments": "do intervals of judged win rates cover the truth, and what does a judge who likes length change?",
@@ -28,7 +29,7 @@ QUESTIONS = {
 }
 # These measure the quality of results instead of this machine's speed. They take many minutes, so they run only when named.
 ONLY_WHEN_NAMED = {
-    "alpha_search", "coverage", "decisions", "gpu", "judgments", "rounding", "swap_architectures",
+    "alpha_search", "coverage", "decisions", "gpu", "judgments", "rounding", "swap_architectures", "swap_slices",
 }  # fmt: skip
 
 

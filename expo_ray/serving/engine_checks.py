@@ -25,6 +25,11 @@ _NOT_DECIDING = {
     "allowed_media_domains", "distributed_executor_backend", "dtype", "gpu_memory_utilization", "kv_cache_memory_bytes",
     "max_model_len", "max_num_batched_tokens", "max_num_seqs", "use_tqdm_on_load", "worker_extension_cls",
 }  # fmt: skip
+# Arguments with which an engine of a pair holds other values, or holds them elsewhere, than a checkpoint has.
+_NOT_SWAPPED = {
+    "quantization": "an engine that quantises holds other weights than those published",
+    "enable_eplb": "an engine that balances experts moves them while it runs",
+}
 _CHECK_ARGUMENTS = """
 import dataclasses, json, sys
 from pydantic import TypeAdapter, ValidationError
@@ -66,6 +71,13 @@ def check_engine(settings: Serving, plans: Sequence[PairPlan]) -> None:
         with problems.catching():
             _check_arguments(settings.engine)
     workers = settings.engine.get("tensor_parallel_size", settings.tensor_parallel_size)
+    for name, value in settings.engine.items() if plans else ():
+        if value and name in _NOT_SWAPPED:
+            with problems.catching():
+                raise JobError(
+                    f"`engine: {{{name}: {shown(str(value))}}}`: {_NOT_SWAPPED[name]}, so the weights of another alpha could not be "
+                    "compared; leave it out, or publish the models and serve their folders under `models`"
+                )
     for plan in plans if isinstance(workers, int) and workers > 1 else ():
         with problems.catching():
             _check_workers(plan, workers)

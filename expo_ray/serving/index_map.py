@@ -8,6 +8,7 @@ regular grid of elements on both sides, and a few integers tell where every elem
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -276,3 +277,59 @@ def source_indices(copy: Copy) -> Iterator[tuple[int, int]]:
         sources = (sources[:, None] + steps * axis.source).ravel()
         targets = (targets[:, None] + steps * axis.target).ravel()
     yield from zip(sources.tolist(), targets.tolist(), strict=True)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some elements of a copy, in rows and columns of its parameter.
+
+    Attributes:
+        rows: indices of all of the parameter's dimensions but the last.
+        columns: indices of the last.
+        origins: (rows, columns) indices of the elements in the tensor.
+    """
+
+    rows: Sequence[tuple[int, ...]]
+    columns: Sequence[int]
+    origins: np.ndarray[Any, np.dtype[np.int64]]
+
+
+def sample(copy: Copy, shape: Sequence[int], count: int, generator: random.Random) -> Sample:
+    """Draw at most `count` rows and columns of what a copy writes.
+
+    Args:
+        shape: of the parameter.
+
+    Raises:
+        Irregular: if the copy is no grid of rows and columns.
+    """
+    start, parts = locate(copy.target, [(axis.size, axis.target) for axis in copy.axes], shape)
+    steps: list[tuple[Step, int]] = []
+    for axis, part in zip(copy.axes, parts, strict=True):
+        source = axis.source
+        for step in reversed(part):
+            steps.append((step, source))
+            source *= step.size
+    last = len(shape) - 1
+    rows = _draw(start, [step for step in steps if step[0].dimension != last], count, generator)
+    columns = _draw(start, [step for step in steps if step[0].dimension == last], count, generator)
+    return Sample(
+        [index[:-1] for index in rows],
+        [index[-1] for index in columns],
+        copy.source + np.array(list(rows.values()))[:, None] + np.array(list(columns.values())),
+    )
+
+
+def _draw(
+    start: tuple[int, ...], steps: Sequence[tuple[Step, int]], count: int, generator: random.Random
+) -> dict[tuple[int, ...], int]:
+    """Indices drawn along some axes, each with its distance in the tensor from the first element."""
+    drawn: dict[tuple[int, ...], int] = {}
+    for _ in range(count):
+        index, distance = list(start), 0
+        for step, source in steps:
+            times = generator.randrange(step.size)
+            index[step.dimension] += times * step.stride
+            distance += times * source
+        drawn[tuple(index)] = distance
+    return dict(sorted(drawn.items()))

@@ -14,7 +14,7 @@ import mmap
 import threading
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -29,6 +29,7 @@ from expo_ray.arithmetic.sums import refuse_broken
 from expo_ray.checkpoint.folder import Checkpoint
 from expo_ray.checkpoint.tensors import DTYPE_BYTES, Tensor
 from expo_ray.errors import InputChanged
+from expo_ray.extrapolation.layout import ShardPlan, out_bytes
 from expo_ray.extrapolation.match import TensorPlan
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.step import Step, stepped
@@ -44,6 +45,7 @@ _BLOCK = 2048
 _LARGEST_GAP = 8
 
 Words = np.ndarray[Any, np.dtype[Any]]
+_NOTHING: Words = np.empty(0, np.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,14 +160,25 @@ class Slices:
             fills.setdefault(fill.parameter, []).append(fill)
         return fills
 
-    def at(self, step: Step) -> StepSlices:
+    def at(self, step: Step, made: Words = _NOTHING) -> StepSlices:
         """The same slices at a step.
+
+        Args:
+            made: the first bytes of the shards' files at this step, one after another, where they are computed already.
 
         Raises:
             InputChanged: if a parent is no longer the one that was planned.
         """
+        self.check()
+        return StepSlices(self, stepped(self._plan, step), step.alpha, made)
+
+    def check(self) -> None:
+        """Check that the parents are those that were planned.
+
+        Raises:
+            InputChanged: if one is not.
+        """
         self._files.check()
-        return StepSlices(self, stepped(self._plan, step), step.alpha)
 
     def close(self) -> None:
         """End the threads and give the files back."""
@@ -183,37 +196,44 @@ class Slices:
 class StepSlices:
     """The parameters of one worker at one step."""
 
-    def __init__(self, slices: Slices, plan: PairPlan, alpha: float) -> None:
-        self._slices, self._plan, self._alpha = slices, plan, alpha
+    def __init__(self, slices: Slices, plan: PairPlan, alpha: float, made: Words) -> None:
+        self.slices, self._plan, self._alpha = slices, plan, alpha
         self._tensors = {tensor.name: tensor for shard in plan.shards for tensor in shard.tensors}
+        self._made = dict(_whole_tensors(plan.shards, made))
 
     def begin(self, outs: Mapping[str, torch.Tensor]) -> Pending:
         """Begin to fill parameters, by name: contiguous tensors in the memory of the CPU, of the parameter's shape and any dtype.
 
         Values are rounded once more if that dtype does not hold them, as the engine's own loader does.
         """
-        pool = self._slices._pool
+        pool = self.slices._pool
         futures: list[Future[Work]] = []
         for name, out in outs.items():
             assert out.is_contiguous(), name
             assert out.device.type == "cpu", name
-            for fill in self._slices._fills.get(name, ()):
+            for fill in self.slices._fills.get(name, ()):
                 _strided(out, fill.target, fill.axes).fill_(fill.value)
-            for tensor, pieces in self._slices._pieces[name]:
+            for tensor, pieces in self.slices._pieces[name]:
                 planned = self._tensors[tensor]
                 futures += [pool.submit(self._compute, planned, piece, out) for piece in pieces]
-        return Pending(self._slices, futures)
+        return Pending(self.slices, futures)
 
     def fill(self, outs: Mapping[str, torch.Tensor]) -> None:
-        """Fill parameters, see `begin` and `Pending.wait`."""
+        """Fill parameters, see `begin`.
+
+        Raises:
+            ArithmeticFault: if the result holds NaN or infinities.
+            InputChanged: if a parent is no longer the one that was planned.
+        """
         self.begin(outs).wait()
+        self.slices.check()
 
     def _compute(self, tensor: TensorPlan, piece: Piece, out: torch.Tensor) -> Work:
         """Compute a piece into its place in `out`."""
         dtype, width = TORCH_DTYPES[tensor.dtype], DTYPE_BYTES[tensor.dtype]
         if piece.is_dense and out.dtype == dtype:
             return self._compute_into(tensor, piece, out.data_ptr() + piece.target * width)
-        scratch = self._slices._scratch("out", piece.count, width)
+        scratch = self.slices._scratch("out", piece.count, width)
         work = self._compute_into(tensor, piece, scratch.ctypes.data)
         values = torch.from_numpy(scratch.view(np.uint8)).view(dtype)
         taken = torch.as_strided(
@@ -223,7 +243,12 @@ class StepSlices:
         return work
 
     def _compute_into(self, tensor: TensorPlan, piece: Piece, out: int) -> Work:
-        """Compute all elements of a piece, one after the other from the address `out` on."""
+        """Compute all elements of a piece, one after the other from the address `out` on, or copy what is made already."""
+        if tensor.name in self._made:
+            width = DTYPE_BYTES[tensor.dtype]
+            target = np.ctypeslib.as_array((ctypes.c_uint8 * (piece.count * width)).from_address(out))
+            _gather(self._made[tensor.name], piece, piece.first, target.view(f"V{width}"))
+            return Work()
         if not tensor.runs:
             return self._compute_rows(tensor, piece, piece.first if tensor.sft else None, out)
         work, width = Work(), DTYPE_BYTES[tensor.dtype]
@@ -259,18 +284,36 @@ class StepSlices:
     def _read(self, use: str, parent: Checkpoint, tensor: Tensor, piece: Piece, first: int) -> int:
         """Address of a piece's elements of one parent, one after the other: where the file is mapped, or a copy."""
         width = DTYPE_BYTES[tensor.dtype]
-        data = self._slices._files.data(parent, tensor.file)
+        data = self.slices._files.data(parent, tensor.file)
         start = tensor.start + first * width
         if piece.rows == 1 and (data.ctypes.data + start) % width == 0:
             return int(data.ctypes.data) + start
-        end = start + ((piece.rows - 1) * piece.pitch + piece.run) * width
-        elements = data[start:end].view(f"V{width}")
-        rows = np.lib.stride_tricks.as_strided(
-            elements, (piece.rows, piece.run), (piece.pitch * width, width), writeable=False
-        )
-        scratch = self._slices._scratch(use, piece.count, width)
-        np.copyto(scratch.reshape(piece.rows, piece.run), rows)
+        scratch = self.slices._scratch(use, piece.count, width)
+        _gather(data[tensor.start : tensor.start + tensor.nbytes], piece, first, scratch)
         return int(scratch.ctypes.data)
+
+
+def _gather(data: Words, piece: Piece, first: int, out: Words) -> None:
+    """Copy the rows of a piece, which begins at element `first` of a tensor's bytes, one after the other into `out`."""
+    width = out.dtype.itemsize
+    elements = data[first * width : (first + (piece.rows - 1) * piece.pitch + piece.run) * width].view(
+        out.dtype
+    )
+    strides = (piece.pitch * width, width)
+    rows = np.lib.stride_tricks.as_strided(elements, (piece.rows, piece.run), strides, writeable=False)
+    np.copyto(out.reshape(piece.rows, piece.run), rows)
+
+
+def _whole_tensors(shards: Sequence[ShardPlan], made: Words) -> Iterator[tuple[str, Words]]:
+    """Names and bytes of the tensors that are complete among the first bytes of the shards' files."""
+    for shard in shards:
+        made = made[len(shard.header) :]
+        for tensor in shard.tensors:
+            size = out_bytes(tensor)
+            if size > len(made):
+                return
+            yield tensor.name, made[:size]
+            made = made[size:]
 
 
 @dataclass(frozen=True)
@@ -285,15 +328,18 @@ class Pending:
 
         Raises:
             ArithmeticFault: if the result holds NaN or infinities.
-            InputChanged: if a parent is no longer the one that was planned.
         """
         try:
             for future in self.futures:
                 self.slices.work += future.result()
         finally:
-            for future in self.futures:
-                future.cancel()
-        self.slices._files.check()
+            self.stop()
+
+    def stop(self) -> None:
+        """Begin no more pieces, and wait for those begun: nothing is written afterwards."""
+        for future in self.futures:
+            future.cancel()
+        wait(self.futures)
 
 
 class _MappedFiles:

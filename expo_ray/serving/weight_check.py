@@ -8,7 +8,6 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -86,8 +85,8 @@ class EngineWeights(Protocol):
 
     dtype: torch.dtype
 
-    def trace(self, name: str, shape: Sequence[int]) -> TracedTensor:
-        """Follow one tensor of the checkpoint through the engine's loader; the weights stay as they are.
+    def trace(self, name: str, shape: Sequence[int], generator: random.Random) -> TracedTensor:
+        """Find where the engine holds one tensor of the checkpoint, at places drawn anew each time if it can be.
 
         Raises:
             Exception: any, if the loader does not take this tensor alone.
@@ -128,7 +127,6 @@ class Comparison:
     def __init__(self, plan: PairPlan, weights: EngineWeights) -> None:
         self._plan, self._weights = plan, weights
         self._kinds = _kinds_of(plan)
-        self._traced = lru_cache(maxsize=1024)(self._trace)
         self.left_out: dict[str, str] = {}
         self._unused: set[Kind] = set()
         self._comparable = set(self._kinds)
@@ -193,7 +191,8 @@ class Comparison:
         sampled = generator.sample(range(len(tensors)), min(count, len(tensors)))
         samples = []
         for index in sampled:
-            places = [place.sample(generator, SAMPLE_SIZE) for place in self._traced(tensors[index]).places]
+            traced = self._trace(tensors[index], generator)
+            places = [place.sample(generator, SAMPLE_SIZE) for place in traced.places]
             samples.append(_Sample(tensors[index], places))
         return [sample for sample in samples if sample.places]
 
@@ -203,7 +202,7 @@ class Comparison:
         used = False
         for tensor in tensors[::stride]:
             try:
-                traced = self._traced(tensor)
+                traced = self._trace(tensor, random.Random(tensor.name))
             except Exception as error:  # whatever an architecture's own loader raises
                 return self._leave_out(kind, f"vLLM's loader does not take them alone: {shown(error)}")
             used |= traced.used
@@ -222,8 +221,8 @@ class Comparison:
         self.left_out[shown(kind[0])] = reason
         return False
 
-    def _trace(self, tensor: TensorPlan) -> TracedTensor:
-        return self._weights.trace(tensor.name, tensor.shape)
+    def _trace(self, tensor: TensorPlan, generator: random.Random) -> TracedTensor:
+        return self._weights.trace(tensor.name, tensor.shape, generator)
 
     def _agree(self, sample: _Sample, exact: torch.Tensor) -> bool:
         places = {row: index for index, row in enumerate(sample.rows)}

@@ -32,6 +32,20 @@ def test_heads_that_cannot_be_spread_over_the_workers_are_refused(tmp_path: Path
     assert len(problems(plans, tensor_parallel_size=4)) == 1
 
 
+def test_engines_that_hold_other_weights_than_a_pair_s_are_refused_and_those_of_published_models_are_not(
+    tmp_path: Path,
+) -> None:
+    sft, dpo = write_pair(tmp_path)
+    plans = [plan_pair(Pair(name="pair", sft=str(sft), dpo=str(dpo)), {})]
+    engine = {"quantization": "fp8", "enable_eplb": True}
+    quantised, balanced = problems(plans, engine=engine)
+    assert "`engine: {quantization: fp8}`: an engine that quantises holds other weights" in quantised
+    assert "leave it out, or publish" in quantised
+    assert "enable_eplb: True" in balanced
+    assert problems(plans, engine={"quantization": None, "enable_eplb": False}) == []
+    assert problems(engine=engine) == []
+
+
 @pytest.mark.vllm
 def test_arguments_that_vllm_s_engine_does_not_take_are_refused_all_at_once() -> None:
     engine = {

@@ -26,16 +26,18 @@ _ENVIRONMENT = {
 
 
 @contextmanager
-def worker(folder: Path, workers: int, rank: int, dtype: Dtype = "auto") -> Iterator[Any]:
-    """The model in `folder` as worker `rank` of `workers` makes it, before its weights are loaded.
+def worker(
+    folder: Path, workers: int, rank: int, dtype: Dtype = "auto", device: str = "cpu"
+) -> Iterator[Any]:
+    """The model in `folder` as worker `rank` of `workers` makes it, before its weights are loaded; on `meta` it takes no memory.
 
     vLLM's groups of processes have this one as their only member; what layers read of them is replaced.
     """
     with patch.dict(os.environ, _ENVIRONMENT):
-        yield from _make_worker(folder, workers, rank, dtype)
+        yield from _make_worker(folder, workers, rank, dtype, device)
 
 
-def _make_worker(folder: Path, workers: int, rank: int, dtype: Dtype) -> Iterator[Any]:
+def _make_worker(folder: Path, workers: int, rank: int, dtype: Dtype, device: str) -> Iterator[Any]:
     from vllm.config import set_current_vllm_config
     from vllm.distributed import parallel_state
     from vllm.engine.arg_utils import EngineArgs
@@ -56,7 +58,7 @@ def _make_worker(folder: Path, workers: int, rank: int, dtype: Dtype) -> Iterato
                 stack.enter_context(patch.object(group, "world_size", workers))
                 stack.enter_context(patch.object(group, "rank_in_group", rank))
             computes_in: Any = config.model_config.dtype
-            with set_default_torch_dtype(computes_in):
+            with set_default_torch_dtype(computes_in), torch.device(device):
                 model = initialize_model(config)
             yield model
 

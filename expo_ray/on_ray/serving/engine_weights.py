@@ -2,9 +2,10 @@
 
 Like `engine_adapter` this file knows private names of vLLM.
 
-Nothing here knows an architecture. vLLM's own loader is given tensors that hold the indices of their elements instead of weights.
-So it shows where each element goes: fused, transposed, sliced or one of many experts. Layers that pack their weights are given
-indices as well, or are probed: multiplied with unit vectors, a linear layer returns its columns, however it has packed them.
+Nothing here knows an architecture. The index map says where each element goes: fused, transposed, sliced or one of many experts.
+Where there is none, because a loader looks at values, it is given tensors that hold the indices of their elements instead of
+weights. Layers that pack their weights are given indices as well, or are probed: multiplied with unit vectors, a linear layer
+returns its columns, however it has packed them.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ import inspect
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 
+from expo_ray.serving.index_map import Copy, IndexMap, Irregular, sample
 from expo_ray.serving.weight_check import Place, TracedTensor
 
 # Places that are kept of each tensor, in each of two directions.
@@ -29,13 +33,29 @@ class VllmWeights:
     Args:
         model: vLLM's, whose layers may hold several tensors of the checkpoint, or a slice of one.
         dtype: that the engine computes in.
+        index_map: of this worker; with an obstacle it serves as well for the tensors that it has.
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype) -> None:
-        self._model, self.dtype = model, dtype
+    def __init__(self, model: Any, dtype: torch.dtype, index_map: IndexMap) -> None:
+        self._model, self.dtype, self._map = model, dtype, index_map
+        self._modules = dict(model.named_modules())
+        self._traced_by_labels = lru_cache(maxsize=1024)(trace)
 
-    def trace(self, name: str, shape: Sequence[int]) -> TracedTensor:
-        return trace(self._model, name, shape)
+    def trace(self, name: str, shape: Sequence[int], generator: random.Random) -> TracedTensor:
+        if name in self._map.refused:
+            return self._traced_by_labels(self._model, name, tuple(shape))
+        copies = self._map.by_tensor.get(name, ())
+        try:
+            return TracedTensor(bool(copies), [self._place(copy, shape, generator) for copy in copies])
+        except Irregular:
+            return self._traced_by_labels(self._model, name, tuple(shape))
+
+    def _place(self, copy: Copy, shape: Sequence[int], generator: random.Random) -> Place:
+        prefix, _, parameter = copy.parameter.rpartition(".")
+        held_shape = self._map.shapes[copy.parameter]
+        drawn = sample(copy, held_shape, GRID, generator)
+        origins = torch.from_numpy(np.stack(np.unravel_index(drawn.origins, tuple(shape)), axis=-1))
+        return Place(self._modules[prefix], parameter, held_shape, drawn.rows, drawn.columns, origins)
 
     def held_values(self, place: Place) -> list[torch.Tensor]:
         return held_values(self._model, place, self.dtype)

@@ -144,7 +144,8 @@ class PairServer(ModelServer):
         self._lease = Lease(self._swap, DPO if holds_dpo else None, expected, self._make_ahead)
         self._announcements: set[asyncio.Task[Any]] = set()
         await super().__init__(llm_config, fetch=lambda: rebuild_engine_folder(plan))
-        await self.collective_rpc("expo_open", args=(pickle.dumps(plan), holds_dpo))
+        (opened, *_) = await self.collective_rpc("expo_open", args=(pickle.dumps(plan), holds_dpo))
+        self._about |= opened
 
     def _weights_of(self, name: ServedName) -> str:
         step = name.step or DPO

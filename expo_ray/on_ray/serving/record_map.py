@@ -63,14 +63,25 @@ def record_map(model: Any, tensors: Mapping[str, tuple[str, Sequence[int]]]) -> 
     Returns:
         A map; where loaders compute with values instead of copying them, it says so in `refused`.
     """
-    with checkpoint_format(model) as parameters:
+    with checkpoint_format(model) as (parameters, shared):
         recorder = _Recorder(parameters)
         with torch.device("cpu"), recorder:
             recorder.drive(model.load_weights, tensors)
+    for copy in recorder.copies:
+        if copy.parameter in shared:
+            reason = f"the engine keeps it in the memory of {shared[copy.parameter]}"
+            recorder.refused[copy.tensor] = reason
     shapes = {
-        name: tuple(tensor.shape) for name, tensor in parameters.items() if recorder.expected(name, tensor)
+        name: tuple(tensor.shape)
+        for name, tensor in parameters.items()
+        if name not in shared and recorder.expected(name, tensor)
     }
-    return IndexMap(shapes, recorder.copies, recorder.fills, recorder.refused)
+    return IndexMap(
+        shapes,
+        [copy for copy in recorder.copies if copy.parameter in shapes],
+        [fill for fill in recorder.fills if fill.parameter in shapes],
+        recorder.refused,
+    )
 
 
 class _Recorder(TorchDispatchMode):
@@ -128,7 +139,9 @@ class _Recorder(TorchDispatchMode):
         name = None if written is None else self._parameters.get(_memory(written))
         if written is None or name is None:
             result = func(*args, **kwargs)
-            if func in _CLONES:
+            if written is not None:
+                self._sources.pop(_memory(written), None)  # it no longer holds what the checkpoint does
+            elif func in _CLONES:
                 self._note_clone(args[0], result)
             return result
         try:
@@ -197,18 +210,19 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.
 
 
 @contextmanager
-def checkpoint_format(model: Any) -> Iterator[dict[str, torch.Tensor]]:
+def checkpoint_format(model: Any) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, str]]]:
     """Give the layers of a model the parameters that a loader fills, without memory, and afterwards their own again.
 
     Yields:
-        Parameters and buffers by name. Those that other layers share are there once.
+        Parameters and buffers by name; and those of them that the model keeps in the memory of another, with its name.
     """
     from vllm.model_executor.model_loader.reload.layerwise import _place_kernel_tensors, get_layerwise_info
     from vllm.model_executor.model_loader.reload.meta import restore_layer_on_meta
     from vllm.model_executor.model_loader.reload.utils import get_layer_params_buffers, get_layer_tensors
 
-    shared: set[int] = set()
+    names: dict[int, str] = {}
     tensors: dict[str, torch.Tensor] = {}
+    shared: dict[str, str] = {}
     infos: list[tuple[Any, Any]] = []
     try:
         for prefix, layer in model.named_modules():
@@ -220,12 +234,12 @@ def checkpoint_format(model: Any) -> Iterator[dict[str, torch.Tensor]]:
             restore_layer_on_meta(layer, info)
             present: dict[str, torch.Tensor] = get_layer_tensors(layer)
             for name, tensor in present.items():
-                kept = own[0].get(name)
-                if kept is not None and id(kept) in shared:
-                    continue
-                shared.add(id(kept if kept is not None else tensor))
-                tensors[f"{prefix}.{name}" if prefix else name] = tensor
-        yield tensors
+                full_name = f"{prefix}.{name}" if prefix else name
+                tensors[full_name] = tensor
+                first = names.setdefault(id(own[0].get(name, tensor)), full_name)
+                if first != full_name:
+                    shared[full_name] = first
+        yield tensors, shared
     finally:
         for layer, info in infos:
             _place_kernel_tensors(layer, info)
