@@ -21,6 +21,7 @@ QUESTIONS = {
     "swap": "what does another alpha cost by a swap, against starting an engine on the published folder?",
     "swap_wait": "how long does an engine wait for a swap, against the floor, and with the next alpha made ahead?",
     "swap_slices": "how much does each worker read and compute for a swap, and which architectures does that cover?",
+    "adapters": "what do several alphas of a LoRA pair cost side by side, against swaps and a merged model?",
     "swap_architectures": "do swapped weights of many architectures answer as transformers does?",
     "serving": "what does the endpoint cost, against vLLM alone on the same prompts?",
     "judgments": "do intervals of judged win rates cover the truth, and what does a judge who likes length change?",
@@ -29,7 +30,7 @@ QUESTIONS = {
 }
 # These measure the quality of results instead of this machine's speed. They take many minutes, so they run only when named.
 ONLY_WHEN_NAMED = {
-    "alpha_search", "coverage", "decisions", "gpu", "judgments", "rounding", "swap_architectures", "swap_slices",
+    "adapters", "alpha_search", "coverage", "decisions", "gpu", "judgments", "rounding", "swap_architectures", "swap_slices",
 }  # fmt: skip
 
 

@@ -81,8 +81,19 @@ class PairPlan:
 
         A merged model is sft's architecture with the adapter's tokenizer.
         """
-        sources = dict.fromkeys(self.base.side_files, self.base)
-        own = [key for key in self.dpo.side_files if self.base is self.dpo or key not in _OF_THE_BASE]
+        return self._files_beside(self.base)
+
+    @property
+    def engine_side_files(self) -> Mapping[str, Checkpoint]:
+        """The files beside the weights that an engine for the pair reads, by key, and the parent that each is taken from.
+
+        For an adapter they are those of the merged model, whether or not the output is one.
+        """
+        return self._files_beside(self.sft if self.dpo.adapter else self.dpo)
+
+    def _files_beside(self, model: Checkpoint) -> Mapping[str, Checkpoint]:
+        sources = dict.fromkeys(model.side_files, model)
+        own = [key for key in self.dpo.side_files if model is self.dpo or key not in _OF_THE_BASE]
         return sources | dict.fromkeys(own, self.dpo)
 
     @property

@@ -122,9 +122,18 @@ def _put_first(store: Store, key: str, data: bytes) -> bytes:
 def _files_written_anew(plan: PairPlan, alpha: float) -> Iterator[tuple[str, bytes]]:
     """Key and content of the files beside the weights that are no copies."""
     if plan.scaled:
-        yield ADAPTER_CONFIG, _json(scaled_adapter_config(plan.dpo.adapter, alpha))
+        yield ADAPTER_CONFIG, scaled_config_file(plan, alpha)
     elif len(plan.shards) > 1:
         yield index_of(plan.shards), _json(_index(plan))
+
+
+def scaled_config_file(plan: PairPlan, alpha: float) -> bytes:
+    """Content of the published `adapter_config.json` of a scaled adapter.
+
+    Raises:
+        CheckpointError: if a scale is not a number at this alpha.
+    """
+    return _json(scaled_adapter_config(plan.dpo.adapter, alpha))
 
 
 def _index(plan: PairPlan) -> dict[str, Any]:

@@ -108,16 +108,17 @@ class _SearchRun:
         """Start the engines of some pairs and search all of them at the same time."""
         settings = self._job.serving
         with serving(plans, (), settings) as endpoint, ThreadPoolExecutor(len(plans)) as threads:
+            at_once = [settings.replicas * endpoint.alphas_at_once(plan.name) for plan in plans]
             evaluators = [
                 PairEvaluator(
                     plan, endpoint.url, self._scorers, sampling=self._job.sampling, store=self._store, progress=progress,
-                    slots=endpoint.slots // len(plans), at_once=settings.replicas, key_variable=endpoint.key_variable,
+                    slots=endpoint.slots // len(plans), at_once=steps, key_variable=endpoint.key_variable,
                 )
-                for plan in plans
+                for plan, steps in zip(plans, at_once, strict=True)
             ]  # fmt: skip
             searching = [
-                threads.submit(self._search_pair, plan, evaluator, progress)
-                for plan, evaluator in zip(plans, evaluators, strict=True)
+                threads.submit(self._search_pair, plan, evaluator, steps, progress)
+                for plan, evaluator, steps in zip(plans, evaluators, at_once, strict=True)
             ]
             for plan, future in zip(plans, searching, strict=True):
                 try:
@@ -126,13 +127,19 @@ class _SearchRun:
                     self.searches.add_failure([plan], error)
             self.searches.num_tokens += sum(evaluator.num_tokens for evaluator in evaluators)
 
-    def _search_pair(self, plan: PairPlan, evaluator: PairEvaluator, progress: Progress) -> PairResult:
-        """Choose alpha, then multipliers if the job asks for them, and store the result."""
+    def _search_pair(
+        self, plan: PairPlan, evaluator: PairEvaluator, steps: int, progress: Progress
+    ) -> PairResult:
+        """Choose alpha, then multipliers if the job asks for them, and store the result.
+
+        Args:
+            steps: that the pair's engines answer at the same time.
+        """
         search_id = self._checked.search_id(plan)
         result = search_pair(
             plan, self._checked.prompts, self._job.search, evaluator,
             announce=lambda text: progress.note(plan.name, text),
-            at_once=self._job.serving.replicas + 1,  # the next step is asked while rewards of the last are made
+            at_once=steps + 1,  # the next step is asked while rewards of the last are made
             rung_log=RungLog(self._store, rungs_key(plan.name, search_id)),
         )  # fmt: skip
         results = results_json(Results(self._store.uri, "", (result,)))

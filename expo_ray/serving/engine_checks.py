@@ -20,8 +20,10 @@ from expo_ray.text import shown, shown_names
 _HEADS = ("num_attention_heads", "n_head", "num_heads")
 _CONFIG = "config.json"
 _ARGUMENTS_TIMEOUT_S = 120.0
+# Without them an engine has no adapters. They decide no answer: whether an adapter is merged is part of the weights' identity.
+ARGUMENTS_OF_ADAPTERS = {"enable_lora", "lora_target_modules", "max_cpu_loras", "max_lora_rank", "max_loras"}
 # Arguments that decide how fast an engine is, and those that its card names one by one.
-_NOT_DECIDING = {
+_NOT_DECIDING = ARGUMENTS_OF_ADAPTERS | {
     "allowed_media_domains", "distributed_executor_backend", "dtype", "gpu_memory_utilization", "kv_cache_memory_bytes",
     "max_model_len", "max_num_batched_tokens", "max_num_seqs", "use_tqdm_on_load", "worker_extension_cls",
 }  # fmt: skip
@@ -60,6 +62,11 @@ def deciding_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name not in _NOT_DECIDING}
 
 
+def without_adapters(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of an engine whose weights are swapped: it cannot have adapters, whose layers take the place of its own."""
+    return {name: value for name, value in arguments.items() if name not in ARGUMENTS_OF_ADAPTERS}
+
+
 def check_engine(settings: Serving, plans: Sequence[PairPlan]) -> None:
     """Check that vLLM takes these values, and that each pair's heads can be spread over the workers; nothing is started.
 
@@ -85,7 +92,7 @@ def check_engine(settings: Serving, plans: Sequence[PairPlan]) -> None:
 
 
 def _check_workers(plan: PairPlan, workers: int) -> None:
-    parent = plan.side_files.get(_CONFIG)
+    parent = plan.engine_side_files.get(_CONFIG)
     if parent is None or _CONFIG not in parent.files:
         return
     config = read_json(open_store(parent.uri), parent.files[_CONFIG])

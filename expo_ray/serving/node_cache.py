@@ -58,7 +58,7 @@ def rebuild_engine_folder(plan: PairPlan) -> Path:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         weights = {key: local.sft for key in local.sft.files if key not in local.sft.side_files}
-        for key, parent in {**weights, **local.side_files}.items():
+        for key, parent in {**weights, **local.engine_side_files}.items():
             (folder / key).parent.mkdir(parents=True, exist_ok=True)
             (folder / key).symlink_to(Path(parent.uri) / key)
     return folder

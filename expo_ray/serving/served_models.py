@@ -5,16 +5,20 @@ A served name is `<pair>@<alpha>`, `<pair>` for dpo, or the name of a published 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from expo_ray.config import Job, Pair, format_alpha
 from expo_ray.errors import Collected, ExpoError
-from expo_ray.extrapolation.plan import PairPlan, plan_from_headers, plan_pair
+from expo_ray.extrapolation.plan import PairPlan, plan_pair
 from expo_ray.extrapolation.plan_job import outputs_of
 from expo_ray.extrapolation.step import Step, parse_step
 from expo_ray.published.verify import refuse_foreign_files
+from expo_ray.serving.adapters import merged_plan, note_of_merging, reason_to_merge
 from expo_ray.storage import open_store
+
+log = logging.getLogger("expo_ray")
 
 # Header of a request: the served name that the client will probably ask for next, whose weights are then made ahead.
 NEXT_MODEL = "Expo-Next-Model"
@@ -72,7 +76,9 @@ def names_by_engine(job: Job) -> Mapping[str, Sequence[str]]:
 
 
 def plan_served_pairs(job: Job) -> list[PairPlan]:
-    """Plan the pairs of a job as engines hold them: whole models, LoRA adapters merged, whatever is published in the end.
+    """Plan the pairs of a job as engines hold them: whole models, or an adapter whose alphas one engine serves side by side.
+
+    An adapter that the job scales is merged where vLLM cannot serve it so; the log says why.
 
     Raises:
         Problems: with everything that is wrong with any pair or published model.
@@ -80,7 +86,7 @@ def plan_served_pairs(job: Job) -> list[PairPlan]:
     problems, plans = Collected(), []
     for pair in job.pairs:
         with problems.catching():
-            plans.append(_plan_whole(job, pair))
+            plans.append(_plan_served(job, pair))
     for model in job.models:
         with problems.catching():
             check_model(model.uri)
@@ -100,9 +106,15 @@ def check_model(uri: str) -> None:
     store.stat("config.json")
 
 
-def _plan_whole(job: Job, pair: Pair) -> PairPlan:
+def _plan_served(job: Job, pair: Pair) -> PairPlan:
     plan = plan_pair(pair, outputs_of(job, pair))
     if not plan.scaled:
         return plan
-    merged = pair.model_copy(update={"adapter": "merge"})
-    return plan_from_headers(merged, plan.sft, plan.dpo, plan.outputs)
+    merged = merged_plan(
+        plan
+    )  # in any case: an engine may come to it, and what it refuses no engine can hold
+    reason = reason_to_merge(plan, job.serving.engine)
+    if not reason:
+        return plan
+    log.info("%s: %s", plan.name, note_of_merging(reason))
+    return replace(merged, notes=(*merged.notes, note_of_merging(reason)))

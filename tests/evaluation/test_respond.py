@@ -294,7 +294,12 @@ def test_the_origin_depends_on_all_that_decides_a_response(
 def test_the_origin_names_every_setting() -> None:
     origin = origin_fields(Card(**CARD), Sampling())
     # Neither what a card says for the asking alone, nor the number of samples, decides a response.
-    assert {field.name for field in fields(Card)} - {"name", "vllm", "special_ids"} <= origin.keys()
+    assert {field.name for field in fields(Card)} - {
+        "name",
+        "vllm",
+        "special_ids",
+        "alphas_at_once",
+    } <= origin.keys()
     assert set(Sampling.model_fields) - {"samples"} == origin["sampling"].keys()
 
 

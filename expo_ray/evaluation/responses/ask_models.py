@@ -161,23 +161,31 @@ async def _ask_engine(
     progress: Counters,
     concurrency: int,
 ) -> None:
-    """Ask the models of one engine, one after the other: an engine holds the weights of one alpha at a time."""
+    """Ask the models of one engine: as many at the same time as it answers without a swap, mostly one after the other."""
+    at_once = min((questions.card.alphas_at_once for questions in of_engine), default=1)
+    turns, share = asyncio.Semaphore(at_once), -(-concurrency // max(1, min(at_once, len(of_engine))))
     failed = False
     open_names = [questions.card.name for questions in of_engine if questions.missing]
     client.next_models |= dict(pairwise(open_names))
-    for questions in of_engine:
+
+    async def ask(questions: OpenQuestions) -> None:
+        nonlocal failed
         name = questions.card.name
         try:
-            if (
-                failed
-            ):  # a card is asked for once: an endpoint that is gone costs no minutes of repeated requests
+            if failed:  # asked for once: an endpoint that is gone costs no minutes of repeated requests
                 await client.card(name)
-            collected.by_model[name] = await ask_open_questions(client, questions, progress, concurrency)
+            collected.by_model[name] = await ask_open_questions(client, questions, progress, share)
         except EndpointError as error:
             failed = True
             collected.failures.append(f"{name}: {error}")
         else:
             collected.failures += [f"{name}: {problem}" for problem in collected.by_model[name].problems]
+
+    async def in_turn(questions: OpenQuestions) -> None:
+        async with turns:
+            await ask(questions)
+
+    await run_all([in_turn(questions) for questions in of_engine])
 
 
 async def _only_name(client: Client) -> str:

@@ -225,7 +225,7 @@ def _read_json(files: TokenizerFiles, key: str) -> dict[str, Any]:
 
 def _files_of_plan(plan: PairPlan) -> TokenizerFiles:
     files: dict[str, tuple[Store, FileInfo]] = {}
-    for key, parent in plan.side_files.items():
+    for key, parent in plan.engine_side_files.items():
         files |= tokenizer_files(open_store(parent.uri), [parent.files[key]] if key in parent.files else [])
     return files
 

@@ -43,6 +43,7 @@ class Card:
         dtype: data type of its computations.
         max_model_len: longest prompt and response together, in tokens; 0 if unknown.
         vllm: True if requests may have the fields that vLLM adds to OpenAI's.
+        alphas_at_once: alphas of its pair that its engine answers at the same time without a swap.
         special_ids: ids of the tokens that its tokenizer calls special; empty if unknown.
     """
 
@@ -56,6 +57,7 @@ class Card:
     special_ids: frozenset[int] = frozenset()
     files: str = ""
     settings: str = ""
+    alphas_at_once: int = 1
 
 
 class _ForeignCard(Foreign):
@@ -74,6 +76,7 @@ class _Metadata(Foreign):
     special_ids: list[int] | None = None
     files: str | None = None
     settings: str | None = None
+    alphas_at_once: Annotated[int, Field(ge=1, lt=2**16)] | None = None
 
 
 def connect(url: str, timeout_s: float, key_variable: str = KEY_VARIABLE) -> httpx.AsyncClient:
@@ -152,6 +155,7 @@ async def get_card(http: httpx.AsyncClient, name: str) -> Card:
         special_ids=frozenset(own.special_ids or ()),
         files=own.files or "",
         settings=own.settings or "",
+        alphas_at_once=own.alphas_at_once or 1,
     )
 
 

@@ -44,7 +44,7 @@ class PairEvaluator:
         slots: requests that keep the pair's engines busy.
         store: the job's output.
         key_variable: names the variable with the key of the endpoint.
-        at_once: steps that may be answered at the same time: as many as the pair has engines.
+        at_once: steps that may be answered at the same time: as many as the pair's engines hold.
 
     Attributes:
         texts: the first response to each prompt, by step and prompt id.
@@ -68,7 +68,7 @@ class PairEvaluator:
         self._key_variable = key_variable
         self._plan, self._url, self._scorers, self._sampling = plan, url, scorers, sampling
         self._store, self._progress, self._slots = store, progress, slots
-        # Two steps on one engine would swap its weights to and fro; scoring one while the next is answered costs nothing.
+        # More steps than engines hold would swap weights to and fro; scoring one while the next is answered costs nothing.
         self._answering, self._at_once = threading.Semaphore(at_once), at_once
         self._expected: Sequence[Step] = ()
         self._special_tokens = special_tokens(plan)
@@ -168,7 +168,7 @@ class PairEvaluator:
 
 def special_tokens(plan: PairPlan) -> list[str]:
     """Read the texts of the tokens that the pair's tokenizer calls special; none where its files do not say."""
-    parent = plan.side_files.get("tokenizer.json")
+    parent = plan.engine_side_files.get("tokenizer.json")
     if parent is None or "tokenizer.json" not in parent.files:
         return []
     files = tokenizer_files(open_store(parent.uri), [parent.files["tokenizer.json"]])

@@ -1,6 +1,7 @@
-"""The private names of vLLM and of Ray's LLM library, for the versions named here; only `engine_weights` knows more of them.
+"""The private names of vLLM and of Ray's LLM library, for the versions named here.
 
-For a new version, run `tests/serving/test_engine_adapter.py`, which names what has moved, fix both files, and raise the number.
+`engine_weights` and `adapter_worker`, which run in vLLM's workers, know more of them. For a new version, run
+`tests/serving/test_engine_adapter.py`, which names what has moved, fix these files, and raise the number.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ import contextlib
 import logging
 import os
 import time
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -40,9 +43,12 @@ __all__ = [
     "fit_shared_memory",
     "free_shared_memory",
     "http_address",
+    "load_adapter",
+    "refuses_adapters",
     "restore_plain_logs",
     "shut_serve_down",
     "stop_engine",
+    "unload_adapter",
 ]
 
 VLLM = "0.29.0"
@@ -112,6 +118,39 @@ def stop_engine(server: Any) -> None:
     client = getattr(getattr(server, "engine", None), "_engine_client", None)
     if client is not None:
         client.shutdown()
+
+
+def refuses_adapters(architectures: Sequence[str]) -> bool:
+    """True if vLLM knows one of these architectures, and has no adapters for it."""
+    from vllm import ModelRegistry
+    from vllm.model_executor.models import supports_lora
+
+    models = [ModelRegistry._try_load_model_cls(architecture) for architecture in architectures]
+    return any(model is not None and not supports_lora(model) for model in models)
+
+
+async def load_adapter(server: Any, name: str, folder: Path) -> int:
+    """Load an adapter into the engine of an `LLMServer`; requests ask for it by giving `name` as their model.
+
+    Returns:
+        vLLM's number of the adapter.
+
+    Raises:
+        ValueError: if vLLM does not take it.
+    """
+    from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
+
+    models = server.engine._oai_models
+    answer = await models.load_lora_adapter(LoadLoRAAdapterRequest(lora_name=name, lora_path=str(folder)))
+    if not isinstance(answer, str):
+        raise ValueError(answer.error.message)
+    return int(models.lora_requests[name].lora_int_id)
+
+
+async def unload_adapter(server: Any, name: str) -> None:
+    """Remove an adapter that no request uses from the engine of an `LLMServer`."""
+    adapter = server.engine._oai_models.lora_requests.pop(name)
+    await server.engine._engine_client.remove_lora(adapter.lora_int_id)
 
 
 def fit_shared_memory(config: Any, free: int | None) -> None:

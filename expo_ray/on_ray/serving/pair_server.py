@@ -10,7 +10,7 @@ import pickle
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.serve.llm import LLMConfig
@@ -58,6 +58,7 @@ _NOT_HASHED = {
     ".pdf",
 }
 
+T = TypeVar("T")
 Method = Callable[[Any, Any], Coroutine[Any, Any, AsyncGenerator[Any, None]]]
 
 
@@ -73,7 +74,7 @@ class ModelServer(LLMServer):
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, llm_config: LLMConfig, *, fetch: Callable[[], Path], weights: str = ""
     ) -> None:
-        folder = await asyncio.to_thread(_fetch_on_nodes, fetch)
+        folder = await asyncio.to_thread(fetch_on_nodes, fetch)
         self._name, self._weights = llm_config.model_id, weights
         tokenizer = local_tokenizer_files(folder)
         template = read_chat_template(tokenizer)
@@ -128,7 +129,7 @@ class ModelServer(LLMServer):
         """Stream the engine's answer, under the name that was asked for."""
         served = request.model
         async for part in await method(self._for_engine(request), raw_request_info):
-            yield _renamed(part, self._name, served)
+            yield renamed(part, self._name, served)
 
 
 class PairServer(ModelServer):
@@ -147,6 +148,9 @@ class PairServer(ModelServer):
         (opened, *_) = await self.collective_rpc("expo_open", args=(pickle.dumps(plan), holds_dpo))
         self._about |= opened
 
+    async def card(self, name: str) -> dict[str, Any]:
+        return await super().card(name) | ({"notes": list(self._plan.notes)} if self._plan.notes else {})
+
     def _weights_of(self, name: ServedName) -> str:
         step = name.step or DPO
         return stepped(self._plan, step).plan_id(step.alpha)
@@ -158,13 +162,13 @@ class PairServer(ModelServer):
                 async for part in super()._answer(method, request, raw_request_info):
                     yield part
         except ArithmeticFault as error:
-            yield _error(400, str(error), "bad_alpha")
+            yield error_response(400, str(error), "bad_alpha")
         except Busy as error:
-            yield _error(429, str(error), "too_many_alphas")
+            yield error_response(429, str(error), "too_many_alphas")
         except Exception as error:
             if error is not self._lease.failure:
                 raise
-            yield _error(503, self._unusable(), "service_unavailable")
+            yield error_response(503, self._unusable(), "service_unavailable")
 
     def _expect_next(self, raw_request_info: Any) -> None:
         """Pass on the hint of a request, the name that its client will ask for next, if it is one of this pair."""
@@ -216,11 +220,15 @@ def starts_at_dpo(plan: PairPlan) -> bool:
 
 
 def _with_source(config: LLMConfig, folder: Path) -> LLMConfig:
-    """Copy a configuration with the model's folder. A copy, as `config` has cached an engine's settings without it."""
-    fields = {name: getattr(config, name) for name in type(config).model_fields}
-    return LLMConfig(
-        **fields | {"model_loading_config": {"model_id": config.model_id, "model_source": str(folder)}}
+    """Copy a configuration with the model's folder."""
+    return with_fields(
+        config, model_loading_config={"model_id": config.model_id, "model_source": str(folder)}
     )
+
+
+def with_fields(config: LLMConfig, **changes: Any) -> LLMConfig:
+    """Copy a configuration with other values. A copy made anew, as `config` has cached an engine's settings."""
+    return LLMConfig(**{name: getattr(config, name) for name in type(config).model_fields} | changes)
 
 
 def hash_side_files(folder: Path) -> str:
@@ -245,14 +253,15 @@ def settings_of(arguments: Mapping[str, Any]) -> str:
     return digest(deciding_arguments(arguments))
 
 
-def _error(status: int, message: str, kind: str) -> ErrorResponse:
+def error_response(status: int, message: str, kind: str) -> ErrorResponse:
+    """The body of a refusal, in the form that OpenAI's clients expect."""
     return ErrorResponse(error=ErrorInfo(message=message, type=kind, code=status))
 
 
-def _renamed(part: Any, engine_name: str, served: str) -> Any:
+def renamed(part: Any, engine_name: str, served: str) -> Any:
     """Put the served name in the place of the engine's, in a response, a streamed event or a list of them."""
     if isinstance(part, list):
-        return [_renamed(each, engine_name, served) for each in part]
+        return [renamed(each, engine_name, served) for each in part]
     if isinstance(part, str):
         # Quotes inside JSON strings are escaped, so that the first such text is the field itself.
         return part.replace(f'"model":{json.dumps(engine_name)}', f'"model":{json.dumps(served)}', 1)
@@ -261,8 +270,8 @@ def _renamed(part: Any, engine_name: str, served: str) -> Any:
     return part
 
 
-def _fetch_on_nodes(fetch: Callable[[], Path]) -> Path:
-    """Call `fetch` on every node that the engine is spread over; returns the folder, which is the same on all.
+def fetch_on_nodes(fetch: Callable[[], T]) -> T:
+    """Call `fetch` on every node that the engine is spread over; returns its result, such as a folder, which is the same on all.
 
     Raises:
         ExpoError: if it cannot be fetched.
@@ -270,7 +279,7 @@ def _fetch_on_nodes(fetch: Callable[[], Path]) -> Path:
     group = get_current_placement_group()
     nodes = set(placement_group_table(group)["bundles_to_node_id"].values()) if group else set()
     others = nodes - {ray.get_runtime_context().get_node_id()}
-    task = ray.remote(num_cpus=0)(_call)
+    task: Any = ray.remote(num_cpus=0)(_call)
     ray.get(
         [
             task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(fetch)
@@ -280,5 +289,5 @@ def _fetch_on_nodes(fetch: Callable[[], Path]) -> Path:
     return fetch()
 
 
-def _call(fetch: Callable[[], Path]) -> Path:
+def _call(fetch: Callable[[], T]) -> T:
     return fetch()

@@ -13,7 +13,7 @@ from expo_ray.serving.served_models import NameFault, parse_name
 class AlphaRouter(RequestRouter):
     """Prefers replicas that hold the step of a request. That only saves swaps: any replica swaps its weights if it has to.
 
-    A replica is taken to hold the step that was last sent to it, or, before the first request, the one in its statistics.
+    A replica with adapters holds every step. Another is taken to hold the step that was last sent to it, or, before the first request, the one in its statistics.
     """
 
     def initialize_state(self, **kwargs: Any) -> None:
@@ -44,7 +44,7 @@ class AlphaRouter(RequestRouter):
         load = self.replica_queue_len_cache.get(replica.replica_id) or 0
         # The statistics are up to two seconds old, and a swap may be under way: what was sent last is what it will hold.
         held = self._sent.get(replica.replica_id, replica.routing_stats.get("step"))
-        if step is None or held == step:
+        if step is None or held == step or replica.routing_stats.get("every_step"):
             return 0 if load < self._slots else 2
         return 1 if load == 0 else 3
 

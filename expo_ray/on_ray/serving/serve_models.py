@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import ipaddress
@@ -25,10 +26,13 @@ from expo_ray.evaluation.records import digest
 from expo_ray.evaluation.responses.client import Client
 from expo_ray.evaluation.responses.endpoint import KEY_VARIABLE
 from expo_ray.extrapolation.plan import PairPlan
+from expo_ray.on_ray.serving.adapter_server import AdapterServer
 from expo_ray.on_ray.serving.engine_adapter import check_version, http_address, shut_serve_down
 from expo_ray.on_ray.serving.engine_settings import engine_config, slots_of
 from expo_ray.on_ray.serving.ingress import ENDPOINTS, Ingress, web_app
 from expo_ray.on_ray.serving.pair_server import ModelServer, PairServer
+from expo_ray.serving.adapters import adapter_arguments
+from expo_ray.serving.engine_checks import without_adapters
 from expo_ray.serving.engine_errors import root_cause
 from expo_ray.serving.node_cache import download_model
 from expo_ray.storage import open_store
@@ -60,6 +64,19 @@ class Endpoint:
         """A client that keeps the engines busy."""
         return Client(self.url, slots=self.slots, key_variable=self.key_variable)
 
+    def alphas_at_once(self, pair: str) -> int:
+        """Ask how many alphas of a pair one engine answers at the same time.
+
+        Raises:
+            EndpointError: if the endpoint does not answer.
+        """
+
+        async def ask() -> int:
+            async with self.client() as client:
+                return (await client.card(pair)).alphas_at_once
+
+        return asyncio.run(ask())
+
 
 @contextlib.contextmanager
 def serving(
@@ -68,7 +85,7 @@ def serving(
     """Serve models on the connected Ray cluster: engines answer when the block begins, and are stopped when it ends.
 
     Args:
-        pairs: of whole models, see `plan_served_pairs`.
+        pairs: see `plan_served_pairs`; the alphas of a scaled adapter are served side by side.
 
     Raises:
         JobError: if the port is taken, or an engine does not start.
@@ -102,20 +119,35 @@ def _engine_deployments(
     """Make a deployment of engines for each pair and model, by its name; nothing is started."""
     cpus, threads = _cpus_of_worker(settings, len(pairs) + len(models))
 
-    def deployment(server: type[ModelServer], name: str, **arguments: Any) -> serve.Application:
-        config = engine_config(name, settings, on_gpu, cpus, threads, for_pair=server is PairServer)
+    def deployment(
+        server: type[ModelServer], name: str, settings: Serving = settings, **arguments: Any
+    ) -> serve.Application:
+        config = engine_config(name, settings, on_gpu, cpus, threads, for_pair=issubclass(server, PairServer))
         # The name that Ray makes is the same for a.b and a_b.
         named = {"name": f"{server.__name__}:{name}"}
         return build_llm_deployment(
             config, bind_kwargs=arguments, deployment_cls=server, override_serve_options=named
         )
 
-    deployments = {plan.name: deployment(PairServer, plan.name, plan=plan) for plan in pairs}
+    deployments = {
+        plan.name: deployment(
+            AdapterServer if plan.scaled else PairServer, plan.name, settings_for(settings, plan), plan=plan
+        )
+        for plan in pairs
+    }
     for model in models:
         deployments[model.name] = deployment(
             ModelServer, model.name, fetch=partial(download_model, model.uri), weights=hash_listing(model)
         )
     return deployments
+
+
+def settings_for(settings: Serving, plan: PairPlan) -> Serving:
+    """The same settings for the engine of a pair: with adapters where it serves alphas side by side, else without."""
+    if not plan.scaled:
+        return settings.model_copy(update={"engine": without_adapters(settings.engine)})
+    worker = {"worker_extension_cls": "expo_ray.on_ray.serving.adapter_worker.AdapterWorker"}
+    return settings.model_copy(update={"engine": adapter_arguments(plan, settings.engine) | worker})
 
 
 def hash_listing(model: PublishedModel) -> str:
