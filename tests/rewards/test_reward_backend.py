@@ -207,6 +207,14 @@ def test_all_that_decides_a_score_names_the_rewards(tmp_path: Path, monkeypatch:
     assert len({first, *ids.values()}) == 1 + len(ids), ids
 
 
+@pytest.fixture
+def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take away what asks a cluster; other tests of this process may have one."""
+    for question in ("init", "nodes", "cluster_resources", "available_resources", "remote", "get"):
+        monkeypatch.delattr(ray, question)
+
+
+@pytest.mark.usefixtures("no_cluster")
 @pytest.mark.parametrize(
     ("stored", "numel", "asked", "dtype"),
     [
@@ -221,7 +229,6 @@ def test_all_that_decides_a_score_names_the_rewards(tmp_path: Path, monkeypatch:
 def test_the_data_type_and_the_id_follow_from_model_and_job_alone(
     folder: Path, stored: str, numel: int, asked: str, dtype: str
 ) -> None:
-    assert not ray.is_initialized()
     checked = check_reward(RewardModel.model_validate({"model": str(folder), "dtype": asked}))
     assert isinstance(checked.model, Classifier)
     model = replace(checked.model, stored=stored, numel=numel)
