@@ -82,6 +82,7 @@ def save_adapter(folder: Path) -> None:
     """Write the adapter of the example as PEFT saves one."""
     from safetensors.torch import load_file, save_file
 
+    folder.mkdir(parents=True)
     tensors = {}
     for name, tensor in load_file(HERE / "lora_dpo_100pct.safetensors").items():
         module, _, side = name.rpartition(".")

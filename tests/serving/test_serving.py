@@ -192,7 +192,7 @@ def test_a_replica_whose_swap_fails_is_taken_out(
 
 def _adapter_answers(sft: Path, dpo: Path, *, alpha: float, folder: Path) -> list[str]:
     """Answers of peft with the scaled adapter that `expo-ray extrapolate` publishes."""
-    out = folder / "scaled"
+    out = folder / f"scaled{alpha:g}"
     parents = ["--sft", str(sft), "--dpo", str(dpo)]
     assert main(["extrapolate", *parents, "--alpha", str(alpha), "--output", str(out)]) == 0
     base = transformers.AutoModelForCausalLM.from_pretrained(sft)
@@ -241,7 +241,11 @@ def test_a_published_model_and_a_lora_pair_are_served_until_sigterm_which_leaves
         job = {
             "models": [{"name": "half", "uri": str(out)}],
             "pairs": [{"name": "lora", "sft": str(lora[0]), "dpo": str(lora[1])}],
-            "serving": {"dtype": "fp32", **SMALL},
+            "serving": {
+                "dtype": "fp32",
+                **SMALL,
+                "engine": {**SMALL["engine"], "enable_lora": True, "max_loras": 2},
+            },
         }
         with serve(box, job) as (url, process):
             running = Running(url, sft, dpo, process)
@@ -250,9 +254,20 @@ def test_a_published_model_and_a_lora_pair_are_served_until_sigterm_which_leaves
             assert status == 404
             assert "has no other alpha" in error["message"]
             assert f"curl {url}/v1/chat/completions" in process.stdout
-            answers = running.chats([("lora@0.5", question) for question in QUESTIONS])
-            assert answers == _adapter_answers(*lora, alpha=0.5, folder=box.folder)
-            assert answers != running.chats([("lora", question) for question in QUESTIONS])
+            # More alphas than `max_loras`, asked together: each is loaded, answered and given up in turn.
+            alphas = (-1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
+            asked = [(f"lora@{alpha:g}", question) for alpha in alphas for question in QUESTIONS]
+            answers = dict(zip(asked, running.chats(asked), strict=True))
+            for alpha in alphas:
+                expected = _adapter_answers(*lora, alpha=alpha, folder=box.folder)
+                assert [answers[f"lora@{alpha:g}", question] for question in QUESTIONS] == expected
+            assert running.chat("lora", QUESTIONS[0]) == answers["lora@0", QUESTIONS[0]]
+            assert running.get("/v1/models/lora@2")["metadata"]["alphas_at_once"] == 2
+            status, error = running.refusal("/v1/completions", model="lora@1,mlp=0.5", prompt="Hello")
+            assert (status, error["type"]) == (400, "bad_alpha")
+            assert "set `adapter: merge`" in error["message"]
+            status, error = running.refusal("/v1/completions", model="lora@1e300", prompt="Hello")
+            assert (status, error["type"]) == (400, "bad_alpha")
             started = process.descendants()
             process.signal(signal.SIGTERM)
             assert process.wait() == 0
