@@ -36,7 +36,7 @@ from tests.support.eval_data import (
 )
 
 # alpaca-eval takes ten seconds to import, and much longer beside engines.
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(1200)
 
 Rows = list[dict[str, Any]]
 INCOMPLETE = {

@@ -13,7 +13,7 @@ from tests.support.chat_models import save_chat_pair
 from tests.support.ray_cluster import RayBox
 from tests.support.vllm_engine import SMALL, serve
 
-pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(2400)]
 
 
 def test_a_served_model_judges_and_its_card_warns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ OTHER_TIES = {
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(2400)
 def test_embeddings_heads_ties_and_buffers_of_all_architectures() -> None:
     run = subprocess.run(
         [sys.executable, "-m", "tests.support.architectures"],

@@ -31,7 +31,7 @@ def run(*words: str | bytes | Path, env: Mapping[str, str | None] | None = None,
     merged: dict[str, str | None] = {**os.environ, **(env or {})}
     environment = {name: text for name, text in merged.items() if text is not None}
     options: dict[str, object] = {"cwd": ROOT, "stderr": subprocess.PIPE, "stdout": subprocess.PIPE} | more
-    done: Result = subprocess.run([*EXPO, *words], env=environment, check=False, timeout=100, **options)  # type: ignore[call-overload]
+    done: Result = subprocess.run([*EXPO, *words], env=environment, check=False, timeout=500, **options)  # type: ignore[call-overload]
     assert b"Traceback" not in done.stderr
     assert b"Exception ignored" not in done.stderr
     return done
@@ -125,7 +125,7 @@ def test_a_signal_while_modules_are_imported_ends_without_a_traceback(number: si
     assert process.stdout.readline() == b"importing\n"
     process.send_signal(number)
     process.send_signal(number)  # an impatient user's second
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=500)
     assert process.returncode == INTERRUPTED
     assert said.startswith(b"interrupted")
     assert b"Traceback" not in said

@@ -24,7 +24,7 @@ from tests.support.pairs import files_of, write_pair
 from tests.support.sample_results import sample_results
 
 # Ten commands in one process import Ray and more, which takes its time on a busy machine.
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(1200)
 
 PASSWORD, SIGNATURE, API_KEY = "CANARY/pass&word", "CANARYsignature%2Bx%3D", "sk-CANARYapikey"
 SESSION, PROXY, JOB_TOKEN = "CANARYsession+token/==", "CANARYproxy", "CANARYjobtoken"
@@ -139,7 +139,7 @@ class World:
             capture_output=True,
             stdin=subprocess.DEVNULL,
             check=False,
-            timeout=250,
+            timeout=1100,
         )
         said = ended.stdout + ended.stderr
         assert canaries_in(said) == set(), said.decode()

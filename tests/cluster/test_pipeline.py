@@ -17,9 +17,9 @@ from tests.support.chat_models import save_pair_that_learned
 from tests.support.hub_server import TOKEN, HubServer
 from tests.support.ray_cluster import Process, RayBox, wait_until
 
-pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(2400)]
 
-PATIENCE_S = 240.0
+PATIENCE_S = 1200.0
 # Requests that one engine works on at once, and the client keeps waiting for it; see `Client.concurrency`.
 IN_FLIGHT = 32 + 8
 LETTER = "a"

@@ -126,7 +126,7 @@ def test_a_small_set_is_asked_again_at_other_alphas() -> None:
     assert 0.5 < decision.alpha < 1.8
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1200)
 @hypothesis_settings(max_examples=10, deadline=None)
 @given(st.floats(0.05, 10), st.floats(0.3, 3), st.integers(0, 1000), st.data())
 def test_a_killed_search_comes_to_the_same_decision_and_asks_nothing_twice(

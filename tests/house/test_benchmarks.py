@@ -40,7 +40,7 @@ sys.exit(main(["gpu", "--quick"]))
 """
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1200)
 def test_the_check_of_a_card_runs_dry_without_one() -> None:
     environment = {
         **os.environ,

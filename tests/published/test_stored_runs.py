@@ -39,7 +39,7 @@ from tests.support.vllm_engine import serve
 BEFORE = DATA / "run_before"
 # The parents' time of change, which identifies a local file together with its size; see `run_before/make.py`.
 CHANGED_NS = 1_700_000_000 * 10**9
-RUN_S = 240.0
+RUN_S = 1200.0
 
 
 def stored_versions() -> dict[str, str]:
@@ -206,7 +206,7 @@ def questions(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, int]]:
 @pytest.mark.ray
 @pytest.mark.s3
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(2400)
 @pytest.mark.usefixtures("ray_here")
 def test_a_run_that_was_cut_short_goes_on_and_its_published_model_is_served(
     folder: Path, questions: Counter[tuple[str, int]], monkeypatch: pytest.MonkeyPatch

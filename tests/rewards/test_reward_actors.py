@@ -39,7 +39,7 @@ from tests.support.tiny_reward_models import (
 )
 
 # Several Rays are started one after the other, which takes minutes on a busy machine.
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 
 RESPONSES = 500
 # Every call leaves a line: whose response, and which process scored it. Where a file `slow` is, it takes ten times as long.

@@ -19,7 +19,7 @@ from tests.support.paths import ROOT
 from tests.support.ray_cluster import Process, RayBox
 from tests.support.tiny_reward_models import english, last_token_scores, response, save_reward_model
 
-pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.timeout(2400)]
 if find_spec("vllm") is None:
     pytest.skip("vLLM is not installed", allow_module_level=True)
 

@@ -23,7 +23,7 @@ from tests.support.ray_cluster import Process, RayBox, wait_until
 from tests.support.stage import upload
 from tests.support.vllm_engine import SMALL, START_S, Running
 
-pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(700)]
+pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(2400)]
 
 NAME = "tiny@0.5"
 LENGTH = 24

@@ -23,7 +23,7 @@ from tests.support.pairs import read_weights
 from tests.support.ray_cluster import Process, RayBox, ended, wait_until
 from tests.support.vllm_engine import SMALL, START_S, Running, serve
 
-pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.timeout(1200)]
 
 QUESTIONS = tuple(f"Tell me about number {number}." for number in range(6))
 ALPHAS = ("tiny", "tiny@0.5", "tiny@2")

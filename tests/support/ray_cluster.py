@@ -25,7 +25,7 @@ import yaml
 
 from tests.support.paths import ROOT
 
-PATIENCE_S = 90.0
+PATIENCE_S = 600.0
 OBJECT_STORE_BYTES = 100_000_000
 
 
