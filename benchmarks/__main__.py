@@ -19,6 +19,7 @@ QUESTIONS = {
     "coverage": "how often do the intervals of gains cover the truth?",
     "decisions": "which alpha does the pipeline choose on real models, and what stops it?",
     "swap": "what does another alpha cost by a swap, against starting an engine on the published folder?",
+    "swap_floor": "how far is a swap from what the memory of this machine allows?",
     "swap_wait": "how long does an engine wait for a swap, against the floor, and with the next alpha made ahead?",
     "swap_slices": "how much does each worker read and compute for a swap, and which architectures does that cover?",
     "adapters": "what do several alphas of a LoRA pair cost side by side, against swaps and a merged model?",
