@@ -38,6 +38,8 @@ def test_after_swaps_both_ways_an_engine_answers_as_one_started_on_the_published
     assert answers["first"] == first
     assert answers["second"] == second
     assert answers["first again"] == first
+    assert answers["second, made ahead"] == second
+    assert answers["first, not the one expected"] == first
     # and each step is needed
     assert answers["second, cache kept"] != second
     assert answers["first, head kept"] != first

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import pickle
 import sys
 from collections.abc import AsyncGenerator, Sequence
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 
 import ray
 from ray.llm._internal.serve.core.configs import accelerators
+from ray.llm._internal.serve.core.protocol import RawRequestInfo
 from ray.serve.llm.openai_api_models import ChatCompletionRequest
 
 from expo_ray.config import Serving
@@ -27,6 +29,7 @@ from expo_ray.on_ray.serving import engine_weights
 from expo_ray.on_ray.serving.engine_settings import engine_config
 from expo_ray.on_ray.serving.pair_server import ModelServer, PairServer
 from expo_ray.on_ray.serving.swap import PairWorker
+from expo_ray.serving.served_models import NEXT_MODEL
 
 # All questions share it; with it they fill two blocks of the prefix cache, which on CPUs have 128 tokens.
 PREAMBLE = "You are a careful historian who answers briefly. " * 6
@@ -46,20 +49,27 @@ class ForgetfulWorker(PairWorker):
         if "repack" in steps:
             engine_weights.repack_heads = lambda model: None
 
+    def expo_made(self) -> int:
+        """Bytes that are made ahead so far."""
+        ahead = self.expo_ahead
+        assert ahead._process is not None
+        return os.stat(f"/proc/{ahead._process.pid}/fd/{ahead._memory}").st_size
+
     def expo_compare(self, step: Step) -> None:
         if "compare" not in self.forgotten:
             super().expo_compare(step)
 
 
-async def ask(server: ModelServer, model: str) -> Answers:
-    """Greedy texts and logprobs of the questions, one after the other."""
+async def ask(server: ModelServer, model: str, then: str = "") -> Answers:
+    """Greedy texts and logprobs of the questions, one after the other; `then` is the model that is said to be asked next."""
+    info = RawRequestInfo(headers={NEXT_MODEL.lower(): then})
     answers: Answers = []
     for question in QUESTIONS:
         messages = [{"role": "system", "content": PREAMBLE}, {"role": "user", "content": question}]
         request = ChatCompletionRequest.model_validate(
             {"model": model, "messages": messages, "temperature": 0, "max_tokens": TOKENS, "logprobs": True, "top_logprobs": 1}
         )  # fmt: skip
-        (answer,) = [part async for part in await _chat(server, request)]
+        (answer,) = [part async for part in await _chat(server, request, info)]
         if not hasattr(answer, "choices"):
             raise RuntimeError(answer.error.message)
         choice = answer.choices[0]
@@ -67,8 +77,14 @@ async def ask(server: ModelServer, model: str) -> Answers:
     return answers
 
 
-async def _chat(server: ModelServer, request: Any) -> AsyncGenerator[Any, None]:
-    return await server.chat(request)
+async def _chat(server: ModelServer, request: Any, info: RawRequestInfo) -> AsyncGenerator[Any, None]:
+    return await server.chat(request, info)
+
+
+async def wait_until_made(server: ModelServer, plan: PairPlan) -> None:
+    size = sum(shard.size for shard in plan.shards)
+    while await server.collective_rpc("expo_made") != [size]:
+        await asyncio.sleep(0.1)
 
 
 Server = TypeVar("Server", bound=ModelServer)
@@ -88,7 +104,10 @@ async def swapped(plan: PairPlan, settings: Serving, first: str, second: str) ->
     answers: dict[str, Any] = {"dpo": await ask(server, name)}
     answers["first"] = await ask(server, f"{name}@{first}")
     answers["second"] = await ask(server, f"{name}@{second}")
-    answers["first again"] = await ask(server, f"{name}@{first}")
+    answers["first again"] = await ask(server, f"{name}@{first}", then=f"{name}@{second}")
+    await wait_until_made(server, plan)
+    answers["second, made ahead"] = await ask(server, f"{name}@{second}", then=f"{name}@7")
+    answers["first, not the one expected"] = await ask(server, f"{name}@{first}")
 
     pause = server.pause
     server.pause = lambda **options: pause(**options | {"clear_cache": False})  # type: ignore[method-assign]
