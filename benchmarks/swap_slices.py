@@ -67,7 +67,7 @@ def main() -> None:
 def _shares(config: Mapping[str, Any], folder: Path) -> Mapping[int, tuple[int, int]]:
     """By number of workers: elements of the model, and the most that one worker computes."""
     from expo_ray.on_ray.serving.record_map import record_map
-    from expo_ray.serving.slices import pieces_of
+    from expo_ray.serving.pieces import pieces_of
     from tests.support.vllm_models import worker
 
     (folder / "config.json").write_text(

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import mmap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
 
 # Stays free beside what is taken. Ray kills workers when a twentieth is left (`RAY_memory_usage_threshold`).
 KEPT_FREE = 0.1
@@ -76,3 +83,39 @@ def keep_freed_memory() -> bool:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and bool(mallopt(_MMAP_MAX, 0) and mallopt(_TRIM_THRESHOLD, _LARGEST))
+
+
+def anonymous_memory(size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Memory that goes back to the system once nothing refers to it, in huge pages where the system has them.
+
+    Raises:
+        OSError: if there is none.
+    """
+    mapped = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):
+            mapped.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(mapped, np.uint8)[:size]
+
+
+def pin(memory: torch.Tensor) -> None:
+    """Lock memory of the CPU in its place, so that the GPU reads it over the bus. Torch's own allocator would round up to a power of 2.
+
+    Raises:
+        OSError: if CUDA cannot.
+    """
+    import torch
+
+    cuda: Any = torch.cuda.cudart()
+    failure = int(cuda.cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
+    if failure:
+        raise OSError(f"CUDA cannot pin {memory.numel() / 1e9:.1f} GB of host memory (error {failure})")
+
+
+def unpin(memory: torch.Tensor) -> None:
+    """Undo `pin`."""
+    import torch
+
+    torch.cuda.synchronize()
+    cuda: Any = torch.cuda.cudart()
+    cuda.cudaHostUnregister(memory.data_ptr())

@@ -157,7 +157,7 @@ def simplified(axes: Sequence[Axis]) -> tuple[Axis, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class AxisPart:
     """Part of an axis that stays within one dimension: `size` times `stride` indices of `dimension`."""
 
     size: int
@@ -167,7 +167,7 @@ class Step:
 
 def locate(
     offset: int, axes: Sequence[tuple[int, int]], shape: Sequence[int]
-) -> tuple[tuple[int, ...], list[list[Step]]]:
+) -> tuple[tuple[int, ...], list[list[AxisPart]]]:
     """Express a grid over a row-major array by the array's dimensions.
 
     Args:
@@ -176,38 +176,38 @@ def locate(
         shape: of the array.
 
     Returns:
-        The coordinates of the first element; and for each axis the steps it is made of, the outermost first.
+        The coordinates of the first element; and for each axis the parts it is made of, the outermost first.
 
     Raises:
         Irregular: if an axis runs from one row into the next in an irregular way.
     """
     strides = strides_of(shape)
     start = tuple(offset // stride % size for stride, size in zip(strides, shape, strict=True))
-    parts = [_steps(axis, start, strides, shape) for axis in axes]
+    parts = [_parts_of(axis, start, strides, shape) for axis in axes]
     last = list(start)
-    for step in (step for steps in parts for step in steps if step.stride):
-        last[step.dimension] += (step.size - 1) * step.stride
+    for part in (part for of_axis in parts for part in of_axis if part.stride):
+        last[part.dimension] += (part.size - 1) * part.stride
     if any(index >= size for index, size in zip(last, shape, strict=True)):
         raise Irregular(f"a grid with axes {list(axes)} from {offset} on, over {list(shape)}")
     return start, parts
 
 
-def _steps(
+def _parts_of(
     axis: tuple[int, int], start: Sequence[int], strides: Sequence[int], shape: Sequence[int]
-) -> list[Step]:
+) -> list[AxisPart]:
     size, stride = axis
     if size == 1 or stride == 0:
-        return [Step(size, 0, 0)] if size > 1 else []
+        return [AxisPart(size, 0, 0)] if size > 1 else []
     for dimension, (step, extent) in enumerate(zip(strides, shape, strict=True)):
         if extent == 1 or stride % step or step > stride:
             continue
         times = stride // step
         if start[dimension] + times * (size - 1) < extent:
-            return [Step(size, dimension, times)]
+            return [AxisPart(size, dimension, times)]
         within = extent // times
         if within > 1 and times * within == extent and start[dimension] < times and size % within == 0:
-            outer = _steps((size // within, within * stride), start, strides, shape)
-            return [*outer, Step(within, dimension, times)]
+            outer = _parts_of((size // within, within * stride), start, strides, shape)
+            return [*outer, AxisPart(within, dimension, times)]
     raise Irregular(f"an axis of {size} elements, {stride} apart, over {list(shape)}")
 
 
@@ -235,10 +235,10 @@ def _box(region: Copy | Fill, shape: Sequence[int]) -> Box:
     """
     start, parts = locate(region.target, [(axis.size, axis.target) for axis in region.axes], shape)
     sizes = [1] * len(shape)
-    for step in sorted((step for steps in parts for step in steps), key=lambda step: step.stride):
-        if step.stride != sizes[step.dimension]:
+    for part in sorted((part for of_axis in parts for part in of_axis), key=lambda part: part.stride):
+        if part.stride != sizes[part.dimension]:
             raise Irregular("an axis with gaps")
-        sizes[step.dimension] *= step.size
+        sizes[part.dimension] *= part.size
     return [(first, first + size) for first, size in zip(start, sizes, strict=True)]
 
 
@@ -304,15 +304,15 @@ def sample(copy: Copy, shape: Sequence[int], count: int, generator: random.Rando
         Irregular: if the copy is no grid of rows and columns.
     """
     start, parts = locate(copy.target, [(axis.size, axis.target) for axis in copy.axes], shape)
-    steps: list[tuple[Step, int]] = []
-    for axis, part in zip(copy.axes, parts, strict=True):
+    walked: list[tuple[AxisPart, int]] = []
+    for axis, of_axis in zip(copy.axes, parts, strict=True):
         source = axis.source
-        for step in reversed(part):
-            steps.append((step, source))
-            source *= step.size
+        for part in reversed(of_axis):
+            walked.append((part, source))
+            source *= part.size
     last = len(shape) - 1
-    rows = _draw(start, [step for step in steps if step[0].dimension != last], count, generator)
-    columns = _draw(start, [step for step in steps if step[0].dimension == last], count, generator)
+    rows = _draw(start, [walk for walk in walked if walk[0].dimension != last], count, generator)
+    columns = _draw(start, [walk for walk in walked if walk[0].dimension == last], count, generator)
     return Sample(
         [index[:-1] for index in rows],
         [index[-1] for index in columns],
@@ -321,15 +321,15 @@ def sample(copy: Copy, shape: Sequence[int], count: int, generator: random.Rando
 
 
 def _draw(
-    start: tuple[int, ...], steps: Sequence[tuple[Step, int]], count: int, generator: random.Random
+    start: tuple[int, ...], walked: Sequence[tuple[AxisPart, int]], count: int, generator: random.Random
 ) -> dict[tuple[int, ...], int]:
     """Indices drawn along some axes, each with its distance in the tensor from the first element."""
     drawn: dict[tuple[int, ...], int] = {}
     for _ in range(count):
         index, distance = list(start), 0
-        for step, source in steps:
-            times = generator.randrange(step.size)
-            index[step.dimension] += times * step.stride
+        for part, source in walked:
+            times = generator.randrange(part.size)
+            index[part.dimension] += times * part.stride
             distance += times * source
         drawn[tuple(index)] = distance
     return dict(sorted(drawn.items()))

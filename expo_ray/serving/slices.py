@@ -1,23 +1,16 @@
 """The weights of a pair as one worker of an engine holds them: it reads and computes only its slices of both parents.
 
 Rows of a tensor are one stretch of a file. Columns, which row-parallel layers take, are short runs, a few kilobytes apart; a call of
-the operating system for each would cost more than the arithmetic, and whole rows as many bytes as without slices. So the files are
-mapped into memory: long runs are computed where the page cache holds them, without a copy, and short ones are gathered first.
+the operating system for each would cost more than the arithmetic, and whole rows as many bytes as without slices. So parents are read
+where they lie in memory: where their files are mapped, or in memory of this process.
 """
 
 from __future__ import annotations
 
 import ctypes
-import itertools
-import math
-import mmap
-import threading
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,26 +19,20 @@ from expo_ray.arithmetic.cpu.kernel import CpuKernel
 from expo_ray.arithmetic.kernels import load_kernel
 from expo_ray.arithmetic.rule import Rule, random_key
 from expo_ray.arithmetic.sums import refuse_broken
-from expo_ray.checkpoint.folder import Checkpoint
-from expo_ray.checkpoint.tensors import DTYPE_BYTES, Tensor
-from expo_ray.errors import InputChanged
+from expo_ray.checkpoint.tensors import DTYPE_BYTES
+from expo_ray.config import RoundingName
 from expo_ray.extrapolation.layout import ShardPlan, out_bytes
 from expo_ray.extrapolation.match import TensorPlan
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.step import Step, stepped
-from expo_ray.serving.index_map import Axis, Copy, Fill, IndexMap
+from expo_ray.serving.held_parents import HeldParents, bytes_at
+from expo_ray.serving.index_map import Axis, Fill, IndexMap
+from expo_ray.serving.mapped_parents import MappedParents, ParentElements, Words, gather
+from expo_ray.serving.pieces import PIECE, Part, Piece, parts_of, pieces_of
 from expo_ray.serving.weights import TORCH_DTYPES
-from expo_ray.storage import open_store
 
-# Elements that a thread computes at a time: its buffers stay in the processor's cache.
-PIECE = 1 << 19
-# Blocks of the kernel begin at multiples of this; pieces that do are computed in its fast way throughout.
-_BLOCK = 2048
-# Elements skipped between two that are taken, above which they are read one by one.
-_LARGEST_GAP = 8
-
-Words = np.ndarray[Any, np.dtype[Any]]
-_NOTHING: Words = np.empty(0, np.uint8)
+Pieces = Mapping[str, Sequence[tuple[str, Sequence[Piece]]]]
+NOTHING: Words = np.empty(0, np.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,71 +46,8 @@ class Work:
         return Work(self.bytes_read + other.bytes_read, self.elements + other.elements)
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Rows of elements of one tensor, and their places in a parameter.
-
-    Attributes:
-        first: index in the tensor of the first row's first element.
-        rows, run, pitch: number of rows, elements of each, and elements from one row to the next in the tensor.
-        target: index in the parameter of the first element.
-        taken: sizes, strides within the rows (all `rows * run` elements one after the other) and strides in the parameter.
-    """
-
-    first: int
-    rows: int
-    run: int
-    pitch: int
-    target: int
-    taken: tuple[Axis, ...]
-
-    @property
-    def count(self) -> int:
-        """Number of elements that are computed."""
-        return self.rows * self.run
-
-    @property
-    def is_dense(self) -> bool:
-        """True if the parameter takes the elements one after the other, as they are computed."""
-        return all(axis.source == axis.target for axis in self.taken) and self.count == math.prod(
-            axis.size for axis in self.taken
-        )
-
-
-def pieces_of(copy: Copy) -> Iterator[Piece]:
-    """Cut a copy into pieces of at most `PIECE` elements, as far as rows allow."""
-    axes = [axis for axis in copy.axes if axis.source]
-    repeated = tuple(axis for axis in copy.axes if not axis.source)
-    inner = axes.pop() if axes and axes[-1].source <= _LARGEST_GAP else Axis(1, 1, 1)
-    row = axes.pop() if axes else Axis(1, 0, 0)
-    run = (inner.size - 1) * inner.source + 1
-    for steps in itertools.product(*(range(axis.size) for axis in axes)):
-        first = copy.source + sum(step * axis.source for step, axis in zip(steps, axes, strict=True))
-        target = copy.target + sum(step * axis.target for step, axis in zip(steps, axes, strict=True))
-        at_once = max(1, PIECE // run)
-        for begin in range(0, row.size, at_once):
-            rows = Axis(min(at_once, row.size - begin), row.source, row.target)
-            yield from _cut(first + begin * row.source, target + begin * row.target, rows, inner, repeated)
-
-
-def _cut(first: int, target: int, rows: Axis, inner: Axis, repeated: tuple[Axis, ...]) -> Iterator[Piece]:
-    """Cut a single row where blocks of the kernel begin; several rows are one piece."""
-    done = 0
-    while done < inner.size:
-        size = inner.size - done
-        if rows.size == 1 and inner.source == 1:
-            size = min(size, PIECE - (first + done) % _BLOCK)
-        run = (size - 1) * inner.source + 1
-        taken = (Axis(rows.size, run, rows.target), Axis(size, inner.source, inner.target), *repeated)
-        kept = tuple(axis for axis in taken if axis.size > 1)
-        yield Piece(
-            first + done * inner.source, rows.size, run, rows.source, target + done * inner.target, kept
-        )
-        done += size
-
-
 class Slices:
-    """Computes the parameters of one worker at any step, in a few threads.
+    """Computes the parameters of one worker at any step.
 
     Args:
         plan: whose parents are on this node, as files; no adapter is merged in it.
@@ -131,6 +55,10 @@ class Slices:
         threads: that compute.
 
     Attributes:
+        mapped: the files of both parents.
+        parents: their elements, in the files until `hold` is called.
+        pieces: of each parameter: names of tensors, and the pieces of them.
+        fills: of each parameter that has any.
         work: all that was read and computed so far.
 
     Raises:
@@ -139,28 +67,24 @@ class Slices:
 
     def __init__(self, plan: PairPlan, index_map: IndexMap, threads: int) -> None:
         assert not index_map.obstacle
-        self._plan, self.index_map = plan, index_map
-        self._files = _MappedFiles([plan.sft, plan.dpo])
-        self._pool = ThreadPoolExecutor(threads, "slices")
-        self._buffers = threading.local()
+        self.plan, self.index_map = plan, index_map
+        self.mapped = MappedParents(plan)
+        self.parents: ParentElements = self.mapped
+        self.threads = ThreadPoolExecutor(threads, "slices")
+        self.pieces, self._kind = self.cut(PIECE), StepSlices
+        self.fills: dict[str, list[Fill]] = {}
+        for fill in index_map.fills:
+            self.fills.setdefault(fill.parameter, []).append(fill)
         self.work = Work()
 
-    @cached_property
-    def _pieces(self) -> Mapping[str, Sequence[tuple[str, Sequence[Piece]]]]:
-        """Of each parameter: names of tensors, and the pieces of them."""
+    def cut(self, most: int) -> Pieces:
+        """Pieces of at most `most` elements, as `pieces`."""
         return {
-            name: [(copy.tensor, tuple(pieces_of(copy))) for copy in copies]
+            name: [(copy.tensor, tuple(pieces_of(copy, most))) for copy in copies]
             for name, copies in self.index_map.by_parameter.items()
         }
 
-    @cached_property
-    def _fills(self) -> Mapping[str, Sequence[Fill]]:
-        fills: dict[str, list[Fill]] = {}
-        for fill in self.index_map.fills:
-            fills.setdefault(fill.parameter, []).append(fill)
-        return fills
-
-    def at(self, step: Step, made: Words = _NOTHING) -> StepSlices:
+    def at(self, step: Step, made: Words = NOTHING) -> StepSlices:
         """The same slices at a step.
 
         Args:
@@ -170,7 +94,17 @@ class Slices:
             InputChanged: if a parent is no longer the one that was planned.
         """
         self.check()
-        return StepSlices(self, stepped(self._plan, step), step.alpha, made)
+        return self._kind(self, stepped(self.plan, step), step.alpha, made)
+
+    def hold(self, parents: HeldParents, pieces: Pieces, kind: type[StepSlices]) -> None:
+        """From now on take the parents from memory, which holds the parts of these pieces, and compute as this kind does."""
+        self.parents, self.pieces, self._kind = parents, pieces, kind
+
+    def release(self) -> None:
+        """From now on take the parents from their files; memory that held them is freed."""
+        if isinstance(self.parents, HeldParents):
+            self.parents.close()
+        self.parents, self.pieces, self._kind = self.mapped, self.cut(PIECE), StepSlices
 
     def check(self) -> None:
         """Check that the parents are those that were planned.
@@ -178,44 +112,45 @@ class Slices:
         Raises:
             InputChanged: if one is not.
         """
-        self._files.check()
+        self.mapped.check()
 
     def close(self) -> None:
         """End the threads and give the files back."""
-        self._pool.shutdown()
-        self._files.close()
-
-    def _scratch(self, use: str, count: int, width: int) -> Words:
-        """Memory of the calling thread for `count` elements of `width` bytes."""
-        kept: dict[str, Words] = self._buffers.__dict__
-        if use not in kept or kept[use].nbytes < count * width:
-            kept[use] = np.empty(count * width, np.uint8)
-        return kept[use][: count * width].view(f"V{width}")
+        self.threads.shutdown()
+        self.release()
+        self.mapped.close()
 
 
 class StepSlices:
-    """The parameters of one worker at one step."""
+    """The parameters of one worker at one step, in the memory of the CPU.
 
-    def __init__(self, slices: Slices, plan: PairPlan, alpha: float, made: Words) -> None:
+    Attributes:
+        on_gpu: whether they are filled in the memory of a GPU.
+    """
+
+    on_gpu = False
+
+    def __init__(self, slices: Slices, plan: PairPlan, alpha: float, made: Words = NOTHING) -> None:
         self.slices, self._plan, self._alpha = slices, plan, alpha
-        self._tensors = {tensor.name: tensor for shard in plan.shards for tensor in shard.tensors}
+        self._tensors = tensors_of(plan)
         self._made = dict(_whole_tensors(plan.shards, made))
 
     def begin(self, outs: Mapping[str, torch.Tensor]) -> Pending:
-        """Begin to fill parameters, by name: contiguous tensors in the memory of the CPU, of the parameter's shape and any dtype.
+        """Begin to fill parameters, by name: contiguous tensors of the parameter's shape and any dtype.
 
         Values are rounded once more if that dtype does not hold them, as the engine's own loader does.
         """
-        pool = self.slices._pool
         futures: list[Future[Work]] = []
         for name, out in outs.items():
             assert out.is_contiguous(), name
             assert out.device.type == "cpu", name
-            for fill in self.slices._fills.get(name, ()):
-                _strided(out, fill.target, fill.axes).fill_(fill.value)
-            for tensor, pieces in self.slices._pieces[name]:
+            for fill in self.slices.fills.get(name, ()):
+                strided(out, fill.target, fill.axes).fill_(fill.value)
+            for tensor, pieces in self.slices.pieces[name]:
                 planned = self._tensors[tensor]
-                futures += [pool.submit(self._compute, planned, piece, out) for piece in pieces]
+                futures += [
+                    self.slices.threads.submit(self._compute, planned, piece, out) for piece in pieces
+                ]
         return Pending(self.slices, futures)
 
     def fill(self, outs: Mapping[str, torch.Tensor]) -> None:
@@ -226,6 +161,15 @@ class StepSlices:
             InputChanged: if a parent is no longer the one that was planned.
         """
         self.begin(outs).wait()
+        self.finish()
+
+    def finish(self) -> None:
+        """Check what was filled, once all of it is.
+
+        Raises:
+            ArithmeticFault: if the result holds NaN or infinities.
+            InputChanged: if a parent is no longer the one that was planned.
+        """
         self.slices.check()
 
     def _compute(self, tensor: TensorPlan, piece: Piece, out: torch.Tensor) -> Work:
@@ -233,75 +177,55 @@ class StepSlices:
         dtype, width = TORCH_DTYPES[tensor.dtype], DTYPE_BYTES[tensor.dtype]
         if piece.is_dense and out.dtype == dtype:
             return self._compute_into(tensor, piece, out.data_ptr() + piece.target * width)
-        scratch = self.slices._scratch("out", piece.count, width)
+        scratch = self.slices.mapped.scratch("out", piece.count, width)
         work = self._compute_into(tensor, piece, scratch.ctypes.data)
         values = torch.from_numpy(scratch.view(np.uint8)).view(dtype)
-        taken = torch.as_strided(
-            values, [axis.size for axis in piece.taken], [axis.source for axis in piece.taken]
-        )
-        _strided(out, piece.target, piece.taken).copy_(taken)
+        place_taken(values, piece, out)
         return work
 
     def _compute_into(self, tensor: TensorPlan, piece: Piece, out: int) -> Work:
         """Compute all elements of a piece, one after the other from the address `out` on, or copy what is made already."""
+        width = DTYPE_BYTES[tensor.dtype]
         if tensor.name in self._made:
-            width = DTYPE_BYTES[tensor.dtype]
-            target = np.ctypeslib.as_array((ctypes.c_uint8 * (piece.count * width)).from_address(out))
-            _gather(self._made[tensor.name], piece, piece.first, target.view(f"V{width}"))
+            target = bytes_at(out, piece.count * width).view(f"V{width}")
+            gather(self._made[tensor.name], piece, piece.first, target)
             return Work()
-        if not tensor.runs:
-            return self._compute_rows(tensor, piece, piece.first if tensor.sft else None, out)
-        work, width = Work(), DTYPE_BYTES[tensor.dtype]
-        for row in range(piece.rows):
-            for part, sft_first in _matched(tensor, piece.first + row * piece.pitch, piece.run):
-                work += self._compute_rows(tensor, part, sft_first, out)
-                out += part.count * width
+        work = Work()
+        for part in parts_of(tensor, piece):
+            work += self._compute_part(tensor, part, out + part.offset * width)
         return work
 
-    def _compute_rows(self, tensor: TensorPlan, piece: Piece, sft_first: int | None, out: int) -> Work:
-        base = self._read("dpo", self._plan.base, tensor.base, piece, piece.first)
-        read = piece.count * DTYPE_BYTES[tensor.base.dtype]
-        kept = sft_first is None or tensor.sft is None
+    def _compute_part(self, tensor: TensorPlan, part: Part, out: int) -> Work:
+        base = self.slices.parents.address("dpo", tensor, part)
+        read = part.count * DTYPE_BYTES[tensor.base.dtype]
+        kept = part.sft_first is None
         if kept and tensor.dtype == tensor.base.dtype:
             ctypes.memmove(out, base, read)
             return Work(read, 0)
-        sft, sft_dtype = base, tensor.base.dtype
-        if tensor.sft is not None and sft_first is not None:
-            sft_dtype = tensor.sft.dtype
-            sft = self._read("sft", self._plan.sft, tensor.sft, piece, sft_first)
-            read += piece.count * DTYPE_BYTES[sft_dtype]
-        options = self._plan.options
-        rule = Rule(tensor.base.dtype, sft_dtype, tensor.dtype, options.rounding)
+        sft = base
+        if tensor.sft is not None and not kept:
+            sft = self.slices.parents.address("sft", tensor, part)
+            read += part.count * DTYPE_BYTES[tensor.sft.dtype]
+        rule = rule_of(tensor, part, self._plan.options.rounding)
         statistics = _kernel(rule).compute_runs(
-            base, sft, out, piece.count, alpha=0.0 if kept else self._alpha * tensor.multiplier,
-            key=random_key(options.seed, tensor.random_name), first=piece.first,
-            run=piece.run if piece.rows > 1 else piece.count, pitch=piece.pitch,
+            base, sft, out, part.count, alpha=0.0 if kept else self._alpha * tensor.multiplier,
+            key=random_key(self._plan.options.seed, tensor.random_name), first=part.first,
+            run=part.run if part.rows > 1 else part.count, pitch=part.pitch,
         )  # fmt: skip
         if not kept:
             refuse_broken(tensor.name, [statistics], self._alpha)
-        return Work(read, piece.count)
-
-    def _read(self, use: str, parent: Checkpoint, tensor: Tensor, piece: Piece, first: int) -> int:
-        """Address of a piece's elements of one parent, one after the other: where the file is mapped, or a copy."""
-        width = DTYPE_BYTES[tensor.dtype]
-        data = self.slices._files.data(parent, tensor.file)
-        start = tensor.start + first * width
-        if piece.rows == 1 and (data.ctypes.data + start) % width == 0:
-            return int(data.ctypes.data) + start
-        scratch = self.slices._scratch(use, piece.count, width)
-        _gather(data[tensor.start : tensor.start + tensor.nbytes], piece, first, scratch)
-        return int(scratch.ctypes.data)
+        return Work(read, part.count)
 
 
-def _gather(data: Words, piece: Piece, first: int, out: Words) -> None:
-    """Copy the rows of a piece, which begins at element `first` of a tensor's bytes, one after the other into `out`."""
-    width = out.dtype.itemsize
-    elements = data[first * width : (first + (piece.rows - 1) * piece.pitch + piece.run) * width].view(
-        out.dtype
-    )
-    strides = (piece.pitch * width, width)
-    rows = np.lib.stride_tricks.as_strided(elements, (piece.rows, piece.run), strides, writeable=False)
-    np.copyto(out.reshape(piece.rows, piece.run), rows)
+def tensors_of(plan: PairPlan) -> dict[str, TensorPlan]:
+    """All tensors of a plan, by name."""
+    return {tensor.name: tensor for shard in plan.shards for tensor in shard.tensors}
+
+
+def rule_of(tensor: TensorPlan, part: Part, rounding: RoundingName) -> Rule:
+    """The rule that computes a part; one without a partner in sft is rounded alone, with itself as sft."""
+    sft = tensor.base if tensor.sft is None or part.sft_first is None else tensor.sft
+    return Rule(tensor.base.dtype, sft.dtype, tensor.dtype, rounding)
 
 
 def _whole_tensors(shards: Sequence[ShardPlan], made: Words) -> Iterator[tuple[str, Words]]:
@@ -342,67 +266,19 @@ class Pending:
         wait(self.futures)
 
 
-class _MappedFiles:
-    """The weight files of both parents, mapped into memory.
-
-    A file that is cut short while it is read ends the process (SIGBUS), as for every program that maps files; the replica is then
-    replaced. One that is replaced or rewritten is noticed before and after each use.
-    """
-
-    def __init__(self, parents: Sequence[Checkpoint]) -> None:
-        self._parents = parents
-        self._maps: dict[tuple[str, str], mmap.mmap] = {}
-        self._data: dict[tuple[str, str], Words] = {}
-        for parent in parents:
-            for name in {tensor.file for tensor in parent.tensors.values()}:
-                path = open_store(parent.uri).local_path
-                assert path is not None, parent.uri
-                with (path / name).open("rb") as file:
-                    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                self._maps[parent.uri, name] = mapped
-                self._data[parent.uri, name] = np.frombuffer(mapped, np.uint8)
-        self.check()
-
-    def data(self, parent: Checkpoint, file: str) -> Words:
-        """The bytes of a file."""
-        return self._data[parent.uri, file]
-
-    def check(self) -> None:
-        """Check that the files are those that were planned.
-
-        Raises:
-            InputChanged: if one is not.
-        """
-        for parent in self._parents:
-            store = open_store(parent.uri)
-            for name in {tensor.file for tensor in parent.tensors.values()}:
-                if store.stat(name).etag != parent.files[name].etag:
-                    raise InputChanged(f"{parent.uri}/{name} was replaced since it was planned; plan again")
-
-    def close(self) -> None:
-        self._data.clear()
-        for mapped in self._maps.values():
-            mapped.close()
-
-
-def _matched(tensor: TensorPlan, first: int, count: int) -> Iterator[tuple[Piece, int | None]]:
-    """Parts of consecutive elements whose rows have consecutive partners in sft: each part, and its first element there."""
-    width = tensor.base.numel // tensor.shape[0]
-    begins = [run.dpo_first for run in tensor.runs]
-    while count:
-        run = tensor.runs[bisect_right(begins, first // width) - 1]
-        part = min(count, (run.dpo_first + run.count) * width - first)
-        partner = None if run.sft_first is None else first + (run.sft_first - run.dpo_first) * width
-        yield Piece(first, 1, part, 0, 0, ()), partner
-        first, count = first + part, count - part
-
-
 def _kernel(rule: Rule) -> CpuKernel:
     kernel = load_kernel(rule, "cpu")
     assert isinstance(kernel, CpuKernel)
     return kernel
 
 
-def _strided(tensor: torch.Tensor, offset: int, axes: Sequence[Axis]) -> torch.Tensor:
+def place_taken(values: torch.Tensor, piece: Piece, out: torch.Tensor) -> None:
+    """Copy the elements of a computed piece that a parameter takes into their places in it."""
+    sizes, strides = [axis.size for axis in piece.taken], [axis.source for axis in piece.taken]
+    strided(out, piece.target, piece.taken).copy_(torch.as_strided(values, sizes, strides))
+
+
+def strided(tensor: torch.Tensor, offset: int, axes: Sequence[Axis]) -> torch.Tensor:
+    """The elements of a parameter that axes reach from the index `offset` on."""
     sizes, strides = [axis.size for axis in axes], [axis.target for axis in axes]
     return torch.as_strided(tensor, sizes, strides, int(tensor.storage_offset()) + offset)

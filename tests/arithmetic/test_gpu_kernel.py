@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -16,27 +15,7 @@ from expo_ray.errors import JobError
 from tests.support.exact_arithmetic import DTYPES
 from tests.support.pairs import write_pair
 from tests.support.paths import ROOT
-
-# Triton has a folder of its own: in the environment of the tests it would keep vLLM from being imported.
-FOLDER = Path(sys.prefix) / "triton"
-
-
-def run_check(tmp_path: Path, *words: str, interpret: bool = True) -> int:
-    """Run a check of `tests.support.triton_checks` in a process of its own; returns the number that it prints."""
-    if importlib.util.find_spec("triton") is None and not (FOLDER / "triton").is_dir():
-        pytest.fail(f"{FOLDER} has no Triton, so the GPU kernel is not checked: run `make .venv/triton.txt`")
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(FOLDER),
-        "TRITON_CACHE_DIR": str(tmp_path),
-        "TRITON_INTERPRET": str(int(interpret)),
-    }
-    child = subprocess.run(
-        [sys.executable, "-m", "tests.support.triton_checks", *words],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert child.returncode == 0, child.stderr
-    return int(child.stdout)
+from tests.support.triton_process import FOLDER, run_check
 
 
 @pytest.mark.parametrize("dpo_dtype", DTYPES)

@@ -123,6 +123,16 @@ def in_halves(parameter: torch.Tensor, tensor: torch.Tensor) -> None:
     parameter[2:] = tensor[1::2]
 
 
+def joined_and_taken_apart(parameter: torch.Tensor, tensor: torch.Tensor) -> None:
+    # As Falcon's queries, keys and values, of groups of heads; and along the last dimension.
+    groups = tensor.view(2, 2, 6)
+    joined = torch.cat([groups[:, 1].reshape(2, 6), groups[:, :1].reshape(-1, 6)])
+    parameter[:2].copy_(joined[2:])
+    both = torch.cat((joined[:2, 3:], joined[:2, :3]), dim=-1)
+    parameter[2:, :3] = both[:, 3:]
+    parameter[2:, 3:].copy_(both[:, :3])
+
+
 @pytest.mark.vllm
 @pytest.mark.parametrize(
     ("load", "reason"),
@@ -132,9 +142,16 @@ def in_halves(parameter: torch.Tensor, tensor: torch.Tensor) -> None:
         (lambda parameter, tensor: parameter.copy_(-tensor.exp()), "computes with its values"),
         (lambda parameter, tensor: parameter.copy_(tensor.mul_(2)), "computes with its values"),
         (lambda parameter, tensor: parameter.copy_(tensor).add_(1), "computes with its values"),
+        (joined_and_taken_apart, ""),
+        (
+            lambda parameter, tensor: parameter.copy_(
+                torch.cat([tensor[2:], torch.ones(2, 6, device=tensor.device)])
+            ),
+            "joins them with others",
+        ),
         (
             lambda parameter, tensor: parameter.copy_(torch.cat([tensor[2:], tensor[:2]])),
-            "joins them with others",
+            "takes a part of a tensor and of what it is joined with",
         ),
         (lambda parameter, tensor: parameter.fill_(tensor[0, 0].item()), "looks at its values"),
         (lambda parameter, tensor: parameter[:3].copy_(tensor[:3]), "18 of 24 elements are written"),
@@ -165,11 +182,11 @@ def test_what_a_loader_does_beside_copying_is_an_obstacle(
 
 
 @pytest.mark.vllm
-def test_a_loader_that_builds_new_tensors_is_an_obstacle_that_names_the_tensor(tmp_path: Path) -> None:
+def test_a_loader_that_computes_is_an_obstacle_that_names_the_tensor(tmp_path: Path) -> None:
     from expo_ray.on_ray.serving.record_map import record_map
 
-    folder = save_architecture("falcon", tmp_path / "model", ADAPTED_SIZES)
+    folder = save_architecture("mamba", tmp_path / "model", ADAPTED_SIZES)
     with worker(folder, 2, 1) as model:
         index_map = record_map(model, forms_of(folder))
-    assert "query_key_value.weight: vLLM's loader computes" in index_map.obstacle
+    assert "mixer.A_log: vLLM's loader computes" in index_map.obstacle
     assert {copy.tensor for copy in index_map.copies} & set(index_map.refused) == set()

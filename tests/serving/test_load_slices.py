@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ from expo_ray.extrapolation.plan import PairPlan, plan_pair
 from expo_ray.extrapolation.step import DPO, Step
 from expo_ray.on_ray.serving import swap
 from expo_ray.on_ray.serving.swap import PairWorker
+from expo_ray.serving import parent_tiers
 from expo_ray.serving.slices import Slices
 from expo_ray.serving.weight_check import Comparison
+from tests.support.tiny_models import causal_model, save_lora, tiny_llama
 from tests.support.vllm_models import ADAPTED_SIZES, save_architecture, worker
 
 pytestmark = pytest.mark.vllm
@@ -133,26 +136,48 @@ class Worker(PairWorker):
         reload.finalize_layerwise_reload(model, self.model_config)
 
 
+def published_adapter(folder: Path) -> tuple[PairPlan, Path]:
+    sft, dpo = map(str, save_lora(folder, causal_model(tiny_llama())))
+    words = ["--sft", sft, "--dpo", dpo, "--alpha", "0.5", "--adapter", "merge"]
+    assert main(["extrapolate", *words, "--output", f"{folder}/out"]) == 0
+    return plan_pair(Pair(name="pair", sft=sft, dpo=dpo, adapter="merge"), {}), folder / "out"
+
+
 @pytest.mark.parametrize(
-    ("name", "way"), [("llama", "slices"), ("falcon", "whole tensors: transformer.h.0.")]
+    ("publish", "described"),
+    [
+        (partial(published_pair, name="llama"), {"swap": "slices", "parents": "host memory"}),
+        (
+            published_adapter,
+            {"swap": "whole tensors: an adapter is merged into whole tensors", "parents": "files"},
+        ),
+    ],
+    ids=["slices", "whole tensors"],
 )
 def test_a_worker_swaps_by_slices_or_else_by_whole_tensors_and_says_which(
-    name: str, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    publish: Callable[[Path], tuple[PairPlan, Path]],
+    described: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(swap, "keep_freed_memory", lambda: True)  # which is for the whole process
-    plan, published = published_pair(tmp_path, name)
-    dpo = Path(plan.dpo.uri)
-    with loaded(dpo, published, 2) as model:
+    plan, published = publish(tmp_path)
+    by_slices = described["swap"] == "slices"
+    first = Path(plan.dpo.uri if by_slices else plan.sft.uri)
+    with loaded(first, published, 2) as model:
         wanted = computed_values(model)
-    with loaded(dpo, dpo, 2) as model:
+    with loaded(first, first, 2) as model:
         tensor_worker = Worker(model)
-        opened = tensor_worker.expo_open(pickle.dumps(plan), holds_dpo=True)
-        assert opened["swap"].startswith(way)
+        assert tensor_worker.expo_open(pickle.dumps(plan), holds_dpo=by_slices) == described
         assert "overflowing" in tensor_worker.expo_swap("1e+41")
         assert tensor_worker.expo_swap("0.5") == ""
         assert differing(computed_values(model), wanted) == []
         bytes_read, elements = tensor_worker.expo_work()
-        assert (bytes_read > 0, elements > 0) == (way == "slices", way == "slices")
+        assert (bytes_read > 0, elements > 0) == (by_slices, by_slices)
+        monkeypatch.setattr(parent_tiers, "spare_bytes", lambda: -1)
+        assert tensor_worker.expo_swap("0.5") == ""
+        assert tensor_worker.expo_describe_swap()["parents"].startswith("files")
+        assert differing(computed_values(model), wanted) == []
         with torch.no_grad():
             next(parameter for parameter in model.parameters() if parameter.numel()).add_(1)
         with pytest.raises(RuntimeError, match=r"does not hold the weights of alpha 0\.5"):

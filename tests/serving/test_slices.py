@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,20 @@ from expo_ray.config import Pair
 from expo_ray.errors import ArithmeticFault, InputChanged
 from expo_ray.extrapolation.plan import PairPlan, plan_pair
 from expo_ray.extrapolation.step import Step
-from expo_ray.serving import slices as slices_module
+from expo_ray.serving import pieces as pieces_module
 from expo_ray.serving.index_map import Axis, Copy, IndexMap, simplified, strides_of
-from expo_ray.serving.slices import Slices, pieces_of
+from expo_ray.serving.parent_tiers import hold_parents, same_bits
+from expo_ray.serving.pieces import pieces_of
+from expo_ray.serving.slices import Slices
 from tests.support.pairs import moved
+from tests.support.triton_process import run_check
 from tests.support.vllm_models import ADAPTED_SIZES, forms_of, save_architecture, worker
 
 WORKERS = (1, 2, 4, 8)
 ALPHA = 0.7
+
+
+Case = tuple[PairPlan, IndexMap, Step, dict[str, torch.Tensor]]
 
 
 def pair(sft: Path, dpo: Path, **options: Any) -> PairPlan:
@@ -38,9 +45,17 @@ NOTHING = np.empty(0, np.uint8)
 def computed(
     plan: PairPlan, index_map: IndexMap, alpha: float, dtype: torch.dtype, made: Any = NOTHING
 ) -> dict[str, torch.Tensor]:
-    outs = {name: torch.full(shape, 77, dtype=dtype) for name, shape in index_map.shapes.items()}
+    """The parameters at a step: the same whether the parents are read from their files or from memory."""
     slices = Slices(plan, index_map, threads=2)
+    outs, from_memory = (
+        {name: torch.full(shape, 77, dtype=dtype) for name, shape in index_map.shapes.items()}
+        for _ in range(2)
+    )
     slices.at(Step(alpha), made).fill(outs)
+    assert hold_parents(slices, 1, torch.device("cpu"), whole_gpu=False) == "host memory"
+    slices.mapped.address = None  # type: ignore[assignment,method-assign]
+    slices.at(Step(alpha), made).fill(from_memory)
+    assert all(same_bits(from_memory[name], tensor) for name, tensor in outs.items())
     slices.close()
     return outs
 
@@ -60,9 +75,8 @@ def test_pieces_take_each_element_of_a_copy_once(shape: list[int], data: st.Data
     copy = Copy("tensor", "parameter", int(part.flat[0]), 0, simplified(axes))
     filled = np.full(part.size, -1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(slices_module, "PIECE", data.draw(st.integers(1, 9)))
-        patch.setattr(slices_module, "_BLOCK", 1)
-        for piece in pieces_of(copy):
+        patch.setattr(pieces_module, "_BLOCK", 1)
+        for piece in pieces_of(copy, data.draw(st.integers(1, 9))):
             rows = [source.flat[piece.first + row * piece.pitch :][: piece.run] for row in range(piece.rows)]
             dense = np.concatenate(rows)
             sources, targets = np.zeros(1, int), np.full(1, piece.target)
@@ -116,6 +130,14 @@ def test_columns_have_the_published_bytes_in_every_rule(
 
 
 def test_rows_that_sft_lacks_have_the_published_bytes(tmp_path: Path) -> None:
+    for plan, index_map, _, expected in cases_of_rows_that_sft_lacks(tmp_path):
+        assert all(
+            torch.equal(held, expected[key])
+            for key, held in computed(plan, index_map, ALPHA, torch.bfloat16).items()
+        )
+
+
+def cases_of_rows_that_sft_lacks(tmp_path: Path) -> Iterator[Case]:
     torch.manual_seed(2)
     name = "model.embed_tokens.weight"
     save(tmp_path / "sft", torch.randn(37, 20, dtype=torch.bfloat16), name)
@@ -139,8 +161,7 @@ def test_rows_that_sft_lacks_have_the_published_bytes(tmp_path: Path) -> None:
     ):
         first = 100 if len(axes) == 1 else 4
         index_map = IndexMap({"weight": tuple(wanted.shape)}, [Copy(name, "weight", first, 0, tuple(axes))])
-        (held,) = computed(plan, index_map, ALPHA, torch.bfloat16).values()
-        assert torch.equal(held, wanted)
+        yield plan, index_map, Step(ALPHA), {"weight": wanted.contiguous()}
 
 
 def save(folder: Path, weight: torch.Tensor, name: str = "weight") -> None:
@@ -169,7 +190,7 @@ def test_an_overflow_and_a_replaced_parent_are_errors(tmp_path: Path) -> None:
 
 
 # Fused in the engine, fused in the checkpoint, interleaved, one key for all, transposed, tied, biases, experts.
-COVERED = ("llama", "qwen2-tied", "phi3", "gpt-neox", "gpt-bigcode", "gpt2", "bloom", "mixtral")
+COVERED = ("llama", "qwen2-tied", "phi3", "gpt-neox", "gpt-bigcode", "gpt2", "falcon-new", "mixtral")
 
 
 @pytest.mark.vllm
@@ -179,15 +200,8 @@ def test_every_parameter_of_an_architecture_is_what_vllm_loads_from_the_publishe
 ) -> None:
     from expo_ray.on_ray.serving.record_map import record_map
 
-    sft, dpo = (
-        save_architecture(name, tmp_path / side, ADAPTED_SIZES, seed)
-        for seed, side in enumerate(("sft", "dpo"))
-    )
-    flags = ["--sft", str(sft), "--dpo", str(dpo), "--alpha", str(ALPHA), "--rounding", "stochastic"]
-    assert main(["extrapolate", *flags, "--output", f"{tmp_path}/out"]) == 0
-    published = load_file(tmp_path / "out/model.safetensors")
+    plan, dpo, published = published_pair(name, tmp_path)
     file = np.frombuffer((tmp_path / "out/model.safetensors").read_bytes(), np.uint8)
-    plan = pair(sft, dpo, rounding="stochastic")
     for workers in WORKERS:
         for rank in {0, workers - 1}:
             with worker(dpo, workers, rank) as model:
@@ -205,6 +219,40 @@ def test_every_parameter_of_an_architecture_is_what_vllm_loads_from_the_publishe
                     )
 
 
+def published_pair(
+    name: str, folder: Path, sizes: Mapping[str, int] = ADAPTED_SIZES
+) -> tuple[PairPlan, Path, dict[str, torch.Tensor]]:
+    """A tiny pair of an architecture: its plan, the folder of dpo, and what is published at `ALPHA`."""
+    sft, dpo = (
+        save_architecture(name, folder / side, sizes, seed) for seed, side in enumerate(("sft", "dpo"))
+    )
+    flags = ["--sft", str(sft), "--dpo", str(dpo), "--alpha", str(ALPHA), "--rounding", "stochastic"]
+    assert main(["extrapolate", *flags, "--output", f"{folder}/out"]) == 0
+    return pair(sft, dpo, rounding="stochastic"), dpo, load_file(folder / "out/model.safetensors")
+
+
 def held(model: Any) -> dict[str, torch.Tensor]:
     """Copies of the parameters; what was never written may be NaN, which equals nothing."""
     return {key: tensor.detach().clone().nan_to_num() for key, tensor in model.named_parameters()}
+
+
+# Transposed; and fused, with experts. Each as one of two workers.
+ON_A_GPU = ("gpt2", "mixtral")
+SMALL = ADAPTED_SIZES | {"num_hidden_layers": 1, "n_layer": 1, "num_local_experts": 2}
+
+
+@pytest.mark.vllm
+def test_a_gpu_would_fill_parameters_with_the_published_bytes(tmp_path: Path) -> None:
+    from expo_ray.on_ray.serving.record_map import record_map
+
+    cases = list(cases_of_rows_that_sft_lacks(tmp_path))
+    for name in ON_A_GPU:
+        plan, dpo, published = published_pair(name, tmp_path / name, SMALL)
+        with worker(dpo, 2, 1) as model:
+            index_map = record_map(model, forms_of(dpo))
+            model.load_weights(published.items())
+            cases.append((plan, index_map, Step(ALPHA), held(model)))
+    torch.save(cases, tmp_path / "cases")
+    words = [f"{tmp_path}/cases"]
+    compared = run_check(tmp_path / "cache", *words, module="tests.support.gpu_slices_check")
+    assert compared == sum(tensor.numel() for *_, expected in cases for tensor in expected.values()) > 30_000

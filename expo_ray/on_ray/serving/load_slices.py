@@ -89,7 +89,7 @@ def load_step(model: Any, computed: StepSlices, dtype: torch.dtype) -> None:
     finally:
         for filling in begun:
             filling.abandon()
-    slices.check()
+    computed.finish()
     _process_attention(model, dtype)
 
 
@@ -120,8 +120,10 @@ class _Layer:
         targets: dict[str, torch.Tensor] = {name: getattr(self.module, name).data for name in self.names}
         outs = {
             name: target
-            if target.device.type == "cpu" and target.is_contiguous()
-            else torch.empty(tuple(target.shape), dtype=target.dtype, device="cpu")
+            if target.is_contiguous() and (computed.on_gpu or target.device.type == "cpu")
+            else torch.empty(
+                tuple(target.shape), dtype=target.dtype, device=target.device if computed.on_gpu else "cpu"
+            )
             for name, target in targets.items()
         }
         pending = computed.begin({self.names[name]: out for name, out in outs.items()})
@@ -134,7 +136,7 @@ class _Filling:
 
     Attributes:
         targets: the tensors to fill.
-        outs: the same, or tensors in the memory of the CPU that are copied to them.
+        outs: the same, or tensors that are computed where the targets cannot be, and copied to them.
     """
 
     layer: _Layer

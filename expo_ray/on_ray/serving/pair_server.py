@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import pickle
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -87,7 +87,7 @@ class ModelServer(LLMServer):
             await super().__init__(config)
         except Exception as error:
             raise RuntimeError(root_cause(f"{type(error).__name__}: {error}", read_own_log())) from error
-        self._about = (await self.collective_rpc("expo_describe"))[0]
+        self._about = (await self.collective_rpc("expo_prepare"))[0]
 
     async def __del__(self) -> None:
         # Ray's `__del__` does not end the engine's processes; they would notice after a while
@@ -145,8 +145,19 @@ class PairServer(ModelServer):
         self._lease = Lease(self._swap, DPO if holds_dpo else None, expected, self._make_ahead)
         self._announcements: set[asyncio.Task[Any]] = set()
         await super().__init__(llm_config, fetch=lambda: rebuild_engine_folder(plan))
-        (opened, *_) = await self.collective_rpc("expo_open", args=(pickle.dumps(plan), holds_dpo))
-        self._about |= opened
+        opened = await self.collective_rpc(
+            "expo_open", args=(pickle.dumps(plan), holds_dpo, has_whole_gpus())
+        )
+        self._describe_swap(opened)
+
+    def _describe_swap(self, workers: Sequence[Mapping[str, str]]) -> None:
+        """Put into card and log how the workers swap, and where they keep the parents."""
+        described = {key: "; ".join(sorted({worker[key] for worker in workers})) for key in workers[0]}
+        if described.items() <= self._about.items():
+            return
+        self._about |= described
+        # A replica shows warnings only.
+        log.warning("%s: swaps by %s, with the parents in %s", self._name, *described.values())
 
     async def card(self, name: str) -> dict[str, Any]:
         return await super().card(name) | ({"notes": list(self._plan.notes)} if self._plan.notes else {})
@@ -196,6 +207,7 @@ class PairServer(ModelServer):
         """
         await self.pause(mode="abort", clear_cache=True)
         faults = await self.collective_rpc("expo_swap", timeout=SWAP_TIMEOUT_S, args=(str(step),))
+        self._describe_swap(await self.collective_rpc("expo_describe_swap"))
         await self.resume()
         if any(faults):
             raise ArithmeticFault(next(filter(None, faults)))
@@ -211,6 +223,13 @@ class PairServer(ModelServer):
     async def record_routing_stats(self) -> dict[str, Any]:
         held = self._lease.held
         return {} if held is None else {"step": str(held)}
+
+
+def has_whole_gpus() -> bool:
+    """True if no GPU of this replica's engine is shared with other programs."""
+    group = get_current_placement_group()
+    shares = [float(bundle.get("GPU", 0)) for bundle in group.bundle_specs] if group else []
+    return all(share.is_integer() for share in shares)
 
 
 def starts_at_dpo(plan: PairPlan) -> bool:

@@ -9,17 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from operator import mul
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from expo_ray.serving.index_map import Axis, Copy, Fill, IndexMap, Irregular, locate, simplified
+from expo_ray.serving.index_map import Axis, Copy, Fill, IndexMap, Irregular, locate, simplified, strides_of
 from expo_ray.serving.weights import TORCH_DTYPES
 from expo_ray.text import shown
 
 # Copies that may have another layout or dtype than their original, and all of its elements.
 _CLONES = {torch.ops.aten.clone.default, torch.ops.aten._to_copy.default}
+
+
+# Sizes and strides, in elements.
+_Axes = list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -38,19 +43,58 @@ class _Source:
     stride: tuple[int, ...]
     owner: torch.Tensor
 
-    def trace(self, view: torch.Tensor) -> tuple[int, list[list[tuple[int, int]]]]:
-        """Index in the checkpoint's tensor of a view's first element; and for each dimension sizes and strides there.
+    def trace(self, first: int, axes: _Axes) -> tuple[int, list[_Axes]]:
+        """Follow a view of this memory, from its element `first` on, to the checkpoint's tensor.
+
+        Returns:
+            The index there of the view's first element; and for each axis sizes and strides there.
 
         Raises:
             Irregular: if the view is no regular grid of them.
         """
-        axes = [(int(size), int(step)) for size, step in zip(view.shape, view.stride(), strict=True)]
-        start, parts = locate(int(view.storage_offset()), axes, self.shape)
+        start, parts = locate(first, axes, self.shape)
         offset = self.offset + sum(index * step for index, step in zip(start, self.stride, strict=True))
         return offset, [
-            [(step.size, step.stride and step.stride * self.stride[step.dimension]) for step in steps]
-            for steps in parts
+            [(part.size, part.stride and part.stride * self.stride[part.dimension]) for part in of_axis]
+            for of_axis in parts
         ]
+
+
+@dataclass(frozen=True)
+class _Joined:
+    """Memory that holds parts of one tensor joined along a dimension, as `torch.cat` makes it; Falcon's loader does so.
+
+    Attributes:
+        shape, dimension: of the joined array, and the one that the parts follow each other in.
+        parts: index in that dimension of each part's first element, the part's shape, and its elements.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dimension: int
+    parts: list[tuple[int, tuple[int, ...], _Source]]
+    owner: torch.Tensor
+
+    def trace(self, first: int, axes: _Axes) -> tuple[int, list[_Axes]]:
+        """Follow a view within one part; see `_Source.trace`.
+
+        Raises:
+            Irregular: if the view is no regular grid, or lies in several parts.
+        """
+        start, walks = locate(first, axes, self.shape)
+        flat = [walk for of_axis in walks for walk in of_axis]
+        low = start[self.dimension]
+        high = low + sum((walk.size - 1) * walk.stride for walk in flat if walk.dimension == self.dimension)
+        for begin, shape, source in self.parts:
+            if begin <= low and high < begin + shape[self.dimension]:
+                strides = strides_of(shape)
+                inside = sum(map(mul, start, strides)) - begin * strides[self.dimension]
+                offset, traced = source.trace(
+                    inside, [(walk.size, walk.stride * strides[walk.dimension]) for walk in flat]
+                )
+                rest = iter(traced)
+                return offset, [[pair for _ in of_axis for pair in next(rest)] for of_axis in walks]
+        raise Irregular("takes a part of a tensor and of what it is joined with")
 
 
 def record_map(model: Any, tensors: Mapping[str, tuple[str, Sequence[int]]]) -> IndexMap:
@@ -95,7 +139,7 @@ class _Recorder(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._parameters = {_memory(tensor): name for name, tensor in parameters.items()}
         self._strided = {name for name, tensor in parameters.items() if not tensor.is_contiguous()}
-        self._sources: dict[int, _Source] = {}
+        self._sources: dict[int, _Source | _Joined] = {}
         self._loading = ""
         self.copies: list[Copy] = []
         self.fills: list[Fill] = []
@@ -143,6 +187,8 @@ class _Recorder(TorchDispatchMode):
                 self._sources.pop(_memory(written), None)  # it no longer holds what the checkpoint does
             elif func in _CLONES:
                 self._note_clone(args[0], result)
+            elif func is torch.ops.aten.cat.default:
+                self._note_join(args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0), result)
             return result
         try:
             self._note_write(func, name, written, args)
@@ -171,7 +217,7 @@ class _Recorder(TorchDispatchMode):
         source = self._sources.get(_memory(values))
         if source is None:
             raise Irregular("computes with its values, or joins them with others")
-        offset, parts = source.trace(values.expand(written.shape))
+        offset, parts = source.trace(*_view(values.expand(written.shape)))
         axes = []
         for steps, stride in zip(parts, written.stride(), strict=True):
             target = int(stride)
@@ -184,14 +230,42 @@ class _Recorder(TorchDispatchMode):
 
     def _note_clone(self, original: torch.Tensor, clone: torch.Tensor) -> None:
         """Remember which elements a copy in new memory holds; `reshape` makes one of a transposed tensor."""
-        source = self._sources.get(_memory(original))
-        if source is None or not clone.is_contiguous():
-            return
         with suppress(Irregular):  # then a copy from it has no known source
-            offset, parts = source.trace(original)
-            axes = [axis for steps in parts for axis in steps]
-            shape, stride = tuple(size for size, _ in axes), tuple(step for _, step in axes)
-            self._sources[_memory(clone)] = _Source(source.name, offset, shape, stride, clone)
+            if clone.is_contiguous():
+                self._sources[_memory(clone)] = self._elements_of(original, clone)
+
+    def _note_join(self, tensors: Sequence[torch.Tensor], dimension: int, joined: torch.Tensor) -> None:
+        """Remember which elements a copy of several tensors in new memory holds, if all are of one tensor of the checkpoint."""
+        with suppress(Irregular):
+            parts, begin = [], 0
+            for tensor in tensors:
+                parts.append((begin, tuple(tensor.shape), self._elements_of(tensor, joined)))
+                begin += tensor.shape[dimension]
+            if len({source.name for _, _, source in parts}) == 1:
+                name, shape = parts[0][2].name, tuple(joined.shape)
+                self._sources[_memory(joined)] = _Joined(name, shape, dimension % joined.ndim, parts, joined)
+
+    def _elements_of(self, tensor: torch.Tensor, owner: torch.Tensor) -> _Source:
+        """The elements of a tensor, as if they lay in memory one after the other.
+
+        Raises:
+            Irregular: if they are not known.
+        """
+        source = self._sources.get(_memory(tensor))
+        if source is None:
+            raise Irregular("holds other values than the checkpoint's")
+        offset, parts = source.trace(*_view(tensor))
+        axes = [axis for of_axis in parts for axis in of_axis]
+        return _Source(
+            source.name, offset, tuple(size for size, _ in axes), tuple(step for _, step in axes), owner
+        )
+
+
+def _view(tensor: torch.Tensor) -> tuple[int, _Axes]:
+    """Index in its memory of a tensor's first element, and its axes there."""
+    return int(tensor.storage_offset()), [
+        (int(size), int(step)) for size, step in zip(tensor.shape, tensor.stride(), strict=True)
+    ]
 
 
 def _memory(tensor: torch.Tensor) -> int:

@@ -46,21 +46,28 @@ class PairWorker:
     expo_comparison: Comparison
     expo_ahead: MadeAhead
     expo_slices: Slices | None = None
+    expo_way: str
+    expo_parents: str
 
-    def expo_describe(self) -> dict[str, Any]:
-        """Describe the engine, as it has resolved its settings."""
+    def expo_prepare(self) -> dict[str, Any]:
+        """Mend vLLM where this engine needs it, and describe the engine as it has resolved its settings."""
+        from expo_ray.on_ray.serving.seeded_sampling import keep_generators_on_cpus
+
+        if self._expo_device.type == "cpu":
+            keep_generators_on_cpus()
         dtype = str(self.model_config.dtype).removeprefix("torch.")
         return {"max_model_len": int(self.model_config.max_model_len), "dtype": dtype}
 
-    def expo_open(self, plan: bytes, holds_dpo: bool) -> dict[str, str]:
+    def expo_open(self, plan: bytes, holds_dpo: bool, whole_gpu: bool = False) -> dict[str, str]:
         """Download the parents of the pair that this engine serves, and find out how to swap and what to compare afterwards.
 
         Args:
             plan: a pickled `PairPlan`; its parents are downloaded to this node if they are not on it.
             holds_dpo: whether the engine holds the weights of alpha 0, loaded from dpo's folder.
+            whole_gpu: whether this engine has its GPUs for itself.
 
         Returns:
-            For the model card: `swap`, how this worker loads other weights.
+            For the model card; see `expo_describe_swap`.
 
         Raises:
             RuntimeError: if the engine holds other weights than a checkpoint's, or too little of them can be compared with the plan.
@@ -79,7 +86,7 @@ class PairWorker:
         from expo_ray.serving.weight_check import Comparison
 
         restore_plain_logs()
-        if next(self.get_model().parameters()).device.type == "cpu":
+        if self._expo_device.type == "cpu":
             keep_freed_memory()
         self.expo_plan = download_parents(pickle.loads(plan))
         self.expo_ahead = MadeAhead(self.expo_plan)
@@ -90,20 +97,31 @@ class PairWorker:
         if holds_dpo or self.expo_plan.dpo.adapter:  # an engine for an adapter starts with sft's folder
             self.expo_comparison.leave_out_rearranged(DPO if holds_dpo else SFT)
         self.expo_comparison.check_coverage()
-        return {"swap": self._expo_choose_swap(index_map)}
+        self._expo_choose_swap(index_map, whole_gpu=whole_gpu)
+        return self.expo_describe_swap()
 
-    def _expo_choose_swap(self, index_map: IndexMap) -> str:
-        """Choose slices, or whole tensors where the index map does not cover the engine; returns that with the reason."""
+    def expo_describe_swap(self) -> dict[str, str]:
+        """Describe, for the model card, how this worker loads other weights (`swap`), and where it keeps both parents (`parents`)."""
+        return {"swap": self.expo_way, "parents": self.expo_parents}
+
+    def _expo_choose_swap(self, index_map: IndexMap, *, whole_gpu: bool) -> None:
+        """Choose slices, or whole tensors where the index map does not cover the engine, and where to keep the parents."""
         from expo_ray.on_ray.serving.load_slices import obstacle_to_slices, threads_of
+        from expo_ray.serving.parent_tiers import FILES, hold_parents
 
         obstacle = obstacle_to_slices(self.expo_plan, index_map, self.get_model())
         if obstacle:
-            log.warning(
-                "%s: each swap computes whole tensors on every worker: %s", self.expo_plan.name, obstacle
-            )
-            return f"whole tensors: {obstacle}"
-        self.expo_slices = Slices(self.expo_plan, index_map, threads_of(self.parallel_config.world_size))
-        return "slices"
+            self.expo_way, self.expo_parents = f"whole tensors: {obstacle}", FILES
+            return
+        workers = self.parallel_config.world_size
+        self.expo_way = "slices"
+        self.expo_slices = Slices(self.expo_plan, index_map, threads_of(workers))
+        self.expo_parents = hold_parents(self.expo_slices, workers, self._expo_device, whole_gpu=whole_gpu)
+
+    @property
+    def _expo_device(self) -> torch.device:
+        device: torch.device = next(self.get_model().parameters()).device
+        return device
 
     @property
     def _expo_dtype(self) -> torch.dtype:
@@ -133,6 +151,7 @@ class PairWorker:
         from expo_ray.on_ray.serving.engine_weights import repack_heads
 
         step = parse_step(text)
+        self._expo_release_parents()
         made = self.expo_ahead.take(step)
         if len(made):  # computed from these files, which the swap may not need to read again
             refuse_replaced_parents(self.expo_plan)
@@ -162,8 +181,14 @@ class PairWorker:
             abandon_reload(self.get_model())
             raise
 
+    def _expo_release_parents(self) -> None:
+        from expo_ray.serving.parent_tiers import FILES, release_if_short
+
+        if self.expo_slices is not None and release_if_short(self.expo_slices):
+            self.expo_parents = f"{FILES}: memory became short"
+
     def expo_work(self) -> tuple[int, int]:
-        """Return the bytes of both parents that this worker has read by slices so far, and the elements that it has computed."""
+        """Return the bytes of both parents that this worker has computed with by slices so far, and the elements that it has computed."""
         work = Work() if self.expo_slices is None else self.expo_slices.work
         return work.bytes_read, work.elements
 
