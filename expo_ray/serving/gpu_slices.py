@@ -9,7 +9,6 @@ from collections.abc import Mapping
 
 import torch
 
-from expo_ray.arithmetic.gpu.launch import extrapolate_into
 from expo_ray.arithmetic.rule import random_key
 from expo_ray.checkpoint.tensors import DTYPE_BYTES
 from expo_ray.config import format_alpha
@@ -78,6 +77,8 @@ class GpuStepSlices(StepSlices):
             place_taken(computed, piece, out)
 
     def _queue_part(self, tensor: TensorPlan, part: Part, out: torch.Tensor, broken: torch.Tensor) -> None:
+        from expo_ray.arithmetic.gpu.launch import extrapolate_into  # needs Triton
+
         base = self._held.elements("dpo", tensor, part).view(TORCH_DTYPES[tensor.base.dtype])
         read = part.count * DTYPE_BYTES[tensor.base.dtype]
         kept = part.sft_first is None
