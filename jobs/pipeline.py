@@ -16,10 +16,12 @@ def run(job: Job, *, dry_run: bool) -> int:
     from expo_ray.evaluation.job_report import push_winners, write_report
     from expo_ray.on_ray.cluster import cluster
     from expo_ray.on_ray.pipeline import publish_winners, search_pairs
+    from expo_ray.on_ray.search_room import describe_room
 
     checked = check_job(job)  # everything wrong with it, before anything starts
     print(describe(checked), flush=True)
     if dry_run:
+        print(describe_room(checked))  # which engines and reward models go where
         return 0
     with cluster():
         searches = search_pairs(checked)  # of each pair, several at once: respond, score, decide; resumable

@@ -32,6 +32,9 @@ def run(job: Job, *, dry_run: bool) -> int:
     checked = check_job(job)
     print(describe(checked), flush=True)
     if dry_run:
+        from expo_ray.on_ray.search_room import describe_room
+
+        print(describe_room(checked))
         return 0
     from expo_ray.on_ray.cluster import cluster
     from expo_ray.on_ray.pipeline import publish_winners, search_pairs

@@ -64,6 +64,23 @@ def cluster() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def known_cluster() -> Iterator[bool]:
+    """Connect to the cluster that `cluster` would join, without starting one; yields whether there is one.
+
+    Raises:
+        JobError: if RAY_ADDRESS names a cluster that cannot be reached.
+    """
+    address = _find_address()
+    try:
+        if address:
+            _connect(address)
+        yield bool(address)
+    finally:
+        if address:
+            ray.shutdown()
+
+
 def _connect(address: str) -> None:
     try:
         with _signals_left_alone():

@@ -13,11 +13,11 @@ from contextlib import ExitStack
 
 import ray
 
-from expo_ray.errors import ExpoError, JobError, in_one_line
+from expo_ray.errors import ExpoError, in_one_line
 from expo_ray.evaluation.check_job import CheckedJob, store_job_prompts
 from expo_ray.evaluation.job_report import Searches, Usage, Winners
 from expo_ray.evaluation.paths import rungs_key, search_key
-from expo_ray.evaluation.search.pair_evaluator import PairEvaluator, SharedScorer
+from expo_ray.evaluation.search.pair_evaluator import PairEvaluator
 from expo_ray.evaluation.search.rung_log import RungLog
 from expo_ray.evaluation.search.search_pair import search_pair
 from expo_ray.evaluation.search.stored_searches import read_stored_searches
@@ -31,6 +31,7 @@ from expo_ray.extrapolation.step import GROUPS, Step
 from expo_ray.on_ray.extrapolation import OnRay, check_gpus
 from expo_ray.on_ray.rewards.memory import check_memory
 from expo_ray.on_ray.rewards.pool import RewardPool
+from expo_ray.on_ray.search_room import SearchRoom, make_room
 from expo_ray.on_ray.serving.serve_models import serving
 from expo_ray.progress import Progress
 from expo_ray.report.results import PairResult, Results
@@ -81,7 +82,6 @@ class _SearchRun:
     def __init__(self, checked: CheckedJob, pools: Sequence[RewardPool]) -> None:
         self._checked, self._job, self._pools = checked, checked.job, pools
         self._store = open_store(checked.job.output)
-        self._scorers = [SharedScorer(pool) for pool in pools]
         self.searches = Searches()
 
     def read_stored(self) -> None:
@@ -93,25 +93,30 @@ class _SearchRun:
     def search(self, plans: Sequence[PairPlan]) -> None:
         """Search pairs, as many at a time as the cluster has room for; a batch whose engines do not start fails alone."""
         check_memory([pool.need for pool in self._pools])
-        size = _pairs_at_once(self._checked, self._pools)
+        room = make_room(plans, self._job.serving, self._pools)
+        size = room.pairs
         with Progress("search", self._store, rows="responses") as progress:
             for first in range(0, len(plans), size):
                 batch = drop_replaced(plans[first : first + size], self.searches)
                 try:
                     if batch:
-                        self._search_batch(batch, progress)
+                        self._search_batch(batch, room, progress)
                 except ExpoError as error:
                     self.searches.add_failure(batch, error)
             progress.finish(sorted(self.searches.failures))
 
-    def _search_batch(self, plans: Sequence[PairPlan], progress: Progress) -> None:
+    def _search_batch(self, plans: Sequence[PairPlan], room: SearchRoom, progress: Progress) -> None:
         """Start the engines of some pairs and search all of them at the same time."""
-        settings = self._job.serving
-        with serving(plans, (), settings) as endpoint, ThreadPoolExecutor(len(plans)) as threads:
-            at_once = [settings.replicas * endpoint.alphas_at_once(plan.name) for plan in plans]
+        settings, places = self._job.serving, {plan.name: room.engine for plan in plans if room.engine}
+        replicas = min(settings.replicas, room.engine.count) if room.engine else settings.replicas
+        with (
+            serving(plans, (), settings, places) as endpoint,
+            ThreadPoolExecutor(len(plans)) as threads,
+        ):
+            at_once = [replicas * endpoint.alphas_at_once(plan.name) for plan in plans]
             evaluators = [
                 PairEvaluator(
-                    plan, endpoint.url, self._scorers, sampling=self._job.sampling, store=self._store, progress=progress,
+                    plan, endpoint.url, room.scorers, sampling=self._job.sampling, store=self._store, progress=progress,
                     slots=endpoint.slots // len(plans), at_once=steps, key_variable=endpoint.key_variable,
                 )
                 for plan, steps in zip(plans, at_once, strict=True)
@@ -161,25 +166,6 @@ def drop_replaced(plans: Sequence[PairPlan], searches: Searches) -> list[PairPla
         else:
             unchanged.append(plan)
     return unchanged
-
-
-def _pairs_at_once(checked: CheckedJob, pools: Sequence[RewardPool]) -> int:
-    """Number of pairs whose engines fit on the cluster at the same time, beside the reward models.
-
-    Raises:
-        JobError: if not even one does.
-    """
-    settings, resources = checked.job.serving, ray.cluster_resources()
-    kind = "GPU" if settings.device != "cpu" and resources.get("GPU") else "CPU"
-    per_pair = settings.replicas * settings.tensor_parallel_size
-    for_rewards = sum(pool.spec.replicas * pool.share(kind) for pool in pools)
-    at_once = int((resources.get(kind, 0) - for_rewards) // per_pair)
-    if at_once < 1:
-        raise JobError(
-            f"the cluster has {resources.get(kind, 0):g} {kind}s; the engines of one pair take {per_pair} and the reward models "
-            f"{for_rewards:g}; add nodes, or lower `replicas` under `serving` or `num_{kind.lower()}s` under `rewards`"
-        )
-    return at_once
 
 
 def publish_winners(checked: CheckedJob, searches: Searches) -> Winners:

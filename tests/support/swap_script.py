@@ -94,7 +94,7 @@ async def start(kind: type[Server], name: str, settings: Serving, **arguments: A
     """A server as Serve makes it, which awaits its `__init__`. Placement groups stay, so each takes but a share of a CPU."""
     server = kind.__new__(kind)
     initialise: Any = server.__init__  # type: ignore[misc]
-    await initialise(engine_config(name, settings, on_gpu=False, cpus=0.2), **arguments)
+    await initialise(engine_config(name, settings, cpus=0.2), **arguments)
     return server
 
 

@@ -233,6 +233,11 @@ def _heads(config: _Config) -> int:
     return config.num_attention_heads or config.n_head or 1
 
 
+def kv_values(config: Mapping[str, Any]) -> int:
+    """Values that attention caches for each token, over all layers, by a parsed `config.json`."""
+    return _kv_values(_parse_config(list(text_configs(config))[-1], ""))
+
+
 def _kv_values(config: _Config) -> int:
     """Values that attention caches for each token, a key and a value in each layer."""
     width = config.hidden_size or config.n_embd or 0

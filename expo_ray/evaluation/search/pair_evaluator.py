@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 from expo_ray.checkpoint.tokenizer import read_special_tokens, tokenizer_files
 from expo_ray.config import Sampling
@@ -29,10 +31,14 @@ KL_PROMPTS = 32
 
 @dataclass(frozen=True)
 class SharedScorer:
-    """A reward model that the pairs of a search use in turn."""
+    """A reward model that the pairs of a search use in turn.
+
+    Attributes:
+        lock: held while it scores; it may also make room for the reward model.
+    """
 
     scorer: NamedScorer
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    lock: AbstractContextManager[Any] = field(default_factory=threading.Lock)
 
 
 class PairEvaluator:

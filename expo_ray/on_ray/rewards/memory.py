@@ -1,12 +1,9 @@
-"""Memory for reward models: what cannot fit is refused before it is downloaded, and actors take turns to load on a shared GPU."""
+"""Memory for reward models: what cannot fit is refused before it is downloaded."""
 
 from __future__ import annotations
 
-import fcntl
-import os
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import ray
@@ -16,7 +13,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from expo_ray.errors import Collected, RewardError
 from expo_ray.evaluation.rewards.reward_model import DTYPE_BYTES, CheckedReward, Classifier
-from expo_ray.home import cache_folder
 from expo_ray.on_ray.rewards.backends import GPU_MEMORY_SHARE
 from expo_ray.progress import size_text
 
@@ -30,7 +26,7 @@ class ActorNeed:
     """A reward model and what each of its actors takes. Of memory it takes its weights at least, and that is what counts here.
 
     Attributes:
-        num_gpus: as `gpu_share` says.
+        num_gpus: of each.
     """
 
     checked: CheckedReward
@@ -180,18 +176,3 @@ def _card_bytes() -> int:
         return max(int(line) for line in done.stdout.split()) << 20
     except (OSError, subprocess.SubprocessError, ValueError):
         return 0
-
-
-@contextmanager
-def load_alone() -> Iterator[None]:
-    """Wait until no other actor loads a reward model on this GPU, whichever job it is of.
-
-    While vLLM loads, it takes all changes of the GPU's free memory for its own: what another process frees ends it with an
-    assertion, and what another one takes is missing from its cache.
-    """
-    cards = os.environ.get("CUDA_VISIBLE_DEVICES", "").replace("/", "-") or "all"
-    folder = cache_folder() / "gpus"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"{cards}.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # the kernel releases it when the process is killed
-        yield

@@ -2,20 +2,87 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
+from typing import Protocol
+
 import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from expo_ray.config import RewardModel
 from expo_ray.errors import RewardError
-from expo_ray.evaluation.rewards.reward_function import RewardFunction
-from expo_ray.evaluation.rewards.reward_model import Classifier
+from expo_ray.evaluation.placement import Place
 
 
-def gpu_share(spec: RewardModel, model: Classifier | RewardFunction) -> float:
-    """GPUs of one actor: as in the job, else 1 if the cluster has any and it is a model, 0 for a function."""
-    if spec.num_gpus is not None:
-        return spec.num_gpus
-    on_gpu = isinstance(model, Classifier) and ray.cluster_resources().get("GPU", 0) > 0
-    return 1.0 if on_gpu else 0.0
+class Closable(Protocol):
+    """What can be ended, and starts again when it is asked for something."""
+
+    def close(self) -> None:
+        """End it."""
+
+
+class ActorRoom:
+    """Room on GPUs for the actors of some reward models, on as few nodes as possible, so that engines find whole nodes.
+
+    It is taken when the first actor starts, and given back when no reward model uses it any more.
+    """
+
+    def __init__(self, places: Sequence[Place]) -> None:
+        self._places = {place.need.name: place for place in places}
+        self._group: PlacementGroup | None = None
+        self._users: set[str] = set()
+        self._lock = threading.Lock()
+
+    def place(self, name: str) -> Place:
+        """The place of a reward model."""
+        return self._places[name]
+
+    def enter(self, name: str) -> Sequence[PlacementGroupSchedulingStrategy]:
+        """Take the room, unless another reward model has; returns where each actor of `name` is to be scheduled."""
+        with self._lock:
+            if self._group is None:
+                bundles = [_bundle(place) for place in self._places.values() for _ in range(place.count)]
+                self._group = placement_group(bundles, strategy="PACK")
+            self._users.add(name)
+            before = [place.count for place in self._places.values()]
+            first = sum(before[: [*self._places].index(name)])
+            return [
+                PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=first + number)
+                for number in range(self._places[name].count)
+            ]
+
+    def leave(self, name: str) -> None:
+        """Give the room back, unless another reward model is in it."""
+        with self._lock:
+            self._users.discard(name)
+            if self._group is not None and not self._users:
+                remove_placement_group(self._group)
+                self._group = None
+
+
+class Turn:
+    """The turn of one of several reward models of which only one is loaded at a time; entered while it scores.
+
+    Args:
+        lock: the same for all of them.
+        others: those that are ended when this one's turn begins.
+    """
+
+    def __init__(self, lock: threading.Lock, others: Sequence[Closable]) -> None:
+        self._lock, self._others = lock, others
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        for other in self._others:
+            other.close()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+def _bundle(place: Place) -> dict[str, float]:
+    return {"GPU": place.gpus * place.need.workers, "CPU": place.need.cpus}
 
 
 def check_room(spec: RewardModel, num_gpus: float) -> None:

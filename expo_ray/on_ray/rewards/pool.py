@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 from collections import deque
@@ -19,8 +18,11 @@ from ray.exceptions import (
     RayTaskError,
     RuntimeEnvSetupError,
 )
+from ray.util.scheduling_strategies import SchedulingStrategyT
 
 from expo_ray.errors import ExpoError, InputChanged, RewardError
+from expo_ray.evaluation.gpu_needs import reward_need, scores_on_gpus
+from expo_ray.evaluation.placement import place
 from expo_ray.evaluation.records import Response, Reward
 from expo_ray.evaluation.rewards.reward_function import RewardFunction, function_scorer
 from expo_ray.evaluation.rewards.reward_inputs import RewardInput, ScoreFailure
@@ -29,9 +31,10 @@ from expo_ray.evaluation.rewards.reward_model import (
     Classifier,
     inspect_reward_model,
 )
+from expo_ray.on_ray.gpus import log_placement, read_nodes, starting_alone
 from expo_ray.on_ray.rewards.backends import PARITY_TEXTS, load_backend
-from expo_ray.on_ray.rewards.memory import ActorNeed, check_memory, load_alone
-from expo_ray.on_ray.rewards.placement import check_room, gpu_share
+from expo_ray.on_ray.rewards.memory import ActorNeed, check_memory
+from expo_ray.on_ray.rewards.placement import ActorRoom, check_room
 from expo_ray.serving.node_cache import download_model
 from expo_ray.text import shown
 
@@ -51,10 +54,14 @@ class RewardPool:
 
     Nothing is loaded before something is to be scored. The actors (`Crew`) stay until the pool is closed; `score` is for one
     thread at a time.
+
+    Args:
+        room: of the actors on GPUs; as if they had all GPUs for themselves unless given.
     """
 
-    def __init__(self, checked: CheckedReward) -> None:
-        self._checked, self.spec, self.model = checked, checked.spec, checked.model
+    def __init__(self, checked: CheckedReward, room: ActorRoom | None = None) -> None:
+        self.room = room
+        self.checked, self.spec, self.model = checked, checked.spec, checked.model
         self._crew: Crew | None = None
 
     @property
@@ -63,16 +70,17 @@ class RewardPool:
 
     @property
     def id(self) -> str:
-        return self._checked.id
+        return self.checked.id
 
     @property
     def about(self) -> Mapping[str, Any]:
-        return self._checked.about
+        return self.checked.about
 
     @property
     def need(self) -> ActorNeed:
-        """What each actor takes of the connected cluster."""
-        return ActorNeed(self._checked, gpu_share(self.spec, self.model))
+        """What each actor takes of the connected cluster, where it has a whole GPU if it has any."""
+        on_gpus = scores_on_gpus(self.spec, self.model, ray.cluster_resources().get("GPU", 0))
+        return ActorNeed(self.checked, (self.spec.num_gpus or 1.0) if on_gpus else 0.0)
 
     def check_room(self) -> None:
         """Refuse the model if no node of the connected cluster has room for an actor.
@@ -83,31 +91,43 @@ class RewardPool:
         check_room(self.spec, self.need.num_gpus)
         check_memory([self.need])
 
-    def share(self, kind: str) -> float:
-        """CPUs or GPUs that one actor takes."""
-        return gpu_share(self.spec, self.model) if kind == "GPU" else self.spec.num_cpus
-
     def inputs(self, responses: Sequence[Response]) -> list[RewardInput]:
-        return self._checked.inputs(responses)
+        return self.checked.inputs(responses)
 
     def score(self, inputs: Sequence[RewardInput]) -> Iterator[Sequence[Reward | ScoreFailure]]:
         if not inputs:
             return
         # The longest first: what does not fit into memory fails early, and no long batch is left to run alone at the end.
         ordered = sorted(inputs, key=lambda asked: len(asked.ids) or len(asked.text), reverse=True)
-        size = max(1, min(BATCH_ROWS, -(-len(ordered) // (2 * self.spec.replicas))))
         if self._crew is None:
-            self.check_room()
-            self._crew = Crew(self.need, _probe(ordered))
+            self._crew = self._start_crew(_probe(ordered))
+        size = max(1, min(BATCH_ROWS, -(-len(ordered) // (2 * self._crew.size))))
         yield from self._crew.work_off(
             ordered[first : first + size] for first in range(0, len(ordered), size)
         )
+
+    def _start_crew(self, probe: Sequence[Sequence[int]]) -> Crew:
+        """Start the actors: on GPUs where their room is, on CPUs on as many nodes as there are."""
+        self.check_room()
+        need = self.need
+        if not need.num_gpus:
+            return Crew(need, probe, ["SPREAD"] * self.spec.replicas)
+        if self.room is None:
+            wanted = reward_need(self.spec, self.model, self.checked.dtype)
+            placement = place((), [wanted], read_nodes())
+            log_placement(placement)
+            self.room = ActorRoom(placement.rewards)
+        taken = self.room.place(self.name)
+        shared = ActorNeed(self.checked, taken.gpus * taken.need.workers)
+        return Crew(shared, probe, self.room.enter(self.name))
 
     def close(self) -> None:
         """End the actors."""
         if self._crew is not None:
             self._crew.close()
             self._crew = None
+        if self.room is not None:
+            self.room.leave(self.name)
 
     def __enter__(self) -> Self:
         return self
@@ -155,7 +175,7 @@ class RewardActor:
                 f"{model.uri}: its files are no longer those that were looked at when the job began; run it again"
             )
         folder = download_model(model.uri)
-        with load_alone() if 0 < self._num_gpus < 1 else contextlib.nullcontext():
+        with starting_alone(0 < self._num_gpus < 1):
             backend = load_backend(
                 model, folder, self._dtype, num_gpus=self._num_gpus, probe=probe, compares=compares
             )
@@ -213,14 +233,21 @@ class Crew:
     Args:
         need: the model, and what each actor takes.
         probe: texts on which the first actor answers for all that the back ends agree.
+        strategies: how Ray is to schedule each actor.
+
+    Attributes:
+        size: number of actors.
     """
 
-    def __init__(self, need: ActorNeed, probe: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self, need: ActorNeed, probe: Sequence[Sequence[int]], strategies: Sequence[SchedulingStrategyT]
+    ) -> None:
+        self._strategies, self.size = strategies, len(strategies)
         self._need, self._probe = need, probe
         self._spec, self._model = need.checked.spec, need.checked.model
         self._agreed = False
         self._died_loading = 0
-        self._slots = [self._start(checks=True)]
+        self._slots = [self._start(0, checks=True)]
         if isinstance(self._model, RewardFunction):
             self._start_others()
 
@@ -252,7 +279,7 @@ class Crew:
                 if not done:
                     log.warning(
                         "%s: nothing has come back for %d s; %d batch(es) are under way, %d of %d actors are ready",
-                        self._spec.name, _STALL_WARNING_S, len(under_way), len(self._slots) - len(loading), self._spec.replicas,
+                        self._spec.name, _STALL_WARNING_S, len(under_way), len(self._slots) - len(loading), self.size,
                     )  # fmt: skip
         finally:
             for ref, (slot, _) in under_way.items():
@@ -265,14 +292,14 @@ class Crew:
             ray.kill(slot.actor)
 
     def _start_others(self) -> None:
-        while len(self._slots) < self._spec.replicas:
-            self._slots.append(self._start(checks=False))
+        while len(self._slots) < self.size:
+            self._slots.append(self._start(len(self._slots), checks=False))
 
-    def _start(self, *, checks: bool) -> _Slot:
+    def _start(self, number: int, *, checks: bool) -> _Slot:
         options: dict[str, Any] = {
             "num_cpus": self._spec.num_cpus,
             "num_gpus": self._need.num_gpus,
-            "scheduling_strategy": "SPREAD",
+            "scheduling_strategy": self._strategies[number],
         }
         if reserved := self._need.reserved_bytes:
             options["memory"] = reserved
@@ -349,7 +376,8 @@ class Crew:
         if slot in self._slots:  # else its other batch has seen to it
             log.warning("%s: an actor died (%s); another takes over", self._spec.name, type(error).__name__)
             ray.kill(slot.actor)
-            self._slots[self._slots.index(slot)] = self._start(checks=slot.checks and not slot.ready)
+            number = self._slots.index(slot)
+            self._slots[number] = self._start(number, checks=slot.checks and not slot.ready)
 
 
 def _death_of(error: RayError) -> str:

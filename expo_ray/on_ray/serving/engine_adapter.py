@@ -40,6 +40,7 @@ __all__ = [
     "ModelList",
     "OpenAIHTTPException",
     "check_version",
+    "engine_slots",
     "fit_shared_memory",
     "free_shared_memory",
     "http_address",
@@ -111,6 +112,11 @@ def restore_plain_logs() -> None:
             logging.root.setLevel(logging.WARNING)
     for name in ("ray.serve", "ray.llm"):
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def engine_slots(server: Any) -> int:
+    """Requests that the engine of an `LLMServer` works on at once, as vLLM has resolved `max_num_seqs`."""
+    return int(server.engine._engine_client.vllm_config.scheduler_config.max_num_seqs)
 
 
 def stop_engine(server: Any) -> None:

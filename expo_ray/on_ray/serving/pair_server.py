@@ -8,7 +8,7 @@ import json
 import logging
 import pickle
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,9 +23,11 @@ from expo_ray.errors import ArithmeticFault
 from expo_ray.evaluation.records import digest
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.step import DPO, Step, stepped
+from expo_ray.on_ray.gpus import starting_alone
 from expo_ray.on_ray.serving.engine_adapter import (
     ErrorInfo,
     ErrorResponse,
+    engine_slots,
     engine_version,
     fit_shared_memory,
     free_shared_memory,
@@ -83,16 +85,27 @@ class ModelServer(LLMServer):
         self._files, self._settings = hash_side_files(folder), settings_of(llm_config.engine_kwargs)
         config = _with_source(llm_config, folder)
         fit_shared_memory(config, free_shared_memory())
-        try:
-            await super().__init__(config)
-        except Exception as error:
-            raise RuntimeError(root_cause(f"{type(error).__name__}: {error}", read_own_log())) from error
+        with ExitStack() as stack:
+            await asyncio.to_thread(stack.enter_context, starting_alone(not has_whole_gpus()))
+            try:
+                await super().__init__(config)
+            except Exception as error:
+                raise RuntimeError(root_cause(f"{type(error).__name__}: {error}", read_own_log())) from error
+        self._slots = engine_slots(self)
         self._about = (await self.collective_rpc("expo_prepare"))[0]
 
     async def __del__(self) -> None:
         # Ray's `__del__` does not end the engine's processes; they would notice after a while
         stop_engine(self)
         await super().__del__()
+
+    async def slots(self) -> int:
+        """Requests that the engine works on at once."""
+        return self._slots
+
+    async def record_routing_stats(self) -> dict[str, Any]:
+        """Tell the router what it chooses replicas by, see `AlphaRouter`."""
+        return {"slots": self._slots}
 
     async def card(self, name: str) -> dict[str, Any]:
         """Describe a served name, for `/v1/models/<name>`."""
@@ -221,8 +234,8 @@ class PairServer(ModelServer):
         return f"{self._name}: the weights of this replica are unknown ({self._lease.failure}); it is being replaced, ask again"
 
     async def record_routing_stats(self) -> dict[str, Any]:
-        held = self._lease.held
-        return {} if held is None else {"step": str(held)}
+        stats, held = await super().record_routing_stats(), self._lease.held
+        return stats if held is None else stats | {"step": str(held)}
 
 
 def has_whole_gpus() -> bool:

@@ -13,11 +13,13 @@ from expo_ray.serving.served_models import NameFault, parse_name
 class AlphaRouter(RequestRouter):
     """Prefers replicas that hold the step of a request. That only saves swaps: any replica swaps its weights if it has to.
 
+    Its statistics (`ModelServer.record_routing_stats`) say how many requests its engine works on at once.
+
     A replica with adapters holds every step. Another is taken to hold the step that was last sent to it, or, before the first request, the one in its statistics.
     """
 
     def initialize_state(self, **kwargs: Any) -> None:
-        """Store `slots`, the number of requests that an engine works on at once; called by Ray with the router's arguments."""
+        """Store `slots`, taken for replicas that have not said yet; called by Ray with the router's arguments."""
         self._slots: int = kwargs["slots"]
         self._sent: dict[ReplicaID, str] = {}
 
@@ -45,7 +47,7 @@ class AlphaRouter(RequestRouter):
         # The statistics are up to two seconds old, and a swap may be under way: what was sent last is what it will hold.
         held = self._sent.get(replica.replica_id, replica.routing_stats.get("step"))
         if step is None or held == step or replica.routing_stats.get("every_step"):
-            return 0 if load < self._slots else 2
+            return 0 if load < replica.routing_stats.get("slots", self._slots) else 2
         return 1 if load == 0 else 3
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:

@@ -22,13 +22,16 @@ from ray.serve.llm.ingress import make_fastapi_ingress
 
 from expo_ray.config import PublishedModel, Serving
 from expo_ray.errors import JobError
+from expo_ray.evaluation.gpu_needs import answers_on_gpus, engine_needs, workers_of
+from expo_ray.evaluation.placement import Place, place
 from expo_ray.evaluation.records import digest
 from expo_ray.evaluation.responses.client import Client
 from expo_ray.evaluation.responses.endpoint import KEY_VARIABLE
 from expo_ray.extrapolation.plan import PairPlan
+from expo_ray.on_ray.gpus import log_placement, read_nodes
 from expo_ray.on_ray.serving.adapter_server import AdapterServer
 from expo_ray.on_ray.serving.engine_adapter import check_version, http_address, shut_serve_down
-from expo_ray.on_ray.serving.engine_settings import engine_config, slots_of
+from expo_ray.on_ray.serving.engine_settings import engine_config
 from expo_ray.on_ray.serving.ingress import ENDPOINTS, Ingress, web_app
 from expo_ray.on_ray.serving.pair_server import ModelServer, PairServer
 from expo_ray.serving.adapters import adapter_arguments
@@ -39,9 +42,12 @@ from expo_ray.storage import open_store
 
 log = logging.getLogger("expo_ray")
 
+INGRESS = "ingress"
 HOST = "127.0.0.1"
 # Requests sent to an engine for each that it works on: with none waiting, it would idle while the next is on its way.
 QUEUE = 2
+# Engines that have started answer for themselves at once.
+ANSWER_S = 60.0
 # Of one request, the wait for other alphas included. Ray's limit of ten minutes is too short for an engine on a CPU.
 REQUEST_TIMEOUT_S = 24 * 3600
 
@@ -80,22 +86,27 @@ class Endpoint:
 
 @contextlib.contextmanager
 def serving(
-    pairs: Sequence[PairPlan], models: Sequence[PublishedModel], settings: Serving
+    pairs: Sequence[PairPlan],
+    models: Sequence[PublishedModel],
+    settings: Serving,
+    places: Mapping[str, Place] | None = None,
 ) -> Iterator[Endpoint]:
     """Serve models on the connected Ray cluster: engines answer when the block begins, and are stopped when it ends.
 
     Args:
         pairs: see `plan_served_pairs`; the alphas of a scaled adapter are served side by side.
+        places: of the engines on GPUs, by pair and model; as if they had all GPUs for themselves unless given.
 
     Raises:
         JobError: if the port is taken, or an engine does not start.
     """
     check_version()
     key_digest = _key_digest(settings.api_key_env)
-    on_gpu = _on_gpu(settings)
-    deployments = _engine_deployments(pairs, models, settings, on_gpu)
+    places = place_engines(pairs, models, settings) if places is None else places
+    deployments = _engine_deployments(pairs, models, settings, places)
+    engines = sum(places[name].count if name in places else settings.replicas for name in deployments)
     ingress = serve.deployment(
-        name="ingress",
+        name=INGRESS,
         num_replicas=1,
         max_ongoing_requests=1_000_000,
         ray_actor_options={"num_cpus": 0, "runtime_env": _ingress_environment()},
@@ -104,25 +115,58 @@ def serving(
     # The same for the same models: a job that was killed is replaced by its rerun, and other jobs on the cluster are left alone.
     name = f"expo-ray-{digest([[plan.plan_id(0) for plan in pairs], [[model.name, model.uri] for model in models]], 8)}"
     with _http(settings.port, name, keyed=bool(key_digest)) as (url, prefix):
-        log.info("starting %d engine(s) of %s", settings.replicas * len(deployments), ", ".join(deployments))
+        log.info("starting %d engine(s) of %s", engines, ", ".join(deployments))
         with _running(ingress.bind(deployments=deployments, pairs=alphas), name, prefix):
-            yield Endpoint(
-                url,
-                QUEUE * slots_of(settings, on_gpu) * settings.replicas * len(deployments),
-                settings.api_key_env or KEY_VARIABLE,
-            )
+            yield Endpoint(url, QUEUE * _ask_slots(name) * engines, settings.api_key_env or KEY_VARIABLE)
+
+
+def _ask_slots(application: str) -> int:
+    """Ask running engines how many requests each works on at once; the fewest of all."""
+    deployments = [name for name in serve.status().applications[application].deployments if name != INGRESS]
+    asked = [serve.get_deployment_handle(name, application).slots.remote() for name in deployments]
+    return min(int(answer.result(timeout_s=ANSWER_S)) for answer in asked)
+
+
+def place_engines(
+    pairs: Sequence[PairPlan], models: Sequence[PublishedModel], settings: Serving
+) -> dict[str, Place]:
+    """Find a place for engines that have all GPUs for themselves, by pair and model; empty if they run on CPUs.
+
+    Raises:
+        JobError: if the GPUs cannot hold them.
+    """
+    if not answers_on_gpus(settings, ray.cluster_resources().get("GPU", 0)):
+        return {}
+    placement = place(engine_needs(pairs, models, settings), (), read_nodes())
+    log_placement(placement)
+    return {engine.need.name: engine for engine in placement.engines}
+
+
+def fitted(settings: Serving, count: int) -> Serving:
+    """Settings with no more engines of each pair or model than `count`."""
+    most = min(settings.max_replicas or settings.replicas, count)
+    return settings.model_copy(update={"replicas": min(settings.replicas, count), "max_replicas": most})
 
 
 def _engine_deployments(
-    pairs: Sequence[PairPlan], models: Sequence[PublishedModel], settings: Serving, on_gpu: bool
+    pairs: Sequence[PairPlan],
+    models: Sequence[PublishedModel],
+    settings: Serving,
+    places: Mapping[str, Place],
 ) -> dict[str, serve.Application]:
-    """Make a deployment of engines for each pair and model, by its name; nothing is started."""
+    """Make a deployment of engines for each pair and model, by its name; nothing is started.
+
+    Args:
+        places: of those on GPUs.
+    """
     cpus, threads = _cpus_of_worker(settings, len(pairs) + len(models))
 
     def deployment(
         server: type[ModelServer], name: str, settings: Serving = settings, **arguments: Any
     ) -> serve.Application:
-        config = engine_config(name, settings, on_gpu, cpus, threads, for_pair=issubclass(server, PairServer))
+        here = places.get(name)
+        ours = fitted(settings, here.count) if here else settings
+        config = engine_config(name, ours, here, cpus, threads, for_pair=issubclass(server, PairServer))
         # The name that Ray makes is the same for a.b and a_b.
         named = {"name": f"{server.__name__}:{name}"}
         return build_llm_deployment(
@@ -179,21 +223,12 @@ def _ingress_environment() -> dict[str, Any]:
     return job | {"env_vars": {**(job.get("env_vars") or {}), **timeout}}
 
 
-def _on_gpu(settings: Serving) -> bool:
-    gpus = ray.cluster_resources().get("GPU", 0)
-    if settings.device == "cuda" and not gpus:
-        raise JobError(
-            "`device: cuda` is asked for, and the cluster has no GPU; add GPU nodes, or set `device: auto`"
-        )
-    return settings.device != "cpu" and bool(gpus)
-
-
 def _cpus_of_worker(settings: Serving, deployments: int) -> tuple[float, int]:
     """CPUs that the cluster sets aside for each worker of an engine on CPUs, and its threads.
 
     One CPU, or less where a small machine is to run more of them than it has cores; the threads share what there is.
     """
-    workers = deployments * settings.replicas * settings.tensor_parallel_size
+    workers = deployments * settings.replicas * workers_of(settings)
     on_nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
     share = sum(on_nodes) / workers
     return min(1.0, max(0.01, math.floor(100 * share) / 100)), max(

@@ -1,0 +1,77 @@
+"""`expo-ray run` on a machine whose Ray is told of GPUs that are not there: places are real, engines and actors compute on CPUs.
+
+`python declared_gpus.py GPUS BYTES REPORT JOB.yaml`. Everything is as on GPUs but for the four functions that are replaced below.
+What Ray has given to each engine and actor is appended to REPORT, a line of JSON each.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.util import placement_group_table
+
+from expo_ray.cli.process import main
+from expo_ray.config import Serving
+from expo_ray.evaluation.placement import Place
+from expo_ray.on_ray import cluster, gpus, pipeline
+from expo_ray.on_ray.rewards import pool
+from expo_ray.on_ray.serving import engine_settings, serve_models
+
+
+def report(file: str, **line: Any) -> None:
+    with open(file, "a") as lines:
+        lines.write(json.dumps(line) + "\n")
+
+
+def declare(many: int, gpu_bytes: int, file: str) -> None:
+    """Let this process start a Ray with GPUs, and plan for them."""
+    start, arguments = cluster._init_twice, engine_settings.engine_arguments
+    bundles, environment = engine_settings._gpu_placement, engine_settings._environment
+    serving = serve_models.serving
+
+    class Actor(pool.RewardActor):
+        """Computes on a CPU what it was given a GPU for."""
+
+        def __init__(self, model: Any, dtype: str, gpu_share: float) -> None:
+            super().__init__(model, dtype, 0)
+            ids = ray.get_runtime_context().get_accelerator_ids()["GPU"]
+            report(file, kind="actor", model=model.spec.name, share=gpu_share, gpus=ids, pid=os.getpid())
+
+        def load(self, probe: Sequence[Sequence[int]], compares: bool = False) -> str:
+            with gpus.starting_alone(shared=True):
+                return super().load(probe, compares)
+
+    @contextmanager
+    def observed(*given: Any) -> Iterator[Any]:
+        with serving(*given) as endpoint:
+            yield endpoint
+            groups = [group for group in placement_group_table().values() if group["state"] == "CREATED"]
+            report(
+                file,
+                kind="groups",
+                slots=endpoint.slots,
+                groups=[[group["strategy"], [*group["bundles"].values()]] for group in groups],
+            )
+
+    def on_cpu(settings: Serving, place: Place | None, *, for_pair: bool) -> dict[str, Any]:
+        report(file, kind="arguments", **arguments(settings, place, for_pair=for_pair))
+        return arguments(settings, None, for_pair=for_pair)
+
+    cluster._init_twice = lambda **options: start(num_gpus=many, **options)
+    gpus.smallest_gpu_bytes = lambda: gpu_bytes
+    engine_settings.engine_arguments = on_cpu
+    engine_settings._gpu_placement = lambda place: {**bundles(place), "accelerator_config": {"kind": "cpu"}}
+    engine_settings._environment = lambda place, threads: environment(None, threads)
+    pool.RewardActor = Actor  # type: ignore[misc]
+    vars(pipeline)["serving"] = observed
+
+
+if __name__ == "__main__":
+    declare(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    sys.exit(main(["run", sys.argv[4]]))
