@@ -21,7 +21,7 @@ def run(job: Job, *, dry_run: bool) -> int:
     checked = check_job(job)  # everything wrong with it, before anything starts
     print(describe(checked), flush=True)
     if dry_run:
-        print(describe_room(checked))  # which engines and reward models go where
+        print(describe_room(checked))
         return 0
     with cluster():
         searches = search_pairs(checked)  # of each pair, several at once: respond, score, decide; resumable

@@ -31,9 +31,9 @@ def run(job: Job, *, dry_run: bool) -> int:
     """Run the pipeline of a job; the same steps as in `jobs/pipeline.py`, which is not installed with the package."""
     checked = check_job(job)
     print(describe(checked), flush=True)
-    if dry_run:
-        from expo_ray.on_ray.search_room import describe_room
+    from expo_ray.on_ray.search_room import describe_room
 
+    if dry_run:
         print(describe_room(checked))
         return 0
     from expo_ray.on_ray.cluster import cluster

@@ -71,7 +71,7 @@ class Serving(Frozen):
     """The vLLM engines behind Ray Serve."""
 
     replicas: Annotated[int, Field(ge=1)] = 1
-    """Engines of each pair or model."""
+    """Engines of each pair or model; on GPUs at most, fewer where no more fit beside the reward models."""
 
     max_replicas: Annotated[int, Field(ge=1)] | None = None
     """If it is above `replicas`, Ray Serve adds engines up to this number under load, and removes them again."""
@@ -126,14 +126,14 @@ class RewardModel(Frozen):
     """Data type that it computes in; `auto` is fp32 for models of up to 10^9 weights, else the stored 16 bits."""
 
     replicas: Annotated[int, Field(ge=1)] = 1
-    """Number of actors."""
+    """Number of actors; on GPUs at most, fewer where no more fit beside the engines."""
 
     num_cpus: Annotated[float, Field(gt=0)] = 1
     """CPUs of each actor."""
 
     num_gpus: Annotated[float, Field(ge=0)] | None = None
-    """GPUs of each actor: a share of one, such as 0.5, or a whole number that vLLM splits the model over; one where the cluster has
-    GPUs and the model is no function, unless given."""
+    """GPUs of each actor: a share of one, such as 0.5, or a whole number that vLLM splits the model over; unless given, one or the
+    part of one that it needs, where the cluster has GPUs and the model is no function."""
 
     allow_pickle: bool = False
     """Read a model that comes as `pytorch_model*.bin` only; no code in it is run."""

@@ -38,10 +38,10 @@ def declare(many: int, gpu_bytes: int, file: str) -> None:
     class Actor(pool.RewardActor):
         """Computes on a CPU what it was given a GPU for."""
 
-        def __init__(self, model: Any, dtype: str, gpu_share: float) -> None:
+        def __init__(self, model: Any, dtype: str, num_gpus: float) -> None:
             super().__init__(model, dtype, 0)
             ids = ray.get_runtime_context().get_accelerator_ids()["GPU"]
-            report(file, kind="actor", model=model.spec.name, share=gpu_share, gpus=ids, pid=os.getpid())
+            report(file, kind="actor", model=model.spec.name, share=num_gpus, gpus=ids, pid=os.getpid())
 
         def load(self, probe: Sequence[Sequence[int]], compares: bool = False) -> str:
             with gpus.starting_alone(shared=True):
