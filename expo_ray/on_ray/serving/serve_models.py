@@ -31,7 +31,7 @@ from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.on_ray.gpus import log_placement, read_nodes
 from expo_ray.on_ray.serving.adapter_server import AdapterServer
 from expo_ray.on_ray.serving.engine_adapter import check_version, http_address, shut_serve_down
-from expo_ray.on_ray.serving.engine_settings import engine_config
+from expo_ray.on_ray.serving.engine_settings import engine_config, least_slots
 from expo_ray.on_ray.serving.ingress import ENDPOINTS, Ingress, web_app
 from expo_ray.on_ray.serving.pair_server import ModelServer, PairServer
 from expo_ray.serving.adapters import adapter_arguments
@@ -117,7 +117,8 @@ def serving(
     with _http(settings.port, name, keyed=bool(key_digest)) as (url, prefix):
         log.info("starting %d engine(s) of %s", engines, ", ".join(deployments))
         with _running(ingress.bind(deployments=deployments, pairs=alphas), name, prefix):
-            yield Endpoint(url, QUEUE * _ask_slots(name) * engines, settings.api_key_env or KEY_VARIABLE)
+            slots = _ask_slots(name) if places else least_slots(settings, on_gpu=False)
+            yield Endpoint(url, QUEUE * slots * engines, settings.api_key_env or KEY_VARIABLE)
 
 
 def _ask_slots(application: str) -> int:
