@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,9 +21,10 @@ from pydantic import ValidationError
 from expo_ray.config import RewardModel
 from expo_ray.errors import Problems, RewardError
 from expo_ray.evaluation.rewards.reward_model import Classifier, check_reward, inspect_reward_model
+from expo_ray.on_ray.gpus import starting_alone
 from expo_ray.on_ray.rewards import backends, memory
 from expo_ray.on_ray.rewards.backends import load_backend
-from expo_ray.on_ray.rewards.memory import ActorNeed, check_memory, load_alone
+from expo_ray.on_ray.rewards.memory import ActorNeed, check_memory
 from expo_ray.on_ray.rewards.pool import Crew, _Slot
 from tests.support.tiny_reward_models import save_reward_model
 
@@ -162,27 +164,23 @@ def test_a_model_that_only_transformers_knows_is_not_split(
 
 WAITS = """
 import sys
-from expo_ray.on_ray.rewards.memory import load_alone
+from expo_ray.on_ray.gpus import starting_alone
 print("asks", flush=True)
-with load_alone():
+with starting_alone(shared=len(sys.argv) > 1):
     print("has it", flush=True)
 """
 
 
-def test_actors_take_turns_to_load_on_a_card_that_they_share(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("EXPO_RAY_CACHE", str(tmp_path))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+def test_what_shares_gpus_starts_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
     words = [sys.executable, "-c", WAITS]
-    with load_alone():
-        same = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    with starting_alone(shared=True):
+        same = subprocess.Popen([*words, "shared"], stdout=subprocess.PIPE, text=True)
         assert same.stdout
         assert same.stdout.readline() == "asks\n"
-        other = subprocess.run(
-            words, env=os.environ | {"CUDA_VISIBLE_DEVICES": "4"}, capture_output=True, text=True, check=True
-        )
-        assert other.stdout == "asks\nhas it\n"  # and took longer than the first would have
+        alone = subprocess.run(words, capture_output=True, text=True, check=True)
+        assert alone.stdout == "asks\nhas it\n"  # and took longer than the first would have
         assert same.poll() is None
     assert same.communicate()[0] == "has it\n"
 
@@ -193,13 +191,13 @@ def test_others_start_once_the_first_agrees(
 ) -> None:
     starts: list[bool] = []
 
-    def start(self: Crew, *, checks: bool) -> _Slot:
+    def start(self: Crew, number: int, *, checks: bool) -> _Slot:
         starts.append(checks)
         return _Slot(object(), f"loaded {len(starts)}", checks)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Crew, "_start", start)
     monkeypatch.setattr(ray, "get", lambda ref: ref)
-    crew = Crew(need(folder, 1000, num_gpus, replicas=3), [])
+    crew = Crew(need(folder, 1000, num_gpus), [], ["SPREAD"] * 3)
     assert starts == [True]
     crew._finish_loading(crew._slots[0])
     assert starts == [True, False, False]
