@@ -109,7 +109,7 @@ def test_weights_are_compared_with_the_cards(folder: Path, cluster: dict[str, An
     check_memory([need(folder, 9 * GB, 1)])
     text = refusal(need(folder, 20 * GB, 1))
     assert (
-        "its weights take 40 GB in bf16, 40 GB on each GPU at `num_gpus: 1`, where it may fill 21.6 GB"
+        "its weights take 40 GB in bf16, 40 GB on each GPU at `num_gpus: 1`, where it may fill 22.1 GB"
         in text
     )
     assert "set `num_gpus: 2`" in text
@@ -208,12 +208,12 @@ def test_others_start_once_the_first_agrees(
 @pytest.mark.parametrize(
     ("num_gpus", "arguments"),
     [
-        (0.5, {"gpu_memory_utilization": 0.45}),
-        (1, {"gpu_memory_utilization": 0.9}),
+        (0.5, {"gpu_memory_utilization": 0.46}),
+        (1, {"gpu_memory_utilization": 0.92}),
         (
             2,
             {
-                "gpu_memory_utilization": 0.9,
+                "gpu_memory_utilization": 0.92,
                 "tensor_parallel_size": 2,
                 "distributed_executor_backend": "mp",
             },

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 from expo_ray.config import RewardModel
 from expo_ray.errors import RewardError
+from expo_ray.evaluation.gpu_needs import SCORED_TOKENS
+from expo_ray.evaluation.placement import UTILIZATION
 from expo_ray.evaluation.rewards.reward_model import DTYPE_BYTES, Classifier
 from expo_ray.text import first_few
 
@@ -36,7 +38,7 @@ _IEEE_PRODUCTS = {
     "NVIDIA_TF32_OVERRIDE": "0",  # cuBLAS and cuDNN, whatever a container's environment says of torch
 }
 # Share of a GPU's memory that vLLM may fill, as it fills all it may with its cache: contexts and other programs need some, too.
-GPU_MEMORY_SHARE = 0.9
+GPU_MEMORY_SHARE = UTILIZATION
 # What vLLM's attention cache on a CPU has room for at least; on a GPU it takes what is free.
 _CACHE_TOKENS = 16384
 
@@ -241,13 +243,16 @@ class VllmBackend:
 
         per_token = model.kv_values * DTYPE_BYTES[dtype]
         place: dict[str, Any] = (
-            {"gpu_memory_utilization": GPU_MEMORY_SHARE * gpu_share}
+            {"gpu_memory_utilization": round(GPU_MEMORY_SHARE * gpu_share, 4)}
             if cuda
             else {
                 "enforce_eager": True,  # compiling for a CPU takes minutes
                 "kv_cache_memory_bytes": per_token * max(2 * model.max_tokens, _CACHE_TOKENS),
             }
         )
+        if cuda and model.max_tokens > SCORED_TOKENS:
+            # As long as the cache has room for: a model for 131,072 tokens wants 17 GB for a text that never comes.
+            place["max_model_len"] = -1
         if parallel > 1:
             # Not Ray's, which vLLM takes inside an actor: the actor holds all GPUs itself.
             place |= {"tensor_parallel_size": parallel, "distributed_executor_backend": "mp"}
@@ -256,17 +261,23 @@ class VllmBackend:
             model=str(folder),
             runner="pooling",
             dtype=_TORCH_NAMES[dtype],
-            max_model_len=model.max_tokens,
             trust_remote_code=False,
             use_tqdm_on_load=False,
             disable_log_stats=True,
-            **place,
+            **{"max_model_len": model.max_tokens, **place},
         )
+        self._uri = model.uri
         # By default vLLM applies a sigmoid to a single label.
         self._raw = vllm.PoolingParams(use_activation=False)
         self.name = f"vllm {vllm.__version__}, {dtype}"
 
     def score(self, ids: Sequence[Sequence[int]]) -> list[float]:
+        longest, limit = max(map(len, ids), default=0), self._engine.model_config.max_model_len
+        if longest > limit:
+            raise RewardError(
+                f"{self._uri}: a text of {longest} tokens, and the cache in its share of the GPU has room for {limit}; set `num_gpus: 1`, "
+                "or more GPUs"
+            )
         outputs = self._engine.classify(
             [{"prompt_token_ids": list(text)} for text in ids], pooling_params=self._raw, use_tqdm=False
         )
