@@ -13,11 +13,11 @@ LOCKED := $(PIP) --require-hashes --requirement
 TORCH := $(shell grep -o '^torch==[^ ]*' requirements/torch-cpu.txt)
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: help install demo test lint format bench lock clean
+.PHONY: help install demo test test-cluster lint format bench lock clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 install: .venv/cpu.txt .venv/package ## make .venv from requirements/cpu.txt (2-5 minutes, 3 GB)
 
@@ -26,6 +26,9 @@ demo: install ## choose alpha for two real pairs, from and to a real S3 server, 
 
 test: install .venv/triton.txt ## run every test this machine can run, and name those it cannot; ARGS="-m unit -k plan" narrows
 	@$(RUN) -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
+
+test-cluster: install ## long scenarios over several machines and declared GPUs, which `make test` leaves out; ARGS="-k gpus" narrows
+	@$(RUN) -m pytest -m cluster $(ARGS)
 
 lint: install ## ruff (lint and format) and mypy
 	@$(RUN) -m ruff check .

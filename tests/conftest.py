@@ -23,8 +23,14 @@ settings.load_profile("without-deadline")
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Generator[None]:
-    """Two streams for `make test`: tests that start engines share one endpoint, all others servers and clusters."""
+    """Two streams for `make test`: tests that start engines share one endpoint, all others servers and clusters.
+
+    Long scenarios are left out unless they are asked for by their marker.
+    """
+    long = pytest.mark.skip(reason="a long scenario, which `make test-cluster` runs")
     for item in items:
+        if item.get_closest_marker("cluster") and "cluster" not in config.option.markexpr:
+            item.add_marker(long)
         stream = "engines" if item.get_closest_marker("vllm") else "others"
         item.add_marker(pytest.mark.xdist_group(stream))
     yield

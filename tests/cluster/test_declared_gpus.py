@@ -16,7 +16,7 @@ from tests.support.paths import ROOT
 from tests.support.ray_cluster import RayBox, wait_until
 from tests.support.tiny_reward_models import save_reward_model
 
-pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cluster, pytest.mark.vllm, pytest.mark.ray, pytest.mark.timeout(600)]
 
 PATIENCE_S = 400.0
 GB = 10**9

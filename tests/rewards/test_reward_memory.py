@@ -115,9 +115,7 @@ def test_weights_are_compared_with_the_cards(folder: Path, cluster: dict[str, An
     assert "set `num_gpus: 2`" in text
     check_memory([need(folder, 20 * GB, 2)])  # the remedy
     text = refusal(need(folder, 9 * GB, 0.5))
-    assert (
-        "at `num_gpus: 0.5`, where it may fill 11 GB: the largest GPU has 24 GB; set `num_gpus: 1`" in text
-    )
+    assert "at `num_gpus: 0.5`, where it may fill 11 GB: the largest GPU has 24 GB; set `num_gpus: 1`" in text
     assert "add larger GPUs, or give a smaller model" in refusal(need(folder, 70 * GB, 2))
     cluster["nodes"][1]["memory"] = 30.0 * GB
     assert "the largest node has 30 GB of memory" in refusal(need(folder, 20 * GB, 2))
