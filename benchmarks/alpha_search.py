@@ -23,6 +23,7 @@ from benchmarks.held_out_curves import KINDS as HELD_OUT_KINDS
 from benchmarks.held_out_curves import HeldOutPair
 from benchmarks.result import TARGET_HEADER, report, table, target
 from benchmarks.reward_curves import (
+    BOTH_GAIN,
     PROMPT_NOISE,
     RESIDUAL,
     AnsweredPair,
@@ -105,7 +106,7 @@ KINDS: Mapping[str, Callable[[int], AnsweredPair]] = {
     GAIN: lambda seed: Pair(draw(seed), seed),
     NULLS[0]: lambda seed: Pair(flat(seed), seed),
     NULLS[1]: lambda seed: Pair(falling(seed), seed),
-    TWO_MODELS: lambda seed: Pair(draw(seed), seed, second(seed)),
+    TWO_MODELS: lambda seed: Pair(draw(seed), seed, second(seed), BOTH_GAIN),
 }
 BOUGHT = "bought with length"
 
@@ -223,7 +224,7 @@ def first_family(
             ("", "flat", "generations", "falling", "generations"),
             [(way, *(cell for kind in NULLS for cell in null(by_way[way, kind]))) for way in WAYS],
         ),
-        "With a second reward model, whose turn comes 1 to 8 times as early, log-uniform, and whose gain is of the same kind: the attainable gain "
+        "With a second reward model, whose turn comes 1 to 8 times as early, log-uniform, and whose gain is of the same kind: which has to confirm: the attainable gain "
         "is the first model's where the second one's is not below 0, and an alpha that the second one finds worse than dpo is worse than dpo. "
         "The searches that only compare means know the first model alone:",
         table(HEADER, [row(way, by_way[way, TWO_MODELS]) for way in WAYS]),

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from benchmarks.held_out_curves import HeldOutPair
 from expo_ray.evaluation.search.alpha_scores import AlphaScores
 from expo_ray.evaluation.search.history import Half, History, Rung
 from expo_ray.evaluation.search.response_measures import RESPONSE_MEASURES
+from expo_ray.evaluation.search.roles import DEFAULT_ROLES, Criterion, Roles
 from expo_ray.evaluation.statistics import Array
 from expo_ray.report.results import HalfName
 
@@ -23,6 +25,8 @@ _LOWEST = -8.0
 # Between the seed of a curve and that of the second reward model's.
 _SECOND = 50_000
 
+# As the study of two models was made: both have to see a gain.
+BOTH_GAIN = Roles({"second": Criterion("confirm")})
 _IDS = tuple(map(str, range(NUM_PROMPTS)))
 _ZERO, _ONE = np.zeros(NUM_PROMPTS), np.ones(NUM_PROMPTS)
 
@@ -96,8 +100,8 @@ def second(seed: int) -> Curve:
 class AnsweredPair(ABC):
     """A pair whose responses are drawn as they are asked for, and what they cost."""
 
-    def __init__(self) -> None:
-        self.history = History(Half(_IDS, {}), Half(_IDS, {}))
+    def __init__(self, roles: Roles = DEFAULT_ROLES) -> None:
+        self.history = History(Half(_IDS, {}, roles), Half(_IDS, {}, roles))
 
     @abstractmethod
     def gain(self, alpha: float) -> float:
@@ -133,15 +137,24 @@ def scored(alpha: float, rewards: Mapping[str, Array], lengths: Array = _ONE) ->
     return AlphaScores(alpha, _IDS, rewards, lengths, dict.fromkeys(RESPONSE_MEASURES, _ZERO))
 
 
+class SeenCurve(Protocol):
+    """What a second reward model sees."""
+
+    def gain(self, alpha: float) -> float: ...
+
+
 class Pair(AnsweredPair):
     """A pair with a curve of this family.
 
     Args:
         other: the curve of a second reward model.
+        roles: of both.
     """
 
-    def __init__(self, curve: Curve, seed: int, other: Curve | None = None) -> None:
-        super().__init__()
+    def __init__(
+        self, curve: Curve, seed: int, other: SeenCurve | None = None, roles: Roles = DEFAULT_ROLES
+    ) -> None:
+        super().__init__(roles)
         self.curve, self.seed, self.other = curve, seed, other
 
     def gain(self, alpha: float) -> float:
@@ -160,11 +173,12 @@ class Pair(AnsweredPair):
         side = 0 if half == "choose" else 1
         by_prompt = np.random.default_rng([self.seed, 2, side])
         by_response = np.random.default_rng([self.seed, 3, side, round(alpha * 1e6)])
+        curves: dict[str, SeenCurve | None] = {"reward": self.curve, "second": self.other}
         rewards = {
             name: by_prompt.normal(0, PROMPT_NOISE, NUM_PROMPTS)
             + curve.gain(alpha)
             + by_response.normal(0, RESIDUAL, NUM_PROMPTS)
-            for name, curve in (("reward", self.curve), ("second", self.other))
+            for name, curve in curves.items()
             if curve
         }
         return scored(alpha, rewards)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from expo_ray.config.fields import NAME, Device, Frozen, RewardBackend, WeightDtype, named_after
+from expo_ray.config.fields import NAME, Device, Frozen, RewardBackend, Role, WeightDtype, named_after
 
 
 class PublishedModel(Frozen):
@@ -119,6 +119,14 @@ class RewardModel(Frozen):
     name: Annotated[str, Field(pattern=NAME)] = ""
     """Name in paths and reports; the last part of `model` unless given."""
 
+    role: Role | None = None
+    """Say in the choice of alpha. `choose`: alpha has to gain by it; the first model, and only that one. `guard`, of all others unless given:
+    alpha must not be worse than dpo by more than `margin`. `confirm`: alpha has to gain by it too. `joint`: its rewards count together with
+    those of the first model, each in standard deviations of dpo's, and it guards as well."""
+
+    margin: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """The loss that a `guard` or `joint` model lets pass, in standard deviations of the difference to dpo on the same prompt."""
+
     backend: RewardBackend = "auto"
     """`vllm` (pooling), or `transformers`, the reference; `auto` takes vLLM where it knows the architecture."""
 
@@ -155,6 +163,14 @@ class RewardModel(Frozen):
         if self.backend == "transformers" and self.num_gpus and self.num_gpus > 1:
             raise ValueError(
                 f"`num_gpus: {self.num_gpus:g}` splits a model, which `backend: transformers` does not; set `num_gpus: 1`, or `backend: vllm`"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_margin(self) -> Self:
+        if self.role == "confirm" and "margin" in self.model_fields_set:
+            raise ValueError(
+                "`margin` is a loss to let pass, and by a model with `role: confirm` alpha has to gain; leave `margin` out, or set `role: guard`"
             )
         return self
 

@@ -19,6 +19,7 @@ VocabPolicy = Literal["refuse", "by-token", "keep-dpo"]
 AdapterPolicy = Literal["scale", "merge"]
 Device = Literal["auto", "cpu", "cuda"]
 RewardBackend = Literal["auto", "vllm", "transformers"]
+Role = Literal["choose", "joint", "guard", "confirm"]
 WeightDtype = Literal["auto", "bf16", "fp16", "fp32"]
 # Options that only the command line has.
 ResponseFormat = Literal["jsonl", "alpaca-eval", "mt-bench"]

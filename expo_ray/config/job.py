@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from expo_ray.config.evaluation import PromptSource, PublishedModel, RewardModel, Sampling, Serving
 from expo_ray.config.fields import Device, Frozen, check_output, check_repo_id
@@ -41,7 +41,7 @@ class Job(Frozen):
     """The engines that answer."""
 
     rewards: tuple[RewardModel, ...] = ()
-    """Scorers of the responses; the first one chooses alpha, the others have to confirm it."""
+    """Scorers of the responses; the first one chooses alpha, the others guard it unless their `role` says otherwise."""
 
     search: Search = Search()
     """The search for alpha."""
@@ -81,6 +81,24 @@ class Job(Frozen):
             if twice:
                 raise ValueError(f"{section}: {', '.join(twice)} is used twice; give each its own `name`")
         return self
+
+    @field_validator("rewards")
+    @classmethod
+    def _assign_roles(cls, rewards: tuple[RewardModel, ...]) -> tuple[RewardModel, ...]:
+        """Check that the first model chooses and no other; give a role to those that name none."""
+        if rewards and rewards[0].role not in (None, "choose"):
+            raise ValueError(
+                f"{rewards[0].name} comes first and has `role: {rewards[0].role}`; the first reward model chooses alpha: list that one first"
+            )
+        choosing = [model.name for model in rewards[1:] if model.role == "choose"]
+        if choosing:
+            raise ValueError(
+                f"{', '.join(choosing)}: only the first reward model has `role: choose`; list it first, or set `role: joint` to let both choose"
+            )
+        return tuple(
+            model.model_copy(update={"role": model.role or ("guard" if number else "choose")})
+            for number, model in enumerate(rewards)
+        )
 
     @model_validator(mode="after")
     def _check_groups(self) -> Self:

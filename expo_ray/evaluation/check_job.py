@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from expo_ray import __version__
 from expo_ray.config import Job, Search
@@ -93,10 +94,16 @@ class CheckedJob:
                 "rewards": list(self.reward_ids.values()),
                 "search": search.model_dump(mode="json"),
                 "search_version": SEARCH_VERSION,
+                **self._roles(),
                 "serving": [serving.dtype, serving.max_model_len, *([engine] if engine else [])],
                 "vllm": package_versions().get("vllm", ""),
             }
         )
+
+    def _roles(self) -> dict[str, Any]:
+        """The roles of the other reward models, if they are not those of the time when all had to confirm: such searches keep their id."""
+        others = [[model.role, model.margin] for model in self.job.rewards[1:]]
+        return {"roles": others} if any(role != "confirm" for role, _ in others) else {}
 
 
 def check_job(job: Job) -> CheckedJob:

@@ -18,6 +18,7 @@ from expo_ray.evaluation.check_job import CheckedJob, store_job_prompts
 from expo_ray.evaluation.job_report import Searches, Usage, Winners
 from expo_ray.evaluation.paths import rungs_key, search_key
 from expo_ray.evaluation.search.pair_evaluator import PairEvaluator
+from expo_ray.evaluation.search.roles import Roles
 from expo_ray.evaluation.search.rung_log import RungLog
 from expo_ray.evaluation.search.search_pair import search_pair
 from expo_ray.evaluation.search.stored_searches import read_stored_searches
@@ -146,6 +147,7 @@ class _SearchRun:
             announce=lambda text: progress.note(plan.name, text),
             at_once=steps + 1,  # the next step is asked while rewards of the last are made
             rung_log=RungLog(self._store, rungs_key(plan.name, search_id)),
+            roles=Roles.of(self._job.rewards, self._job.search.prompts[0]),
         )  # fmt: skip
         results = results_json(Results(self._store.uri, "", (result,)))
         self._store.put(search_key(plan.name, search_id), results)

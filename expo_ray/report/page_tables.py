@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from expo_ray.report.formatting import alpha_text, count, interval, share, signed
-from expo_ray.report.results import Example, Measurement, PairResult, Results
+from expo_ray.report.results import Example, Measurement, PairResult, Results, RoleTest
 
 NONE = "\u2013"
 # Beyond this share, rounding has changed what alpha means.
@@ -37,7 +37,12 @@ class OverviewRow:
 
 @dataclass(frozen=True)
 class EvidenceRow:
-    """Evidence from a half by a reward model, at the alpha in question."""
+    """Evidence from a half by a reward model, at the alpha in question.
+
+    Attributes:
+        role: of the reward model; empty where the file does not say.
+        verdict: of its test; empty where these prompts had no say in the confirmation.
+    """
 
     half: str
     reward_model: str
@@ -47,7 +52,8 @@ class EvidenceRow:
     gain: str
     controlled: str
     win_rate: str
-    clear: bool
+    role: str
+    verdict: str
 
 
 @dataclass(frozen=True)
@@ -147,12 +153,15 @@ def overview_row(pair: PairResult, anchor: str, models: Sequence[str]) -> Overvi
 
 
 def evidence_rows(pair: PairResult) -> list[EvidenceRow]:
-    """Evidence for or against the model in question: both halves, all reward models."""
+    """Evidence for or against the model in question: both halves, all reward models, each with its test where it decided."""
+    measured_halves = {measured.half for measured in pair.measured if measured.alpha == pair.candidate}
+    last = "confirm" if "confirm" in measured_halves else "choose"
     rows = []
     for half, name in (("choose", "choosing"), ("confirm", "confirming")):
         for measured in pair.chosen or pair.measured:
             if measured.alpha == pair.candidate and measured.half == half:
                 dpo = pair.measurement(0.0, measured.half, measured.reward_model)
+                test = next((test for test in pair.tests if test.reward_model == measured.reward_model), None)
                 rows.append(
                     EvidenceRow(
                         name,
@@ -163,10 +172,27 @@ def evidence_rows(pair: PairResult) -> list[EvidenceRow]:
                         interval(measured.gain),
                         _controlled(measured),
                         share(measured.win_rate),
-                        measured.gain.low > 0,
+                        _role_text(test) if test else "",
+                        _verdict_text(measured, test) if half == last else "",
                     )
                 )
     return rows
+
+
+def _role_text(test: RoleTest) -> str:
+    """What a reward model asks for."""
+    if test.margin is None:
+        return f"{test.role}s: a gain"
+    name = "joint" if test.role == "joint" else f"{test.role}s"
+    return f"{name}: no loss beyond {-test.limit:.3f} ({test.margin:g} sd)"
+
+
+def _verdict_text(measured: Measurement, test: RoleTest | None) -> str:
+    """What the deciding prompts showed."""
+    if test is None or test.margin is None:
+        passed = measured.gain.low > 0 if test is None else test.passed
+        return "gains beyond chance" if passed else "no gain beyond chance"
+    return "no such loss" if test.passed else "such a loss is not excluded"
 
 
 def alpha_rows(pair: PairResult) -> list[AlphaRow]:

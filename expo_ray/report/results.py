@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict
 
-from expo_ray.config.fields import check_alpha
+from expo_ray.config.fields import Role, check_alpha
 
 FORMAT = 1
 _NOT_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
@@ -22,6 +22,10 @@ Number = Annotated[
 ]
 # Keys of JSON are text.
 AlphaKey = Annotated[float, BeforeValidator(float), AfterValidator(check_alpha)]
+
+
+# Marks fields that were added to the format: at their default they are left out, so that older files stay as they are.
+ADDED = {"added": True}
 
 
 class Recorded:
@@ -62,6 +66,28 @@ class Measurement(Recorded):
     gain: Interval
     controlled_gain: Interval | None
     win_rate: Number
+
+
+@dataclass(frozen=True)
+class RoleTest(Recorded):
+    """Test of the alpha that a search picked, by a reward model in its role.
+
+    Attributes:
+        role: `choose` and `confirm` ask for a gain, `guard` and `joint` for no loss beyond a margin.
+        half: whose prompts decided.
+        gain: paired difference to dpo, with the interval that decided.
+        limit: the value that its lower end must exceed: 0, or the margin below it.
+        margin: in standard deviations of a paired difference; None where a gain is asked for.
+    """
+
+    reward_model: str
+    role: Role
+    half: HalfName
+    prompts: int
+    gain: Interval
+    limit: Number
+    margin: Number | None
+    passed: bool
 
 
 @dataclass(frozen=True)
@@ -153,6 +179,7 @@ class PairResult(Recorded):
         warnings: what a reader should look at before using the decision.
         considered: the alpha that the search picked, whether it was chosen in the end or not; None where none was left.
         groups: the search of multipliers; None where none were tried.
+        tests: of `considered`, by each reward model in its role; none in files of older versions.
     """
 
     name: str
@@ -173,6 +200,7 @@ class PairResult(Recorded):
     considered: Number | None = None
     groups: Groups | None = None
     pushed: str = ""
+    tests: tuple[RoleTest, ...] = field(default=(), metadata=ADDED)
 
     @property
     def multipliers(self) -> Mapping[str, float]:

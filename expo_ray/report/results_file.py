@@ -98,7 +98,11 @@ def _adapter() -> TypeAdapter[Results]:
 
 def _plain(value: Any) -> Any:
     if is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+        return {
+            field.name: _plain(getattr(value, field.name))
+            for field in fields(value)
+            if not (field.metadata.get("added") and getattr(value, field.name) == field.default)
+        }
     if isinstance(value, Mapping):
         return {
             key if isinstance(key, str) else format_alpha(key): _plain(inner) for key, inner in value.items()

@@ -15,6 +15,7 @@ from expo_ray.evaluation.prompts.prompt_set import PromptSet, prompt_of
 from expo_ray.evaluation.records import Response
 from expo_ray.evaluation.search.alpha_scores import AlphaScores
 from expo_ray.evaluation.search.groups import StepScores, search_groups
+from expo_ray.evaluation.search.roles import Criterion, Roles
 from expo_ray.evaluation.search.search_pair import halves_of
 from expo_ray.extrapolation.plan import plan_pair
 from expo_ray.extrapolation.step import DPO, Step, parse_step, stepped
@@ -55,11 +56,19 @@ class Truth:
         return scores_of(step.alpha, ids, {"rm": true + noise, "second": second}, length=length)
 
 
+CONFIRMED = Roles({"second": Criterion("confirm")})
+
+
 def search(
-    truth: Truth, groups: tuple[Group, ...] = ALL, prompts: PromptSet = PROMPTS
+    truth: Truth, groups: tuple[Group, ...] = ALL, prompts: PromptSet = PROMPTS, roles: Roles = CONFIRMED
 ) -> tuple[Groups, StepScores]:
     settings = Search(prompts=(128, 400), confirm_prompts=400, groups=groups)
-    return search_groups(ALONE.alpha, halves_of(prompts), settings, truth, print, at_once=2)
+    return search_groups(ALONE.alpha, halves_of(prompts), settings, truth, print, at_once=2, roles=roles)
+
+
+def test_a_model_that_guards_needs_no_gain_of_multipliers() -> None:
+    chosen, _ = search(Truth({"mlp=2": 0.8}, other=0.1), ("mlp",), roles=Roles())
+    assert chosen.multipliers == {"mlp": 2.0}
 
 
 def test_what_is_better_in_two_groups_is_found_and_confirmed_on_untouched_prompts() -> None:
@@ -95,7 +104,7 @@ def test_where_no_group_is_better_alpha_stays_alone() -> None:
     [
         (Truth({"mlp=2": 0.8}, other=-0.5), "second finds it worse than dpo"),
         (Truth({"mlp=2": 0.8}, other=1.0, lengthens="mlp=2"), "responses have 400 tokens"),
-        (Truth({"mlp=2": 0.8}, other=0.0), "a lower bound is not above zero"),
+        (Truth({"mlp=2": 0.8}, other=0.0), "the lower bound over dpo is too low for second"),
     ],
 )
 def test_another_reward_model_and_the_guardrails_have_to_agree(truth: Truth, why: str) -> None:

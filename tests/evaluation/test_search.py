@@ -19,7 +19,7 @@ from expo_ray.evaluation.search.history import History, Rejected, Rung
 from expo_ray.evaluation.search.ladder import top_of
 from expo_ray.evaluation.search.methods import METHODS, SearchError, next_rung
 from expo_ray.report.results import HalfName
-from tests.support.searched_pairs import Curve, Pair, flat, hill
+from tests.support.searched_pairs import BOTH_GAIN, Curve, Pair, flat, hill
 
 LADDER = Search(method="ladder")
 
@@ -78,7 +78,7 @@ def test_a_gain_that_untouched_prompts_do_not_confirm_is_none() -> None:
 
 
 def test_a_climb_that_only_the_choosing_reward_likes_is_stopped_by_the_second_model() -> None:
-    hacked = Pair(lambda alpha: alpha, lambda alpha: 0.1 * alpha - 0.1 * alpha**2)
+    hacked = Pair(lambda alpha: alpha, lambda alpha: 0.1 * alpha - 0.1 * alpha**2, roles=BOTH_GAIN)
     decision = hacked.search(LADDER)
     tried = set(hacked.history.choose.scores)
     assert max(tried) < 12, "the climb goes on past what the second model finds worse"
@@ -92,7 +92,7 @@ def test_a_climb_that_only_the_choosing_reward_likes_is_stopped_by_the_second_mo
 
 def test_where_another_model_would_rather_have_dpo_a_smaller_alpha_takes_the_place() -> None:
     """The first model likes alpha 1.3 best; the second one sees a small gain below 1, and a small loss above."""
-    pair = Pair(hill(1.3), lambda alpha: 1.5 * alpha * (1 - alpha), seed=1)
+    pair = Pair(hill(1.3), lambda alpha: 1.5 * alpha * (1 - alpha), seed=1, roles=BOTH_GAIN)
     decision = pair.search(Search(method="ladder", confirm_prompts=1000))
     assert decision.alpha == 0.8
     assert {
@@ -211,7 +211,9 @@ def test_the_grid_tries_the_list_and_never_chooses_an_interpolation() -> None:
 
 def test_the_grid_leaves_what_another_model_finds_no_better_than_dpo() -> None:
     settings = Search(method="grid", alphas=(0.5, 1.0, 1.4), prompts=(400,), confirm_prompts=1000)
-    decision = Pair(hill(1.4), lambda alpha: 2 * alpha * (1.1 - alpha), seed=1).search(settings)
+    decision = Pair(hill(1.4), lambda alpha: 2 * alpha * (1.1 - alpha), seed=1, roles=BOTH_GAIN).search(
+        settings
+    )
     assert decision.alpha in {0.5, 1.0}
     assert "rm1" in rejection(decision, 1.4).reason
 

@@ -108,15 +108,6 @@ def test_a_guardrail_ends_the_climb_and_bounds_the_curve() -> None:
     assert any("413 tokens where dpo's have 200" in rejected.reason for rejected in decision.rejected)
 
 
-def test_a_second_reward_model_has_to_confirm_the_gain_at_the_same_look() -> None:
-    agreeing = Pair(hill(1.0, 2.0), hill(1.0, 1.0)).search(SURFACE)
-    assert agreeing.alpha > 0
-    assert "by rm0 and" in agreeing.reason
-    indifferent = Pair(hill(1.0, 2.0), flat).search(SURFACE)
-    assert indifferent.alpha == 0
-    assert "rm1" in indifferent.reason
-
-
 def test_a_small_set_is_asked_again_at_other_alphas() -> None:
     pair = Pair(hill(1.0, 2.5), halves=(80, 80))
     decision = pair.search(SURFACE)

@@ -11,10 +11,13 @@ from expo_ray.evaluation.search.alpha_scores import AlphaScores
 from expo_ray.evaluation.search.decision import Decision, decide
 from expo_ray.evaluation.search.history import HALF_NAMES, Half, History, Rung
 from expo_ray.evaluation.search.methods import next_rung
+from expo_ray.evaluation.search.roles import DEFAULT_ROLES, Criterion, Roles
 from expo_ray.report.results import HalfName, Measurement
 from tests.support.scores import scores_of
 
 Curve = Callable[[float], float]
+# Both reward models have to see a gain.
+BOTH_GAIN = Roles({"rm1": Criterion("confirm")})
 
 
 class Pair:
@@ -27,10 +30,11 @@ class Pair:
         noise: float = 1.5,
         seed: int = 0,
         length: Curve = lambda alpha: 200,
+        roles: Roles = DEFAULT_ROLES,
     ) -> None:
         self.curves, self.noise, self.seed, self.length = curves, noise, seed, length
         choose, confirm = (
-            Half(tuple(f"{name}-{number}" for number in range(count)), {})
+            Half(tuple(f"{name}-{number}" for number in range(count)), {}, roles)
             for name, count in zip(HALF_NAMES, halves, strict=True)
         )
         self.history = History(choose, confirm)

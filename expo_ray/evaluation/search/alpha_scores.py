@@ -36,7 +36,7 @@ class AlphaScores:
     Attributes:
         alpha: as served.
         prompt_ids: in the order of the prompt set.
-        rewards: by reward model; the first one chooses alpha, all of them have to confirm it.
+        rewards: by reward model; the first one chooses alpha, the others have their say by `roles`.
         lengths: generated tokens.
         measures: by name in `RESPONSE_MEASURES`, for the guardrails.
         divergence: KL(dpo || alpha) in nats, the sum over the tokens of dpo's response, and their number: (prompts, 2);

@@ -8,13 +8,14 @@ optimistic end of the gain could be confirmed at the last look, the others are s
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
-from expo_ray.config import Search, format_alpha
+from expo_ray.config import Search
 from expo_ray.evaluation.search.history import Half, Rung
-from expo_ray.evaluation.statistics import NORMAL, gain, standard_error
-from expo_ray.report.results import Interval
+from expo_ray.evaluation.search.roles import role_tests
+from expo_ray.evaluation.statistics import NORMAL, standard_error
+from expo_ray.report.results import RoleTest
 
 # Prompts at which a sequential confirmation looks, up to the number that the settings allow.
 _LOOKS = (128, 256, 512)
@@ -61,29 +62,27 @@ def confirm(half: Half, settings: Search, alpha: float) -> Generator[Rung, Rung,
         count = f"confirmation on {look.num_prompts} prompts" if len(looks) > 1 else "confirmation"
         yield Rung("confirm", (0.0, alpha), seen, look.num_prompts, count)
         seen = look.num_prompts
-        if all(bound.low > 0 for bound in bounds_at(half, alpha, look).values()) or _is_futile(
-            half, alpha, looks, look
-        ):
+        tests = tests_at(half, alpha, look)
+        if all(test.passed for test in tests) or _is_futile(half, alpha, look, tests, looks[-1]):
             return look
     return looks[-1]
 
 
-def bounds_at(half: Half, alpha: float, look: Look) -> dict[str, Interval]:
-    """The gain over dpo by each reward model, with the interval that decides at this look."""
-    scores, dpo = half.beside_dpo(alpha, look.num_prompts)
-    return {
-        model: gain(rewards, dpo.rewards[model], look.confidence) for model, rewards in scores.rewards.items()
-    }
+def tests_at(half: Half, alpha: float, look: Look) -> tuple[RoleTest, ...]:
+    """Test an alpha by each reward model in its role, with the intervals of this look."""
+    return role_tests("confirm", *half.beside_dpo(alpha, look.num_prompts), half.roles, look.confidence)
 
 
-def _is_futile(half: Half, alpha: float, looks: tuple[Look, ...], look: Look) -> bool:
-    """True if some reward model's gain has hardly a chance to be confirmed at the last look."""
+def _is_futile(half: Half, alpha: float, look: Look, tests: Sequence[RoleTest], last: Look) -> bool:
+    """True if some reward model has hardly a chance to pass the alpha at the last look."""
     scores, dpo = half.beside_dpo(alpha, look.num_prompts)
+    errors = [
+        standard_error(scores.rewards[test.reward_model], dpo.rewards[test.reward_model]) for test in tests
+    ]
     return any(
-        float((rewards - dpo.rewards[model]).mean())
-        + _OPTIMISTIC * (error := standard_error(rewards, dpo.rewards[model]))
-        < smallest_confirmed(error * math.sqrt(look.num_prompts), looks[-1].num_prompts)
-        for model, rewards in scores.rewards.items()
+        test.gain.mean + _OPTIMISTIC * error
+        < test.limit + smallest_confirmed(error * math.sqrt(look.num_prompts), last.num_prompts)
+        for test, error in zip(tests, errors, strict=True)
     )
 
 
@@ -95,8 +94,3 @@ def smallest_confirmed(deviation: float, num_prompts: int) -> float:
         num_prompts: at the last look.
     """
     return _NEEDED * deviation / math.sqrt(num_prompts)
-
-
-def stopped_early(look: Look, alpha: float) -> str:
-    """Say which look ended a confirmation that could have gone on; empty if it was the last."""
-    return "" if look.is_last else f"alpha {format_alpha(alpha)} was looked at on {look.num_prompts} prompts"

@@ -97,11 +97,14 @@ def difference(slices: Sequence[Slice], alpha: float, other: float) -> tuple[flo
     return float(total) / num_prompts, deviation(slices) * math.sqrt(2 / num_prompts)
 
 
-def fit(slices: Sequence[Slice], alphas: Sequence[float]) -> GainCurve:
+def fit(slices: Sequence[Slice], alphas: Sequence[float], seed: int = _SEED) -> GainCurve:
     """Fit the gain over dpo at `alphas`, in rising order and above 0.
 
     Every kernel gives a curve, and its evidence the share of its draws. Deterministic up to the last bits of the machine's linear algebra:
     Cholesky factors, and always the same normal numbers.
+
+    Args:
+        seed: of the draws; those of two curves with the same seed hang together.
     """
     spread = deviation(slices)
     measured = np.array(sorted({alpha for each in slices for alpha in each.alphas}))
@@ -118,7 +121,7 @@ def fit(slices: Sequence[Slice], alphas: Sequence[float]) -> GainCurve:
         if weight:
             gain, root = each.gains(wanted)
             mean += weight * gain
-            draws.append(gain[:, None] + root @ _normals(len(alphas))[:, first:end])
+            draws.append(gain[:, None] + root @ _normals(len(alphas), seed)[:, first:end])
             first = end
     return GainCurve(np.asarray(alphas, np.float64), mean, np.concatenate(draws, axis=1))
 
@@ -182,6 +185,6 @@ def _kernel(alphas: Array, others: Array, length: float, height: float) -> Array
     return np.asarray(height**2 * np.exp(-0.5 * (apart / length) ** 2), np.float64)
 
 
-@lru_cache(maxsize=8)
-def _normals(rows: int) -> Array:
-    return np.random.default_rng(_SEED).standard_normal((rows, DRAWS))
+@lru_cache(maxsize=32)
+def _normals(rows: int, seed: int) -> Array:
+    return np.random.default_rng(seed).standard_normal((rows, DRAWS))

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -16,6 +16,7 @@ from expo_ray.evaluation.prompts.prompt_set import PromptSet
 from expo_ray.evaluation.search.alpha_scores import AlphaScores, Evaluator, measurements
 from expo_ray.evaluation.search.guardrails import checks, rejection
 from expo_ray.evaluation.search.methods import FEWEST_PROMPTS
+from expo_ray.evaluation.search.roles import DEFAULT_ROLES, Roles, role_tests
 from expo_ray.evaluation.statistics import gain, standard_error
 from expo_ray.extrapolation.step import DPO, Step
 from expo_ray.report.results import Groups, GroupTrial, HalfName, Interval
@@ -34,6 +35,7 @@ def search_groups(
     announce: Callable[[str], None],
     *,
     at_once: int,
+    roles: Roles = DEFAULT_ROLES,
 ) -> tuple[Groups, StepScores]:
     """Try multipliers on a chosen alpha.
 
@@ -43,6 +45,7 @@ def search_groups(
         evaluator: does not make again what is stored, so that a rerun goes the same way.
         announce: takes a line for each round, and the reason of the decision.
         at_once: steps to evaluate at the same time.
+        roles: of the evaluator's reward models.
 
     Returns:
         The multipliers that were chosen, or none, and the scores on the choosing half of those, alpha alone and dpo; no scores where
@@ -52,7 +55,7 @@ def search_groups(
         ExpoError: if a step cannot be evaluated.
     """
     with ThreadPoolExecutor(at_once, "group") as pool:
-        course = _Course(Step(alpha), halves, settings, evaluator, announce, pool)
+        course = _Course(Step(alpha), halves, settings, evaluator, announce, pool, roles)
         groups, scores = course.decide()
     announce(groups.reason)
     return groups, scores
@@ -68,6 +71,7 @@ class _Course:
     evaluator: Evaluator
     announce: Callable[[str], None]
     pool: ThreadPoolExecutor
+    roles: Roles
     trials: dict[Step, GroupTrial] = field(default_factory=dict)
 
     def decide(self) -> tuple[Groups, StepScores]:
@@ -103,12 +107,20 @@ class _Course:
             by_half["confirm"], where = scores, "untouched prompts"
         else:  # chosen on the very prompts that have to show it, from among all that was tried (Bonferroni)
             confidence = 1 - (1 - confidence) / len(self.trials)
-        bounds = dict(self._bounds(best, scores, confidence))
-        gains = " and ".join(f"{bound} {over}" for over, bound in bounds.items())
+        over_alone = _gain(scores, best, self.alone, scores[DPO].chooser, confidence)
+        tests = role_tests("confirm", scores[best], scores[DPO], self.roles, confidence)
+        gains = " and ".join(
+            [f"{over_alone} over alpha alone by {scores[DPO].chooser}"]
+            + [f"{test.gain} over dpo by {test.reward_model}" for test in tests]
+        )
         text = f"{_text(best)}: its gain on {len(scores[DPO].prompt_ids)} {where} is {gains}"
-        fault = self._veto(best, scores, confidence)
-        if any(bound.low <= 0 for bound in bounds.values()):
-            fault = "; ".join(filter(None, [fault, "a lower bound is not above zero"]))
+        failed = [test.reward_model for test in tests if not test.passed]
+        faults = [
+            self._veto(best, scores, confidence),
+            "" if over_alone.low > 0 else "the lower bound over alpha alone is not above zero",
+            f"the lower bound over dpo is too low for {' and '.join(failed)}" if failed else "",
+        ]
+        fault = "; ".join(filter(None, faults))
         if fault:
             self._note(best, fault)
             return self._keep(f"{text}; {fault}"), {}
@@ -118,13 +130,6 @@ class _Course:
             for measurement in measurements(half, of_half[best], of_half[DPO], self.settings.confidence)
         )
         return Groups(dict(best.factors), text, tuple(self.trials.values()), measured), chosen_on
-
-    def _bounds(self, best: Step, scores: StepScores, confidence: float) -> Iterator[tuple[str, Interval]]:
-        """The gains that have to be above zero, each with the words for it."""
-        chooser = scores[DPO].chooser
-        yield f"over alpha alone by {chooser}", _gain(scores, best, self.alone, chooser, confidence)
-        for model in scores[DPO].rewards:
-            yield f"over dpo by {model}", _gain(scores, best, DPO, model, confidence)
 
     def _try(self, steps: Sequence[Step], num_prompts: int, stage: str) -> StepScores:
         """Evaluate `steps` on the first prompts of the choosing half, and note the gain of each."""
@@ -139,8 +144,10 @@ class _Course:
         self.announce(f"{stage}, {'; '.join(map(str, steps))} on {len(prompts)} prompts")
         compared = [DPO, self.alone, *steps]
         self.evaluator.expect(compared)
-        scores = self.pool.map(lambda step: self.evaluator.evaluate(step, prompts), compared)
-        return dict(zip(compared, scores, strict=True))
+        evaluated = self.pool.map(lambda step: self.evaluator.evaluate(step, prompts), compared)
+        scores = dict(zip(compared, evaluated, strict=True))
+        scales = self.roles.scales(scores[DPO], scores[DPO].prompt_ids)
+        return {step: self.roles.with_objective(of_step, scales) for step, of_step in scores.items()}
 
     def _best(self, steps: Sequence[Step], scores: StepScores, *, errors: float) -> Step | None:
         """The step with the largest gain over alpha alone, if that exceeds `errors` standard errors; notes why the others fell."""
@@ -163,7 +170,7 @@ class _Course:
         self.trials[step] = replace(self.trials[step], reason=reason)
 
     def _veto(self, step: Step, scores: StepScores, confidence: float) -> str:
-        return rejection(checks(scores[step], scores[DPO], self.settings.guardrails, confidence))
+        return rejection(checks(scores[step], scores[DPO], self.settings.guardrails, confidence, self.roles))
 
     def _keep(self, why: str) -> Groups:
         """The result without multipliers."""

@@ -14,23 +14,25 @@ from expo_ray.config import Guardrails, Limit, Search
 from expo_ray.evaluation.search.alpha_scores import AlphaScores
 from expo_ray.evaluation.search.history import Half
 from expo_ray.evaluation.search.response_measures import RESPONSE_MEASURES
+from expo_ray.evaluation.search.roles import DEFAULT_ROLES, Roles
 from expo_ray.evaluation.statistics import gain, standard_error
 from expo_ray.report.results import GuardrailCheck, Verdict
 
 
 def checks(
-    scores: AlphaScores, dpo: AlphaScores, limits: Guardrails, confidence: float
+    scores: AlphaScores, dpo: AlphaScores, limits: Guardrails, confidence: float, roles: Roles = DEFAULT_ROLES
 ) -> tuple[GuardrailCheck, ...]:
     """Compare an alpha with dpo on the same prompts, by every guardrail.
 
     Args:
-        confidence: at which another reward model has to be below dpo for its veto.
+        confidence: at which another reward model has to be below dpo, or below its margin, for its veto.
+        roles: of the reward models.
     """
     return (
         _check_length(scores, dpo, limits.limit("length ratio")),
         *(_check_rise(name, scores, dpo, limits.limit(name)) for name in RESPONSE_MEASURES),
         *_check_divergence(scores, limits.limit("kl")),
-        *_check_other_rewards(scores, dpo, confidence),
+        *_check_other_rewards(scores, dpo, confidence, roles),
     )
 
 
@@ -42,24 +44,24 @@ def rejection(checked: Iterable[GuardrailCheck]) -> str:
 def veto(half: Half, settings: Search, alpha: float, num_prompts: int, confidence: float) -> str:
     """The guardrails' reasons to reject an alpha on those of a half's first prompts that it was asked; empty if there are none."""
     scores, dpo = half.beside_dpo(alpha, num_prompts)
-    return rejection(checks(scores, dpo, settings.guardrails, confidence))
+    return rejection(checks(scores, dpo, settings.guardrails, confidence, half.roles))
 
 
 def objection(half: Half, alpha: float, num_prompts: int) -> str:
     """Reason to drop `alpha` before the confirmation; empty if there is none.
 
-    Another reward model, which will have to see a gain, scores the alpha more than one standard error below dpo: the chance that it
-    truly prefers the alpha is then below one in six. Earlier looks take a significant loss (`veto`).
+    A model that asks for a gain scores the alpha more than one standard error below dpo: the chance that it truly prefers the alpha is then
+    below one in six. Or one that lets a small loss pass sees more of a loss than that. Earlier looks take a significant loss (`veto`).
     """
     scores, dpo = half.beside_dpo(alpha, num_prompts)
-    for model in list(scores.rewards)[1:]:
-        loss = float((dpo.rewards[model] - scores.rewards[model]).mean())
-        error = standard_error(scores.rewards[model], dpo.rewards[model])
-        if loss > error:
-            return (
-                f"{model} has to confirm it, and gives it {loss:.3f} less than dpo on {len(dpo.prompt_ids)} prompts, where the standard "
-                f"error is {error:.3f}"
-            )
+    for model, criterion in half.others():
+        rewards, of_dpo = scores.rewards[model], dpo.rewards[model]
+        loss, error = float((of_dpo - rewards).mean()), standard_error(rewards, of_dpo)
+        seen = f"gives it {loss:.3f} less than dpo on {len(dpo.prompt_ids)} prompts"
+        if criterion.allows_loss and loss > -criterion.limit(rewards - of_dpo):
+            return f"{model} guards, and {seen}, more than its margin of {-criterion.limit(rewards - of_dpo):.3f}"
+        if not criterion.allows_loss and loss > error:
+            return f"{model} has to confirm it, and {seen}, where the standard error is {error:.3f}"
     return ""
 
 
@@ -99,15 +101,17 @@ def _check_divergence(scores: AlphaScores, limit: Limit) -> Iterator[GuardrailCh
 
 
 def _check_other_rewards(
-    scores: AlphaScores, dpo: AlphaScores, confidence: float
+    scores: AlphaScores, dpo: AlphaScores, confidence: float, roles: Roles
 ) -> Iterator[GuardrailCheck]:
-    """The reward models that do not choose: an alpha that one of them finds worse than dpo has not improved the model."""
-    for model in list(scores.rewards)[1:]:
+    """The reward models that do not choose: none of them may find the alpha worse than dpo, or worse by more than its margin."""
+    for model, criterion in roles.others(scores.rewards):
         gained = gain(scores.rewards[model], dpo.rewards[model], confidence)
-        worse = gained.high < 0
-        text = f"{model} finds it {'worse than' if worse else 'no worse than'} dpo, by {gained}"
+        limit = criterion.limit(scores.rewards[model] - dpo.rewards[model])
+        worse = gained.high < limit
+        beyond = f" by more than {-limit:.3f} ({criterion.margin:g} standard deviations)" if limit else ""
+        text = f"{model} finds it {'worse' if worse else 'no worse'} than dpo{beyond}: {gained}"
         verdict: Verdict = "reject" if worse else "ok"
-        yield GuardrailCheck(scores.alpha, f"reward of {model}", gained.mean, 0.0, verdict, text)
+        yield GuardrailCheck(scores.alpha, f"reward of {model}", gained.mean, limit, verdict, text)
 
 
 def _against(verdict: Verdict, limit: str) -> str:

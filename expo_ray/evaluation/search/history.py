@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
 from expo_ray.config import format_alpha
 from expo_ray.evaluation.search.alpha_scores import AlphaScores, EvaluationError, measurements
+from expo_ray.evaluation.search.roles import DEFAULT_ROLES, Criterion, Roles
 from expo_ray.evaluation.statistics import Array
 from expo_ray.report.results import HalfName, Measurement
 from expo_ray.text import first_few
@@ -46,10 +48,12 @@ class Half:
     Attributes:
         prompt_ids: in the order in which prompts are asked; none if there is no such half.
         scores: by alpha, each on the prompts that were asked, in the order in which they were.
+        roles: of the reward models.
     """
 
     prompt_ids: tuple[str, ...]
     scores: Mapping[float, AlphaScores]
+    roles: Roles = DEFAULT_ROLES
 
     @property
     def num_prompts(self) -> int:
@@ -78,12 +82,27 @@ class Half:
                 f"alpha {format_alpha(alpha)} was evaluated on other prompts or reward models than dpo; evaluate both on the "
                 "same prompt set, and by the same reward models"
             )
-        return scores.on(common), dpo.on(common)
+        return self.scored(alpha, common), self.scored(0.0, common)
 
-    def rewards(self, alphas: Sequence[float], stop: int | None = None, start: int = 0) -> Array:
-        """Rewards by the choosing model on the prompts of a slice that all `alphas` were evaluated on: (prompts, alphas)."""
+    def scored(self, alpha: float, prompt_ids: Sequence[str] | None = None) -> AlphaScores:
+        """Scores of an alpha on some prompts, by default all that it was asked; what alpha is chosen by comes first."""
+        scores = self.scores[alpha] if prompt_ids is None else self.scores[alpha].on(prompt_ids)
+        return self.roles.with_objective(scores, self._scales) if self.roles.joint else scores
+
+    def others(self) -> Sequence[tuple[str, Criterion]]:
+        """The reward models that do not choose, each with what it asks for."""
+        return self.roles.others(self.scored(0.0).rewards)
+
+    @cached_property
+    def _scales(self) -> Mapping[str, float]:
+        return self.roles.scales(self.scores[0.0], self.prompt_ids)
+
+    def rewards(
+        self, alphas: Sequence[float], stop: int | None = None, start: int = 0, *, model: str = ""
+    ) -> Array:
+        """Rewards by a model, by default the choosing one, on the prompts of a slice that all `alphas` were evaluated on: (prompts, alphas)."""
         common = self._common(alphas, start, stop)
-        return np.stack([self._chosen_by(alpha, common) for alpha in alphas], axis=1)
+        return np.stack([self._rewards_of(alpha, common, model) for alpha in alphas], axis=1)
 
     def _common(self, alphas: Sequence[float], start: int, stop: int | None) -> list[str]:
         """The prompts of a slice that all `alphas` were evaluated on, in the order of the half."""
@@ -91,9 +110,10 @@ class Half:
         common = set(wanted).intersection(*(self.scores[alpha].row_of for alpha in alphas))
         return [prompt_id for prompt_id in wanted if prompt_id in common]
 
-    def _chosen_by(self, alpha: float, prompt_ids: Sequence[str]) -> Array:
-        scores = self.scores[alpha]
-        return scores.rewards[scores.chooser][[scores.row_of[prompt_id] for prompt_id in prompt_ids]]
+    def _rewards_of(self, alpha: float, prompt_ids: Sequence[str], model: str) -> Array:
+        scores = self.scored(alpha)
+        rows = [scores.row_of[prompt_id] for prompt_id in prompt_ids]
+        return scores.rewards[model or scores.chooser][rows]
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from expo_ray.evaluation.search.groups import StepScores, search_groups
 from expo_ray.evaluation.search.guardrails import checks
 from expo_ray.evaluation.search.history import HALF_NAMES, Half, History, Rung
 from expo_ray.evaluation.search.methods import next_rung
+from expo_ray.evaluation.search.roles import DEFAULT_ROLES, Roles
 from expo_ray.evaluation.search.rung_log import RungLog
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.step import DPO, SFT, Step
@@ -34,6 +35,7 @@ def search_pair(
     *,
     at_once: int,
     rung_log: RungLog | None = None,
+    roles: Roles = DEFAULT_ROLES,
 ) -> PairResult:
     """Choose the alpha of a pair, and multipliers of it where the settings ask for them.
 
@@ -41,20 +43,21 @@ def search_pair(
         announce: takes a line for each round, and the reason of each decision.
         at_once: alphas of a rung to evaluate at the same time.
         rung_log: keeps what each rung asked, for a rerun on another machine.
+        roles: of the evaluator's reward models.
 
     Raises:
         ExpoError: if an alpha cannot be evaluated, or the prompts are too few.
     """
     halves = halves_of(prompts)
     history, decision = search_alpha(
-        halves, settings, evaluator, announce, at_once=at_once, rung_log=rung_log
+        halves, settings, evaluator, announce, at_once=at_once, rung_log=rung_log, roles=roles
     )
     confirming = decision.look.confidence if decision.look else None
     groups: Groups | None = None
     step_scores: StepScores = {}
     if settings.groups and decision.alpha:
         groups, step_scores = search_groups(
-            decision.alpha, halves, settings, evaluator, announce, at_once=at_once
+            decision.alpha, halves, settings, evaluator, announce, at_once=at_once, roles=roles
         )
     return PairResult(
         name=plan.name,
@@ -76,6 +79,7 @@ def search_pair(
         warnings=decision.warnings,
         considered=decision.considered or None,
         groups=groups,
+        tests=decision.tests,
     )
 
 
@@ -87,9 +91,10 @@ def search_alpha(
     *,
     at_once: int,
     rung_log: RungLog | None = None,
+    roles: Roles = DEFAULT_ROLES,
 ) -> tuple[History, Decision]:
     """Choose alpha on one half of the prompts, and confirm it on the other; see `search_pair`."""
-    choose, confirm = (Half(_ids(halves[name]), {}) for name in HALF_NAMES)
+    choose, confirm = (Half(_ids(halves[name]), {}, roles) for name in HALF_NAMES)
     history = History(choose, confirm, rung_log.read() if rung_log else ())
     rungs: list[Rung] = []
     while rung := next_rung(history, settings):
@@ -151,7 +156,7 @@ def _guardrail_checks(half: Half, settings: Search) -> Iterator[GuardrailCheck]:
     """All guardrails of all alphas but sft and dpo, each on the most prompts."""
     for alpha in sorted(half.scores):
         if alpha not in (DPO.alpha, SFT.alpha):
-            yield from checks(*half.beside_dpo(alpha), settings.guardrails, settings.confidence)
+            yield from checks(*half.beside_dpo(alpha), settings.guardrails, settings.confidence, half.roles)
 
 
 def _examples(
@@ -170,7 +175,8 @@ def _examples(
         step = next(step for step in step_scores if dict(step.factors) == groups.multipliers)
         scores, dpo = step_scores[step], step_scores[DPO]
     side: Literal["chosen", "candidate"] = "chosen" if decision.alpha else "candidate"
-    sides = {"sft": (SFT, half.scores.get(SFT.alpha)), "dpo": (DPO, dpo), side: (step, scores)}
+    sft = half.scored(SFT.alpha) if SFT.alpha in half.scores else None
+    sides = {"sft": (SFT, sft), "dpo": (DPO, dpo), side: (step, scores)}
     model = scores.chooser
     order = np.argsort(scores.rewards[model] - dpo.rewards[model], kind="stable")
     ends = min(NUM_EXAMPLES, len(order)) // 2

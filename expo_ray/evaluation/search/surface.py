@@ -14,16 +14,18 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from expo_ray.config import Search, format_alpha
 from expo_ray.evaluation.search.confirmation import smallest_confirmed
-from expo_ray.evaluation.search.gain_curve import GainCurve, Slice, deviation, difference, fit
-from expo_ray.evaluation.search.guardrails import objection, veto
+from expo_ray.evaluation.search.gain_curve import DRAWS, GainCurve, Slice, deviation, difference, fit
+from expo_ray.evaluation.search.guardrails import veto
 from expo_ray.evaluation.search.history import Half, Picked, Rejected, Rung
 from expo_ray.evaluation.search.ladder import FIRST_STEPS, climbing_steps, rounded
+from expo_ray.evaluation.statistics import Array
 
 # The constants of this file were chosen on synthetic pairs with `benchmarks/alpha_search.py --first-seed 100000`, of the first family alone;
 # `benchmarks/results/alpha_search.md` has what they give on other seeds, and on a family that nothing was tuned on.
@@ -66,21 +68,31 @@ class _State:
 
     Attributes:
         curve: of the gain, up to the ceiling.
+        passes: (alphas, draws), true where every other reward model would let the alpha pass.
         measured: the alphas that may be picked, in rising order.
-        best: the measured alpha with the highest expected gain; 0 without any.
-        needed: the gain that about half of all confirmations would show.
-        reach: chance that the gain of some alpha is as large.
+        best: the measured alpha with the highest expected gain, counted as far as the other models let it pass; 0 without any.
+        reach: chance that the gain of some alpha is large enough to be confirmed.
         fault: reason to give up; empty if there is none.
         asks_on: true if another round is worth its price.
     """
 
     curve: GainCurve
+    passes: NDArray[np.bool_]
     measured: tuple[float, ...]
     best: float
-    needed: float
     reach: float
     fault: str
     asks_on: bool
+
+    @property
+    def worth(self) -> Array:
+        """Expected gains times the chance that the other models let them pass: (alphas,)."""
+        return self.curve.mean * self.passes.mean(axis=1)
+
+    @property
+    def hopes(self) -> Array:
+        """Drawn gains where the other models let them pass: (alphas, draws)."""
+        return np.where(self.passes, self.curve.draws, -np.inf)
 
 
 class _Course:
@@ -134,27 +146,40 @@ class _Course:
         self._lower_ceiling(slices)
         measured = tuple(alpha for alpha in self._tried() if alpha < self.ceiling)
         curve = fit(slices, self._grid(measured))
-        at = max((curve.at(alpha) for alpha in measured), key=lambda at: curve.mean[at], default=-1)
-        best, highest = (float(curve.alphas[at]) if measured else 0.0), curve.draws.max(axis=0)
-        gain = float(curve.mean[at]) if measured else 0.0
+        state = _State(curve, self._passes(curve.alphas), measured, 0.0, 0.0, "", asks_on=False)
+        at = max((curve.at(alpha) for alpha in measured), key=lambda at: state.worth[at], default=-1)
+        best, highest = (float(curve.alphas[at]) if measured else 0.0), np.maximum(state.hopes.max(axis=0), 0)
         gained = curve.draws[at] if measured else np.zeros(highest.shape)
+        confirmed = np.where(state.passes[at], gained, 0) if measured else gained
         needed = smallest_confirmed(math.sqrt(2) * deviation(slices), self._confirming_prompts())
         reach = float((highest > needed).mean())
-        shortfall = float((np.maximum(highest, 0) - gained).mean())
-        most = float(np.quantile(highest, 0.95))
+        shortfall = float((highest - confirmed).mean())
         fault = self._fault(reach, needed, best, float((gained > 0).mean()))
         if fault:
+            most = float(np.quantile(highest, 0.95))
             fault += f"; with a probability of 95 %, no alpha gains more than {most:+.3f}"
+        gain = float(state.worth[at]) if measured else 0.0
         is_close = self.rounds >= _FEWEST_ROUNDS and gain > 0 and shortfall <= _SHORTFALL * gain
         asks_on = reach >= _HOPELESS and not is_close and self.rounds < len(self.ends)
-        return _State(curve, measured, best, needed, reach, fault, asks_on)
+        return replace(state, best=best, reach=reach, fault=fault, asks_on=asks_on)
+
+    def _passes(self, alphas: Array) -> NDArray[np.bool_]:
+        """Draw whether every other reward model would let an alpha pass at the confirmation, in half of all cases: (alphas, draws)."""
+        passes = np.ones((len(alphas), DRAWS), bool)
+        for number, (model, criterion) in enumerate(self.half.others(), 1):
+            slices = self._slices(model)
+            paired = math.sqrt(2) * deviation(slices)
+            margin = criterion.margin if criterion.allows_loss else 0.0
+            needed = smallest_confirmed(paired, self._confirming_prompts()) - margin * paired
+            passes &= fit(slices, alphas.tolist(), seed=number).draws > needed
+        return passes
 
     def ask(self, state: _State) -> Generator[Rung, Rung, None]:
         """Ask the next prompts at dpo, at the top of the curve and at both ends of where the top may lie."""
-        curve = state.curve
+        curve, hopes = state.curve, state.hopes
         start, stop = self._next_slice()
-        top = float(curve.alphas[curve.mean.argmax()])
-        hopeful = curve.draws[:, curve.draws.max(axis=0) > 0]
+        top = float(curve.alphas[state.worth.argmax()])
+        hopeful = hopes[:, hopes.max(axis=0) > 0]
         tops = curve.alphas[hopeful.argmax(axis=0)] if hopeful.size else np.array([top])
         flank = _FLANKS[min(self.rounds, len(_FLANKS)) - 1]
         low, high = np.quantile(tops, [flank, 1 - flank], method="nearest")
@@ -167,19 +192,13 @@ class _Course:
                 self.ceiling = alpha
 
     def pick(self, state: _State) -> Picked:
-        """Pick the best measured alpha that no reward model objects to, and note why the others fell."""
-        order = sorted(state.measured, key=lambda alpha: -state.curve.mean[state.curve.at(alpha)])
-        reasons = {alpha: objection(self.half, alpha, self.seen) for alpha in order}
-        passed = [alpha for alpha in order if not reasons[alpha]]
-        fault = state.fault
-        if order and not passed and not fault:
-            fault = f"no alpha above 0 was left, {format_alpha(order[0])} fell last: {reasons[order[0]]}"
-        picked = passed[0] if passed and not fault else 0.0
+        """Pick the best measured alpha, and note why the others fell."""
+        picked = 0.0 if state.fault else state.best
         for alpha in self._tried():
             if alpha != picked and alpha not in self.rejected:
-                self._reject(alpha, "curve", reasons.get(alpha) or self._below(alpha, state, picked))
+                self._reject(alpha, "curve", self._below(alpha, state, picked))
         rejected = tuple(self.rejected[alpha] for alpha in sorted(self.rejected))
-        return Picked(picked, self.seen, rejected, tuple(self.warnings), fault)
+        return Picked(picked, self.seen, rejected, tuple(self.warnings), state.fault)
 
     def _ask(
         self, alphas: tuple[float, ...], start: int, stop: int, stage: str
@@ -192,14 +211,14 @@ class _Course:
         seen, stop = self.seen, self.ends[self.rounds]
         return (seen, stop) if stop - seen >= min(self.ends[0], stop // 2) else (0, max(seen, stop))
 
-    def _slices(self) -> list[Slice]:
-        """What was asked, as slices in which every prompt saw the same alphas."""
+    def _slices(self, model: str = "") -> list[Slice]:
+        """Rewards by a model, by default the choosing one, as slices in which every prompt saw the same alphas."""
         cuts = sorted({0, *(rung.start for rung in self.asked), *(rung.stop for rung in self.asked)})
         slices = []
         for start, stop in itertools.pairwise(cuts):
             covering = [rung for rung in self.asked if rung.start <= start and stop <= rung.stop]
             alphas = tuple(sorted({alpha for rung in covering for alpha in rung.alphas}))
-            slices.append(Slice.of(alphas, self.half.rewards(alphas, stop, start)))
+            slices.append(Slice.of(alphas, self.half.rewards(alphas, stop, start, model=model)))
         return slices
 
     def _tried(self) -> list[float]:
@@ -261,9 +280,15 @@ class _Course:
         return "" if best else "no alpha above 0 was left"
 
     def _below(self, alpha: float, state: _State, picked: float) -> str:
-        gain = state.curve.mean[state.curve.at(alpha)]
+        at = state.curve.at(alpha)
         other = f", below {format_alpha(picked)}" if picked else ""
-        return f"the curve through all measurements puts its gain at {gain:+.3f}{other}"
+        chance = float(state.passes[at].mean())
+        let = (
+            ""
+            if chance == 1
+            else f"; the other reward models would let it pass with a probability of {chance:.0%}"
+        )
+        return f"the curve through all measurements puts its gain at {state.curve.mean[at]:+.3f}{other}{let}"
 
     def _reject(self, alpha: float, stage: str, reason: str) -> None:
         self.rejected[alpha] = Rejected(alpha, stage, reason)
