@@ -78,6 +78,11 @@ class Guardrails(Frozen):
     kl: Annotated[Limit, Label("kl", "KL from dpo, nats per token", "nats")] = Limit(warn=0.5, reject=2.0)
     """KL divergence from dpo per token of dpo's own responses, in nats, where log-probabilities were collected."""
 
+    # Without a label: it is looked at once, on the prompts that decide.
+    bought: Limit = Limit(warn=0.25, reject=0.5)
+    """Share of the gain that is gone at dpo's length, where responses are more than 5 % longer or shorter. It rejects only while no gain is
+    shown at dpo's length."""
+
     def limit(self, name: str) -> Limit:
         """The limit of a guardrail of `GUARDRAILS`."""
         limit: Limit = getattr(self, _KEYS[name])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -59,6 +59,9 @@ class Search(Frozen):
     largest_alpha: Positive = 51.2
     """The climb goes no further."""
 
+    objective: Literal["reward", "length_controlled"] = "reward"
+    """What alpha has to gain by the model that chooses: its reward, or what is left of the gain at the length of dpo's responses."""
+
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     """Of all intervals; alpha is above 0 only where the lower bound of its gain over dpo is."""
 
@@ -68,3 +71,12 @@ class Search(Frozen):
 
     guardrails: Guardrails = Guardrails()
     """Limits on what an alpha may change in the responses."""
+
+    def identity(self) -> dict[str, Any]:
+        """Give all that decides a search. Settings that are newer than stored searches are left out at their defaults."""
+        settings: dict[str, Any] = self.model_dump(mode="json")
+        if self.objective == "reward":
+            del settings["objective"]
+        if self.guardrails.bought == Guardrails().bought:
+            del settings["guardrails"]["bought"]
+        return settings

@@ -19,7 +19,7 @@ from expo_ray.evaluation.prompts.prompt_set import PromptSet, store_prompts
 from expo_ray.evaluation.records import digest
 from expo_ray.evaluation.responses.check_served import check_output_folder, check_served
 from expo_ray.evaluation.rewards.reward_model import CheckedReward, check_reward
-from expo_ray.evaluation.search.methods import SEARCH_VERSION, check_size
+from expo_ray.evaluation.search.methods import OLDEST_SEARCH_VERSION, SEARCH_VERSION, check_size
 from expo_ray.extrapolation.pinned import plan_publication
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.plan_job import inspect_job, outputs_of
@@ -70,20 +70,25 @@ class CheckedJob:
     def stored_search_ids(self, plan: PairPlan) -> tuple[str, ...]:
         """Ids under which a finished search of this job may be stored, the job's own first.
 
-        A job file that names no method was searched by `ladder` while that was the default: such a search is not paid for again.
+        A job file that names no method was searched by `ladder` while that was the default, and others were decided by the rules of an
+        earlier version: such a search is not paid for again, and its decision stands.
         """
         search = self.job.search
-        if "method" in search.model_fields_set:
-            return (self.search_id(plan),)
-        named = search.model_dump(include=search.model_fields_set)
-        before = Search.model_validate(named | {"method": "ladder"})
-        return self.search_id(plan), self._search_id(plan, before)
+        searches = [search]
+        if "method" not in search.model_fields_set:
+            named = search.model_dump(include=search.model_fields_set)
+            searches.append(Search.model_validate(named | {"method": "ladder"}))
+        return tuple(
+            self._search_id(plan, each, version)
+            for version in range(SEARCH_VERSION, OLDEST_SEARCH_VERSION - 1, -1)
+            for each in searches
+        )
 
     def search_id(self, plan: PairPlan) -> str:
         """Digest of all that decides the search of a pair."""
-        return self._search_id(plan, self.job.search)
+        return self._search_id(plan, self.job.search, SEARCH_VERSION)
 
-    def _search_id(self, plan: PairPlan, search: Search) -> str:
+    def _search_id(self, plan: PairPlan, search: Search, search_version: int) -> str:
         serving = self.job.serving
         engine = deciding_arguments(serving.engine)
         return digest(
@@ -92,8 +97,8 @@ class CheckedJob:
                 "prompts": self.prompts.digest,
                 "sampling": self.job.sampling.model_dump(mode="json"),
                 "rewards": list(self.reward_ids.values()),
-                "search": search.model_dump(mode="json"),
-                "search_version": SEARCH_VERSION,
+                "search": search.identity(),
+                "search_version": search_version,
                 **self._roles(),
                 "serving": [serving.dtype, serving.max_model_len, *([engine] if engine else [])],
                 "vllm": package_versions().get("vllm", ""),

@@ -221,6 +221,29 @@ def length_controlled_gain(
     return bootstrap(np.stack([x, y, x * x, x * y], axis=1), intercept, confidence, clusters=clusters)
 
 
+def at_equal_length(rewards: Array, lengths: Array) -> Array:
+    """Take out of rewards what they owe to how long the responses are.
+
+    The slope is that of rewards on log lengths once the levels of prompts and of columns are taken out, so that a column whose responses are
+    all longer tells nothing of it.
+
+    Args:
+        rewards: (prompts, alphas).
+        lengths: likewise, in tokens.
+
+    Returns:
+        (prompts, alphas), rewards as if all responses to a prompt were as long as the first column's.
+    """
+    longer = np.log1p(lengths) - np.log1p(lengths[:, :1])
+    x, y = (
+        values - values.mean(axis=0) - values.mean(axis=1, keepdims=True) + values.mean()
+        for values in (longer, rewards)
+    )
+    variance = float((x * x).sum())
+    slope = float((x * y).sum()) / variance if variance > 1e-9 else 0.0
+    return np.asarray(rewards - slope * longer, np.float64)
+
+
 def standard_error(rewards: Array, reference: Array) -> float:
     """Standard error of the mean paired difference."""
     return float(np.std(rewards - reference, ddof=1) / np.sqrt(len(rewards)))

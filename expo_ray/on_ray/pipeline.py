@@ -147,7 +147,7 @@ class _SearchRun:
             announce=lambda text: progress.note(plan.name, text),
             at_once=steps + 1,  # the next step is asked while rewards of the last are made
             rung_log=RungLog(self._store, rungs_key(plan.name, search_id)),
-            roles=Roles.of(self._job.rewards, self._job.search.prompts[0]),
+            roles=Roles.of(self._job.rewards, self._job.search),
         )  # fmt: skip
         results = results_json(Results(self._store.uri, "", (result,)))
         self._store.put(search_key(plan.name, search_id), results)

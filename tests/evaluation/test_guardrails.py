@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -12,7 +13,7 @@ from expo_ray.config import Guardrails
 from expo_ray.config.guardrails import GUARDRAILS
 from expo_ray.evaluation.records import Response, Reward
 from expo_ray.evaluation.search.alpha_scores import AlphaScores, EvaluationError, alpha_scores
-from expo_ray.evaluation.search.guardrails import checks, rejection
+from expo_ray.evaluation.search.guardrails import bought_with_length, checks, rejection
 from expo_ray.evaluation.search.response_measures import RESPONSE_MEASURES, is_broken, repetition_of
 from expo_ray.evaluation.statistics import Array
 from expo_ray.report.results import GuardrailCheck
@@ -159,7 +160,8 @@ def test_responses_may_neither_grow_nor_shrink_too_far(tokens: int, verdict: str
         ("cut", 0.3, 0.1, "ok"),
         ("repetition", 0.1, 0.3, "reject"),
         ("broken", 0.0, 0.02, "warn"),
-        ("broken", 0.5, 0.56, "reject"),
+        ("broken", 0.5, 0.56, "warn"),
+        ("broken", 0.5, 0.6, "reject"),
     ],
 )
 def test_shares_may_rise_only_so_far_above_dpos(name: str, before: float, after: float, verdict: str) -> None:
@@ -194,3 +196,53 @@ def test_another_reward_model_has_a_veto_where_it_finds_the_responses_worse() ->
     assert "rm finds it worse than dpo" in rejection(seen_by_second(-1.0))
     assert rejection(seen_by_second(0.0)) == ""
     assert rejection(seen_by_second(1.0)) == ""
+
+
+@pytest.mark.parametrize(("prompts", "verdict"), [(40, "warn"), (400, "reject")])
+def test_few_prompts_that_exceed_a_limit_by_chance_warn(prompts: int, verdict: str) -> None:
+    """A rise of 12.5 points, or lengths x1.65 with a wide spread: on 40 prompts neither is certain to be above the limit that warns."""
+    ids = [str(number) for number in range(prompts)]
+    rewards = {"rm": np.zeros(prompts)}
+    cut = (np.arange(prompts) % 8 == 0).astype(np.float64)
+    spread = np.where(np.arange(prompts) % 8 == 0, 2300.0, 57.0)
+    dpo = scores_of(0.0, ids, rewards)
+    found = checks(scores_of(0.5, ids, rewards, measures={"cut": cut}), dpo, Guardrails(), 0.95)
+    assert next(check.verdict for check in found if check.name == "cut") == verdict
+    found = checks(scores_of(0.5, ids, rewards, length=spread), dpo, Guardrails(), 0.95)
+    check = next(check for check in found if check.name == "length ratio")
+    assert (check.verdict, round(check.value, 2)) == ("warn" if prompts == 40 else "reject", 1.69)
+
+
+def test_where_dpo_itself_seldom_comes_to_an_end_more_cuts_warn() -> None:
+    check = find("cut", flat(measures={"cut": share(0.99)}), flat(measures={"cut": share(0.82)}))
+    assert check.verdict == "warn"
+    assert "raise `sampling.max_tokens`" in check.text
+
+
+@pytest.mark.parametrize(
+    ("share_of_length", "longer", "gain", "verdict"),
+    [
+        (1.0, 1.3, 1.0, "reject"),  # all of it is length
+        (0.0, 1.3, 1.0, "ok"),  # longer, and better for another reason
+        (0.2, 1.3, 1.0, "ok"),
+        (1.0, 1.02, 0.1, "ok"),  # as long as dpo's
+        (0.0, 1.3, 0.05, "warn"),  # too small to be shown at dpo's length
+    ],
+)
+def test_a_gain_that_is_bought_with_length_is_refused(
+    share_of_length: float, longer: float, gain: float, verdict: str
+) -> None:
+    """Rewards rise with log length, within prompts as between alphas."""
+    generator = np.random.default_rng(3)
+    ids = [str(number) for number in range(500)]
+    log_lengths = generator.normal(math.log(200), 0.3, (2, 500))
+    log_lengths[1] += math.log(longer)
+    slope = share_of_length * gain / math.log(longer)
+    rewards = slope * log_lengths + generator.normal(0, 0.5, (2, 500)) + generator.normal(0, 2, 500)
+    rewards[1] += (1 - share_of_length) * gain
+    dpo, alpha = (
+        scores_of(number, ids, {"rm": rewards[number]}, length=np.exp(log_lengths[number]))
+        for number in (0, 1)
+    )
+    check = bought_with_length(alpha, dpo, Guardrails().bought)
+    assert check.verdict == verdict, check.text

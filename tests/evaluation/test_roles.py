@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -36,7 +37,7 @@ def roles_of(*models: dict[str, Any]) -> Roles:
         {"model": f"python:a:b{number}", "name": f"rm{number}", **model}
         for number, model in enumerate(models)
     ]
-    return Roles.of(job_of(named).rewards)
+    return Roles.of(job_of(named).rewards, Search())
 
 
 def job_of(rewards: list[dict[str, Any]]) -> Job:
@@ -139,6 +140,30 @@ def test_joint_models_choose_together_in_their_own_units(method: Method) -> None
     assert {measured.reward_model for measured in pair.evidence(decision)} == {"rm0 + rm1", "rm0", "rm1"}
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_gain_may_be_asked_for_at_the_length_of_dpo(method: Method) -> None:
+    """Beyond 0.6, more reward is more length and nothing else."""
+
+    class Longer(SearchedPair):
+        def respond(self, half: Any, alpha: float, count: int) -> Any:
+            scores = super().respond(half, alpha, count)
+            generator = np.random.default_rng([7, half == "choose", round((alpha + 1) * 1e6)])
+            log_length = np.log(200) + 0.2 * max(alpha - 0.6, 0) + generator.normal(0, 0.3, count)
+            rewards = {"rm0": scores.rewards["rm0"] + 5 * (log_length - np.log(200))}
+            return replace(scores, rewards=rewards, lengths=np.exp(log_length))
+
+    by_reward, controlled = (
+        Longer(
+            lambda alpha: 1.0 - abs(min(alpha, 0.6) / 0.6 - 1.0) - 0.2 * max(alpha - 0.6, 0.0), roles=roles
+        )
+        for roles in (Roles(), Roles(length_controlled=True))
+    )
+    settings = Search(method=method, alphas=GRID, confirm_prompts=1000)
+    longer, as_long = by_reward.search(settings), controlled.search(settings)
+    assert as_long.alpha < 1.3 < longer.considered
+    assert as_long.tests[0].gain.mean == pytest.approx(1.0, abs=0.3)
+
+
 def test_a_message_says_how_many_prompts_a_guard_needs() -> None:
     needed = prompts_needed(0.1, 0.95)
     assert needed == 785
@@ -184,6 +209,6 @@ def test_a_job_file_gives_its_models_their_roles() -> None:
         RewardModel(model="b", role="joint"),
         RewardModel(model="c", role="guard"),
     )
-    roles = Roles.of(rewards, first_rung=48)
+    roles = Roles.of(rewards, Search(prompts=(48, 96)))
     assert (roles.joint, roles.scaled_on) == (("a", "b"), 48)
     assert [roles.by_model[name].role for name in "abc"] == ["joint", "joint", "guard"]

@@ -134,6 +134,49 @@ def test_a_guardrail_that_trips_late_leaves_the_alphas_below_it() -> None:
     assert all("tokens where" in rejected.reason for rejected in decision.rejected if rejected.alpha == 0.8)
 
 
+@pytest.mark.parametrize("method", get_args(Method))
+def test_a_guardrail_that_trips_on_untouched_prompts_gives_way_to_a_smaller_alpha(method: Method) -> None:
+    class Longer(Pair):
+        """Past alpha 0.7, responses to the untouched prompts are three times as long."""
+
+        def respond(self, half: HalfName, alpha: float, count: int) -> AlphaScores:
+            scores = super().respond(half, alpha, count)
+            return replace(scores, lengths=(3 if half == "confirm" and alpha > 0.7 else 1) * scores.lengths)
+
+    grid = (0.1, 0.3, 0.6, 1.0, 1.5)
+    pair = Longer(hill(1.2, 2.0))
+    decision = pair.search(Search(method=method, alphas=grid))
+    assert 0.2 < decision.alpha < 0.7
+    trials = list(dict.fromkeys(rung.alphas[1] for rung in pair.asked if rung.half == "confirm"))
+    assert trials[0] > 0.7
+    assert trials == sorted(trials, reverse=True)
+    assert trials[-1] == decision.alpha == decision.considered
+    for alpha in trials[:-1]:
+        assert "tokens where dpo's have" in rejection(decision, alpha).reason
+    assert {rejected.alpha for rejected in decision.rejected} == set(pair.history.choose.scores) - {
+        0.0,
+        decision.alpha,
+    }
+
+
+def test_no_smaller_alpha_is_tested_once_a_gain_was_not_confirmed() -> None:
+    """The order of tests was set on the choosing half; each may be made only if the one before found a gain."""
+
+    class Overfitted(Pair):
+        def respond(self, half: HalfName, alpha: float, count: int) -> AlphaScores:
+            self.curves = (hill(1.0) if half == "choose" or alpha < 0.5 else flat,)
+            return replace(
+                super().respond(half, alpha, count),
+                lengths=np.full(count, 200.0 if half == "choose" or not alpha else 600.0),
+            )
+
+    pair = Overfitted(flat)
+    decision = pair.search(LADDER)
+    assert decision.alpha == 0
+    assert len([rung for rung in pair.asked if rung.half == "confirm"]) == 1
+    assert "untouched prompts" in decision.reason
+
+
 def test_a_climb_without_end_says_so() -> None:
     decision = Pair(lambda alpha: alpha).search(Search(method="ladder", largest_alpha=1))
     assert decision.alpha <= 1

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from expo_ray.config import Pair, Search
+from expo_ray.config import Guardrails, Limit, Pair, Search
 from expo_ray.evaluation.prompts.prompt_set import PromptSet, prompt_of
 from expo_ray.evaluation.records import Response, Reward
 from expo_ray.evaluation.search.alpha_scores import AlphaScores, alpha_scores
@@ -31,7 +31,15 @@ STORED = DATA / "searched_pairs.json"
 PROMPTS = PromptSet.of(
     "numbers", [prompt_of([{"role": "user", "content": f"Name number {i}."}]) for i in range(280)]
 )
-SETTINGS = Search(method="ladder", prompts=(32, 64, 128), confirm_prompts=100, groups=("mlp",))
+# Of 32 prompts, 7 that exceed `reject` end a climb only if they are certain to exceed `warn`: when the file was written, they did at 0.05.
+WARN_THEN, WARN = 0.05, 0.03
+SETTINGS = Search(
+    method="ladder",
+    prompts=(32, 64, 128),
+    confirm_prompts=100,
+    groups=("mlp",),
+    guardrails=Guardrails(cut=Limit(warn=WARN, reject=0.1)),
+)
 # As it was when the file was written: every model has to see a gain.
 ROLES = Roles({"second": Criterion("confirm")})
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?")
@@ -126,8 +134,14 @@ def test_a_searched_pair_is_stored_as_before(name: str, height: float, plan: Pai
     result = search_pair(
         parents_as_stored(plan, name), PROMPTS, SETTINGS, evaluator, print, at_once=1, roles=ROLES
     )
-    written = json.loads(results_json(Results("s3://bucket/run", "2026-11-27T00:00:00Z", (result,))))
+    text = results_json(Results("s3://bucket/run", "2026-11-27T00:00:00Z", (result,))).decode()
+    text = text.replace(f"above {WARN:+.1%}", f"above {WARN_THEN:+.1%}").replace(
+        f"limit {WARN:+.1%}", f"limit {WARN_THEN:+.1%}"
+    )
+    written = json.loads(text.replace(f'"warn": {WARN}', f'"warn": {WARN_THEN}'))
     (stored,) = (pair for pair in json.loads(STORED.read_bytes())["pairs"] if pair["name"] == name)
+    warnings = written["pairs"][0]["warnings"]
+    written["pairs"][0]["warnings"] = [text for text in warnings if "at the token limit" not in text]
     assert written["pairs"][0].pop("tests")  # which older code did not store
     assert differences(written["pairs"][0], stored) == []
 

@@ -218,7 +218,14 @@ def test_a_search_of_a_job_that_named_no_method_is_found_after_the_default_has_c
         assert before in checked(**settings).stored_search_ids(plan)
         assert before not in checked(method="surface", **settings).stored_search_ids(plan)
     # As it was before there was a third method: the same key for the same settings.
-    assert checked(method="ladder").job.search.model_dump(mode="json") == {
+    guardrails = Search().guardrails.model_dump(mode="json")
+    del guardrails["bought"]
+    assert checked(method="ladder").job.search.identity() == {
         "method": "ladder", "alphas": [0.1, 0.2, 0.3, 0.4, 0.5], "prompts": [128, 256, 512, 1000], "confirm_prompts": 512,
-        "largest_alpha": 51.2, "confidence": 0.95, "groups": [], "guardrails": Search().guardrails.model_dump(mode="json"),
+        "largest_alpha": 51.2, "confidence": 0.95, "groups": [], "guardrails": guardrails,
     }  # fmt: skip
+    for changed in (
+        {"objective": "length_controlled"},
+        {"guardrails": {"bought": {"warn": 0.1, "reject": 0.9}}},
+    ):
+        assert checked(method="ladder", **changed).search_id(plan) != checked(method="ladder").search_id(plan)

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from expo_ray.config import Search, format_alpha
-from expo_ray.evaluation.search.confirmation import Look, tests_at
-from expo_ray.evaluation.search.guardrails import checks, rejection
-from expo_ray.evaluation.search.history import History, Picked, Rejected
-from expo_ray.evaluation.search.methods import looks_better, outcome_of
-from expo_ray.evaluation.search.roles import prompts_needed, role_tests
+from expo_ray.evaluation.search.confirmation import Look
+from expo_ray.evaluation.search.guardrails import rejection
+from expo_ray.evaluation.search.history import History, Rejected
+from expo_ray.evaluation.search.methods import Trial, outcome_of
+from expo_ray.evaluation.search.roles import prompts_needed
 from expo_ray.report.results import GuardrailCheck, RoleTest
 
 
@@ -26,6 +26,7 @@ class Decision:
         warnings: what a reader should know besides.
         look: at the confirming half, that decided; None where there was none.
         tests: of `considered`, by each reward model in its role.
+        checked: the guardrails on the prompts that decided.
     """
 
     alpha: float
@@ -35,6 +36,7 @@ class Decision:
     warnings: tuple[str, ...]
     look: Look | None = None
     tests: tuple[RoleTest, ...] = ()
+    checked: tuple[GuardrailCheck, ...] = ()
 
 
 def decide(history: History, settings: Search) -> Decision:
@@ -48,64 +50,39 @@ def decide(history: History, settings: Search) -> Decision:
         SearchError: if `next_rung` still asks for something.
     """
     outcome = outcome_of(history, settings)
-    picked, look = outcome.picked, outcome.look
-    rejected = list(picked.rejected)
-    if not picked.alpha:
-        return Decision(0.0, f"keep dpo (alpha 0): {picked.fault}", 0.0, _sorted(rejected), picked.warnings)
-    # Without an untouched half, the alpha is tested on the very prompts that it was picked on, from among many (Bonferroni).
-    corrected_for = _tried(history) if not look and looks_better(history, picked, settings) else 0
-    tests = _tests(history, settings, picked, look, corrected_for)
-    checked = _last_checks(history, settings, picked.alpha)
-    fault = _fault(picked.alpha, tests, settings, corrected_for=corrected_for) or rejection(checked)
+    picked = outcome.picked
+    rejected = {each.alpha: each for each in picked.rejected}
+    if not outcome.trials:
+        reason = f"keep dpo (alpha 0): {picked.fault}"
+        return Decision(0.0, reason, 0.0, tuple(rejected.values()), picked.warnings)
+    *given_way, last = outcome.trials
+    for trial in given_way:
+        rejected[trial.alpha] = Rejected(trial.alpha, "confirmation", rejection(trial.checked))
+    rejected.pop(last.alpha, None)
+    fault = _fault(last, settings)
     if fault:
-        stage = "confirmation" if look else "gain over dpo"
-        rejected.append(Rejected(picked.alpha, stage, fault))
+        rejected[last.alpha] = Rejected(last.alpha, "confirmation" if last.look else "gain over dpo", fault)
     return Decision(
-        alpha=0.0 if fault else picked.alpha,
-        reason=f"keep dpo (alpha 0): {fault}" if fault else _praise(picked.alpha, tests),
-        considered=picked.alpha,
-        rejected=_sorted(rejected),
-        warnings=picked.warnings + tuple(check.text for check in checked if check.verdict == "warn"),
-        look=look,
-        tests=tests,
+        alpha=0.0 if fault else last.alpha,
+        reason=f"keep dpo (alpha 0): {fault}" if fault else _praise(last.alpha, last.tests),
+        considered=last.alpha,
+        rejected=tuple(rejected[alpha] for alpha in sorted(rejected)),
+        warnings=picked.warnings + tuple(check.text for check in last.checked if check.verdict == "warn"),
+        look=last.look,
+        tests=last.tests,
+        checked=last.checked,
     )
 
 
-def _sorted(rejected: Sequence[Rejected]) -> tuple[Rejected, ...]:
-    return tuple(sorted(rejected, key=lambda each: each.alpha))
-
-
-def _tried(history: History) -> int:
-    """Alphas above 0 that the choosing half has seen."""
-    return sum(alpha > 0 for alpha in history.choose.scores)
-
-
-def _tests(
-    history: History, settings: Search, picked: Picked, look: Look | None, corrected_for: int
-) -> tuple[RoleTest, ...]:
-    """The tests that decide: on the untouched half; else on the choosing half, by the choosing model alone where that sees no gain."""
-    if look:
-        return tests_at(history.confirm, picked.alpha, look)
-    scores, dpo = history.choose.beside_dpo(picked.alpha, picked.num_prompts)
-    confidence = 1 - (1 - settings.confidence) / max(corrected_for, 1)
-    tests = role_tests("choose", scores, dpo, history.choose.roles, confidence)
-    return tests if corrected_for else tests[:1]
-
-
-def _last_checks(history: History, settings: Search, alpha: float) -> tuple[GuardrailCheck, ...]:
-    """The guardrails on the last half that saw the alpha."""
-    half = history.confirm if alpha in history.confirm.scores else history.choose
-    return checks(*half.beside_dpo(alpha), settings.guardrails, settings.confidence, half.roles)
-
-
-def _fault(alpha: float, tests: Sequence[RoleTest], settings: Search, *, corrected_for: int) -> str:
-    """The reason to keep dpo; empty if every test has passed."""
-    texts = [_shortfall(alpha, test, settings) for test in tests if not test.passed]
-    if texts and corrected_for:
+def _fault(trial: Trial, settings: Search) -> str:
+    """The reason to keep dpo; empty if every test has passed and no guardrail rejects."""
+    texts = [_shortfall(trial.alpha, test, settings) for test in trial.tests if not test.passed]
+    if texts and trial.corrected_for:
         texts.append(
-            f"the bounds are corrected for the {corrected_for} alphas tried, and no prompts were left to confirm on; with more prompts it might show"
+            f"the bounds are corrected for the {trial.corrected_for} alphas tried, and no prompts were left to confirm on; with more prompts it "
+            "might show"
         )
-    return "; ".join(texts)
+    return "; ".join(texts) or rejection(trial.checked)
 
 
 def _shortfall(alpha: float, test: RoleTest, settings: Search) -> str:

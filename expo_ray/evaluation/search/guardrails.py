@@ -6,7 +6,8 @@ alpha with dpo on the same prompts. Their names, units and limits are in `expo_r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -15,8 +16,13 @@ from expo_ray.evaluation.search.alpha_scores import AlphaScores
 from expo_ray.evaluation.search.history import Half
 from expo_ray.evaluation.search.response_measures import RESPONSE_MEASURES
 from expo_ray.evaluation.search.roles import DEFAULT_ROLES, Roles
-from expo_ray.evaluation.statistics import gain, standard_error
+from expo_ray.evaluation.statistics import Array, bootstrap, gain, length_controlled_gain, standard_error
 from expo_ray.report.results import GuardrailCheck, Verdict
+
+# Where dpo itself is cut as often, the limit of tokens is too low for the prompts, and says little of alpha.
+_NEARLY_ALWAYS = 0.8
+# Responses whose mean lengths differ by less than this factor count as equally long.
+_AS_LONG = 1.05
 
 
 def checks(
@@ -34,6 +40,14 @@ def checks(
         *_check_divergence(scores, limits.limit("kl")),
         *_check_other_rewards(scores, dpo, confidence, roles),
     )
+
+
+def last_checks(
+    scores: AlphaScores, dpo: AlphaScores, settings: Search, roles: Roles
+) -> tuple[GuardrailCheck, ...]:
+    """All guardrails on the prompts that decide, and what of the gain is left at dpo's length."""
+    checked = checks(scores, dpo, settings.guardrails, settings.confidence, roles)
+    return (*checked, bought_with_length(scores, dpo, settings.guardrails.bought))
 
 
 def rejection(checked: Iterable[GuardrailCheck]) -> str:
@@ -65,9 +79,37 @@ def objection(half: Half, alpha: float, num_prompts: int) -> str:
     return ""
 
 
-def _judge(value: float, limit: Limit) -> tuple[Verdict, float]:
-    """The verdict on a value, and the limit to name beside it: the one it exceeds, else the one that would warn."""
-    if value > limit.reject:
+def bought_with_length(scores: AlphaScores, dpo: AlphaScores, limit: Limit) -> GuardrailCheck:
+    """Check how much of the gain is left at dpo's length, by the model that chooses, for an alpha whose gain is shown.
+
+    It is asked once, on the prompts that decide: on few prompts, a share of a small gain can be anything.
+    """
+    rewards, of_dpo = scores.rewards[scores.chooser], dpo.rewards[scores.chooser]
+    before, after = float(dpo.lengths.mean()), float(scores.lengths.mean())
+    gained = float((rewards - of_dpo).mean())
+    left = length_controlled_gain(rewards, of_dpo, scores.lengths, dpo.lengths)
+    gone = 1 - left.mean / gained if gained > 0 else 0.0
+    ratio = (1 + after) / (1 + before)
+    verdict: Verdict = "ok"
+    if abs(math.log(ratio)) > math.log(_AS_LONG):
+        shown = left.low > 0
+        verdict = "warn" if gone > limit.warn or not shown else "ok"
+        verdict = "reject" if gone > limit.reject and not shown else verdict
+    text = (
+        f"of the gain of {gained:+.3f} by {scores.chooser}, {left} is left at dpo's length: {gone:.0%} is gone, with responses x{ratio:.2f} as long"
+        + (f" (rejected beyond {limit.reject:.0%})" if verdict == "reject" else "")
+    )
+    return GuardrailCheck(scores.alpha, "bought with length", gone, limit.reject, verdict, text, limit.warn)
+
+
+def _judge(value: float, limit: Limit, near_end: Callable[[], float]) -> tuple[Verdict, float]:
+    """The verdict on a value, and the limit to name beside it: the one it exceeds, else the one that would warn.
+
+    Args:
+        near_end: gives the end of the value's interval that is nearer to dpo. Few prompts show a value past `reject` by chance: it has to be
+            past `warn` for certain.
+    """
+    if value > limit.reject and near_end() > limit.warn:
         return "reject", limit.reject
     return ("warn" if value > limit.warn else "ok"), limit.warn
 
@@ -76,26 +118,51 @@ def _check_length(scores: AlphaScores, dpo: AlphaScores, limit: Limit) -> Guardr
     before, after = float(dpo.lengths.mean()), float(scores.lengths.mean())
     ratio = after / before if before else np.inf if after else 1.0
     # Half as long is as suspicious as twice as long.
-    verdict, exceeded = _judge(max(ratio, 1 / ratio if ratio else np.inf), limit)
+    longer, shorter = (scores.lengths, dpo.lengths) if ratio >= 1 else (dpo.lengths, scores.lengths)
+    verdict, exceeded = _judge(
+        max(ratio, 1 / ratio if ratio else np.inf), limit, lambda: _least_ratio(longer, shorter)
+    )
     named = f"x{exceeded if ratio >= 1 else 1 / exceeded:.2f}"
     text = f"responses have {after:.0f} tokens where dpo's have {before:.0f}, x{ratio:.2f} ({_against(verdict, named)})"
     return GuardrailCheck(scores.alpha, "length ratio", ratio, limit.reject, verdict, text, limit.warn)
 
 
+def _least_ratio(longer: Array, shorter: Array) -> float:
+    """Lower end of the interval of a ratio of means; infinite where what is shorter is empty."""
+    if not shorter.any() or len(longer) < 2:
+        return np.inf
+    return bootstrap(np.stack([longer, shorter], axis=1), _ratio).low
+
+
+def _ratio(means: Array) -> Array:
+    return np.asarray(means[..., 0] / np.maximum(means[..., 1], 1e-9), np.float64)
+
+
 def _check_rise(name: str, scores: AlphaScores, dpo: AlphaScores, limit: Limit) -> GuardrailCheck:
-    before, after = float(dpo.measures[name].mean()), float(scores.measures[name].mean())
-    verdict, exceeded = _judge(after - before, limit)
+    of_dpo, of_alpha = dpo.measures[name], scores.measures[name]
+    before, after = float(of_dpo.mean()), float(of_alpha.mean())
+    verdict, exceeded = _judge(after - before, limit, lambda: _least_rise(of_alpha, of_dpo))
+    note = ""
+    if verdict == "reject" and name == "cut" and before >= _NEARLY_ALWAYS:
+        verdict, note = "warn", "; dpo itself seldom comes to an end: raise `sampling.max_tokens`"
     meaning = RESPONSE_MEASURES[name].meaning
-    text = f"{after:.1%} {meaning}, {before:.1%} with dpo ({_against(verdict, f'{exceeded:+.1%}')})"
+    text = f"{after:.1%} {meaning}, {before:.1%} with dpo ({_against(verdict, f'{exceeded:+.1%}')}){note}"
     return GuardrailCheck(scores.alpha, name, after - before, limit.reject, verdict, text, limit.warn)
+
+
+def _least_rise(of_alpha: Array, of_dpo: Array) -> float:
+    return gain(of_alpha, of_dpo).low if len(of_alpha) > 1 else np.inf
 
 
 def _check_divergence(scores: AlphaScores, limit: Limit) -> Iterator[GuardrailCheck]:
     """KL divergence, where log-probabilities were collected."""
     if scores.divergence is not None and scores.divergence[:, 1].sum() > 0:
-        total, num_tokens = scores.divergence.sum(axis=0)
+        sums = scores.divergence[scores.divergence[:, 1] > 0]
+        total, num_tokens = sums.sum(axis=0)
         nats = float(total / num_tokens)
-        verdict, exceeded = _judge(nats, limit)
+        verdict, exceeded = _judge(
+            nats, limit, lambda: bootstrap(sums, _ratio).low if len(sums) > 1 else np.inf
+        )
         text = f"KL from dpo is {nats:.3f} nats per token of dpo's responses ({_against(verdict, f'{exceeded:g}')})"
         yield GuardrailCheck(scores.alpha, "kl", nats, limit.reject, verdict, text, limit.warn)
 

@@ -11,7 +11,7 @@ import numpy as np
 from expo_ray.config import format_alpha
 from expo_ray.evaluation.search.alpha_scores import AlphaScores, EvaluationError, measurements
 from expo_ray.evaluation.search.roles import DEFAULT_ROLES, Criterion, Roles
-from expo_ray.evaluation.statistics import Array
+from expo_ray.evaluation.statistics import Array, at_equal_length
 from expo_ray.report.results import HalfName, Measurement
 from expo_ray.text import first_few
 
@@ -102,18 +102,19 @@ class Half:
     ) -> Array:
         """Rewards by a model, by default the choosing one, on the prompts of a slice that all `alphas` were evaluated on: (prompts, alphas)."""
         common = self._common(alphas, start, stop)
-        return np.stack([self._rewards_of(alpha, common, model) for alpha in alphas], axis=1)
+        seen = [self.scored(alpha) for alpha in alphas]
+        rows = [[scores.row_of[prompt_id] for prompt_id in common] for scores in seen]
+        pairs = list(zip(seen, rows, strict=True))
+        rewards = np.stack([scores.rewards[model or scores.chooser][at] for scores, at in pairs], axis=1)
+        if model or not self.roles.length_controlled:
+            return rewards
+        return at_equal_length(rewards, np.stack([scores.lengths[at] for scores, at in pairs], axis=1))
 
     def _common(self, alphas: Sequence[float], start: int, stop: int | None) -> list[str]:
         """The prompts of a slice that all `alphas` were evaluated on, in the order of the half."""
         wanted = self.prompt_ids[start:stop]
         common = set(wanted).intersection(*(self.scores[alpha].row_of for alpha in alphas))
         return [prompt_id for prompt_id in wanted if prompt_id in common]
-
-    def _rewards_of(self, alpha: float, prompt_ids: Sequence[str], model: str) -> Array:
-        scores = self.scored(alpha)
-        rows = [scores.row_of[prompt_id] for prompt_id in prompt_ids]
-        return scores.rewards[model or scores.chooser][rows]
 
 
 @dataclass(frozen=True)

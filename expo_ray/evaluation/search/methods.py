@@ -11,17 +11,23 @@ from dataclasses import dataclass
 from expo_ray.config import Search, format_alpha
 from expo_ray.config.search import Method
 from expo_ray.errors import ExpoError
-from expo_ray.evaluation.search.confirmation import Look, confirm
-from expo_ray.evaluation.search.guardrails import objection, veto
+from expo_ray.evaluation.search.confirmation import Look, confirm, tests_at
+from expo_ray.evaluation.search.guardrails import last_checks, objection, rejection, veto
 from expo_ray.evaluation.search.history import Half, History, Picked, Rejected, Rung
 from expo_ray.evaluation.search.ladder import ladder, sizes_of
+from expo_ray.evaluation.search.roles import role_tests
 from expo_ray.evaluation.search.surface import surface
 from expo_ray.evaluation.statistics import gain
+from expo_ray.report.results import GuardrailCheck, RoleTest
 
 # The fewest that a job file may ask for in a round. The standard error of a gain is then a quarter of its standard deviation.
 FEWEST_PROMPTS = 16
-# Part of what identifies a search: raised when it would go another way than before, or decide otherwise.
-SEARCH_VERSION = 2
+# Part of what identifies a search: raised when it would go another way than before, or decide otherwise. 3: guardrails look at intervals, give
+# way to a smaller alpha, and ask what is left of a gain at dpo's length. Finished searches from the oldest version on are still read: a
+# decision stands that was made by the rules of its time.
+SEARCH_VERSION, OLDEST_SEARCH_VERSION = 3, 2
+# Alphas that are confirmed at most, each only if a guardrail rejects the one before; a smaller one is smaller by at least this factor.
+_CONFIRMED_AT_MOST, _SMALLER_BY = 3, 1.3
 
 # Yields rungs on the choosing half, and is sent each as it was asked, when it has been evaluated.
 Course = Generator[Rung, Rung, Picked]
@@ -63,16 +69,39 @@ METHODS: Mapping[Method, Callable[[Half, Search], Course]] = {
 
 
 @dataclass(frozen=True)
+class Trial:
+    """An alpha before the tests that decide.
+
+    Attributes:
+        look: at the confirming half, that ended its confirmation; None where there is no such half, and the choosing one decides.
+        tests: by each reward model in its role.
+        checked: all guardrails.
+        corrected_for: alphas tried on the prompts that decide.
+    """
+
+    alpha: float
+    look: Look | None
+    tests: tuple[RoleTest, ...]
+    checked: tuple[GuardrailCheck, ...]
+    corrected_for: int = 0
+
+    @property
+    def gives_way(self) -> bool:
+        """True where only a guardrail stands against the alpha."""
+        return all(test.passed for test in self.tests) and bool(rejection(self.checked))
+
+
+@dataclass(frozen=True)
 class Outcome:
     """Outcome of a finished search.
 
     Attributes:
         picked: on the choosing half.
-        look: that ended the confirmation; None where there was none.
+        trials: each after the first because a guardrail rejected the one before; none where no alpha was picked.
     """
 
     picked: Picked
-    look: Look | None
+    trials: tuple[Trial, ...]
 
 
 def check_size(num_prompts: int) -> None:
@@ -146,10 +175,59 @@ def _as_asked(rung: Rung, earlier: Iterator[Rung], settings: Search) -> Rung:
 
 
 def _course(history: History, settings: Search) -> Generator[Rung, Rung, Outcome]:
-    """The method on the choosing half, then the confirmation on the other."""
+    """The method on the choosing half, then the confirmation on the other.
+
+    A guardrail that rejects the picked alpha there gives way to the next smaller one. The order is set on the choosing half, and an alpha is
+    tested only if the gain of the one before was confirmed: so each has the whole error, and that of any false claim is no larger
+    (fixed-sequence tests; Maurer, Hothorn and Lehmacher 1995).
+    """
     check_size(history.choose.num_prompts)
     picked = yield from METHODS[settings.method](history.choose, settings)
+    if not picked.alpha:
+        return Outcome(picked, ())
     if history.confirm.num_prompts < FEWEST_PROMPTS or not looks_better(history, picked, settings):
-        return Outcome(picked, None)
-    look = yield from confirm(history.confirm, settings, picked.alpha)
-    return Outcome(picked, look)
+        return Outcome(picked, (_trial_on_choosing_half(history, settings, picked),))
+    trials: list[Trial] = []
+    for alpha in (picked.alpha, *_smaller_alphas(history.choose, settings, picked)):
+        look = yield from confirm(history.confirm, settings, alpha)
+        trials.append(_trial(history.confirm, settings, alpha, look))
+        if not trials[-1].gives_way:
+            break
+    return Outcome(picked, tuple(trials))
+
+
+def _trial(half: Half, settings: Search, alpha: float, look: Look) -> Trial:
+    scores, dpo = half.beside_dpo(alpha, look.num_prompts)
+    checked = last_checks(scores, dpo, settings, half.roles)
+    return Trial(alpha, look, tests_at(half, alpha, look), checked)
+
+
+def _trial_on_choosing_half(history: History, settings: Search, picked: Picked) -> Trial:
+    """The tests on the very prompts that the alpha was picked on, corrected for the number of alphas tried (Bonferroni).
+
+    By the choosing model alone where that one sees no gain even without the correction.
+    """
+    roles = history.choose.roles
+    scores, dpo = history.choose.beside_dpo(picked.alpha, picked.num_prompts)
+    checked = last_checks(scores, dpo, settings, roles)
+    if not looks_better(history, picked, settings):
+        tests = role_tests("choose", scores, dpo, roles, settings.confidence)[:1]
+        return Trial(picked.alpha, None, tests, checked)
+    tried = sum(alpha > 0 for alpha in history.choose.scores)
+    tests = role_tests("choose", scores, dpo, roles, 1 - (1 - settings.confidence) / tried)
+    return Trial(picked.alpha, None, tests, checked, tried)
+
+
+def _smaller_alphas(half: Half, settings: Search, picked: Picked) -> list[float]:
+    """Alphas below the picked one, the next smaller first, whose gain the choosing half shows and that no guardrail rejects there."""
+    smaller: list[float] = []
+    for alpha in sorted((alpha for alpha in half.scores if 0 < alpha < picked.alpha), reverse=True):
+        if len(smaller) + 1 == _CONFIRMED_AT_MOST:
+            break
+        if alpha * _SMALLER_BY > (smaller[-1] if smaller else picked.alpha):
+            continue
+        rewards = half.rewards((alpha, 0.0), picked.num_prompts)
+        gains = gain(rewards[:, 0], rewards[:, 1], settings.confidence).low > 0
+        if gains and not veto(half, settings, alpha, picked.num_prompts, settings.confidence):
+            smaller.append(alpha)
+    return smaller

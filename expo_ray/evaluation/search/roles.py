@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from expo_ray.config import RewardModel
+from expo_ray.config import RewardModel, Search
 from expo_ray.config.fields import Role
 from expo_ray.evaluation.search.alpha_scores import AlphaScores
-from expo_ray.evaluation.statistics import NORMAL, Array, gain
+from expo_ray.evaluation.statistics import NORMAL, Array, gain, length_controlled_gain
 from expo_ray.report.results import HalfName, RoleTest
 
 # Prompts on whose answers by dpo the rewards of joint models are scaled: those of the first rung, which every search asks.
@@ -51,26 +51,26 @@ class Roles:
         by_model: criterion by name. The first model of any scores chooses; others that are not listed guard.
         joint: names of the models whose standardised rewards are summed; empty where the first one chooses alone.
         scaled_on: prompts on which they are standardised.
+        length_controlled: the gain by what chooses is the one that is left at dpo's length.
     """
 
     by_model: Mapping[str, Criterion] = field(default_factory=dict)
     joint: tuple[str, ...] = ()
     scaled_on: int = _SCALED_ON
+    length_controlled: bool = False
 
     @classmethod
-    def of(cls, models: Sequence[RewardModel], first_rung: int = _SCALED_ON) -> Roles:
-        """The roles that a job file gives.
-
-        Args:
-            first_rung: prompts of the search's first rung.
-        """
+    def of(cls, models: Sequence[RewardModel], search: Search) -> Roles:
+        """The roles that a job file gives."""
         joint = tuple(model.name for model in models if model.role == "joint")
         joint = (models[0].name, *joint) if joint else ()
         criteria = {
             model.name: Criterion("joint" if model.name in joint else model.role or "guard", model.margin)
             for model in models
         }
-        return cls(criteria, joint, min(_SCALED_ON, first_rung))
+        return cls(
+            criteria, joint, min(_SCALED_ON, search.prompts[0]), search.objective == "length_controlled"
+        )
 
     def criteria(self, models: Iterable[str]) -> Mapping[str, Criterion]:
         """The criterion of each model of some scores, the choosing one first."""
@@ -108,7 +108,11 @@ def role_tests(
     tests = []
     for model, criterion in roles.criteria(scores.rewards).items():
         rewards, of_dpo = scores.rewards[model], dpo.rewards[model]
-        bound, limit = gain(rewards, of_dpo, confidence), criterion.limit(rewards - of_dpo)
+        if criterion.role == "choose" and roles.length_controlled:
+            bound = length_controlled_gain(rewards, of_dpo, scores.lengths, dpo.lengths, confidence)
+        else:
+            bound = gain(rewards, of_dpo, confidence)
+        limit = criterion.limit(rewards - of_dpo)
         margin = criterion.margin if criterion.allows_loss else None
         passed = bound.low > limit
         tests.append(RoleTest(model, criterion.role, half, len(rewards), bound, limit, margin, passed))
