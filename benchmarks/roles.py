@@ -67,7 +67,6 @@ SCENARIOS: Mapping[str, Callable[[SecondCurve, float], float]] = {
 MODEL = "second"
 SETTINGS: Mapping[str, tuple[Search, Roles]] = {
     "confirm": (Search(method="surface"), Roles({MODEL: Criterion("confirm")})),
-    "guard 0.05": (Search(method="surface"), Roles({MODEL: Criterion("guard", 0.05)})),
     "guard 0.1": (Search(method="surface"), Roles({MODEL: Criterion("guard", 0.1)})),
     "guard 0.2": (Search(method="surface"), Roles({MODEL: Criterion("guard", 0.2)})),
     "joint": (
@@ -122,7 +121,7 @@ def run_task(task: tuple[str, str, int]) -> Outcome:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="3 pairs of each; the result is not kept")
-    parser.add_argument("--pairs", type=int, default=100, help="of each scenario (%(default)s)")
+    parser.add_argument("--pairs", type=int, default=20, help="of each scenario (%(default)s)")
     parser.add_argument("--first-seed", type=int, default=0, help="of the pairs (%(default)s)")
     parser.add_argument(
         "--only", nargs="*", default=list(SETTINGS), help="these roles; the result is not kept"

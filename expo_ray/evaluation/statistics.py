@@ -244,9 +244,14 @@ def at_equal_length(rewards: Array, lengths: Array) -> Array:
     return np.asarray(rewards - slope * longer, np.float64)
 
 
-def standard_error(rewards: Array, reference: Array) -> float:
-    """Standard error of the mean paired difference."""
-    return float(np.std(rewards - reference, ddof=1) / np.sqrt(len(rewards)))
+def standard_error(rewards: Array, reference: Array, *, clusters: Clusters | None = None) -> float:
+    """Standard error of the mean paired difference; by clusters, from the mean without each of them in turn."""
+    differences = rewards - reference
+    if clusters is None:
+        return float(np.std(differences, ddof=1) / np.sqrt(len(rewards)))
+    sums, mean_of_sums = _by_cluster(differences[:, None], lambda means: means[..., 0], clusters)
+    means = sums.mean(axis=0)
+    return jackknife_error(np.asarray(mean_of_sums(means + (means - sums) / (len(sums) - 1))))
 
 
 def losers(rewards: Array, level: float) -> NDArray[np.bool_]:

@@ -180,6 +180,7 @@ class PairResult(Recorded):
         considered: the alpha that the search picked, whether it was chosen in the end or not; None where none was left.
         groups: the search of multipliers; None where none were tried.
         tests: of `considered`, by each reward model in its role; none in files of older versions.
+        prompts: how many of them are near-duplicates or share a template, in a sentence; empty if none do.
     """
 
     name: str
@@ -201,6 +202,7 @@ class PairResult(Recorded):
     groups: Groups | None = None
     pushed: str = ""
     tests: tuple[RoleTest, ...] = field(default=(), metadata=ADDED)
+    prompts: str = field(default="", metadata=ADDED)
 
     @property
     def multipliers(self) -> Mapping[str, float]:

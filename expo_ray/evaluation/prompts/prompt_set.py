@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Self
 
 from expo_ray.evaluation.paths import prompt_set_key
+from expo_ray.evaluation.prompts.clusters import cluster_prompts, deal_clusters
 from expo_ray.evaluation.records import Message, Prompt, digest
 from expo_ray.evaluation.row_store import rows_text
 from expo_ray.storage import Store
@@ -43,6 +45,11 @@ class PromptSet:
         order = dict.fromkeys(prompt.id for prompt in listed)
         return cls(name, tuple(kept[prompt_id] for prompt_id in order), len(listed) - len(kept))
 
+    @cached_property
+    def clusters(self) -> Mapping[str, int]:
+        """The cluster of each prompt, by id; see `cluster_prompts`."""
+        return cluster_prompts(self.prompts)
+
     def limit(self, count: int | None) -> PromptSet:
         """The subset of `count` prompts in the set's order, with each category and half in proportion; the whole set for None.
 
@@ -69,10 +76,13 @@ class PromptSet:
         """The prompts on which an alpha is chosen, and those on which the choice is confirmed.
 
         A prompt's half follows from its id alone: a prompt that once chose never confirms, however sets grow, are cut or share
-        prompts. The price is that the halves are of equal size only by chance.
+        prompts. The price is that the halves are of equal size only by chance. Near-duplicates and prompts of one template stay together,
+        and are dealt to the halves in turn: there, the half may follow from the rest of the set.
         """
+        dealt = deal_clusters(self.clusters)
         choose, confirm = (
-            tuple(prompt for prompt in self.prompts if _confirms(prompt) is half) for half in (False, True)
+            tuple(prompt for prompt in self.prompts if dealt.get(prompt.id, _confirms(prompt)) is half)
+            for half in (False, True)
         )
         return replace(self, prompts=choose), replace(self, prompts=confirm)
 

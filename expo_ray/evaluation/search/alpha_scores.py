@@ -14,7 +14,7 @@ from expo_ray.errors import ExpoError
 from expo_ray.evaluation.prompts.prompt_set import PromptSet
 from expo_ray.evaluation.records import Response, Reward
 from expo_ray.evaluation.search.response_measures import RESPONSE_MEASURES
-from expo_ray.evaluation.statistics import Array, gain, length_controlled_gain, mean_of, win_rate
+from expo_ray.evaluation.statistics import Array, Clusters, gain, length_controlled_gain, mean_of, win_rate
 from expo_ray.extrapolation.step import Step
 from expo_ray.report.results import HalfName, Measurement
 from expo_ray.text import first_few
@@ -42,6 +42,7 @@ class AlphaScores:
         divergence: KL(dpo || alpha) in nats, the sum over the tokens of dpo's response, and their number: (prompts, 2);
             None where no log-probabilities were collected.
         samples: responses to each prompt.
+        clusters: (prompts,), labels of prompts that hang together; None where each stands alone.
     """
 
     alpha: float
@@ -51,6 +52,7 @@ class AlphaScores:
     measures: Mapping[str, Array]
     divergence: Array | None = None
     samples: int = 1
+    clusters: Clusters | None = None
 
     @cached_property
     def row_of(self) -> Mapping[str, int]:
@@ -69,7 +71,14 @@ class AlphaScores:
             lengths=self.lengths[rows],
             measures={name: values[rows] for name, values in self.measures.items()},
             divergence=None if self.divergence is None else self.divergence[rows],
+            clusters=None if self.clusters is None else self.clusters[rows],
         )
+
+    def clustered(self, labels: Mapping[str, int]) -> AlphaScores:
+        """The same with the cluster of each prompt, where some share one."""
+        clusters = np.array([labels.get(prompt_id, -1 - row) for prompt_id, row in self.row_of.items()])
+        several = 1 < len(np.unique(clusters)) < len(clusters)
+        return replace(self, clusters=clusters if several else None)
 
     def joined(self, other: AlphaScores) -> AlphaScores:
         """The same with the rows of prompts that only `other` has, behind these."""
@@ -171,17 +180,18 @@ def measurements(
     half: HalfName, scores: AlphaScores, dpo: AlphaScores, confidence: float
 ) -> Iterator[Measurement]:
     """Compare an alpha with dpo on the same prompts, by each reward model."""
+    clusters = dpo.clusters
     for model, rewards in scores.rewards.items():
-        of_dpo = dpo.rewards[model]
+        of_dpo, lengths = dpo.rewards[model], (scores.lengths, dpo.lengths)
         yield Measurement(
             alpha=scores.alpha,
             half=half,
             reward_model=model,
             prompts=len(scores.prompt_ids),
-            reward=mean_of(rewards, confidence),
-            gain=gain(rewards, of_dpo, confidence),
-            controlled_gain=length_controlled_gain(rewards, of_dpo, scores.lengths, dpo.lengths, confidence),
-            win_rate=win_rate(rewards, of_dpo, confidence).mean,
+            reward=mean_of(rewards, confidence, clusters=clusters),
+            gain=gain(rewards, of_dpo, confidence, clusters=clusters),
+            controlled_gain=length_controlled_gain(rewards, of_dpo, *lengths, confidence, clusters=clusters),
+            win_rate=win_rate(rewards, of_dpo, confidence, clusters=clusters).mean,
         )
 
 

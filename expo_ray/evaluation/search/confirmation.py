@@ -77,7 +77,10 @@ def _is_futile(half: Half, alpha: float, look: Look, tests: Sequence[RoleTest], 
     """True if some reward model has hardly a chance to pass the alpha at the last look."""
     scores, dpo = half.beside_dpo(alpha, look.num_prompts)
     errors = [
-        standard_error(scores.rewards[test.reward_model], dpo.rewards[test.reward_model]) for test in tests
+        standard_error(
+            scores.rewards[test.reward_model], dpo.rewards[test.reward_model], clusters=dpo.clusters
+        )
+        for test in tests
     ]
     return any(
         test.gain.mean + _OPTIMISTIC * error

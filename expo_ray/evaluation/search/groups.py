@@ -25,6 +25,7 @@ from expo_ray.report.results import Groups, GroupTrial, HalfName, Interval
 FACTORS = (0.0, 0.5, 2.0)
 
 StepScores = Mapping[Step, AlphaScores]
+NO_CLUSTERS: Mapping[str, int] = {}
 
 
 def search_groups(
@@ -36,6 +37,7 @@ def search_groups(
     *,
     at_once: int,
     roles: Roles = DEFAULT_ROLES,
+    clusters: Mapping[str, int] = NO_CLUSTERS,
 ) -> tuple[Groups, StepScores]:
     """Try multipliers on a chosen alpha.
 
@@ -46,6 +48,7 @@ def search_groups(
         announce: takes a line for each round, and the reason of the decision.
         at_once: steps to evaluate at the same time.
         roles: of the evaluator's reward models.
+        clusters: of the prompts, by id.
 
     Returns:
         The multipliers that were chosen, or none, and the scores on the choosing half of those, alpha alone and dpo; no scores where
@@ -55,7 +58,7 @@ def search_groups(
         ExpoError: if a step cannot be evaluated.
     """
     with ThreadPoolExecutor(at_once, "group") as pool:
-        course = _Course(Step(alpha), halves, settings, evaluator, announce, pool, roles)
+        course = _Course(Step(alpha), halves, settings, evaluator, announce, pool, roles, clusters)
         groups, scores = course.decide()
     announce(groups.reason)
     return groups, scores
@@ -72,6 +75,7 @@ class _Course:
     announce: Callable[[str], None]
     pool: ThreadPoolExecutor
     roles: Roles
+    clusters: Mapping[str, int]
     trials: dict[Step, GroupTrial] = field(default_factory=dict)
 
     def decide(self) -> tuple[Groups, StepScores]:
@@ -147,13 +151,20 @@ class _Course:
         evaluated = self.pool.map(lambda step: self.evaluator.evaluate(step, prompts), compared)
         scores = dict(zip(compared, evaluated, strict=True))
         scales = self.roles.scales(scores[DPO], scores[DPO].prompt_ids)
-        return {step: self.roles.with_objective(of_step, scales) for step, of_step in scores.items()}
+        return {
+            step: self.roles.with_objective(of_step, scales).clustered(self.clusters)
+            for step, of_step in scores.items()
+        }
 
     def _best(self, steps: Sequence[Step], scores: StepScores, *, errors: float) -> Step | None:
         """The step with the largest gain over alpha alone, if that exceeds `errors` standard errors; notes why the others fell."""
         chooser = scores[DPO].chooser
         for step in steps:
-            error = standard_error(scores[step].rewards[chooser], scores[self.alone].rewards[chooser])
+            error = standard_error(
+                scores[step].rewards[chooser],
+                scores[self.alone].rewards[chooser],
+                clusters=scores[step].clusters,
+            )
             fault = self._veto(step, scores, self.settings.confidence)
             if not fault and self.trials[step].gain.mean <= errors * error:
                 fault = f"its gain over alpha alone is not above {errors * error:.3f}"
@@ -182,7 +193,8 @@ class _Course:
 
 
 def _gain(scores: StepScores, step: Step, reference: Step, model: str, confidence: float) -> Interval:
-    return gain(scores[step].rewards[model], scores[reference].rewards[model], confidence)
+    rewards, of_reference = scores[step].rewards[model], scores[reference].rewards[model]
+    return gain(rewards, of_reference, confidence, clusters=scores[step].clusters)
 
 
 def _text(step: Step) -> str:

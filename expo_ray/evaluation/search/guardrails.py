@@ -16,7 +16,14 @@ from expo_ray.evaluation.search.alpha_scores import AlphaScores
 from expo_ray.evaluation.search.history import Half
 from expo_ray.evaluation.search.response_measures import RESPONSE_MEASURES
 from expo_ray.evaluation.search.roles import DEFAULT_ROLES, Roles
-from expo_ray.evaluation.statistics import Array, bootstrap, gain, length_controlled_gain, standard_error
+from expo_ray.evaluation.statistics import (
+    Array,
+    Clusters,
+    bootstrap,
+    gain,
+    length_controlled_gain,
+    standard_error,
+)
 from expo_ray.report.results import GuardrailCheck, Verdict
 
 # Where dpo itself is cut as often, the limit of tokens is too low for the prompts, and says little of alpha.
@@ -70,7 +77,7 @@ def objection(half: Half, alpha: float, num_prompts: int) -> str:
     scores, dpo = half.beside_dpo(alpha, num_prompts)
     for model, criterion in half.others():
         rewards, of_dpo = scores.rewards[model], dpo.rewards[model]
-        loss, error = float((of_dpo - rewards).mean()), standard_error(rewards, of_dpo)
+        loss, error = float((of_dpo - rewards).mean()), standard_error(rewards, of_dpo, clusters=dpo.clusters)
         seen = f"gives it {loss:.3f} less than dpo on {len(dpo.prompt_ids)} prompts"
         if criterion.allows_loss and loss > -criterion.limit(rewards - of_dpo):
             return f"{model} guards, and {seen}, more than its margin of {-criterion.limit(rewards - of_dpo):.3f}"
@@ -85,21 +92,22 @@ def bought_with_length(scores: AlphaScores, dpo: AlphaScores, limit: Limit) -> G
     It is asked once, on the prompts that decide: on few prompts, a share of a small gain can be anything.
     """
     rewards, of_dpo = scores.rewards[scores.chooser], dpo.rewards[scores.chooser]
-    before, after = float(dpo.lengths.mean()), float(scores.lengths.mean())
     gained = float((rewards - of_dpo).mean())
-    left = length_controlled_gain(rewards, of_dpo, scores.lengths, dpo.lengths)
+    ratio = (1 + float(scores.lengths.mean())) / (1 + float(dpo.lengths.mean()))
+    name = "bought with length"
+    if abs(math.log(ratio)) <= math.log(_AS_LONG):
+        text = f"responses are about as long as dpo's, x{ratio:.2f}"
+        return GuardrailCheck(scores.alpha, name, 0.0, limit.reject, "ok", text, limit.warn)
+    left = length_controlled_gain(rewards, of_dpo, scores.lengths, dpo.lengths, clusters=dpo.clusters)
     gone = 1 - left.mean / gained if gained > 0 else 0.0
-    ratio = (1 + after) / (1 + before)
-    verdict: Verdict = "ok"
-    if abs(math.log(ratio)) > math.log(_AS_LONG):
-        shown = left.low > 0
-        verdict = "warn" if gone > limit.warn or not shown else "ok"
-        verdict = "reject" if gone > limit.reject and not shown else verdict
+    shown = left.low > 0
+    verdict: Verdict = "warn" if gone > limit.warn or not shown else "ok"
+    verdict = "reject" if gone > limit.reject and not shown else verdict
     text = (
         f"of the gain of {gained:+.3f} by {scores.chooser}, {left} is left at dpo's length: {gone:.0%} is gone, with responses x{ratio:.2f} as long"
         + (f" (rejected beyond {limit.reject:.0%})" if verdict == "reject" else "")
     )
-    return GuardrailCheck(scores.alpha, "bought with length", gone, limit.reject, verdict, text, limit.warn)
+    return GuardrailCheck(scores.alpha, name, gone, limit.reject, verdict, text, limit.warn)
 
 
 def _judge(value: float, limit: Limit, near_end: Callable[[], float]) -> tuple[Verdict, float]:
@@ -120,18 +128,18 @@ def _check_length(scores: AlphaScores, dpo: AlphaScores, limit: Limit) -> Guardr
     # Half as long is as suspicious as twice as long.
     longer, shorter = (scores.lengths, dpo.lengths) if ratio >= 1 else (dpo.lengths, scores.lengths)
     verdict, exceeded = _judge(
-        max(ratio, 1 / ratio if ratio else np.inf), limit, lambda: _least_ratio(longer, shorter)
+        max(ratio, 1 / ratio if ratio else np.inf), limit, lambda: _least_ratio(longer, shorter, dpo.clusters)
     )
     named = f"x{exceeded if ratio >= 1 else 1 / exceeded:.2f}"
     text = f"responses have {after:.0f} tokens where dpo's have {before:.0f}, x{ratio:.2f} ({_against(verdict, named)})"
     return GuardrailCheck(scores.alpha, "length ratio", ratio, limit.reject, verdict, text, limit.warn)
 
 
-def _least_ratio(longer: Array, shorter: Array) -> float:
+def _least_ratio(longer: Array, shorter: Array, clusters: Clusters | None) -> float:
     """Lower end of the interval of a ratio of means; infinite where what is shorter is empty."""
     if not shorter.any() or len(longer) < 2:
         return np.inf
-    return bootstrap(np.stack([longer, shorter], axis=1), _ratio).low
+    return bootstrap(np.stack([longer, shorter], axis=1), _ratio, clusters=clusters).low
 
 
 def _ratio(means: Array) -> Array:
@@ -141,7 +149,7 @@ def _ratio(means: Array) -> Array:
 def _check_rise(name: str, scores: AlphaScores, dpo: AlphaScores, limit: Limit) -> GuardrailCheck:
     of_dpo, of_alpha = dpo.measures[name], scores.measures[name]
     before, after = float(of_dpo.mean()), float(of_alpha.mean())
-    verdict, exceeded = _judge(after - before, limit, lambda: _least_rise(of_alpha, of_dpo))
+    verdict, exceeded = _judge(after - before, limit, lambda: _least_rise(of_alpha, of_dpo, dpo.clusters))
     note = ""
     if verdict == "reject" and name == "cut" and before >= _NEARLY_ALWAYS:
         verdict, note = "warn", "; dpo itself seldom comes to an end: raise `sampling.max_tokens`"
@@ -150,8 +158,8 @@ def _check_rise(name: str, scores: AlphaScores, dpo: AlphaScores, limit: Limit) 
     return GuardrailCheck(scores.alpha, name, after - before, limit.reject, verdict, text, limit.warn)
 
 
-def _least_rise(of_alpha: Array, of_dpo: Array) -> float:
-    return gain(of_alpha, of_dpo).low if len(of_alpha) > 1 else np.inf
+def _least_rise(of_alpha: Array, of_dpo: Array, clusters: Clusters | None) -> float:
+    return gain(of_alpha, of_dpo, clusters=clusters).low if len(of_alpha) > 1 else np.inf
 
 
 def _check_divergence(scores: AlphaScores, limit: Limit) -> Iterator[GuardrailCheck]:
@@ -172,7 +180,7 @@ def _check_other_rewards(
 ) -> Iterator[GuardrailCheck]:
     """The reward models that do not choose: none of them may find the alpha worse than dpo, or worse by more than its margin."""
     for model, criterion in roles.others(scores.rewards):
-        gained = gain(scores.rewards[model], dpo.rewards[model], confidence)
+        gained = gain(scores.rewards[model], dpo.rewards[model], confidence, clusters=dpo.clusters)
         limit = criterion.limit(scores.rewards[model] - dpo.rewards[model])
         worse = gained.high < limit
         beyond = f" by more than {-limit:.3f} ({criterion.margin:g} standard deviations)" if limit else ""

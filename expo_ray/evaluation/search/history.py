@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -49,11 +49,13 @@ class Half:
         prompt_ids: in the order in which prompts are asked; none if there is no such half.
         scores: by alpha, each on the prompts that were asked, in the order in which they were.
         roles: of the reward models.
+        clusters: of its prompts, by id; prompts that are not there stand alone.
     """
 
     prompt_ids: tuple[str, ...]
     scores: Mapping[float, AlphaScores]
     roles: Roles = DEFAULT_ROLES
+    clusters: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def num_prompts(self) -> int:
@@ -87,7 +89,8 @@ class Half:
     def scored(self, alpha: float, prompt_ids: Sequence[str] | None = None) -> AlphaScores:
         """Scores of an alpha on some prompts, by default all that it was asked; what alpha is chosen by comes first."""
         scores = self.scores[alpha] if prompt_ids is None else self.scores[alpha].on(prompt_ids)
-        return self.roles.with_objective(scores, self._scales) if self.roles.joint else scores
+        scores = self.roles.with_objective(scores, self._scales) if self.roles.joint else scores
+        return scores.clustered(self.clusters) if self.clusters else scores
 
     def others(self) -> Sequence[tuple[str, Criterion]]:
         """The reward models that do not choose, each with what it asks for."""

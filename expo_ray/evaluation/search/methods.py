@@ -149,8 +149,14 @@ def looks_better(history: History, picked: Picked, settings: Search) -> bool:
     """True if the choosing half finds the picked alpha better than dpo, so that confirming it is worth its price."""
     if picked.alpha == 0 or settings.method == "surface":  # whose last round has weighed that
         return picked.alpha > 0
-    rewards = history.choose.rewards((picked.alpha, 0.0), picked.num_prompts)
-    return gain(rewards[:, 0], rewards[:, 1], settings.confidence).low > 0
+    return _gains(history.choose, picked.alpha, picked.num_prompts, settings)
+
+
+def _gains(half: Half, alpha: float, num_prompts: int, settings: Search) -> bool:
+    """True if the lower bound of an alpha's gain over dpo is above zero on the first prompts of a half."""
+    rewards = half.rewards((alpha, 0.0), num_prompts)
+    clusters = half.beside_dpo(alpha, num_prompts)[1].clusters
+    return gain(rewards[:, 0], rewards[:, 1], settings.confidence, clusters=clusters).low > 0
 
 
 def _play(history: History, settings: Search) -> Rung | Outcome:
@@ -188,11 +194,12 @@ def _course(history: History, settings: Search) -> Generator[Rung, Rung, Outcome
     if history.confirm.num_prompts < FEWEST_PROMPTS or not looks_better(history, picked, settings):
         return Outcome(picked, (_trial_on_choosing_half(history, settings, picked),))
     trials: list[Trial] = []
-    for alpha in (picked.alpha, *_smaller_alphas(history.choose, settings, picked)):
+    alpha = picked.alpha
+    while alpha:
         look = yield from confirm(history.confirm, settings, alpha)
         trials.append(_trial(history.confirm, settings, alpha, look))
-        if not trials[-1].gives_way:
-            break
+        goes_on = trials[-1].gives_way and len(trials) < _CONFIRMED_AT_MOST
+        alpha = _next_smaller(history.choose, settings, picked, alpha) if goes_on else 0.0
     return Outcome(picked, tuple(trials))
 
 
@@ -218,16 +225,13 @@ def _trial_on_choosing_half(history: History, settings: Search, picked: Picked) 
     return Trial(picked.alpha, None, tests, checked, tried)
 
 
-def _smaller_alphas(half: Half, settings: Search, picked: Picked) -> list[float]:
-    """Alphas below the picked one, the next smaller first, whose gain the choosing half shows and that no guardrail rejects there."""
-    smaller: list[float] = []
-    for alpha in sorted((alpha for alpha in half.scores if 0 < alpha < picked.alpha), reverse=True):
-        if len(smaller) + 1 == _CONFIRMED_AT_MOST:
-            break
-        if alpha * _SMALLER_BY > (smaller[-1] if smaller else picked.alpha):
-            continue
-        rewards = half.rewards((alpha, 0.0), picked.num_prompts)
-        gains = gain(rewards[:, 0], rewards[:, 1], settings.confidence).low > 0
-        if gains and not veto(half, settings, alpha, picked.num_prompts, settings.confidence):
-            smaller.append(alpha)
-    return smaller
+def _next_smaller(half: Half, settings: Search, picked: Picked, above: float) -> float:
+    """The next alpha below `above` whose gain the choosing half shows and that no guardrail rejects there; 0 if there is none."""
+    for alpha in sorted((alpha for alpha in half.scores if alpha > 0), reverse=True):
+        if (
+            alpha * _SMALLER_BY <= above
+            and _gains(half, alpha, picked.num_prompts, settings)
+            and not veto(half, settings, alpha, picked.num_prompts, settings.confidence)
+        ):
+            return alpha
+    return 0.0

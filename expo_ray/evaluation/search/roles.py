@@ -109,9 +109,10 @@ def role_tests(
     for model, criterion in roles.criteria(scores.rewards).items():
         rewards, of_dpo = scores.rewards[model], dpo.rewards[model]
         if criterion.role == "choose" and roles.length_controlled:
-            bound = length_controlled_gain(rewards, of_dpo, scores.lengths, dpo.lengths, confidence)
+            lengths = scores.lengths, dpo.lengths
+            bound = length_controlled_gain(rewards, of_dpo, *lengths, confidence, clusters=dpo.clusters)
         else:
-            bound = gain(rewards, of_dpo, confidence)
+            bound = gain(rewards, of_dpo, confidence, clusters=dpo.clusters)
         limit = criterion.limit(rewards - of_dpo)
         margin = criterion.margin if criterion.allows_loss else None
         passed = bound.low > limit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
@@ -12,7 +13,7 @@ from expo_ray.config import Search, format_alpha
 from expo_ray.evaluation.prompts.prompt_set import PromptSet
 from expo_ray.evaluation.search.alpha_scores import AlphaScores, Evaluator
 from expo_ray.evaluation.search.decision import Decision, decide
-from expo_ray.evaluation.search.groups import StepScores, search_groups
+from expo_ray.evaluation.search.groups import NO_CLUSTERS, StepScores, search_groups
 from expo_ray.evaluation.search.guardrails import checks
 from expo_ray.evaluation.search.history import HALF_NAMES, Half, History, Rung
 from expo_ray.evaluation.search.methods import next_rung
@@ -50,14 +51,28 @@ def search_pair(
     """
     halves = halves_of(prompts)
     history, decision = search_alpha(
-        halves, settings, evaluator, announce, at_once=at_once, rung_log=rung_log, roles=roles
+        halves,
+        settings,
+        evaluator,
+        announce,
+        at_once=at_once,
+        rung_log=rung_log,
+        roles=roles,
+        clusters=prompts.clusters,
     )
     confirming = decision.look.confidence if decision.look else None
     groups: Groups | None = None
     step_scores: StepScores = {}
     if settings.groups and decision.alpha:
         groups, step_scores = search_groups(
-            decision.alpha, halves, settings, evaluator, announce, at_once=at_once, roles=roles
+            decision.alpha,
+            halves,
+            settings,
+            evaluator,
+            announce,
+            at_once=at_once,
+            roles=roles,
+            clusters=prompts.clusters,
         )
     return PairResult(
         name=plan.name,
@@ -80,6 +95,7 @@ def search_pair(
         considered=decision.considered or None,
         groups=groups,
         tests=decision.tests,
+        prompts=_describe_clusters(prompts),
     )
 
 
@@ -92,9 +108,10 @@ def search_alpha(
     at_once: int,
     rung_log: RungLog | None = None,
     roles: Roles = DEFAULT_ROLES,
+    clusters: Mapping[str, int] = NO_CLUSTERS,
 ) -> tuple[History, Decision]:
     """Choose alpha on one half of the prompts, and confirm it on the other; see `search_pair`."""
-    choose, confirm = (Half(_ids(halves[name]), {}, roles) for name in HALF_NAMES)
+    choose, confirm = (Half(_ids(halves[name]), {}, roles, clusters) for name in HALF_NAMES)
     history = History(choose, confirm, rung_log.read() if rung_log else ())
     rungs: list[Rung] = []
     while rung := next_rung(history, settings):
@@ -146,6 +163,18 @@ def _evaluate(
     with ThreadPoolExecutor(at_once, "alpha") as pool:
         scores = pool.map(lambda alpha: evaluator.evaluate(Step(alpha), prompts), alphas)
         return dict(zip(alphas, scores, strict=True))
+
+
+def _describe_clusters(prompts: PromptSet) -> str:
+    """Say how many prompts hang together; empty if none do."""
+    sizes = Counter(prompts.clusters.values())
+    shared = [size for size in sizes.values() if size > 1]
+    if not shared:
+        return ""
+    return (
+        f"{sum(shared)} of {len(prompts)} prompts are near-duplicates, or fill one of {len(shared)} templates; those of one stay in one half, "
+        f"and count as one in every interval: {len(sizes)} independent ones"
+    )
 
 
 def _pinned(uri: str, revision: str) -> str:

@@ -87,12 +87,12 @@ class _State:
     @property
     def worth(self) -> Array:
         """Expected gains times the chance that the other models let them pass: (alphas,)."""
-        return self.curve.mean * self.passes.mean(axis=1)
+        return np.asarray(self.curve.mean * self.passes.mean(axis=1), np.float64)
 
     @property
     def hopes(self) -> Array:
         """Drawn gains where the other models let them pass: (alphas, draws)."""
-        return np.where(self.passes, self.curve.draws, -np.inf)
+        return np.asarray(np.where(self.passes, self.curve.draws, -np.inf), np.float64)
 
 
 class _Course:
