@@ -11,12 +11,13 @@ import argparse
 import json
 import os
 import pickle
+import signal
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from benchmarks.measure import CACHE, EXPO_RAY, fresh, run
 from benchmarks.result import TARGET_HEADER, report, table, target
@@ -45,6 +46,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="of each answer (%(default)s)")
     parser.add_argument("--pair", type=Path, default=CACHE / "smollm2", help="where sft is, or will be built")
     arguments = parser.parse_args()
+    # Engines end with this process only if it ends by itself.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     rounds, tokens = (1, 8) if arguments.quick else (arguments.rounds, arguments.tokens)
     os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"}
     os.environ["EXPO_RAY_CACHE"] = str(fresh("node"))
@@ -54,7 +57,17 @@ def main() -> None:
     save_adapter(dpo)
     _publish(sft, dpo, out / "scale", "scale", ALPHAS)
     _publish(sft, dpo, out / "merge", "merge", ALPHAS[:1])
-    engines = Engines(sft, dpo, out / "merge", tokens)
+    with Engines(sft, dpo, out / "merge", tokens) as engines:
+        seconds = time_ways(engines, rounds)
+        ours = engines.side_by_side(engines.adapters)
+        exact = ours == engines.side_by_side(engines.adapters, out / "scale")
+        merged = engines.swapped()
+    errors = errors_against_peft(sft, out / "scale", {"side by side": ours, "merged and swapped": merged})
+    _report(seconds, tokens, exact, errors, keep=not arguments.quick)
+
+
+def time_ways(engines: Engines, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each way to answer, in turns, after a round that warms up."""
     ways: dict[str, Callable[[], Answers]] = {
         "side by side": lambda: engines.side_by_side(engines.adapters),
         "side by side, vLLM's own products": lambda: engines.side_by_side(engines.plain),
@@ -62,20 +75,14 @@ def main() -> None:
         "a merged model, one alpha": engines.on_merged,
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(rounds + 1):  # the first round warms up
+    for number in range(rounds + 1):
         for name, way in ways.items():
             began = time.monotonic()
             way()
             if number:
                 seconds[name].append(time.monotonic() - began)
                 print(f"{name}: {seconds[name][-1]:.2f} s", file=sys.stderr, flush=True)
-    ours = engines.side_by_side(engines.adapters)
-    published = engines.side_by_side(engines.adapters, out / "scale")
-    exact = ours == published
-    merged = engines.swapped()
-    engines.end()
-    errors = errors_against_peft(sft, out / "scale", {"side by side": ours, "merged and swapped": merged})
-    _report(seconds, tokens, exact, errors, keep=not arguments.quick)
+    return seconds
 
 
 def save_adapter(folder: Path) -> None:
@@ -111,18 +118,19 @@ class Engines:
     def __init__(self, sft: Path, dpo: Path, merged: Path, tokens: int) -> None:
         from expo_ray.serving.adapters import merged_plan
 
+        self._running: list[LLM] = []
         self._plan, self._tokens = _plan(sft, dpo), tokens
         settings = {
             "enable_lora": True, "max_lora_rank": 8, "max_loras": len(ALPHAS), "max_cpu_loras": 2 * len(ALPHAS),
             "lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         }  # fmt: skip
-        self.adapters = start(
+        self.adapters = self._start(
             sft, worker_extension_cls=f"{_SERVING}.adapter_worker.AdapterWorker", **settings
         )
-        self.plain = start(sft, **settings)
-        self._swapping = start(sft, worker_extension_cls=f"{_SERVING}.swap.PairWorker")
+        self.plain = self._start(sft, **settings)
+        self._swapping = self._start(sft, worker_extension_cls=f"{_SERVING}.swap.PairWorker")
         self._swapping.collective_rpc("expo_open", args=(pickle.dumps(merged_plan(self._plan)), False))
-        self._merged = start(merged / f"alpha={ALPHAS[0]:g}")
+        self._merged = self._start(merged / f"alpha={ALPHAS[0]:g}")
 
     def side_by_side(self, engine: LLM, published: Path | None = None) -> Answers:
         """Answer for all alphas in one batch, by the adapters on this node or by those of `published`."""
@@ -166,9 +174,16 @@ class Engines:
             answers.append((list(answer.token_ids), logprobs))
         return answers
 
-    def end(self) -> None:
-        """End the engines' processes."""
-        for engine in (self.adapters, self.plain, self._swapping, self._merged):
+    def _start(self, folder: Path, **arguments: Any) -> LLM:
+        engine = start(folder, **arguments)
+        self._running.append(engine)
+        return engine
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for engine in self._running:
             engine.llm_engine.engine_core.shutdown()
 
 
