@@ -13,6 +13,7 @@ QUESTIONS = {
     "memory": "how much memory does a pair take, and does the size of a tensor matter?",
     "alphas": "what do four alphas in one pass cost, against four passes?",
     "s3": "how fast is S3 to S3, against moving the same bytes with obstore alone?",
+    "throttling": "what becomes of a job whose store admits only so many requests a second?",
     "scale": "how many shards a second does the Ray driver carry, and does its memory grow?",
     "rewards": "how fast are responses scored, against a transformers pipeline at batch 8?",
     "alpha_search": "how good is the alpha that the search finds, and at what price?",
@@ -34,6 +35,7 @@ QUESTIONS = {
 # These measure the quality of results instead of this machine's speed. They take many minutes, so they run only when named.
 ONLY_WHEN_NAMED = {
     "adapters", "alpha_search", "coverage", "decisions", "gpu", "judgments", "length_rule", "roles", "rounding", "swap_architectures", "swap_slices",
+    "throttling",
 }  # fmt: skip
 
 

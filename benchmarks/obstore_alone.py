@@ -17,7 +17,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from expo_ray.storage.object_store import S3Store
-from expo_ray.storage.object_writer import PART_BYTES, PARTS_IN_FLIGHT
+from expo_ray.storage.object_writer import LARGEST_PART_BYTES, PARTS_IN_FLIGHT
 
 if TYPE_CHECKING:
     from obstore import Bytes, WritableFile
@@ -56,7 +56,9 @@ def _move(client: Client, sft: str, dpo: str, output: str) -> None:
     def read(path: str, start: int, length: int) -> Bytes:
         return obstore.get_range(client, path, start=start, length=length)
 
-    written = obstore.open_writer(client, output, buffer_size=PART_BYTES, max_concurrency=PARTS_IN_FLIGHT)
+    written = obstore.open_writer(
+        client, output, buffer_size=LARGEST_PART_BYTES, max_concurrency=PARTS_IN_FLIGHT
+    )
     with ThreadPoolExecutor(S3Store.concurrency) as pool, written as file:
         reading: deque[tuple[bool, Future[Bytes]]] = deque()
         # In turns, as an extrapolation needs them.

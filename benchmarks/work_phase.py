@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -40,16 +41,16 @@ def work_phase(
     alphas: Sequence[float] = (0.5,),
     rounding: str = "stochastic",
     *,
-    read_once: bool = False,
+    read_twice: bool = False,
 ) -> Work:
     """Extrapolate in a new process.
 
     Args:
         output: folder; the models go to `alpha=A` folders below it.
-        read_once: take S3 over http for guarded, as https is, and read nothing a second time.
+        read_twice: read all that no TLS guards a second time, instead of comparing checksums.
     """
     words = ["--sft", sft, "--dpo", dpo, "--output", output, "--rounding", rounding]
-    words += ["--read-once"] if read_once else []
+    words += ["--read-twice"] if read_twice else []
     cost = run(sys.executable, "-m", "benchmarks.work_phase", *words, "--alphas", *alphas)
     return Work(**json.loads(cost.output.splitlines()[-1]))
 
@@ -58,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("sft", "dpo", "output", "rounding"):
         parser.add_argument(f"--{name}", required=True)
-    parser.add_argument("--read-once", action="store_true")
+    parser.add_argument("--read-twice", action="store_true")
     parser.add_argument("--alphas", type=float, nargs="+", required=True)
     print(json.dumps(asdict(_measure(parser.parse_args()))))
 
@@ -73,10 +74,8 @@ def _measure(arguments: argparse.Namespace) -> Work:
     from expo_ray.progress import Progress
     from expo_ray.storage import join_uri
 
-    if arguments.read_once:
-        from expo_ray.storage.object_store import S3Store
-
-        setattr(S3Store, "_guarded", True)  # noqa: B010 - a property, which mypy would not have replaced
+    if arguments.read_twice:
+        os.environ["EXPO_RAY_READ_TWICE"] = "1"
     wanted = {
         "sft": arguments.sft,
         "dpo": arguments.dpo,

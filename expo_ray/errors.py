@@ -72,7 +72,23 @@ class InputChanged(StorageError):
 
 
 class TransientStorageError(StorageError):
-    """The store did not answer as it should; the same request may succeed later. The only error that is retried."""
+    """The store did not answer as it should; the same request may succeed later. The only error that is retried.
+
+    Attributes:
+        passes_with_time: false for damage on the way, which a few attempts overcome or none.
+    """
+
+    passes_with_time = True
+
+
+class SlowDown(TransientStorageError):
+    """The store is asked too much.
+
+    Attributes:
+        retry_after_s: seconds after which it wants to be asked again; 0 if it did not say.
+    """
+
+    retry_after_s: float = 0.0
 
 
 class Problems(ExpoError):

@@ -36,3 +36,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     yield
     # Two streams that mix start everything twice, and need more memory than there is.
     assert not getattr(config.option, "loadgroup", False) or all("@" in item.nodeid for item in items)
+
+
+@pytest.fixture(autouse=True)
+def no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give a store up after a few attempts, where a job waits for minutes; tests of patience set their own."""
+    monkeypatch.setattr("expo_ray.storage.pace.PATIENCE_S", 0.0)

@@ -16,6 +16,7 @@ from expo_ray.extrapolation.publish import Published, publish
 from expo_ray.extrapolation.run_job import Executor, Failures
 from expo_ray.extrapolation.shard import extrapolate_shard
 from expo_ray.progress import Progress
+from expo_ray.storage.pace import in_a_hurry
 
 # One shard keeps about four cores busy: two with arithmetic, one hashing, one writing.
 _CORES_PER_SHARD = 4
@@ -47,7 +48,8 @@ class InThreads(Executor):
 
     def cancel(self) -> None:
         self._cancelled.set()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        with in_a_hurry():  # a shard may be waiting for a store
+            self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _extrapolate(self, plan: PairPlan, index: int, alphas: Sequence[float]) -> Failures:
         """Write a shard, and again after an error that may pass; bytes of a failed attempt do not count as progress."""

@@ -26,6 +26,7 @@ from expo_ray.config.fields import (
     check_alpha,
 )
 from expo_ray.errors import CheckpointError, ExpoError, StorageError
+from expo_ray.extrapolation.integrity import NOTHING
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.receipt import Receipt
 from expo_ray.storage.uri import check_key
@@ -44,11 +45,14 @@ EFFECTIVE_ALPHA_TOLERANCE = 0.05
 LARGEST_ALIGNMENT_DELTA = 3e-2
 
 
-def manifest_of(plan: PairPlan, alpha: float, receipts: Sequence[Receipt]) -> dict[str, Any]:
+def manifest_of(
+    plan: PairPlan, alpha: float, receipts: Sequence[Receipt], guards: Mapping[str, Mapping[str, str]]
+) -> dict[str, Any]:
     """The manifest of the model of `plan` at `alpha`, but for `files`, the digests of what lies beside the shards.
 
     Args:
         receipts: of every shard, in their order.
+        guards: see `integrity.check_reading`.
     """
     options = plan.options
     statistics = statistics_by_tensor(receipts)
@@ -68,11 +72,14 @@ def manifest_of(plan: PairPlan, alpha: float, receipts: Sequence[Receipt]) -> di
             "multipliers": dict(options.multipliers),
             "shard_size": options.shard_size,
         },
-        "parents": {side: _parent(checkpoint) for side, checkpoint in (("sft", plan.sft), ("dpo", plan.dpo))},
+        "parents": {
+            side: _parent(checkpoint, guards.get(side, {}))
+            for side, checkpoint in (("sft", plan.sft), ("dpo", plan.dpo))
+        },
         "shards": [
             {"file": receipt.file, "size": receipt.size, "sha256": receipt.sha256} for receipt in receipts
         ],
-        "warnings": list(_warnings(plan, alpha, statistics)),
+        "warnings": [*_warnings(plan, alpha, statistics), *_unguarded(guards)],
         "not_carried_over": list(plan.left_behind),
         "statistics": _described(sum(statistics.values(), TensorStatistics()))
         | {"tensors": {name: _described(sums) for name, sums in statistics.items()}},
@@ -108,12 +115,26 @@ def _is_off(moved: float, wanted: float) -> bool:
     return wanted != 0 and abs(moved / wanted - 1) > EFFECTIVE_ALPHA_TOLERANCE
 
 
-def _parent(checkpoint: Checkpoint) -> dict[str, Any]:
+def _unguarded(guards: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
+    """Warn of files that nothing guarded on their way."""
+    files = [
+        f"{side}: {key}" for side, keys in guards.items() for key, guard in keys.items() if guard == NOTHING
+    ]
+    if files:
+        yield (
+            f"{len(files)} file(s) of the parents were read over plain http from a store that keeps no checksum of the whole file, so "
+            f"that a flipped bit would not have been noticed: {first_few(files, 3)}; use https, upload them with "
+            "`--checksum-algorithm CRC64NVME`, or set EXPO_RAY_READ_TWICE=1"
+        )
+
+
+def _parent(checkpoint: Checkpoint, guards: Mapping[str, str]) -> dict[str, Any]:
     return {
         "uri": checkpoint.uri,
         "revision": checkpoint.revision,
         "files": {
-            key: {"size": info.size, "etag": info.etag} for key, info in sorted(checkpoint.files.items())
+            key: {"size": info.size, "etag": info.etag} | ({"guard": guards[key]} if key in guards else {})
+            for key, info in sorted(checkpoint.files.items())
         },
     }
 
@@ -171,6 +192,7 @@ class _Arithmetic(Foreign):
 class _ParentFile(Foreign):
     size: _Size
     etag: str
+    guard: str = ""
 
 
 class _Parent(Foreign):

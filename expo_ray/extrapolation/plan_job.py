@@ -17,7 +17,7 @@ from expo_ray.storage import join_uri
 from expo_ray.storage.local_writer import free_bytes
 
 # Planning waits for stores: a few requests for each parent.
-_PLANNING_THREADS = 8
+PLANNING_THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def plan_job(
     Raises:
         Problems: with everything that is wrong with any of them.
     """
-    with ThreadPoolExecutor(_PLANNING_THREADS, "plan") as pool:
+    with ThreadPoolExecutor(PLANNING_THREADS, "plan") as pool:
         planned = [
             pool.submit(_plan_and_inspect, pair, folders, overwrite)
             for pair, folders in zip(pairs, outputs, strict=True)
@@ -87,9 +87,11 @@ def inspect_job(plans: Sequence[PairPlan]) -> JobPlan:
         Problems: with everything that is wrong with any of them.
     """
     problems, states = Collected(), dict[tuple[str, float], FolderState]()
-    for plan in plans:
+    with ThreadPoolExecutor(PLANNING_THREADS, "plan") as pool:
+        inspected = [pool.submit(_inspect, plan, overwrite=False) for plan in plans]
+    for future in inspected:
         with problems.catching():
-            states |= _inspect(plan, overwrite=False)
+            states |= future.result()
     problems.raise_any()
     return _with_space(plans, states)
 
@@ -104,11 +106,11 @@ def inspect_pairs(plans: Sequence[PairPlan]) -> tuple[JobPlan, dict[str, Excepti
         The job of those that can be written, and why others cannot, by name.
     """
     job_plan, failures = JobPlan((), {}), dict[str, Exception]()
-    for plan in plans:
+    with ThreadPoolExecutor(PLANNING_THREADS, "plan") as pool:
+        inspected = [pool.submit(_inspect_present, plan) for plan in plans]
+    for plan, future in zip(plans, inspected, strict=True):
         try:
-            states = _inspect(plan, overwrite=False)
-            if not all(state.published for state in states.values()):
-                refuse_replaced_parents(plan)
+            states = future.result()
             job_plan = _with_space([*job_plan.pairs, plan], {**job_plan.states, **states})
         except ExpoError as error:
             failures[plan.name] = error
@@ -139,6 +141,18 @@ def _inspect(plan: PairPlan, *, overwrite: bool) -> dict[tuple[str, float], Fold
             for problem in problems_of(error):
                 problems.add(named(plan.name, problem))
     problems.raise_any()
+    return states
+
+
+def _inspect_present(plan: PairPlan) -> dict[tuple[str, float], FolderState]:
+    """`_inspect`, and both parents unless every model is published.
+
+    Raises:
+        ExpoError: if one cannot be written, or a parent is no longer the one that was planned.
+    """
+    states = _inspect(plan, overwrite=False)
+    if not all(state.published for state in states.values()):
+        refuse_replaced_parents(plan)
     return states
 
 

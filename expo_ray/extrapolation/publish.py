@@ -13,15 +13,16 @@ from expo_ray.checkpoint.adapter import scaled_adapter_config
 from expo_ray.checkpoint.folder import Checkpoint
 from expo_ray.checkpoint.small_files import read_small
 from expo_ray.errors import AlreadyExists, ArithmeticFault, NotFound
+from expo_ray.extrapolation.integrity import DamagedReading, check_reading
 from expo_ray.extrapolation.layout import index_of
 from expo_ray.extrapolation.manifest import MANIFEST, manifest_of, statistics_by_tensor
 from expo_ray.extrapolation.match import written_dtype
 from expo_ray.extrapolation.model_folder import ADAPTER_CONFIG, CARD, ModelFolder
 from expo_ray.extrapolation.plan import PairPlan
-from expo_ray.extrapolation.receipt import Receipt
+from expo_ray.extrapolation.receipt import Receipt, delete_receipt
 from expo_ray.report.model_card import model_card
 from expo_ray.report.results import PairResult
-from expo_ray.storage import Store, open_store
+from expo_ray.storage import Store, open_planned
 from expo_ray.untrusted import parse_json_object
 
 # Names of dtypes in `config.json`, by those of a job file.
@@ -56,6 +57,7 @@ def publish(folder: ModelFolder, result: PairResult | None = None) -> Published:
     Raises:
         OutputError: if a shard is missing, or another plan has taken the folder.
         ArithmeticFault: if sft and dpo turn out to be the same weights; what was stored is deleted.
+        DamagedReading: if a parent was not read as its store has it; the receipts of the shards concerned are deleted.
     """
     plan, store = folder.plan, folder.store
     folder.check_claim()
@@ -65,7 +67,13 @@ def publish(folder: ModelFolder, result: PairResult | None = None) -> Published:
         pass
     receipts = folder.read_receipts()
     _refuse_equal_parents(folder, receipts)
-    manifest = manifest_of(plan, folder.alpha, receipts)
+    try:
+        guards = check_reading(plan, receipts)
+    except DamagedReading as error:
+        for file in error.shards:
+            delete_receipt(store, folder.plan_id, file)
+        raise
+    manifest = manifest_of(plan, folder.alpha, receipts, guards)
     files = {key: _copy(parent, key, plan, store) for key, parent in plan.side_files.items()}
     for key, data in _files_written_anew(plan, folder.alpha):
         store.put(key, data)
@@ -149,7 +157,7 @@ def _copy(parent: Checkpoint, key: str, plan: PairPlan, output: Store) -> dict[s
     Returns:
         Size and digest of the copy.
     """
-    source, info = open_store(parent.uri), parent.files[key]
+    source, info = open_planned(parent.uri, parent.files), parent.files[key]
     if key == "config.json" or info.size <= output.chunk_bytes:
         data = read_small(source, info, most_bytes=info.size)
         data = _with_dtype(data, plan) if key == "config.json" else data

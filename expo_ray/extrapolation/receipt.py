@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from expo_ray.arithmetic.sums import TensorStatistics
 from expo_ray.errors import CheckpointError, InputChanged, NotFound
+from expo_ray.extrapolation.reading import FileRanges
 from expo_ray.storage import FileInfo, Store
+from expo_ray.storage.checksums import CRC_BYTES, RangeChecksum
 from expo_ray.untrusted import TOKENIZER_BYTES, Foreign, parse_json, validated
 
 # Runs of one plan that may write a shard while its digest is taken; more will never meet in one folder.
@@ -26,6 +28,7 @@ class Receipt:
     Attributes:
         sha256: hex digest of the whole file.
         statistics: by tensor, of those that were extrapolated.
+        read: what it was computed from, with checksums: by side, by file; only of files whose store has a checksum.
     """
 
     plan_id: str
@@ -34,12 +37,19 @@ class Receipt:
     sha256: str
     etag: str
     statistics: Mapping[str, TensorStatistics]
+    read: Mapping[str, Mapping[str, FileRanges]] = field(default_factory=dict)
 
 
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
 _Sum = Annotated[
     float, Field(allow_inf_nan=True)
 ]  # weights that overflow are refused later, with their names
+
+
+def _check_algorithm(name: str) -> str:
+    if name not in CRC_BYTES:
+        raise ValueError(f"{name} is not one of {', '.join(CRC_BYTES)}")
+    return name
 
 
 class _StoredSums(Foreign):
@@ -55,6 +65,17 @@ class _StoredSums(Foreign):
     overflow: _Count
 
 
+class _StoredRange(Foreign):
+    start: _Count
+    end: _Count
+    value: Annotated[int, Field(ge=0, lt=2**64)]
+
+
+class _StoredRanges(Foreign):
+    algorithm: Annotated[str, AfterValidator(_check_algorithm)]
+    ranges: list[_StoredRange]
+
+
 class _StoredReceipt(Foreign):
     plan_id: str
     file: str
@@ -62,6 +83,7 @@ class _StoredReceipt(Foreign):
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     etag: str
     statistics: dict[str, _StoredSums]
+    read: dict[str, dict[str, _StoredRanges]] = Field(default_factory=dict)
 
 
 def receipt_key(plan_id: str, file: str) -> str:
@@ -73,6 +95,11 @@ def write_receipt(store: Store, receipt: Receipt) -> None:
     """Store a receipt; its shard must be there already."""
     text = json.dumps(asdict(receipt), indent=1, sort_keys=True)
     store.put(receipt_key(receipt.plan_id, receipt.file), text.encode())
+
+
+def delete_receipt(store: Store, plan_id: str, file: str) -> None:
+    """Delete the receipt of `file`, so that the shard is written again."""
+    store.delete(receipt_key(plan_id, file))
 
 
 def read_receipt(store: Store, plan_id: str, file: str, present: Mapping[str, FileInfo]) -> Receipt | None:
@@ -130,4 +157,12 @@ def _read(store: Store, key: str) -> Receipt | None:
     except (NotFound, CheckpointError):
         return None
     statistics = {name: TensorStatistics(**sums.model_dump()) for name, sums in stored.statistics.items()}
-    return Receipt(stored.plan_id, stored.file, stored.size, stored.sha256, stored.etag, statistics)
+    read = {
+        side: {file: _ranges(ranges) for file, ranges in files.items()} for side, files in stored.read.items()
+    }
+    return Receipt(stored.plan_id, stored.file, stored.size, stored.sha256, stored.etag, statistics, read)
+
+
+def _ranges(stored: _StoredRanges) -> FileRanges:
+    parts = (RangeChecksum(part.start, part.end, part.value) for part in stored.ranges)
+    return FileRanges(stored.algorithm, tuple(parts))

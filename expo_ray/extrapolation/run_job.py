@@ -13,6 +13,7 @@ from typing import Any, Protocol, Self
 
 from expo_ray.config import format_alpha
 from expo_ray.errors import ExpoError, OutputError, TransientStorageError, in_one_line
+from expo_ray.extrapolation.integrity import DamagedReading
 from expo_ray.extrapolation.model_folder import FolderState, ModelFolder
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.plan_job import JobPlan, inspect_pairs
@@ -27,6 +28,8 @@ log = logging.getLogger("expo_ray")
 Failures = Mapping[float, ExpoError]
 
 STALL_WARNING_S = 300
+# So often a model is written again whose parents were damaged on their way.
+_MOST_REPEATS = 2
 
 
 class Executor(Protocol):
@@ -172,7 +175,7 @@ class _Run:
     """The state of one run.
 
     Attributes:
-        queue: shards that are not begun, as plan and index.
+        queue: shards that are not begun, as plan, index and the alphas to write.
         under_way: futures of shards, and of publications, which have an alpha.
         unfinished: number of shards, by pair, that are queued or under way; its models are published once there are none.
     """
@@ -181,14 +184,15 @@ class _Run:
         self.job_plan, self.executor, self.progress = job_plan, executor, progress
         self.outcome = Outcome()
         work = [
-            (plan, index)
+            (plan, index, tuple(alphas))
             for plan in job_plan.pairs
             for index in range(len(plan.shards))
-            if job_plan.missing(plan, index)
+            if (alphas := job_plan.missing(plan, index))
         ]
         # The biggest first, so that no big one is left to run alone at the end; popped from the back.
         self.queue = sorted(work, key=lambda item: item[0].shards[item[1]].size)
-        self.unfinished = Counter(plan.name for plan, _ in work)
+        self.unfinished = Counter(plan.name for plan, _, _ in work)
+        self.repeated: Counter[str] = Counter()
         self.under_way: dict[Future[Any], tuple[PairPlan, float | None]] = {}
         progress.expect(shards=len(work), bytes=job_plan.bytes_to_write)
 
@@ -213,8 +217,8 @@ class _Run:
         """Hand shards to the executor while it has room."""
         # Twice as many as there are slots, so that none is idle while the driver settles what has finished.
         while self.queue and len(self.under_way) < 2 * self.executor.slots:
-            plan, index = self.queue.pop()
-            alphas = self._possible(plan, self.job_plan.missing(plan, index))
+            plan, index, wanted = self.queue.pop()
+            alphas = self._possible(plan, wanted)
             if alphas:
                 self.under_way[self.executor.extrapolate(plan, index, alphas)] = (plan, None)
             else:
@@ -226,6 +230,8 @@ class _Run:
         if error is not None and not isinstance(error, Exception):
             raise error
         if alpha is not None:
+            if isinstance(error, DamagedReading) and self._write_again(plan, alpha, error):
+                return
             if error:
                 self._fail(_model(plan, alpha), error)
             else:
@@ -239,6 +245,19 @@ class _Run:
                 self._fail(_model(plan, failed), reason)
             self.progress.add(shards=1)
         self._shard_settled(plan)
+
+    def _write_again(self, plan: PairPlan, alpha: float, error: DamagedReading) -> bool:
+        """Queue the shards of a model whose parents were not read as they are stored; false if that has not helped before."""
+        name = _model(plan, alpha)
+        if self.repeated[name] == _MOST_REPEATS:
+            return False
+        self.repeated[name] += 1
+        log.warning("%s: %s", name, error)
+        again = [(plan, i, (alpha,)) for i, shard in enumerate(plan.shards) if shard.file in error.shards]
+        self.queue += again
+        self.unfinished[plan.name] += len(again)
+        self.progress.expect(shards=len(again), bytes=sum(plan.shards[index].size for _, index, _ in again))
+        return True
 
     def _shard_settled(self, plan: PairPlan) -> None:
         """Count one shard of the pair as done or failed, and publish the pair's models after the last."""
@@ -254,7 +273,9 @@ class _Run:
         return [alpha for alpha in alphas if _model(plan, alpha) not in failures]
 
     def _publish(self, plan: PairPlan) -> None:
-        for alpha in self._possible(plan, plan.outputs):
+        begun = {alpha for other, alpha in self.under_way.values() if other is plan}
+        begun |= {model.alpha for model in self.outcome.published if model.pair == plan.name}
+        for alpha in self._possible(plan, [alpha for alpha in plan.outputs if alpha not in begun]):
             self.under_way[self.executor.publish(plan, alpha)] = (plan, alpha)
 
     def _fail(self, name: str, error: Exception) -> None:

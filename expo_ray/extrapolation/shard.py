@@ -15,9 +15,13 @@ from expo_ray.errors import ArithmeticFault, ExpoError, OutputError
 from expo_ray.extrapolation.layout import ShardPlan
 from expo_ray.extrapolation.model_folder import ModelFolder
 from expo_ray.extrapolation.plan import PairPlan
+from expo_ray.extrapolation.reading import FileRanges, Reading
 from expo_ray.extrapolation.receipt import Receipt, write_receipt
 from expo_ray.extrapolation.stream import HELD, compute_pages
 from expo_ray.text import first_few
+
+# Memory of all outputs together for parts of uploads.
+WRITE_BYTES = 128 << 20
 
 # Size of a page of one output in bytes, and the futures of its hashing and its writing.
 _Appended = tuple[int, Future[None], Future[None]]
@@ -62,10 +66,12 @@ def extrapolate_shard(
     """
     shard = plan.shards[index]
     with ExitStack() as stack:
-        outputs = [_Output(ModelFolder(plan, alpha), shard, stack) for alpha in alphas]
+        buffer_bytes = WRITE_BYTES // len(alphas)
+        outputs = [_Output(ModelFolder(plan, alpha), shard, buffer_bytes, stack) for alpha in alphas]
+        reading = Reading()
         totals: list[dict[str, TensorStatistics]] = [{} for _ in alphas]
         under_way: deque[_Page] = deque()
-        for page in compute_pages(plan, index, alphas, device):
+        for page in compute_pages(plan, index, alphas, device, reading):
             under_way.append([output.append(out) for output, out in zip(outputs, page.outs, strict=True)])
             for tensor, statistics in page.statistics:
                 for total, sums in zip(totals, statistics, strict=False):  # kept tensors have none
@@ -75,12 +81,13 @@ def extrapolate_shard(
         while under_way:
             on_bytes(_wait_for(under_way.popleft()))
         _refuse_broken_weights(totals[0])  # of the parents, so the same for every alpha
+        read = {"sft": reading.of(plan.sft), "dpo": reading.of(plan.dpo)}
         receipts: list[Receipt] = []
         failures: dict[float, ExpoError] = {}
         for alpha, output, total in zip(alphas, outputs, totals, strict=True):
             try:
                 _refuse_overflow(alpha, total)
-                receipts.append(output.commit(total))
+                receipts.append(output.commit(total, read))
             except (ArithmeticFault, OutputError) as error:
                 failures[alpha] = error
         return Written(tuple(receipts), failures)
@@ -90,12 +97,15 @@ class _Output:
     """A file of one model, written in one thread and hashed in another.
 
     Args:
+        buffer_bytes: memory for parts of an upload.
         stack: its end removes what has been written and not committed.
     """
 
-    def __init__(self, folder: ModelFolder, shard: ShardPlan, stack: ExitStack) -> None:
+    def __init__(self, folder: ModelFolder, shard: ShardPlan, buffer_bytes: int, stack: ExitStack) -> None:
         self.folder, self.file = folder, shard.file
-        self.writer = stack.enter_context(folder.store.writer(shard.file, shard.size))
+        self.writer = stack.enter_context(
+            folder.store.writer(shard.file, shard.size, buffer_bytes=buffer_bytes)
+        )
         self.sha256 = hashlib.sha256()
         self._hashing, self._writing = (
             stack.enter_context(ThreadPoolExecutor(1, name)) for name in ("hash", "write")
@@ -106,15 +116,22 @@ class _Output:
         hashed = self._hashing.submit(self.sha256.update, out)
         return out.nbytes, hashed, self._writing.submit(self.writer.write, out)
 
-    def commit(self, statistics: Mapping[str, TensorStatistics]) -> Receipt:
+    def commit(
+        self,
+        statistics: Mapping[str, TensorStatistics],
+        read: Mapping[str, Mapping[str, FileRanges]],
+    ) -> Receipt:
         """Store the file, then its receipt.
+
+        Args:
+            read: what it was computed from.
 
         Raises:
             OutputError: if another plan has taken the folder.
         """
         self.folder.check_claim()  # else a zombie task could write into the folder's new owner
         info, digest = self.writer.commit(), self.sha256.hexdigest()
-        receipt = Receipt(self.folder.plan_id, self.file, info.size, digest, info.etag, statistics)
+        receipt = Receipt(self.folder.plan_id, self.file, info.size, digest, info.etag, statistics, read)
         write_receipt(self.folder.store, receipt)
         return receipt
 

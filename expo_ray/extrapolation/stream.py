@@ -14,7 +14,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import cycle
-from typing import TYPE_CHECKING, TypeVar
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TypeVar
 
 from expo_ray.arithmetic.kernels import load_kernel
 from expo_ray.arithmetic.rule import Rule, random_key
@@ -22,9 +23,11 @@ from expo_ray.arithmetic.sums import TensorStatistics
 from expo_ray.checkpoint.adapter import LoraLayer
 from expo_ray.checkpoint.folder import Checkpoint
 from expo_ray.checkpoint.tensors import DTYPE_BYTES, Tensor
-from expo_ray.extrapolation.layout import Chunk, Page, pages_of
+from expo_ray.extrapolation.layout import Chunk, pages_of
 from expo_ray.extrapolation.plan import PairPlan
-from expo_ray.storage import open_store
+from expo_ray.extrapolation.read_ahead import CHUNK_BYTES, Piece, ReadAhead, ReadPage
+from expo_ray.extrapolation.reading import Reading
+from expo_ray.storage import open_planned
 
 if TYPE_CHECKING:
     from expo_ray.arithmetic.low_rank import Float64, LowRank
@@ -33,9 +36,12 @@ if TYPE_CHECKING:
 PAGE_BYTES = 4 << 20
 # The page buffers of one shard together stay below this, whatever the number of alphas.
 BUFFER_BYTES = 64 << 20
+# Threads that compute where no parent is local; reading has its own.
+_THREADS = 3
 # Pages that the caller may still be hashing or writing when it asks for the next one.
 HELD = 2
 
+_Pieces = tuple[Piece | None, Piece | None]
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -53,27 +59,34 @@ class ComputedPage:
     statistics: Sequence[tuple[str, Sequence[TensorStatistics]]]
 
 
-def compute_pages(plan: PairPlan, index: int, alphas: Sequence[float], device: str) -> Iterator[ComputedPage]:
+def compute_pages(
+    plan: PairPlan, index: int, alphas: Sequence[float], device: str, reading: Reading | None = None
+) -> Iterator[ComputedPage]:
     """Compute shard `index` for all `alphas` in one pass over both parents, its header included.
 
     A fixed number of pages exists at any time, so memory does not grow with the tensor's or the shard's size.
+
+    Args:
+        reading: takes note of what is read from parents that are not local.
     """
-    parents = _Parents(plan)
-    # Two pages more than threads, so that none waits while the caller takes a page that was finished out of order.
-    window = parents.threads + 2 + HELD
-    page_bytes = max(PAGE_BYTES, parents.chunk_bytes)
-    while page_bytes * window * len(alphas) > BUFFER_BYTES and page_bytes > mmap.PAGESIZE:
-        page_bytes //= 2
-    # A slot is filled again only after `window` pages, when the caller has let go of what it held: `_in_order` begins a page
-    # only while fewer than `window - HELD` are pending, and the caller keeps at most `HELD`.
-    slots = cycle([[_buffer(page_bytes) for _ in alphas] for _ in range(window)])
-    pages = pages_of(plan.shards[index], page_bytes, min(parents.chunk_bytes, page_bytes))
+    with _Parents(plan, reading or Reading()) as parents:
+        # Two pages more than threads, so that none waits while the caller takes a page that was finished out of order.
+        window = parents.threads + 2 + HELD
+        page_bytes = max(PAGE_BYTES, parents.chunk_bytes)
+        while page_bytes * window * len(alphas) > BUFFER_BYTES and page_bytes > mmap.PAGESIZE:
+            page_bytes //= 2
+        # A slot is filled again only after `window` pages, when the caller has let go of what it held: `_in_order` begins a page
+        # only while fewer than `window - HELD` are pending, and the caller keeps at most `HELD`.
+        slots = cycle([[_buffer(page_bytes) for _ in alphas] for _ in range(window)])
+        pages = parents.ahead.read(
+            pages_of(plan.shards[index], page_bytes, min(parents.chunk_bytes, page_bytes))
+        )
 
-    def compute(work: tuple[Page, Sequence[memoryview]]) -> ComputedPage:
-        return _compute_page(parents, *work, alphas, device)
+        def compute(work: tuple[ReadPage, Sequence[memoryview]]) -> ComputedPage:
+            return _compute_page(parents, *work, alphas, device)
 
-    with ThreadPoolExecutor(parents.threads, "page") as pool:
-        yield from _in_order(pool, compute, zip(pages, slots, strict=False), window - HELD)
+        with ThreadPoolExecutor(parents.threads, "page") as pool:
+            yield from _in_order(pool, compute, zip(pages, slots, strict=False), window - HELD)
 
 
 def _in_order(
@@ -95,21 +108,38 @@ def _buffer(size: int) -> memoryview:
 
 
 class _Parents:
-    """Both parents, opened for reading."""
+    """Both parents, opened for reading.
+
+    As a context manager it waits for what is being read on the way out.
+    """
 
     # Layers whose factors are kept: threads at the border of two layers need both.
     _KEPT_LAYERS = 2
 
-    def __init__(self, plan: PairPlan) -> None:
+    def __init__(self, plan: PairPlan, reading: Reading) -> None:
         self.plan = plan
-        self.stores = {plan.sft.uri: open_store(plan.sft.uri), plan.dpo.uri: open_store(plan.dpo.uri)}
-        self.chunk_bytes = max(store.chunk_bytes for store in self.stores.values())
-        self.threads = max(store.concurrency for store in self.stores.values())
+        self.stores = {parent.uri: open_planned(parent.uri, parent.files) for parent in (plan.sft, plan.dpo)}
+        local = [store for store in self.stores.values() if store.local_path is not None]
+        self.chunk_bytes = max((store.chunk_bytes for store in local), default=CHUNK_BYTES)
+        self.threads = max((store.concurrency for store in local), default=_THREADS)
+        self.ahead = ReadAhead(plan.base, plan.sft, self.stores, reading)
         self.low_rank = lru_cache(maxsize=self._KEPT_LAYERS)(self._load_low_rank)
         self._threads = threading.local()
 
-    def read(self, checkpoint: Checkpoint, tensor: Tensor, first: int, out: memoryview) -> memoryview:
-        """Fill `out` with the tensor's elements from `first` on, as stored."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.ahead.__exit__(kind, error, trace)
+
+    def read(
+        self, checkpoint: Checkpoint, tensor: Tensor, first: int, piece: Piece | None, out: memoryview
+    ) -> memoryview:
+        """The tensor's elements from `first` on, as stored: those that were read ahead, or `out` filled with them."""
+        if piece is not None:
+            return piece.view()
         etag = checkpoint.files[tensor.file].etag
         start = tensor.start + first * DTYPE_BYTES[tensor.dtype]
         self.stores[checkpoint.uri].read_into(tensor.file, start, out, etag=etag)
@@ -130,37 +160,47 @@ class _Parents:
     def _load_factor(self, tensor: Tensor) -> Float64:
         from expo_ray.arithmetic.low_rank import widen
 
-        data = self.read(self.plan.dpo, tensor, 0, memoryview(bytearray(tensor.nbytes)))
+        data = self.read(self.plan.dpo, tensor, 0, None, memoryview(bytearray(tensor.nbytes)))
         return widen(data, tensor.dtype).reshape(tensor.shape)
 
 
 def _compute_page(
-    parents: _Parents, page: Page, slot: Sequence[memoryview], alphas: Sequence[float], device: str
+    parents: _Parents, read: ReadPage, slot: Sequence[memoryview], alphas: Sequence[float], device: str
 ) -> ComputedPage:
     """Fill `slot`, a buffer for each alpha, with a page of every output."""
+    page = read.page
     start = len(page.head)
     for out in slot:
         out[:start] = page.head
     statistics = []
-    for chunk in page.chunks:
+    for chunk, pieces in zip(page.chunks, read.pieces, strict=True):
         outs = [out[start : start + chunk.out_bytes] for out in slot]
-        statistics.append((chunk.tensor.name, _compute_chunk(parents, chunk, outs, alphas, device)))
+        statistics.append(
+            (chunk.tensor.name, _compute_chunk(parents, chunk, pieces, outs, alphas, device=device))
+        )
+        parents.ahead.release(pieces)
         start += chunk.out_bytes
     return ComputedPage([out[:start] for out in slot], statistics)
 
 
 def _compute_chunk(
-    parents: _Parents, chunk: Chunk, outs: Sequence[memoryview], alphas: Sequence[float], device: str
+    parents: _Parents,
+    chunk: Chunk,
+    pieces: _Pieces,
+    outs: Sequence[memoryview],
+    alphas: Sequence[float],
+    *,
+    device: str,
 ) -> Sequence[TensorStatistics]:
     """Fill `outs`, a buffer for each alpha; returns the statistics, none where dpo is kept."""
     tensor, first, options = chunk.tensor, chunk.first, parents.plan.options
     kept = tensor.low_rank is None and chunk.sft_first is None
     if kept and tensor.dtype == tensor.base.dtype:
-        parents.read(parents.plan.base, tensor.base, first, outs[0])
-        for out in outs[1:]:
-            out[:] = outs[0]
+        data = parents.read(parents.plan.base, tensor.base, first, pieces[0], outs[0])
+        for out in outs[0 if pieces[0] else 1 :]:
+            out[:] = data
         return ()
-    dpo, sft, rule = _operands(parents, chunk)
+    dpo, sft, rule = _operands(parents, chunk, pieces)
     statistics = load_kernel(rule, device)(
         dpo, sft, outs,
         alphas=[0.0 if kept else alpha * tensor.multiplier for alpha in alphas],
@@ -169,16 +209,16 @@ def _compute_chunk(
     return () if kept else statistics
 
 
-def _operands(parents: _Parents, chunk: Chunk) -> tuple[memoryview, memoryview, Rule]:
+def _operands(parents: _Parents, chunk: Chunk, pieces: _Pieces) -> tuple[memoryview, memoryview, Rule]:
     """Read a chunk of both parents; the same elements twice where dpo is kept and only its dtype changes."""
     tensor, rounding = chunk.tensor, parents.plan.options.rounding
     scratch = parents.scratch("base", chunk.count * DTYPE_BYTES[tensor.base.dtype])
-    base = parents.read(parents.plan.base, tensor.base, chunk.first, scratch)
+    base = parents.read(parents.plan.base, tensor.base, chunk.first, pieces[0], scratch)
     if tensor.low_rank is not None:  # the base is sft, and dpo is sft with the adapter merged
         dpo, sft = parents.low_rank(tensor.low_rank).merged(base, tensor.base.dtype, chunk.first)
         return dpo, sft, Rule("F64", "F64", tensor.dtype, rounding)
     if tensor.sft is None or chunk.sft_first is None:
         return base, base, Rule(tensor.base.dtype, tensor.base.dtype, tensor.dtype, rounding)
     scratch = parents.scratch("sft", chunk.count * DTYPE_BYTES[tensor.sft.dtype])
-    sft = parents.read(parents.plan.sft, tensor.sft, chunk.sft_first, scratch)
+    sft = parents.read(parents.plan.sft, tensor.sft, chunk.sft_first, pieces[1], scratch)
     return base, sft, Rule(tensor.base.dtype, tensor.sft.dtype, tensor.dtype, rounding)

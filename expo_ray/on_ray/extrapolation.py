@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -26,6 +27,7 @@ from expo_ray.extrapolation.run_job import Executor, Failures
 from expo_ray.extrapolation.shard import extrapolate_shard
 from expo_ray.on_ray.cluster import SHARD_IO
 from expo_ray.progress import Progress, size_text
+from expo_ray.storage.pace import in_a_hurry
 
 log = logging.getLogger("expo_ray")
 
@@ -231,16 +233,18 @@ def run_until_cancelled(work: Callable[[Callable[[int], None]], T]) -> T:
             future.set_exception(error)
 
     started, thread = False, threading.Thread(target=run, name="shard", daemon=True)
-    while True:
-        try:
-            if not started:
-                started = True
-                thread.start()
-            while not future.done():  # an interrupt is noticed only after a wait, so waits are short
-                wait([future], timeout=_LOOK_UP_S)
-            break
-        except KeyboardInterrupt:
-            cancelled.set()
+    with ExitStack() as stack:
+        while True:
+            try:
+                if not started:
+                    started = True
+                    thread.start()
+                while not future.done():  # an interrupt is noticed only after a wait, so waits are short
+                    wait([future], timeout=_LOOK_UP_S)
+                break
+            except KeyboardInterrupt:
+                cancelled.set()
+                stack.enter_context(in_a_hurry())
     if cancelled.is_set():
         raise KeyboardInterrupt
     return future.result()

@@ -20,6 +20,7 @@ from expo_ray.extrapolation.plan import PairPlan, plan_from_headers
 from expo_ray.extrapolation.publish import scaled_config_file
 from expo_ray.extrapolation.stream import compute_pages
 from expo_ray.home import cache_folder
+from expo_ray.serving.cache_room import lease, locked, make_room
 from expo_ray.storage import open_store
 from expo_ray.text import shown_names
 
@@ -125,9 +126,11 @@ def write_adapter(plan: PairPlan, alpha: float) -> Path:
         raise ArithmeticFault(str(error)) from error
     weights = cache_folder() / "adapters" / plan.plan_id(0)
     (file,) = (shard.file for shard in plan.shards)
+    _lease(weights)
     if not (weights / file).is_file():
         write_adapter_weights(plan)
     folder = cache_folder() / "adapters" / plan.plan_id(alpha)
+    _lease(folder)
     open_store(str(folder)).put(ADAPTER_CONFIG, config)
     if folder != weights and not (folder / file).exists():
         (folder / file).unlink(missing_ok=True)  # a link to a cache that was moved
@@ -143,8 +146,17 @@ def write_adapter_weights(plan: PairPlan) -> None:
         StorageError: if it cannot be read, or the cache not be written.
     """
     (shard,) = plan.shards
-    store = open_store(str(cache_folder() / "adapters" / plan.plan_id(0)))
+    folder = cache_folder() / "adapters" / plan.plan_id(0)
+    _lease(folder)
+    make_room(folder, shard.size)
+    store = open_store(str(folder))
     with store.writer(shard.file, shard.size) as writer:
         for page in compute_pages(plan, 0, [0.0], "cpu"):
             writer.write(page.outs[0])
         writer.commit()
+
+
+def _lease(folder: Path) -> None:
+    """Keep a folder of the cache, under a lock, as another process may be evicting it."""
+    with locked(folder):
+        lease(folder)

@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
+import logging
 import shutil
+from collections import deque
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
 from expo_ray.checkpoint.folder import Checkpoint
-from expo_ray.errors import CheckpointError, StorageError
+from expo_ray.errors import CheckpointError, StorageError, TransientStorageError
 from expo_ray.extrapolation.manifest import MANIFEST
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.home import CACHE_VARIABLE, cache_folder
-from expo_ray.progress import size_text
 from expo_ray.published.verify import read_manifest, refuse_foreign_files
-from expo_ray.storage import FileInfo, Store, local_path, open_store
-from expo_ray.storage.local_writer import free_bytes
+from expo_ray.serving.cache_room import lease, locked, make_room
+from expo_ray.storage import FileInfo, Store, local_path, open_planned, open_store
+from expo_ray.storage.checksums import has_awscrt, next_checksum
+from expo_ray.storage.retry import READINGS
 from expo_ray.storage.uri import check_key, check_listing
 from expo_ray.text import shown
 from expo_ray.untrusted import TOKENIZER_BYTES, parse_json_object
 
 _COMPLETE = ".complete.json"
 _FILES_AT_ONCE = 4
+# Ranges of one file, and of all, that are read at once; each takes the memory of a chunk.
+_RANGES_OF_A_FILE = 6
+_RANGES_AT_ONCE = 16
+_SHA256_DIGITS = 64
+
+log = logging.getLogger("expo_ray")
 
 
 def download_parents(plan: PairPlan) -> PairPlan:
@@ -54,7 +61,7 @@ def rebuild_engine_folder(plan: PairPlan) -> Path:
     if not plan.dpo.adapter:
         return Path(local.dpo.uri)
     folder = cache_folder() / "engines" / plan.plan_id(0)
-    with _lock(folder):
+    with locked(folder):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         weights = {key: local.sft for key in local.sft.files if key not in local.sft.side_files}
@@ -82,7 +89,7 @@ def _download_checkpoint(checkpoint: Checkpoint) -> Checkpoint:
     """Download a parent, unless it is local, and return it with the copy's address and files."""
     if local_path(checkpoint.uri) is not None:
         return checkpoint
-    folder = _download_once(open_store(checkpoint.uri), checkpoint.files)
+    folder = _download_once(open_planned(checkpoint.uri, checkpoint.files), checkpoint.files)
     store = open_store(str(folder))
     return replace(checkpoint, uri=store.uri, files={key: store.stat(key) for key in checkpoint.files})
 
@@ -94,39 +101,28 @@ def _download_once(store: Store, files: Mapping[str, FileInfo]) -> Path:
         raise StorageError(f"{store.uri}: {_COMPLETE} is a name that copies on a node need; rename this file")
     identity = json.dumps([store.uri, *([info.key, info.size, info.etag] for info in files.values())])
     folder = cache_folder() / "models" / hashlib.sha256(identity.encode()).hexdigest()[:16]
-    with _lock(folder):
+    with locked(folder):
+        lease(folder)
         if not _is_whole(folder):
             shutil.rmtree(folder, ignore_errors=True)
-            _check_space(folder, files)
+            make_room(folder, sum(info.size for info in files.values()))
             _download_files(store, files, folder)
     return folder
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Keep other processes of this node away from `folder`.
-
-    `flock` and not a lock file of our making: the kernel releases it when the process that holds it is killed.
-    """
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        file = folder.with_name(f"{folder.name}.lock").open("w")
-    except OSError as error:
-        raise StorageError(
-            f"{folder.parent}: {error.strerror}; set {CACHE_VARIABLE} to a folder that can be written"
-        ) from error
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _download_files(store: Store, files: Mapping[str, FileInfo], folder: Path) -> None:
     """Download all files, compare them with the manifest, and write the marker of a whole copy last."""
     expected = _manifest_digests(store, files)
-    with ThreadPoolExecutor(_FILES_AT_ONCE, "fetch") as pool:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (
+        ThreadPoolExecutor(_FILES_AT_ONCE, "fetch") as pool,
+        ThreadPoolExecutor(_RANGES_AT_ONCE, "range") as ranges,
+    ):
         digests = dict(
             zip(
-                files, pool.map(lambda info: _download_file(store, info, folder), files.values()), strict=True
+                files,
+                pool.map(lambda info: _download_file(store, info, folder, ranges), files.values()),
+                strict=True,
             )
         )
     for key, digest in expected.items():
@@ -150,19 +146,57 @@ def _manifest_digests(store: Store, files: Mapping[str, FileInfo]) -> dict[str, 
     return shards | {key: file["sha256"] for key, file in manifest["files"].items()}
 
 
-def _download_file(store: Store, info: FileInfo, folder: Path) -> str:
-    """Download one file into `folder` and nowhere else; returns its sha256."""
+def _download_file(store: Store, info: FileInfo, folder: Path, ranges: ThreadPoolExecutor) -> str:
+    """Download one file into `folder` and nowhere else; returns its sha256.
+
+    Raises:
+        TransientStorageError: if it has not the digest or checksum that its store keeps, again and again.
+    """
     path = folder / check_key(info.key, store.uri)
     path.parent.mkdir(parents=True, exist_ok=True)
     assert path.parent.resolve().is_relative_to(folder.resolve()), "check_key lets nothing else pass"
-    digest, buffer = hashlib.sha256(), memoryview(bytearray(store.chunk_bytes))
-    with _new_file(path, store, info.key) as file:
+    known = store.checksum(info) if has_awscrt() and info.size else None
+    sha256 = info.etag if store.uri.startswith("hf://") and len(info.etag) == _SHA256_DIGITS else ""
+    once = known is not None or bool(sha256)
+    for _ in range(READINGS):
+        digest = hashlib.sha256()
+        crc = None
+        with _new_file(path, store, info.key) as file:
+            for view in _in_order(store, info, ranges, once=once):
+                digest.update(view)
+                file.write(view)
+                crc = next_checksum(known.algorithm, view, crc) if known else None
+        if sha256 in {"", digest.hexdigest()} and (known is None or known.value == crc):
+            return digest.hexdigest()
+        log.warning("%s/%s: bits flipped on their way; fetching it again", store.uri, info.key)
+        path.unlink()
+    raise TransientStorageError(
+        f"{store.uri}/{info.key}: the bytes that arrive do not have the {known.algorithm if known else 'sha256'} that the store keeps "
+        "of this file; use https"
+    )
+
+
+def _in_order(
+    store: Store, info: FileInfo, ranges: ThreadPoolExecutor, *, once: bool
+) -> Iterator[memoryview]:
+    """The bytes of a file, front to back, a few ranges of it being read at once."""
+
+    def read(start: int) -> memoryview:
+        view = memoryview(bytearray(min(store.chunk_bytes, info.size - start)))
+        store.read_into(info.key, start, view, etag=info.etag, once=once)
+        return view
+
+    under_way: deque[Future[memoryview]] = deque()
+    try:
         for start in range(0, info.size, store.chunk_bytes):
-            view = buffer[: min(store.chunk_bytes, info.size - start)]
-            store.read_into(info.key, start, view, etag=info.etag)
-            digest.update(view)
-            file.write(view)
-    return digest.hexdigest()
+            under_way.append(ranges.submit(read, start))
+            if len(under_way) == _RANGES_OF_A_FILE:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    finally:
+        for future in under_way:
+            future.cancel()
 
 
 def _new_file(path: Path, store: Store, key: str) -> BinaryIO:
@@ -195,12 +229,3 @@ def _is_same(path: Path, sha256: str, size: int, mtime_ns: int) -> bool:
         return stat.st_size == size
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest() == sha256
-
-
-def _check_space(folder: Path, files: Mapping[str, FileInfo]) -> None:
-    need, free = sum(info.size for info in files.values()), free_bytes(str(folder.parent))
-    if free is not None and need > free:
-        raise StorageError(
-            f"{folder.parent}: {size_text(need)} are to be fetched, {size_text(free)} are free; free space, or set "
-            f"{CACHE_VARIABLE} to a folder on another disk"
-        )

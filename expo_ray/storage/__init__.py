@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Mapping
+from functools import cache, lru_cache
 from typing import assert_never
 
 from expo_ray.config.fields import check_output
 from expo_ray.errors import OutputError
 from expo_ray.storage.local import LocalStore
 from expo_ray.storage.memory import MemoryStore
+from expo_ray.storage.pace import pace_of
 from expo_ray.storage.protocol import FileInfo, Store, Writer, check_conditional_writes
 from expo_ray.storage.uri import Scheme, join_uri, local_path, split_file, split_uri
 
@@ -22,6 +24,7 @@ __all__ = [
     "local_path",
     "open_output",
     "open_output_file",
+    "open_planned",
     "open_store",
     "split_file",
 ]
@@ -40,6 +43,23 @@ def open_store(uri: str) -> Store:
     scheme, rest = split_uri(uri)
     path = local_path(uri)
     return _open(scheme, f"{scheme}://{rest.rstrip('/')}" if path is None else str(path))
+
+
+def open_planned(uri: str, files: Mapping[str, FileInfo]) -> Store:
+    """Return the store of a folder that was looked at while planning; the Hub is not asked for commit and files again.
+
+    A thousand tasks would ask at the same time, and the Hub allows a few hundred such questions in five minutes.
+
+    Args:
+        uri: as the store that listed the folder named itself, with the commit of a Hub repository.
+        files: those that will be read. The store may know no others.
+
+    Raises:
+        StorageError: as `open_store`.
+    """
+    if split_uri(uri)[0] != "hf" or uri in _looked_up:
+        return open_store(uri)
+    return _open_planned(uri, tuple(files.values()))
 
 
 def open_output(uri: str) -> Store:
@@ -70,7 +90,10 @@ def forget_stores() -> None:
     from expo_ray.storage.s3_connection import connect
 
     _open.cache_clear()
+    _open_planned.cache_clear()
+    _looked_up.clear()
     connect.cache_clear()
+    pace_of.cache_clear()
 
 
 @cache
@@ -88,5 +111,19 @@ def _open(scheme: Scheme, uri: str) -> Store:
         case "hf":
             from expo_ray.storage.hub import HubStore
 
-            return HubStore(uri)
+            if uri in _looked_up:
+                return _looked_up[uri]
+            store = HubStore(uri)
+            return _looked_up.setdefault(store.uri, store)  # a plan names it with its commit
     assert_never(scheme)
+
+
+# Repositories of the Hub that this process has looked at, by their URI with the commit.
+_looked_up: dict[str, Store] = {}
+
+
+@lru_cache(maxsize=64)
+def _open_planned(uri: str, files: tuple[FileInfo, ...]) -> Store:
+    from expo_ray.storage.hub import HubStore
+
+    return HubStore(uri, {info.key: info for info in files})

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
@@ -14,10 +15,12 @@ from pydantic import Field
 
 from expo_ray.config.fields import READ_ONLY
 from expo_ray.errors import InputChanged, NotFound, StorageError, TransientStorageError
+from expo_ray.storage.checksums import Checksum
 from expo_ray.storage.hub_errors import translate
 from expo_ray.storage.local import fill
-from expo_ray.storage.protocol import MOST_BYTES, FileInfo, Writer, check_size
-from expo_ray.storage.retry import copy_pieces, equal_pieces, read_agreed, retry_translated
+from expo_ray.storage.pace import pace_of
+from expo_ray.storage.protocol import BUFFER_BYTES, MOST_BYTES, FileInfo, Writer, check_size
+from expo_ray.storage.retry import copy_pieces, equal_pieces, read_agreed, reads_twice, retry_translated
 from expo_ray.storage.uri import check_key, check_listing
 from expo_ray.text import remember_secret, shown
 from expo_ray.untrusted import Foreign, validated
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 
 TIMEOUT_S = 10.0  # without a byte
 LOOKUP_TIMEOUT_S = 30.0  # the Hub takes its time over repositories of many files
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _PARTIAL_CONTENT = 206
 _EXPIRED = {401, 403, 404, 410}  # what signed addresses answer after a while
 
@@ -55,6 +59,7 @@ class HubStore:
     Args:
         uri: `hf://org/name`, `hf://org/name@revision` or `hf://org/name@revision/folder`; a revision with a slash is written
             with `%2F`, or as `refs/pr/<n>`.
+        planned: files of the commit that `uri` names, if they are known; the Hub is then not asked for them.
 
     Attributes:
         uri: with the commit as revision, so that opening it again reads the same files.
@@ -65,7 +70,7 @@ class HubStore:
     chunk_bytes = 8 << 20  # a request to the Hub takes longer than one within a data centre
     concurrency = 8
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, planned: Mapping[str, FileInfo] | None = None) -> None:
         try:
             from huggingface_hub import HfApi, parse_hf_uri
             from huggingface_hub.errors import HfUriError
@@ -88,7 +93,10 @@ class HubStore:
         self._api: HfApi = HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None)
         remember_token()
         named = f"hf://{self._repo}" + (f"@{parsed.revision}" if parsed.revision else "")
-        self.revision, self._files = self._ask(lambda: self._look(named, parsed.revision), named)
+        if planned is None or not _COMMIT.fullmatch(parsed.revision or ""):
+            self.revision, self._files = self._ask(lambda: self._look(named, parsed.revision), named)
+        else:
+            self.revision, self._files = parsed.revision or "", dict(planned)
         self.uri = f"hf://{self._repo}@{self.revision}/{self._folder}".rstrip("/")
         self._locations: dict[str, str] = {}
 
@@ -116,7 +124,7 @@ class HubStore:
             f"{uri}: the bytes that arrive do not have the digest {info.etag} that the Hub lists"
         )
 
-    def read_into(self, key: str, start: int, out: memoryview, *, etag: str) -> None:
+    def read_into(self, key: str, start: int, out: memoryview, *, etag: str, once: bool = False) -> None:
         info = self.stat(key)
         uri = f"{self.uri}/{key}"
         view = out.cast("B")
@@ -133,10 +141,13 @@ class HubStore:
         def agrees(_: None) -> bool:
             return self._ask(lambda: equal_pieces(self._range(key, start, len(view)), view), uri)
 
-        if self._guarded:
+        if self.guarded or (once and not reads_twice()):
             copy()
         else:
             read_agreed(copy, agrees, uri)
+
+    def checksum(self, info: FileInfo) -> Checksum | None:
+        return None  # SHA-256, which ranges do not combine into
 
     def put(self, key: str, data: bytes) -> FileInfo:
         self._refuse()
@@ -144,7 +155,7 @@ class HubStore:
     def put_if_absent(self, key: str, data: bytes) -> FileInfo:
         self._refuse()
 
-    def writer(self, key: str, size: int) -> Writer:
+    def writer(self, key: str, size: int, *, buffer_bytes: int = BUFFER_BYTES) -> Writer:
         self._refuse()
 
     def delete(self, key: str) -> None:
@@ -154,7 +165,7 @@ class HubStore:
         raise StorageError(f"{self.uri}: {READ_ONLY}")
 
     @property
-    def _guarded(self) -> bool:
+    def guarded(self) -> bool:
         return self._api.endpoint.startswith("https://")
 
     def _look(self, named: str, revision: str | None) -> tuple[str, dict[str, FileInfo]]:
@@ -260,7 +271,8 @@ class HubStore:
             )
 
     def _ask(self, ask: Callable[[], T], uri: str) -> T:
-        return retry_translated(ask, lambda error: translate(error, uri, self._api.endpoint))
+        endpoint = self._api.endpoint
+        return retry_translated(ask, lambda error: translate(error, uri, endpoint), pace_of(endpoint))
 
 
 def remember_token() -> None:

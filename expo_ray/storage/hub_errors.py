@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from expo_ray.errors import NotFound, StorageError, TransientStorageError
+from typing import Any
+
+from expo_ray.errors import NotFound, SlowDown, StorageError, TransientStorageError
 from expo_ray.text import shown
 
+_SLOW_DOWN_STATUS = {429, 503}
 TRANSIENT_STATUS = {408, 429, 500, 502, 503, 504}
 
 # By class name, the most derived first: the classes themselves sit in libraries that take a second to import.
@@ -44,7 +47,7 @@ def translate(error: Exception, uri: str, endpoint: str) -> StorageError:
             cause = shown(error) or type(error).__name__
             return raised(f"{uri}: " + text.format(endpoint=endpoint, repo=repo, error=cause))
         if kind.__name__ == "HfHubHTTPError":
-            return _answered(error.response.status_code, uri, endpoint)  # type: ignore[attr-defined]
+            return _answered(error.response, uri, endpoint)  # type: ignore[attr-defined]
     if isinstance(
         error, LookupError | TypeError | AttributeError | ValueError | ArithmeticError | RecursionError
     ):
@@ -54,9 +57,25 @@ def translate(error: Exception, uri: str, endpoint: str) -> StorageError:
     return StorageError(f"{uri}: {shown(error)}")
 
 
-def _answered(status: int, uri: str, endpoint: str) -> StorageError:
+def _answered(response: Any, uri: str, endpoint: str) -> StorageError:
+    status = response.status_code
+    if status in _SLOW_DOWN_STATUS:
+        error = SlowDown(f"{uri}: {endpoint} answered {status}")
+        error.retry_after_s = _retry_after_s(response)
+        return error
     if status in TRANSIENT_STATUS:
         return TransientStorageError(f"{uri}: {endpoint} answered {status}")
     if status in {401, 403}:
         return StorageError(f"{uri}: {endpoint} answered {status}; set HF_TOKEN to a token that may read it")
     return StorageError(f"{uri}: {endpoint} answered {status}")
+
+
+def _retry_after_s(response: Any) -> float:
+    """Seconds until the Hub wants to be asked again, by `Retry-After` or by the header of its rate limits; 0 if it does not say."""
+    from huggingface_hub.utils._http import parse_ratelimit_headers
+
+    text = response.headers.get("Retry-After", "")
+    if text.isdecimal():
+        return float(text)
+    limit = parse_ratelimit_headers(response.headers)
+    return float(limit.reset_in_seconds) if limit else 0.0

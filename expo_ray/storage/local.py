@@ -10,8 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from expo_ray.errors import AlreadyExists, InputChanged, NotFound, StorageError
+from expo_ray.storage.checksums import Checksum
 from expo_ray.storage.local_writer import TEMP_PREFIX, LocalWriter, etag_of, info_of, named
-from expo_ray.storage.protocol import MOST_BYTES, FileInfo, check_size
+from expo_ray.storage.protocol import BUFFER_BYTES, MOST_BYTES, FileInfo, check_size
 from expo_ray.storage.uri import check_key, local_path
 from expo_ray.text import shown
 
@@ -30,6 +31,7 @@ class LocalStore:
     # took 2.4 s.
     chunk_bytes = 1 << 20
     concurrency = 2
+    guarded = True
 
     def __init__(self, uri: str) -> None:
         path = local_path(uri)
@@ -68,7 +70,7 @@ class LocalStore:
             check_size(str(path), len(data), most_bytes)  # files of /proc have no size, others may grow
         return data
 
-    def read_into(self, key: str, start: int, out: memoryview, *, etag: str) -> None:
+    def read_into(self, key: str, start: int, out: memoryview, *, etag: str, once: bool = False) -> None:
         path = self._path(key)
         with _opened(path) as fd:
             filled = fill(fd, start, out)
@@ -78,6 +80,9 @@ class LocalStore:
             raise InputChanged(f"{path} was replaced since it was planned; plan again")
         if filled < out.nbytes:
             raise StorageError(f"{path} ends at byte {status.st_size}, before byte {start + out.nbytes}")
+
+    def checksum(self, info: FileInfo) -> Checksum | None:
+        return None
 
     def put(self, key: str, data: bytes) -> FileInfo:
         with self.writer(key, len(data)) as writer:
@@ -95,7 +100,7 @@ class LocalStore:
                     raise AlreadyExists(f"{path} already holds something else") from None
         return self.stat(key)
 
-    def writer(self, key: str, size: int) -> LocalWriter:
+    def writer(self, key: str, size: int, *, buffer_bytes: int = BUFFER_BYTES) -> LocalWriter:
         return LocalWriter(self._path(key), key, size)
 
     def delete(self, key: str) -> None:

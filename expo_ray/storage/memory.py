@@ -10,7 +10,8 @@ from pathlib import Path
 from typing_extensions import Buffer
 
 from expo_ray.errors import AlreadyExists, InputChanged, NotFound, StorageError
-from expo_ray.storage.protocol import MOST_BYTES, FileInfo, Writer, check_size
+from expo_ray.storage.checksums import Checksum
+from expo_ray.storage.protocol import BUFFER_BYTES, MOST_BYTES, FileInfo, Writer, check_size
 from expo_ray.storage.uri import check_key, split_bucket
 
 _OBJECTS: dict[str, dict[str, bytes]] = defaultdict(dict)
@@ -27,6 +28,7 @@ class MemoryStore:
     local_path: Path | None = None
     chunk_bytes = 1 << 20
     concurrency = 2
+    guarded = True
 
     def __init__(self, uri: str) -> None:
         name, folder = split_bucket(uri.removeprefix("memory://"))
@@ -58,13 +60,16 @@ class MemoryStore:
         check_size(f"{self.uri}/{key}", len(data), most_bytes)
         return data
 
-    def read_into(self, key: str, start: int, out: memoryview, *, etag: str) -> None:
+    def read_into(self, key: str, start: int, out: memoryview, *, etag: str, once: bool = False) -> None:
         data = self.read(key)
         if _info(key, data).etag != etag:
             raise InputChanged(f"{self.uri}/{key} was replaced since it was planned; plan again")
         if start + len(out) > len(data):
             raise StorageError(f"{self.uri}/{key} ends at byte {len(data)}, before byte {start + len(out)}")
         out[:] = data[start : start + len(out)]
+
+    def checksum(self, info: FileInfo) -> Checksum | None:
+        return None
 
     def put(self, key: str, data: bytes) -> FileInfo:
         with _LOCK:
@@ -78,7 +83,7 @@ class MemoryStore:
             raise AlreadyExists(f"{self.uri}/{key} already holds something else")
         return _info(key, data)
 
-    def writer(self, key: str, size: int) -> MemoryWriter:
+    def writer(self, key: str, size: int, *, buffer_bytes: int = BUFFER_BYTES) -> MemoryWriter:
         check_key(key, self.uri)
         return MemoryWriter(self, key, size)
 

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
-from expo_ray.errors import NotFound, StorageError, TransientStorageError
+from expo_ray.errors import NotFound, SlowDown, StorageError, TransientStorageError
 from expo_ray.storage.s3_connection import NOWHERE, SET_CREDENTIALS, Connection
 from expo_ray.text import shown
 
+if TYPE_CHECKING:
+    from botocore.exceptions import ClientError
+
+# Answers of a store that is asked too much.
+_SLOW_DOWN_STATUS = {429, 503}
+_SLOW_DOWN_CODES = {"SlowDown", "RequestLimitExceeded", "ThrottlingException", "TooManyRequests"}
 # Answers after which the same request, or the same upload from its start, may succeed: overload, an upload that is gone, and damage
 # on the way (our requests to complete an upload are well-formed and name the right parts when they leave).
 TRANSIENT_STATUS = {408, 429, 500, 502, 503, 504}
@@ -25,6 +32,16 @@ TRANSIENT_CODES = {
     "SlowDown",
     "XAmzContentChecksumMismatch",
     "XAmzContentSHA256Mismatch",
+    *_SLOW_DOWN_CODES,
+}
+# Answers of a store that is asked too much.
+_SLOW_DOWN_STATUS = {429, 503}
+_SLOW_DOWN_CODES = {
+    "SlowDown",
+    "RequestLimitExceeded",
+    "Throttling",
+    "ThrottlingException",
+    "TooManyRequests",
 }
 _REGION_CODES = {"AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}
 _CREDENTIAL_CODES = {"ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch"}
@@ -54,17 +71,57 @@ def translate(error: Exception, uri: str, connection: Connection) -> StorageErro
     """
     if "credential provider: KeyboardInterrupt" in str(error):
         raise KeyboardInterrupt from error
-    status = status_of(error)
-    return _answered(status, str(error), uri, connection) if status else _unanswered(error, uri, connection)
+    if status := status_of(error):
+        text = str(error)
+        code = match[1] if (match := _CODE.search(text)) else ""
+        message = match[1] if (match := _MESSAGE.search(text)) else ""
+        return _answered(status, code, message, uri, connection)
+    return _unanswered(error, uri, connection)
 
 
-def _answered(status: int, text: str, uri: str, connection: Connection) -> StorageError:
-    code = match[1] if (match := _CODE.search(text)) else ""
-    message = match[1] if (match := _MESSAGE.search(text)) else ""
+def translate_botocore(error: Exception, uri: str, connection: Connection) -> StorageError:
+    """As `translate`, for an error of botocore."""
+    from botocore.exceptions import ClientError, ConnectionError, HTTPClientError, SSLError
+
+    if isinstance(error, ClientError):
+        answer = error.response.get("Error", {})
+        status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+        code, message = str(answer.get("Code", "")), str(answer.get("Message", ""))
+        raised = _answered(status, "" if code == str(status) else code, message, uri, connection)
+        if isinstance(raised, SlowDown):
+            raised.retry_after_s = retry_after_s(error)
+        return raised
+    if isinstance(error, SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return _untrusted(uri, connection)
+    if isinstance(error, ConnectionError | HTTPClientError | OSError):
+        return TransientStorageError(
+            f"{uri}: no complete answer from {connection.endpoint} ({type(error).__name__})"
+        )
+    return StorageError(f"{uri}: {shown(error, 500)}; {SET_CREDENTIALS}")
+
+
+def code_of(error: Exception) -> str:
+    """Code of an answer to botocore; empty if there was none."""
+    response = getattr(error, "response", None) or {}
+    return str(response.get("Error", {}).get("Code", ""))
+
+
+def retry_after_s(error: ClientError) -> float:
+    """Seconds after which the store wants to be asked again; 0 if it does not say, or names a date."""
+    headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    text = headers.get("retry-after", "")
+    return float(text) if text.isdecimal() else 0.0
+
+
+def _answered(status: int, code: str, message: str, uri: str, connection: Connection) -> StorageError:
     said = shown(" ".join(filter(None, [str(status), code, message])), 500)
     bucket = f"bucket {connection.bucket!r} at {connection.endpoint}"
     if status in TRANSIENT_STATUS or code in TRANSIENT_CODES:
-        return TransientStorageError(f"{uri}: the store answered {said}")
+        slow_down = status in _SLOW_DOWN_STATUS or code in _SLOW_DOWN_CODES
+        kind = SlowDown if slow_down else TransientStorageError
+        error = kind(f"{uri}: the store answered {said}")
+        error.passes_with_time = slow_down or status in TRANSIENT_STATUS
+        return error
     if code in _REGION_CODES or status in _REDIRECTS:
         return _elsewhere(uri, connection, bucket, said)
     if code == "NoSuchBucket":
@@ -103,9 +160,7 @@ def _unanswered(error: Exception, uri: str, connection: Connection) -> StorageEr
     if NOWHERE in text and "tcp connect error" in text:
         return _elsewhere(uri, connection, connection.bucket)
     if "InvalidCertificate" in text:
-        return StorageError(
-            f"{uri}: the TLS certificate of {connection.endpoint} is not trusted; set AWS_CA_BUNDLE to the file of its authority"
-        )
+        return _untrusted(uri, connection)
     if "HTTP error" in text or isinstance(error, TimeoutError):
         causes = ["".join(groups) for groups in _CAUSE.findall(text)]
         cause = causes[-1] if causes else "the connection broke"
@@ -114,3 +169,9 @@ def _unanswered(error: Exception, uri: str, connection: Connection) -> StorageEr
     if type(error).__name__ == "UnauthenticatedError":
         return StorageError(f"{uri}: {said}; {SET_CREDENTIALS}")
     return StorageError(f"{uri}: {said}")
+
+
+def _untrusted(uri: str, connection: Connection) -> StorageError:
+    return StorageError(
+        f"{uri}: the TLS certificate of {connection.endpoint} is not trusted; set AWS_CA_BUNDLE to the file of its authority"
+    )

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from expo_ray.errors import AlreadyExists, InputChanged, NotFound, StorageError, TransientStorageError
-from expo_ray.storage.object_errors import status_of, translate
+from expo_ray.errors import (
+    AlreadyExists,
+    InputChanged,
+    NotFound,
+    SlowDown,
+    StorageError,
+    TransientStorageError,
+)
+from expo_ray.storage.checksums import CRC_BYTES, Checksum, parse_checksum
+from expo_ray.storage.object_errors import retry_after_s, status_of, translate, translate_botocore
 from expo_ray.storage.object_writer import S3Writer
-from expo_ray.storage.protocol import MOST_BYTES, FileInfo, check_size
-from expo_ray.storage.retry import copy_pieces, equal_pieces, read_agreed, retry_translated
+from expo_ray.storage.protocol import BUFFER_BYTES, MOST_BYTES, FileInfo, check_size
+from expo_ray.storage.retry import copy_pieces, equal_pieces, read_agreed, reads_twice, retry_translated
 from expo_ray.storage.s3_connection import connect
 from expo_ray.storage.uri import check_key, split_bucket
 from expo_ray.text import shown
@@ -37,7 +45,7 @@ class S3Store:
     """
 
     local_path: Path | None = None
-    chunk_bytes = 4 << 20
+    chunk_bytes = 8 << 20
     concurrency = 8
 
     def __init__(self, uri: str) -> None:
@@ -52,7 +60,7 @@ class S3Store:
         return S3Store, (self.uri,)
 
     @property
-    def _guarded(self) -> bool:
+    def guarded(self) -> bool:
         """True if TLS guards what is read; if not, every range is read twice."""
         return self._connection.guarded
 
@@ -108,7 +116,7 @@ class S3Store:
 
         return self._agreed(ask, lambda data: self._retry(ask, uri) == data, uri)
 
-    def read_into(self, key: str, start: int, out: memoryview, *, etag: str) -> None:
+    def read_into(self, key: str, start: int, out: memoryview, *, etag: str, once: bool = False) -> None:
         path = self._path(key)
         uri = f"{self.uri}/{key}"
         view = out.cast("B")
@@ -116,11 +124,33 @@ class S3Store:
             return
 
         fetch = partial(self._range, path, start, len(view), etag, uri)
+        if once and not reads_twice():
+            self._retry(lambda: copy_pieces(fetch(), view, uri), uri)
+            return
         self._agreed(
             lambda: copy_pieces(fetch(), view, uri),
             lambda _: self._retry(lambda: equal_pieces(fetch(), view), uri),
             uri,
         )
+
+    def checksum(self, info: FileInfo) -> Checksum | None:
+        client = self._connection.headers
+        wanted = {"Bucket": self._connection.bucket, "Key": self._path(info.key)}
+        uri = f"{self.uri}/{info.key}"
+        try:
+            answer: Mapping[str, Any] = retry_translated(
+                lambda: client.head_object(**wanted, ChecksumMode="ENABLED"),
+                lambda error: translate_botocore(error, uri, self._connection),
+                self._connection.pace,
+            )
+        except TransientStorageError:
+            raise
+        except StorageError:  # the caller reads on, and that says more than this request could
+            return None
+        if not _same(answer.get("ETag"), info.etag) or answer.get("ChecksumType") == "COMPOSITE":
+            return None
+        said = ((name, answer.get(f"Checksum{name}", "")) for name in CRC_BYTES)
+        return next((parse_checksum(name, text) for name, text in said if text), None)
 
     def put(self, key: str, data: bytes) -> FileInfo:
         import obstore
@@ -148,9 +178,16 @@ class S3Store:
 
         return self._retry(ask, f"{self.uri}/{key}")
 
-    def writer(self, key: str, size: int) -> S3Writer:
+    def writer(self, key: str, size: int, *, buffer_bytes: int = BUFFER_BYTES) -> S3Writer:
         path = self._path(key)
-        return S3Writer(self._connection, path, f"{self.uri}/{key}", size, lambda: self.stat(key))
+        return S3Writer(
+            self._connection,
+            path,
+            lambda: self.stat(key),
+            uri=f"{self.uri}/{key}",
+            size=size,
+            buffer_bytes=buffer_bytes,
+        )
 
     def delete(self, key: str) -> None:
         import obstore
@@ -196,10 +233,34 @@ class S3Store:
         def read() -> T:
             return self._retry(ask, uri)
 
-        return read() if self._guarded else read_agreed(read, agrees, uri)
+        return read() if self.guarded else read_agreed(read, agrees, uri)
 
     def _retry(self, ask: Callable[[], T], uri: str) -> T:
-        return retry_translated(ask, lambda error: translate(error, uri, self._connection))
+        def translated(error: Exception) -> StorageError:
+            said = translate(error, uri, self._connection)
+            if isinstance(said, SlowDown):
+                said.retry_after_s = self._retry_after_s(uri)
+            return said
+
+        return retry_translated(ask, translated, self._connection.pace)
+
+    def _retry_after_s(self, uri: str) -> float:
+        """Ask once more, through a client that shows the headers of an answer, how long the store wants to be left alone.
+
+        obstore drops `Retry-After`. Of a burst of refusals, the first asks for all.
+        """
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        if self._connection.pace.in_refusal():
+            return 0.0
+        key = uri.removeprefix(f"s3://{self._connection.bucket}").strip("/")
+        try:
+            self._connection.headers.head_object(Bucket=self._connection.bucket, Key=key or "x")
+        except ClientError as error:
+            return retry_after_s(error)
+        except BotoCoreError:
+            return 0.0
+        return 0.0
 
     def _info(self, meta: ObjectMeta) -> FileInfo:
         return FileInfo(meta["path"].removeprefix(self._folder), meta["size"], meta["e_tag"] or "")

@@ -3,72 +3,96 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from typing_extensions import Buffer
 
-from expo_ray.errors import NotFound, StorageError
-from expo_ray.storage.object_errors import translate
+from expo_ray.errors import NotFound, StorageError, TransientStorageError
+from expo_ray.storage.checksums import has_awscrt
+from expo_ray.storage.object_errors import code_of, translate_botocore
 from expo_ray.storage.protocol import FileInfo, Writer
+from expo_ray.storage.retry import retry_translated
 from expo_ray.storage.s3_connection import Connection
 
-PART_BYTES = 8 << 20
+# Stores count requests, so parts are as large as the memory for them allows. S3 takes no smaller ones but the last.
+LARGEST_PART_BYTES = 32 << 20
+LEAST_PART_BYTES = 5 << 20
 MAX_PARTS = 10_000
-PARTS_IN_FLIGHT = 4
+PARTS_IN_FLIGHT = 3
+
+T = TypeVar("T")
+
+
+class _UploadGone(StorageError):
+    """The store does not know the upload: it is complete, or has to be begun anew. Asking again is in vain."""
 
 
 class S3Writer(Writer):
-    """A multipart upload, `PARTS_IN_FLIGHT` parts at a time; one plain PUT if it fits into a part.
+    """A multipart upload, a few parts at a time; one plain PUT if it fits into a part.
 
-    If the answer to the very first request is lost, or the process is killed, an upload with an unknown id stays pending: as
-    everywhere on S3, only a lifecycle rule (`AbortIncompleteMultipartUpload`) removes it.
+    Each part is repeated by itself. If the answer to the very first request is lost, or the process is killed, an upload with an
+    unknown id stays pending: as everywhere on S3, only a lifecycle rule (`AbortIncompleteMultipartUpload`) removes it.
 
     Args:
         path: key in the bucket.
+        stat: looks at the object as it is now.
         uri: for messages.
         size: bytes announced.
-        stat: looks at the object as it is now.
+        buffer_bytes: memory for parts, filling and under way.
     """
 
     def __init__(
-        self, connection: Connection, path: str, uri: str, size: int, stat: Callable[[], FileInfo]
+        self,
+        connection: Connection,
+        path: str,
+        stat: Callable[[], FileInfo],
+        *,
+        uri: str,
+        size: int,
+        buffer_bytes: int,
     ) -> None:
-        import obstore
-
         self._connection = connection
+        self._object = {"Bucket": connection.bucket, "Key": path}
         self._uri = uri
         self._size = size
         self._stat = stat
         self._written = 0
         self._open = True
         self._before = self._find()
-        self._file = obstore.open_writer(
-            connection.parts,
-            path,
-            buffer_size=max(PART_BYTES, -(-size // MAX_PARTS)),
-            max_concurrency=PARTS_IN_FLIGHT,
-        )
+        self._part_bytes = part_bytes(size, buffer_bytes)
+        self._in_flight = min(PARTS_IN_FLIGHT, buffer_bytes // self._part_bytes - 1)
+        self._filling = bytearray()
+        self._upload_id = ""
+        self._checksum: dict[str, Any] = {}
+        self._parts: list[Mapping[str, Any]] = []
+        self._under_way: deque[Future[Mapping[str, Any]]] = deque()
+        self._pool = ThreadPoolExecutor(max(1, self._in_flight), "part")
 
     def write(self, data: Buffer) -> None:
-        # A copy, because obstore reads the buffer later, while it sends a part.
-        piece = bytes(data)
-        if self._written + len(piece) > self._size:
+        view = memoryview(data).cast("B")
+        if self._written + len(view) > self._size:
             raise StorageError(f"{self._uri}: more than the {self._size} bytes announced")
-        try:
-            self._file.write(piece)
-        except Exception as error:
-            raise translate(error, self._uri, self._connection) from error
-        self._written += len(piece)
+        self._written += len(view)
+        while view:
+            room = self._part_bytes - len(self._filling)
+            self._filling += view[:room]
+            view = view[room:]
+            if len(self._filling) == self._part_bytes and self._size > self._part_bytes:
+                self._send()
 
     def commit(self) -> FileInfo:
         if self._written != self._size:
             raise StorageError(f"{self._uri}: {self._written} bytes written, {self._size} announced")
-        self._open = False
         try:
-            self._file.close()
-        except Exception as error:
-            return self._landed_nevertheless(translate(error, self._uri, self._connection))
-        info = self._stat()
+            self._finish()
+        except TransientStorageError as error:
+            info = self._landed_nevertheless(error)
+        else:
+            info = self._stat()
+        self._close()
         if info.size != self._size:
             raise StorageError(f"{self._uri} has {info.size} bytes after an upload of {self._size}")
         return info
@@ -76,13 +100,99 @@ class S3Writer(Writer):
     def abort(self) -> None:
         if not self._open:
             return
+        self._close()
+        if self._upload_id:
+            # A part that is still under way may arrive after the first attempt; the pool has waited for those.
+            with contextlib.suppress(StorageError):
+                self._ask(
+                    lambda: self._connection.headers.abort_multipart_upload(
+                        **self._object, UploadId=self._upload_id
+                    )
+                )
+
+    def _close(self) -> None:
         self._open = False
-        # obstore aborts the upload where a `with` block is left by an error, and only there.
-        with contextlib.suppress(Exception):
-            self._file.__exit__(RuntimeError, RuntimeError("aborted"), None)
+        self._filling = bytearray()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _send(self) -> None:
+        """Send the part that is full, and wait until there is memory for the next."""
+        if not self._upload_id:
+            self._upload_id, self._checksum = self._begin()
+        data, number = self._filling, len(self._parts) + len(self._under_way) + 1
+        self._filling = bytearray()
+        self._under_way.append(self._pool.submit(self._send_part, number, data))
+        del data
+        while len(self._under_way) > self._in_flight:
+            self._parts.append(self._under_way.popleft().result())
+
+    def _begin(self) -> tuple[str, dict[str, Any]]:
+        """Begin the upload; returns its id, and the checksum of each part that the store is asked to compare.
+
+        With CRC64NVME the store keeps a checksum of the whole object, which readers compare. One that does not know it compares a
+        SHA256 of each part.
+        """
+        client = self._connection.headers
+        if has_awscrt():
+            try:
+                answer = self._ask(
+                    lambda: client.create_multipart_upload(
+                        **self._object, ChecksumAlgorithm="CRC64NVME", ChecksumType="FULL_OBJECT"
+                    )
+                )
+            except (TransientStorageError, NotFound):
+                raise
+            except StorageError:
+                pass  # what refuses more than the checksum refuses the request below, too
+            else:
+                return answer["UploadId"], {"ChecksumAlgorithm": "CRC64NVME"}
+        answer = self._ask(lambda: client.create_multipart_upload(**self._object, ChecksumAlgorithm="SHA256"))
+        return answer["UploadId"], {"ChecksumAlgorithm": "SHA256"}
+
+    def _send_part(self, number: int, data: bytearray) -> Mapping[str, Any]:
+        def send() -> Mapping[str, Any]:
+            if not self._open:
+                raise StorageError(f"{self._uri}: the upload was given up")
+            sent: Mapping[str, Any] = self._connection.headers.upload_part(
+                **self._object, UploadId=self._upload_id, PartNumber=number, Body=data, **self._checksum
+            )
+            return sent
+
+        answer = self._ask(send)
+        checksum = f"Checksum{self._checksum['ChecksumAlgorithm']}"
+        part = {"PartNumber": number, "ETag": answer["ETag"]}
+        return part | ({checksum: answer[checksum]} if checksum in answer else {})
+
+    def _finish(self) -> None:
+        client = self._connection.headers
+        if not self._upload_id and self._size <= self._part_bytes:
+            checksum = {"ChecksumAlgorithm": "CRC64NVME" if has_awscrt() else "SHA256"}
+            self._ask(lambda: client.put_object(**self._object, Body=self._filling, **checksum))
+            return
+        if self._filling:
+            self._send()
+        self._parts += [part.result() for part in self._under_way]
+        self._ask(
+            lambda: client.complete_multipart_upload(
+                **self._object, UploadId=self._upload_id, MultipartUpload={"Parts": self._parts}
+            )
+        )
+        self._upload_id = ""
+
+    def _ask(self, ask: Callable[[], T]) -> T:
+        connection = self._connection
+
+        def translate(error: Exception) -> StorageError:
+            translated = translate_botocore(error, self._uri, connection)
+            return _UploadGone(str(translated)) if code_of(error) == "NoSuchUpload" else translated
+
+        try:
+            return retry_translated(ask, translate, connection.pace)
+        except _UploadGone as error:
+            raise TransientStorageError(str(error)) from error
 
     def _landed_nevertheless(self, error: StorageError) -> FileInfo:
-        """Return the object, if only the acknowledgement of the upload was lost: obstore then asks again and gets `NoSuchUpload`."""
+        """Return the object, if only the acknowledgement of the upload was lost: asked again, a store may not know it any more."""
         info = self._find()
         if info is not None and info.size == self._size and info != self._before:
             return info
@@ -93,3 +203,14 @@ class S3Writer(Writer):
             return self._stat()
         except NotFound:
             return None
+
+
+def part_bytes(size: int, buffer_bytes: int) -> int:
+    """Size of the parts of an upload: as large as its memory allows, and no upload has more parts than S3 takes.
+
+    Args:
+        size: of the object.
+        buffer_bytes: for the part that is filled and those that are under way.
+    """
+    share = buffer_bytes // (PARTS_IN_FLIGHT + 1)
+    return max(LEAST_PART_BYTES, min(LARGEST_PART_BYTES, share), -(-size // MAX_PARTS))

@@ -11,11 +11,14 @@ from typing import Protocol, Self
 from typing_extensions import Buffer
 
 from expo_ray.errors import AlreadyExists, StorageError
+from expo_ray.storage.checksums import Checksum
 
 # Key prefix of probe objects; a killed job may leave one behind. They are no part of a model.
 PROBE_PREFIX = ".expo/probe-"
 # What `Store.read` takes into memory unless its caller says otherwise.
 MOST_BYTES = 2**30
+# Memory that a writer holds unless its caller says otherwise.
+BUFFER_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +90,16 @@ class Store(Protocol):
         chunk_bytes: size of a read that saturates the store.
         concurrency: number of such reads in flight that saturates it.
         local_path: the folder on this machine; None for a store whose files have to be fetched.
+        guarded: true if nothing can change what is read on its way unnoticed.
     """
 
     uri: str
     chunk_bytes: int
     concurrency: int
     local_path: Path | None
+
+    @property
+    def guarded(self) -> bool: ...
 
     def list(self, prefix: str = "") -> list[FileInfo]:
         """Every object whose key starts with `prefix`, at any depth, sorted by key; empty if there is none."""
@@ -107,13 +114,19 @@ class Store(Protocol):
             StorageError: if it is larger than `most_bytes`; nothing of it is then kept.
         """
 
-    def read_into(self, key: str, start: int, out: memoryview, *, etag: str) -> None:
+    def read_into(self, key: str, start: int, out: memoryview, *, etag: str, once: bool = False) -> None:
         """Fill `out` with the bytes from `start` on, of the version `etag` and no other.
+
+        Args:
+            once: do not read a second time what no TLS guards: the caller looks at checksums. `EXPO_RAY_READ_TWICE` overrules it.
 
         Raises:
             InputChanged: if the object is no longer that version.
             StorageError: if the object ends early.
         """
+
+    def checksum(self, info: FileInfo) -> Checksum | None:
+        """The store's own checksum of a whole object; None if it keeps none that checksums of ranges combine into."""
 
     def put(self, key: str, data: bytes) -> FileInfo:
         """Write a small object in one piece, over whatever is there."""
@@ -128,8 +141,12 @@ class Store(Protocol):
             AlreadyExists: if the key holds other bytes.
         """
 
-    def writer(self, key: str, size: int) -> Writer:
-        """Begin an object of exactly `size` bytes."""
+    def writer(self, key: str, size: int, *, buffer_bytes: int = BUFFER_BYTES) -> Writer:
+        """Begin an object of exactly `size` bytes.
+
+        Args:
+            buffer_bytes: memory that the writer may hold; a store that sends parts makes them as large as that allows.
+        """
 
     def delete(self, key: str) -> None:
         """Remove one object; a missing one is no error."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import os
 import random
 import time
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-from expo_ray.errors import StorageError, TransientStorageError
+from expo_ray.errors import SlowDown, StorageError, TransientStorageError
+from expo_ray.storage.pace import Pace, pause
 
 ATTEMPTS = 6
 FIRST_DELAY_S = 0.25
@@ -19,26 +22,48 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def retry_transient(ask: Callable[[], T]) -> T:
-    """Call `ask` until it answers, at most `ATTEMPTS` times, with exponentially growing, jittered pauses; about 6 s in all.
+def retry_transient(ask: Callable[[], T], pace: Pace | None = None) -> T:
+    """Call `ask` until it answers, with exponentially growing, jittered pauses.
+
+    It is given up after `ATTEMPTS` attempts, about 6 s; but a store that has answered before is asked for `PATIENCE_S`.
+
+    Args:
+        pace: turns of this process at the store; left out, every attempt begins at once.
 
     Raises:
         TransientStorageError: the last one, if every attempt failed. Any other error passes at once.
     """
-    for attempt in range(1, ATTEMPTS):
+    pace = pace or Pace()
+    began = time.monotonic()
+    for attempt in itertools.count(1):
+        turn = pace.wait_for_turn()
         try:
-            return ask()
+            answer = ask()
         except TransientStorageError as error:
+            if isinstance(error, SlowDown):
+                pace.refused(turn, error.retry_after_s)
+            waited_s = time.monotonic() - began
+            if attempt >= ATTEMPTS and waited_s >= (pace.patience_s if error.passes_with_time else 0):
+                raise _given_up(error, attempt, waited_s) from error
             delay_s = min(LONGEST_DELAY_S, FIRST_DELAY_S * 2 ** (attempt - 1)) * random.uniform(0.5, 1)
-            logger.info("attempt %d of %d failed, next in %.1f s: %s", attempt, ATTEMPTS, delay_s, error)
-            time.sleep(delay_s)
-    try:
-        return ask()
-    except TransientStorageError as error:
-        raise TransientStorageError(f"{error} (asked {ATTEMPTS} times)") from error
+            logger.info("attempt %d failed, next in %.1f s or more: %s", attempt, delay_s, error)
+            pause(delay_s)
+        else:
+            pace.answered(turn)
+            return answer
+    raise AssertionError("the attempts do not end")
 
 
-def retry_translated(ask: Callable[[], T], translate: Callable[[Exception], StorageError]) -> T:
+def _given_up(error: TransientStorageError, attempts: int, waited_s: float) -> TransientStorageError:
+    """The same error, with how long the store was asked for."""
+    last = type(error)(f"{error} (asked {attempts} times in {waited_s:.0f} s)")
+    last.__dict__.update(error.__dict__)
+    return last
+
+
+def retry_translated(
+    ask: Callable[[], T], translate: Callable[[Exception], StorageError], pace: Pace | None = None
+) -> T:
     """`retry_transient(ask)`, where `ask` calls a client library whose errors `translate` turns into ours."""
 
     def translated() -> T:
@@ -49,7 +74,12 @@ def retry_translated(ask: Callable[[], T], translate: Callable[[Exception], Stor
         except Exception as error:
             raise translate(error) from error
 
-    return retry_transient(translated)
+    return retry_transient(translated, pace)
+
+
+def reads_twice() -> bool:
+    """True if the user wants everything that no TLS guards to be read twice, whether or not a checksum is compared."""
+    return os.environ.get("EXPO_RAY_READ_TWICE", "") not in {"", "0"}
 
 
 def read_agreed(read: Callable[[], T], agrees: Callable[[T], bool], uri: str) -> T:

@@ -1,6 +1,7 @@
-"""Clients of obstore for a bucket, made from the AWS settings that every tool takes.
+"""Clients for a bucket, made from the AWS settings that every tool takes.
 
-botocore decides credentials, region, endpoint and addressing style; obstore moves the bytes, at a third of the CPU time.
+botocore decides credentials, region, endpoint and addressing style, uploads parts and reads headers that obstore does not pass on;
+obstore does everything else, at a third of the CPU time.
 """
 
 from __future__ import annotations
@@ -10,17 +11,18 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import urlsplit
 from urllib.request import getproxies_environment, proxy_bypass
 
 from expo_ray.errors import StorageError
+from expo_ray.storage.pace import Pace, pace_of
 from expo_ray.text import remember_file_secrets, remember_secret, shown_end
 
 if TYPE_CHECKING:
     import boto3
     from botocore.awsrequest import AWSPreparedRequest
-    from botocore.credentials import Credentials
+    from botocore.credentials import Credentials, ReadOnlyCredentials
     from obstore.store import ClientConfig, S3Credential
     from obstore.store import S3Store as Client
 
@@ -31,8 +33,8 @@ READ_TIMEOUT_S = 60.0
 # obstore counts silence from the start of a request, so a body that takes longer to send would be cut off: writes have no
 # limit on silence, only one in all.
 WRITE_TIMEOUT_S = 60.0
-# A part of a multipart upload can only be sent again by obstore itself.
-PART_RETRIES = 5
+# Connections that the threads of a process may need for uploads at once; more wait for each other.
+_MOST_CONNECTIONS = 64
 # Below the 10 minutes that botocore keeps in hand before credentials expire.
 CREDENTIAL_TTL = timedelta(minutes=5)
 
@@ -52,7 +54,8 @@ class Connection:
         guarded: TLS guards the bytes on their way.
         reads: for GET, HEAD and LIST; retries nothing.
         puts: for single PUT and DELETE; retries nothing.
-        parts: for multipart uploads; retries every part.
+        headers: botocore's client, for multipart uploads and for headers of answers; retries nothing.
+        pace: how fast this process asks.
     """
 
     bucket: str
@@ -60,7 +63,8 @@ class Connection:
     guarded: bool
     reads: Client
     puts: Client
-    parts: Client
+    headers: Any
+    pace: Pace
 
 
 @cache
@@ -84,7 +88,9 @@ def connect(bucket: str) -> Connection:
         credentials = session.get_credentials()
         if credentials is None or not CredentialProvider(credentials)()["access_key_id"]:
             raise StorageError(f"s3://{bucket}: no AWS credentials found; {SET_CREDENTIALS}")
-        return _connection(session, credentials, bucket, _address(session, bucket))
+        session._session._credentials = _Stripped(credentials)  # type: ignore[attr-defined]
+        client = _headers_client(session)
+        return _connection(session, credentials, bucket, _address(client, bucket), client)
     except (BotoCoreError, ClientError, OSError, ValueError) as error:
         _remember_files()
         raise StorageError(
@@ -111,6 +117,26 @@ class CredentialProvider:
             "token": _usable(frozen.token, "AWS_SESSION_TOKEN") or None,
             "expires_at": datetime.now(UTC) + CREDENTIAL_TTL,
         }
+
+
+class _Stripped:
+    """Credentials of botocore without line breaks around them, for botocore's own client."""
+
+    def __init__(self, credentials: Credentials) -> None:
+        self._credentials = credentials
+
+    def get_frozen_credentials(self) -> ReadOnlyCredentials:
+        frozen = self._credentials.get_frozen_credentials()
+        keys = (
+            _usable(frozen.access_key, "AWS_ACCESS_KEY_ID"),
+            _usable(frozen.secret_key, "AWS_SECRET_ACCESS_KEY"),
+        )
+        return frozen._replace(
+            access_key=keys[0], secret_key=keys[1], token=_usable(frozen.token, "AWS_SESSION_TOKEN") or None
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._credentials, name)
 
 
 def _usable(secret: str | None, variable: str) -> str:
@@ -148,7 +174,23 @@ class Address:
     region: str
 
 
-def _address(session: boto3.Session, bucket: str) -> Address:
+def _headers_client(session: boto3.Session) -> Any:
+    from botocore.config import Config
+
+    return session.client(
+        "s3",
+        config=Config(
+            connect_timeout=CONNECT_TIMEOUT_S,
+            read_timeout=WRITE_TIMEOUT_S,
+            retries={"total_max_attempts": 1},
+            max_pool_connections=_MOST_CONNECTIONS,
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+        ),
+    )
+
+
+def _address(client: Any, bucket: str) -> Address:
     """Let botocore build a HEAD request, intercept it before it is sent, and read endpoint and addressing style from its URL.
 
     So every AWS setting is honoured: variables, profiles, `endpoint_url` of a service, `addressing_style`, dual-stack and FIPS
@@ -156,7 +198,6 @@ def _address(session: boto3.Session, bucket: str) -> Address:
     global endpoint, whatever the region.
     """
     key = "expo-ray"
-    client = session.client("s3")
     # A handler of `before-send` may answer in place of the network; this one raises, so that nothing is sent.
     client.meta.events.register("before-send.s3", _intercept)
     try:
@@ -164,6 +205,8 @@ def _address(session: boto3.Session, bucket: str) -> Address:
         raise AssertionError("botocore sent a request without announcing it")
     except _Intercepted as request:
         url = urlsplit(request.url)
+    finally:
+        client.meta.events.unregister("before-send.s3", _intercept)
     path_style = url.path.endswith(f"/{bucket}/{key}")
     base = url.path.removesuffix(f"/{bucket}/{key}" if path_style else f"/{key}")
     if url.query or url.fragment:
@@ -191,7 +234,7 @@ def _intercept(request: AWSPreparedRequest, **_: object) -> NoReturn:
 
 
 def _connection(
-    session: boto3.Session, credentials: Credentials, bucket: str, address: Address
+    session: boto3.Session, credentials: Credentials, bucket: str, address: Address, client: Any
 ) -> Connection:
     guarded = address.endpoint.startswith("https://")
     options: ClientConfig = {
@@ -211,9 +254,10 @@ def _connection(
         bucket=bucket,
         endpoint=address.endpoint,
         guarded=guarded,
-        reads=_client(credentials, bucket, address, reading, retries=0),
-        puts=_client(credentials, bucket, address, writing, retries=0),
-        parts=_client(credentials, bucket, address, writing, retries=PART_RETRIES),
+        reads=_client(credentials, bucket, address, reading),
+        puts=_client(credentials, bucket, address, writing),
+        headers=client,
+        pace=pace_of(f"{address.endpoint}/{bucket}"),
     )
 
 
@@ -227,9 +271,7 @@ def _no_redirects(endpoint: str) -> ClientConfig:
     return {"proxy_url": f"http://{NOWHERE}", "proxy_excludes": host}
 
 
-def _client(
-    credentials: Credentials, bucket: str, address: Address, options: ClientConfig, *, retries: int
-) -> Client:
+def _client(credentials: Credentials, bucket: str, address: Address, options: ClientConfig) -> Client:
     from obstore.store import S3Store as Client
 
     return Client(
@@ -243,14 +285,6 @@ def _client(
         disable_bulk_delete=True,  # not every S3-compatible store knows DeleteObjects
         skip_signature=False,
         client_options=options,
-        retry_config={
-            "max_retries": retries,
-            "retry_timeout": timedelta(seconds=2 * WRITE_TIMEOUT_S),
-            "backoff": {
-                "init_backoff": timedelta(seconds=0.25),
-                "max_backoff": timedelta(seconds=8),
-                "base": 2,
-            },
-        },
+        retry_config={"max_retries": 0},  # `retry` repeats requests
         credential_provider=CredentialProvider(credentials),
     )

@@ -130,7 +130,7 @@ def test_headers_of_many_files_are_read_at_once() -> None:
 
         barrier = threading.Barrier(8, timeout=20)
 
-        def read_into(self, key: str, start: int, out: memoryview, *, etag: str) -> None:
+        def read_into(self, key: str, start: int, out: memoryview, *, etag: str, once: bool = False) -> None:
             if key.endswith(".safetensors"):
                 self.barrier.wait()
             super().read_into(key, start, out, etag=etag)

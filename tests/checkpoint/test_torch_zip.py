@@ -324,7 +324,7 @@ def test_a_store_that_fails_is_not_taken_for_a_damaged_file() -> None:
 
         fails_at = 0
 
-        def read_into(self, key: str, start: int, out: memoryview, *, etag: str) -> None:
+        def read_into(self, key: str, start: int, out: memoryview, *, etag: str, once: bool = False) -> None:
             super().read_into(key, start, out, etag=etag)
             if self.reads == self.fails_at:
                 raise TransientStorageError("no answer")
@@ -342,7 +342,7 @@ def test_a_store_that_fails_is_not_taken_for_a_damaged_file() -> None:
 
 def test_a_huge_read_is_refused_before_it_allocates() -> None:
     class Huge(CountingStore):
-        def read_into(self, key: str, start: int, out: memoryview, *, etag: str) -> None:
+        def read_into(self, key: str, start: int, out: memoryview, *, etag: str, once: bool = False) -> None:
             raise AssertionError("nothing may be read")
 
     store = Huge(stored({KEY: b""}).uri)

@@ -103,7 +103,7 @@ def test_a_published_model_is_held_against_its_manifest(tmp_path: Path) -> None:
 def test_a_disk_without_room_is_reported_before_anything_is_downloaded(
     plan: PairPlan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("expo_ray.serving.node_cache.free_bytes", lambda folder: 1000)
+    monkeypatch.setattr("expo_ray.serving.cache_room.free_bytes", lambda folder: 1000)
     with pytest.raises(
         StorageError, match="are to be fetched, 1 kB are free; free space, or set EXPO_RAY_CACHE"
     ):
@@ -161,7 +161,7 @@ def test_a_listing_writes_nothing_outside_its_folder(
         def list(self, prefix: str = "") -> list[FileInfo]:
             return [FileInfo("config.json", 2, "e"), FileInfo(key, size, "e")]
 
-        def read_into(self, key: str, start: int, out: memoryview, *, etag: str) -> None:
+        def read_into(self, key: str, start: int, out: memoryview, *, etag: str, once: bool = False) -> None:
             out[:] = b"x" * len(out)
 
     store = Listed("memory://hostile/model")

@@ -38,8 +38,7 @@ def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry, "FIRST_DELAY_S", 0.01)
     monkeypatch.setattr(s3_connection, "SILENCE_TIMEOUT_S", 0.5)
     monkeypatch.setattr(s3_connection, "WRITE_TIMEOUT_S", 3.0)
-    monkeypatch.setattr(s3_connection, "PART_RETRIES", 2)
-    monkeypatch.setattr(object_writer, "PART_BYTES", 5 * MIB)
+    monkeypatch.setattr(object_writer, "LARGEST_PART_BYTES", 5 * MIB)
 
 
 @pytest.fixture

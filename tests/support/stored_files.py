@@ -26,7 +26,7 @@ class CountingStore(MemoryStore):
         self.reads = 0
         self.bytes_read = 0
 
-    def read_into(self, key: str, start: int, out: memoryview, *, etag: str) -> None:
+    def read_into(self, key: str, start: int, out: memoryview, *, etag: str, once: bool = False) -> None:
         self.reads += 1
         self.bytes_read += len(out)
         super().read_into(key, start, out, etag=etag)
