@@ -18,6 +18,7 @@ QUESTIONS = {
     "rewards": "how fast are responses scored, against a transformers pipeline at batch 8?",
     "alpha_search": "how good is the alpha that the search finds, and at what price?",
     "length_rule": "which gains that come with longer responses are refused, and which honest ones?",
+    "templates": "how often is an alpha chosen without a gain, where prompts fill templates?",
     "roles": "what do the roles of a second reward model refuse, and what harm do they let through?",
     "coverage": "how often do the intervals of gains cover the truth?",
     "decisions": "which alpha does the pipeline choose on real models, and what stops it?",
@@ -35,7 +36,7 @@ QUESTIONS = {
 # These measure the quality of results instead of this machine's speed. They take many minutes, so they run only when named.
 ONLY_WHEN_NAMED = {
     "adapters", "alpha_search", "coverage", "decisions", "gpu", "judgments", "length_rule", "roles", "rounding", "swap_architectures", "swap_slices",
-    "throttling",
+    "templates", "throttling",
 }  # fmt: skip
 
 

@@ -99,7 +99,7 @@ def draw(kind: Kind, size: float, seed: int) -> tuple[AlphaScores, AlphaScores]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="10 pairs of each; the result is not kept")
-    parser.add_argument("--pairs", type=int, default=200, help="of each kind and size (%(default)s)")
+    parser.add_argument("--pairs", type=int, default=40, help="of each kind and size (%(default)s)")
     arguments = parser.parse_args()
     count = 10 if arguments.quick else arguments.pairs
     published = {(kind, size): publish(KINDS[kind], size, count) for kind in KINDS for size in SIZES}

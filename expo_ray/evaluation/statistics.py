@@ -104,6 +104,12 @@ def student_quantile(probability: float, freedom: int) -> float:
     return math.tan(low) * math.sqrt(freedom)
 
 
+def student_tail(value: float, freedom: int) -> float:
+    """P(T > value) for Student's t distribution with a whole number of degrees of freedom."""
+    within = _student_within(math.atan(abs(value) / math.sqrt(freedom)), freedom)
+    return (1 - within) / 2 if value > 0 else (1 + within) / 2
+
+
 def _student_within(angle: float, freedom: int) -> float:
     """P(|T| < tan(angle) sqrt(freedom)): the finite series of Abramowitz and Stegun (26.7.3 and 26.7.4)."""
     odd = freedom % 2

@@ -152,6 +152,41 @@ def overview_row(pair: PairResult, anchor: str, models: Sequence[str]) -> Overvi
     )
 
 
+@dataclass(frozen=True)
+class ChanceRow:
+    """What chance has to do with the confirmation of a pair, among all pairs of a run."""
+
+    name: str
+    decision: str
+    p_value: str
+    q_value: str
+
+
+def chance_rows(results: Results) -> list[ChanceRow]:
+    """The p and q values of all pairs that have one, the smallest first; none where there are fewer than two."""
+    tested = [(pair.p_value, pair) for pair in results.pairs if pair.p_value is not None]
+    if len(tested) < 2:
+        return []
+    tested.sort(key=lambda item: (item[0], item[1].name))
+    q_values = false_discovery_rates([p_value for p_value, _ in tested])
+    return [
+        ChanceRow(pair.name, decision_text(pair), f"{p_value:.2g}", f"{q_value:.2g}")
+        for (p_value, pair), q_value in zip(tested, q_values, strict=True)
+    ]
+
+
+def false_discovery_rates(p_values: Sequence[float]) -> list[float]:
+    """The q values of p values in rising order (Benjamini and Hochberg 1995).
+
+    Keeping all with a q value up to 0.05 keeps the expected share of false ones among them at most that.
+    """
+    q_values, smallest = list[float](), 1.0
+    for rank in range(len(p_values), 0, -1):
+        smallest = min(smallest, p_values[rank - 1] * len(p_values) / rank)
+        q_values.insert(0, smallest)
+    return q_values
+
+
 def evidence_rows(pair: PairResult) -> list[EvidenceRow]:
     """Evidence for or against the model in question: both halves, all reward models, each with its test where it decided."""
     measured_halves = {measured.half for measured in pair.measured if measured.alpha == pair.candidate}

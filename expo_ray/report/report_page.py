@@ -16,6 +16,7 @@ from expo_ray.report.page_tables import (
     GroupRow,
     all_models,
     alpha_rows,
+    chance_rows,
     decision_text,
     evidence_rows,
     example_views,
@@ -82,6 +83,7 @@ def page_of(results: Results) -> str:
         pairs=views,
         models=models,
         overview=[overview_row(view.result, view.anchor, models) for view in views],
+        chances=chance_rows(results),
         improved=sum(pair.decision != 0 for pair in results.pairs),
     )
 

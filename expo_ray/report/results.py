@@ -78,6 +78,7 @@ class RoleTest(Recorded):
         gain: paired difference to dpo, with the interval that decided.
         limit: the value that its lower end must exceed: 0, or the margin below it.
         margin: in standard deviations of a paired difference; None where a gain is asked for.
+        p_value: one-sided, of a gain no larger than `limit`.
     """
 
     reward_model: str
@@ -88,6 +89,7 @@ class RoleTest(Recorded):
     limit: Number
     margin: Number | None
     passed: bool
+    p_value: Number = 1.0
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,7 @@ class PairResult(Recorded):
         considered: the alpha that the search picked, whether it was chosen in the end or not; None where none was left.
         groups: the search of multipliers; None where none were tried.
         tests: of `considered`, by each reward model in its role; none in files of older versions.
+        p_value: of the confirmation, one-sided, with all its looks and reward models; 1 where none was reached. None in files of older versions.
         prompts: how many of them are near-duplicates or share a template, in a sentence; empty if none do.
     """
 
@@ -203,6 +206,7 @@ class PairResult(Recorded):
     pushed: str = ""
     tests: tuple[RoleTest, ...] = field(default=(), metadata=ADDED)
     prompts: str = field(default="", metadata=ADDED)
+    p_value: Number | None = field(default=None, metadata=ADDED)
 
     @property
     def multipliers(self) -> Mapping[str, float]:

@@ -17,6 +17,7 @@ from expo_ray.config.fields import Role
 from expo_ray.config.search import Method
 from expo_ray.evaluation.check_job import CheckedJob
 from expo_ray.evaluation.search.roles import Roles, prompts_needed, role_tests
+from expo_ray.evaluation.statistics import student_tail
 from expo_ray.extrapolation.plan import plan_pair
 from tests.support.chat_models import save_chat_pair
 from tests.support.scores import scores_of
@@ -93,6 +94,7 @@ def test_a_role_is_tested_as_a_one_sided_t_test_would(role: Role) -> None:
         expected = stats.ttest_1samp(noise + mean, shift, alternative="greater").pvalue < 0.025
         assert (test.passed, test.role) == (expected, role)
         assert test.limit == pytest.approx(shift)
+        assert (test.p_value < 0.025) == expected
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -210,3 +212,18 @@ def test_a_job_file_gives_its_models_their_roles() -> None:
     roles = Roles.of(rewards, Search(prompts=(48, 96)))
     assert (roles.joint, roles.scaled_on) == (("a", "b"), 48)
     assert [roles.by_model[name].role for name in "abc"] == ["joint", "joint", "guard"]
+
+
+@pytest.mark.parametrize("looks", [1, 4])
+def test_the_p_value_of_a_confirmation_is_below_its_level_where_the_gain_is_confirmed(looks: int) -> None:
+    method: Method = "ladder" if looks == 1 else "surface"
+    for height, seed in ((1.0, 0), (0.35, 1), (0.0, 2)):
+        decision = SearchedPair(hill(1.0, height), seed=seed).search(Search(method=method))
+        assert (decision.p_value < 0.025) == (decision.alpha > 0)
+
+
+@pytest.mark.parametrize(
+    ("value", "freedom"), [(-3.0, 1), (-0.4, 7), (0.0, 30), (1.2, 2), (2.5, 511), (6.0, 40)]
+)
+def test_the_tail_of_t_is_that_of_scipy(value: float, freedom: int) -> None:
+    assert student_tail(value, freedom) == pytest.approx(stats.t.sf(value, freedom), rel=1e-6, abs=1e-12)

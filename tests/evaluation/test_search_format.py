@@ -142,7 +142,9 @@ def test_a_searched_pair_is_stored_as_before(name: str, height: float, plan: Pai
     (stored,) = (pair for pair in json.loads(STORED.read_bytes())["pairs"] if pair["name"] == name)
     warnings = written["pairs"][0]["warnings"]
     written["pairs"][0]["warnings"] = [text for text in warnings if "at the token limit" not in text]
-    assert written["pairs"][0].pop("tests")  # which older code did not store
+    # Older code did not store these.
+    assert written["pairs"][0].pop("tests")
+    assert (written["pairs"][0].pop("p_value") < 0.025) == (name == "better")
     assert differences(written["pairs"][0], stored) == []
 
 

@@ -185,7 +185,7 @@ def test_the_overview_sorts_pairs_by_gain_and_shows_the_numbers_of_results(
 
 def test_kept_dpo_and_failures_are_stated(results: Results, page: Page) -> None:
     paragraphs = [" ".join(text.split()) for text in page.texts["p"]]
-    assert "2 of 3 pairs are better aligned with an alpha above 0; 1 keeps dpo; 1 failed." in paragraphs
+    assert "2 of 3 pairs have a higher reward with an alpha above 0; 1 keeps dpo; 1 failed." in paragraphs
     assert pair_of(results, "tulu-2-70b").reason in paragraphs
     assert f"starling-lm failed: {results.failures['starling-lm']}" in paragraphs
     assert page.row("Pairs by gain", "tulu-2-70b")[1].startswith("keep dpo")

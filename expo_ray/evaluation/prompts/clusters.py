@@ -145,9 +145,14 @@ def _runs(text: Sequence[str], length: int) -> set[str]:
     return {" ".join(text[at : at + length]) for at in range(max(len(text) - length + 1, 1))}
 
 
+def _with_ends(text: Sequence[str]) -> set[str]:
+    """The runs of two words of a text, its beginning and its end among them."""
+    return _runs(["^", *text, "$"], 2) if text else set()
+
+
 def _fixed_words(texts: Sequence[Sequence[str]]) -> list[set[str]]:
     """The runs of two words of each text, its ends among them, that other texts have as well and that say something; none where they are few."""
-    runs = [{run for run in _runs(text, 2) if max(map(len, run.split())) >= _LONG_WORD} for text in texts]
+    runs = [{run for run in _with_ends(text) if max(map(len, run.split())) >= _LONG_WORD} for text in texts]
     frequencies = Counter(run for of_text in runs for run in of_text)
     fixed = [{run for run in of_text if frequencies[run] >= _FIXED_IN} for of_text in runs]
     return [of_text if len(of_text) >= _FEWEST_FIXED else set() for of_text in fixed]
@@ -155,7 +160,7 @@ def _fixed_words(texts: Sequence[Sequence[str]]) -> list[set[str]]:
 
 def _join_stragglers(groups: _Groups, texts: Sequence[Sequence[str]]) -> None:
     """Join a prompt that stands alone, for what fills its gaps is long, with the template whose fixed words it has."""
-    labels, runs = groups.labels(), [_runs(["^", *text, "$"], 2) for text in texts]
+    labels, runs = groups.labels(), [_with_ends(text) for text in texts]
     sizes = Counter(labels)
     for template in (label for label, size in sizes.items() if size >= _TEMPLATE_SIZE):
         counted = Counter(

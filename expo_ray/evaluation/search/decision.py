@@ -27,6 +27,7 @@ class Decision:
         look: at the confirming half, that decided; None where there was none.
         tests: of `considered`, by each reward model in its role.
         checked: the guardrails on the prompts that decided.
+        p_value: of the confirmation, with all its looks and reward models; 1 where there was none.
     """
 
     alpha: float
@@ -37,6 +38,7 @@ class Decision:
     look: Look | None = None
     tests: tuple[RoleTest, ...] = ()
     checked: tuple[GuardrailCheck, ...] = ()
+    p_value: float = 1.0
 
 
 def decide(history: History, settings: Search) -> Decision:
@@ -71,7 +73,16 @@ def decide(history: History, settings: Search) -> Decision:
         look=last.look,
         tests=last.tests,
         checked=last.checked,
+        p_value=_p_value(last, settings),
     )
+
+
+def _p_value(trial: Trial, settings: Search) -> float:
+    """The largest p value of all tests, as every model has to pass; corrected for the looks, each of which spends a part of the error."""
+    if trial.look is None:
+        return 1.0
+    spent = (1 - trial.look.confidence) / (1 - settings.confidence)
+    return min(1.0, max(test.p_value for test in trial.tests) / spent)
 
 
 def _fault(trial: Trial, settings: Search) -> str:

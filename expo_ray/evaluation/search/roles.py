@@ -11,8 +11,15 @@ import numpy as np
 from expo_ray.config import RewardModel, Search
 from expo_ray.config.fields import Role
 from expo_ray.evaluation.search.alpha_scores import AlphaScores
-from expo_ray.evaluation.statistics import NORMAL, Array, gain, length_controlled_gain
-from expo_ray.report.results import HalfName, RoleTest
+from expo_ray.evaluation.statistics import (
+    NORMAL,
+    Array,
+    gain,
+    length_controlled_gain,
+    student_quantile,
+    student_tail,
+)
+from expo_ray.report.results import HalfName, Interval, RoleTest
 
 # Prompts on whose answers by dpo the rewards of joint models are scaled: those of the first rung, which every search asks.
 _SCALED_ON = 64
@@ -116,8 +123,19 @@ def role_tests(
         limit = criterion.limit(rewards - of_dpo)
         margin = criterion.margin if criterion.allows_loss else None
         passed = bound.low > limit
-        tests.append(RoleTest(model, criterion.role, half, len(rewards), bound, limit, margin, passed))
+        p_value = _p_value(
+            bound, limit, confidence, len(rewards) if dpo.clusters is None else len(np.unique(dpo.clusters))
+        )
+        tests.append(
+            RoleTest(model, criterion.role, half, len(rewards), bound, limit, margin, passed, p_value)
+        )
     return tuple(tests)
+
+
+def _p_value(bound: Interval, limit: float, confidence: float, units: int) -> float:
+    """One-sided p value of a gain at the limit, by the t distribution that has this interval's lower end: below its level where that passes."""
+    error = (bound.mean - bound.low) / student_quantile(0.5 + confidence / 2, units - 1)
+    return student_tail((bound.mean - limit) / error, units - 1) if error > 0 else float(bound.mean <= limit)
 
 
 def prompts_needed(margin: float, confidence: float) -> int:

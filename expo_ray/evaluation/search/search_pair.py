@@ -95,6 +95,7 @@ def search_pair(
         considered=decision.considered or None,
         groups=groups,
         tests=decision.tests,
+        p_value=decision.p_value,
         prompts=_describe_clusters(prompts),
     )
 
