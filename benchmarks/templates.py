@@ -99,7 +99,7 @@ def respond(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="3 searches of each; the result is not kept")
-    parser.add_argument("--searches", type=int, default=60, help="of each set (%(default)s)")
+    parser.add_argument("--searches", type=int, default=200, help="of each set (%(default)s)")
     arguments = parser.parse_args()
     count = 3 if arguments.quick else arguments.searches
     settings = Search(method="grid", alphas=(0.1, 0.2, 0.4, 0.8, 1.6, 3.2), prompts=(512,))
