@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from expo_ray.report.formatting import signed
 from expo_ray.report.page_tables import chance_rows, evidence_rows, false_discovery_rates
 from expo_ray.report.report_page import page_of
 from expo_ray.report.results import Interval, RoleTest
@@ -27,8 +28,14 @@ def test_each_reward_model_has_its_role_and_its_test_in_the_report() -> None:
     pair = replace(chosen, tests=tests)
     shown_page = page_of(replace(results, pairs=(pair,)))
     rows = evidence_rows(pair)
+    (deciding,) = (
+        measured
+        for measured in pair.chosen
+        if (measured.half, measured.reward_model) == ("confirm", MODELS[0])
+    )
+    visible = 1.43 * (deciding.gain.mean - deciding.gain.low)
     assert [(row.role, row.verdict) for row in rows if row.half == "confirming"] == [
-        ("chooses: a gain", "no gain beyond chance"),
+        ("chooses: a gain", f"no gain beyond chance; {signed(visible)} would show in four of five cases"),
         ("guards: no loss beyond 0.210 (0.1 sd)", "no such loss"),
     ]
     for row in rows:

@@ -215,7 +215,8 @@ def test_the_evidence_holds_both_halves_and_all_reward_models(results: Results, 
         if half == "choose":  # the alpha was picked on these prompts: no figure of theirs is evidence
             assert row[-2:] == ["", ""]
         else:
-            assert row[-1] == ("gains beyond chance" if measurement.gain.low > 0 else "no gain beyond chance")
+            beyond = "gains" if measurement.gain.low > 0 else "no gain"
+            assert row[-1].startswith(f"{beyond} beyond chance")
 
 
 def test_multipliers_that_were_tried_stand_beside_alpha_alone(results: Results, page: Page) -> None:

@@ -50,11 +50,15 @@ def checks(
 
 
 def last_checks(
-    scores: AlphaScores, dpo: AlphaScores, settings: Search, roles: Roles
+    scores: AlphaScores, dpo: AlphaScores, settings: Search, roles: Roles, deciding: float
 ) -> tuple[GuardrailCheck, ...]:
-    """All guardrails on the prompts that decide, and what of the gain is left at dpo's length."""
+    """All guardrails on the prompts that decide, and what of the gain is left at dpo's length.
+
+    Args:
+        deciding: confidence of the test of the gain.
+    """
     checked = checks(scores, dpo, settings.guardrails, settings.confidence, roles)
-    return (*checked, bought_with_length(scores, dpo, settings.guardrails.bought))
+    return (*checked, bought_with_length(scores, dpo, settings.guardrails.bought, deciding))
 
 
 def rejection(checked: Iterable[GuardrailCheck]) -> str:
@@ -86,10 +90,15 @@ def objection(half: Half, alpha: float, num_prompts: int) -> str:
     return ""
 
 
-def bought_with_length(scores: AlphaScores, dpo: AlphaScores, limit: Limit) -> GuardrailCheck:
+def bought_with_length(
+    scores: AlphaScores, dpo: AlphaScores, limit: Limit, confidence: float = 0.95
+) -> GuardrailCheck:
     """Check how much of the gain is left at dpo's length, by the model that chooses, for an alpha whose gain is shown.
 
     It is asked once, on the prompts that decide: on few prompts, a share of a small gain can be anything.
+
+    Args:
+        confidence: at which a gain at dpo's length counts as shown: that of the test which decides.
     """
     rewards, of_dpo = scores.rewards[scores.chooser], dpo.rewards[scores.chooser]
     gained = float((rewards - of_dpo).mean())
@@ -98,7 +107,8 @@ def bought_with_length(scores: AlphaScores, dpo: AlphaScores, limit: Limit) -> G
     if abs(math.log(ratio)) <= math.log(_AS_LONG):
         text = f"responses are about as long as dpo's, x{ratio:.2f}"
         return GuardrailCheck(scores.alpha, name, 0.0, limit.reject, "ok", text, limit.warn)
-    left = length_controlled_gain(rewards, of_dpo, scores.lengths, dpo.lengths, clusters=dpo.clusters)
+    lengths = scores.lengths, dpo.lengths
+    left = length_controlled_gain(rewards, of_dpo, *lengths, confidence, clusters=dpo.clusters)
     gone = 1 - left.mean / gained if gained > 0 else 0.0
     shown = left.low > 0
     verdict: Verdict = "warn" if gone > limit.warn or not shown else "ok"

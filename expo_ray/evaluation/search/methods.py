@@ -205,7 +205,7 @@ def _course(history: History, settings: Search) -> Generator[Rung, Rung, Outcome
 
 def _trial(half: Half, settings: Search, alpha: float, look: Look) -> Trial:
     scores, dpo = half.beside_dpo(alpha, look.num_prompts)
-    checked = last_checks(scores, dpo, settings, half.roles)
+    checked = last_checks(scores, dpo, settings, half.roles, look.confidence)
     return Trial(alpha, look, tests_at(half, alpha, look), checked)
 
 
@@ -216,13 +216,12 @@ def _trial_on_choosing_half(history: History, settings: Search, picked: Picked) 
     """
     roles = history.choose.roles
     scores, dpo = history.choose.beside_dpo(picked.alpha, picked.num_prompts)
-    checked = last_checks(scores, dpo, settings, roles)
-    if not looks_better(history, picked, settings):
-        tests = role_tests("choose", scores, dpo, roles, settings.confidence)[:1]
-        return Trial(picked.alpha, None, tests, checked)
-    tried = sum(alpha > 0 for alpha in history.choose.scores)
-    tests = role_tests("choose", scores, dpo, roles, 1 - (1 - settings.confidence) / tried)
-    return Trial(picked.alpha, None, tests, checked, tried)
+    is_better = looks_better(history, picked, settings)
+    tried = sum(alpha > 0 for alpha in history.choose.scores) if is_better else 0
+    confidence = 1 - (1 - settings.confidence) / max(tried, 1)
+    tests = role_tests("choose", scores, dpo, roles, confidence)
+    checked = last_checks(scores, dpo, settings, roles, confidence)
+    return Trial(picked.alpha, None, tests if is_better else tests[:1], checked, tried)
 
 
 def _next_smaller(half: Half, settings: Search, picked: Picked, above: float) -> float:
