@@ -22,7 +22,7 @@ from benchmarks.result import TARGET_HEADER, report, table, target
 from examples.smollm2.build import build
 
 if TYPE_CHECKING:
-    from expo_ray.on_ray.serving.serve_models import Endpoint
+    from expo_ray.on_ray.serving.endpoint import Endpoint
 
 WANTED = 0.9
 SLOTS = 32

@@ -15,17 +15,20 @@ def run(job: Job) -> int:
     from expo_ray.cli.reward import print_rewards
     from expo_ray.evaluation.check_job import check_evaluation, store_job_prompts
     from expo_ray.evaluation.evaluate_job import load_responses, respond, reward
+    from expo_ray.on_ray.capacity import find_devices, settled
     from expo_ray.on_ray.cluster import cluster
     from expo_ray.on_ray.rewards.pool import RewardPool
     from expo_ray.on_ray.serving.serve_models import serving
+    from expo_ray.storage import open_store
 
     checked = check_evaluation(job)  # everything wrong with it, before anything starts
     store_job_prompts(checked)
     with cluster():
-        pools = [RewardPool(model) for model in checked.rewards]
+        devices = find_devices(job.serving, open_store(job.output))
+        pools = [RewardPool(model, device=devices.rewards) for model in checked.rewards]
         for pool in pools:
             pool.check_room()
-        with serving(checked.plans, job.models, job.serving) as endpoint:
+        with serving(checked.plans, job.models, settled(job.serving, devices)) as endpoint:
             status = print_responses(respond(checked, endpoint.client()))
         # The engines are gone, so that the reward models have the cluster for themselves.
         rewarded = reward(checked, load_responses(checked), pools)

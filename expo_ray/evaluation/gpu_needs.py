@@ -8,7 +8,7 @@ from typing import Any
 
 from expo_ray.checkpoint.folder import read_checkpoint
 from expo_ray.config import PublishedModel, RewardModel, Serving
-from expo_ray.errors import JobError
+from expo_ray.evaluation.devices import SettledDevice
 from expo_ray.evaluation.placement import UTILIZATION, WHOLE, Need, Node, Placement, place
 from expo_ray.evaluation.responses.check_served import longest_context
 from expo_ray.evaluation.rewards.reward_function import RewardFunction
@@ -37,38 +37,24 @@ def place_search(
 ) -> Placement | None:
     """Find a place on GPUs for the engines and reward models of a search; None if all run on CPUs.
 
+    Args:
+        settings: whose device is settled.
+        rewards: those that compute on GPUs.
+
     Raises:
         Problems: with each engine or reward model that fits nowhere even alone.
-        JobError: if the GPUs cannot hold them, or the job asks for GPUs and there are none.
+        JobError: if the GPUs cannot hold them.
     """
-    gpus = sum(node.gpus for node in nodes)
-    engines = [search_need(plans, settings)] if plans and answers_on_gpus(settings, gpus) else []
-    needs = [
-        reward_need(checked.spec, checked.model, checked.dtype)
-        for checked in rewards
-        if scores_on_gpus(checked.spec, checked.model, gpus)
-    ]
+    engines = [search_need(plans, settings)] if plans and settings.device == "cuda" else []
+    needs = [reward_need(checked.spec, checked.model, checked.dtype) for checked in rewards]
     return place(engines, needs, nodes) if engines or needs else None
 
 
-def answers_on_gpus(settings: Serving, gpus: float) -> bool:
-    """True if engines run on GPUs, on a cluster that has so many.
-
-    Raises:
-        JobError: if the job asks for GPUs, and there are none.
-    """
-    if settings.device == "cuda" and not gpus:
-        raise JobError(
-            "`device: cuda` is asked for, and the cluster has no GPU; add GPU nodes, or set `device: auto`"
-        )
-    return settings.device != "cpu" and gpus > 0
-
-
-def scores_on_gpus(spec: RewardModel, model: Classifier | RewardFunction, gpus: float) -> bool:
-    """True if reward actors run on GPUs: as the job says, else where the cluster has any and it is a model, no function."""
+def scores_on_gpus(spec: RewardModel, model: Classifier | RewardFunction, device: SettledDevice) -> bool:
+    """True if reward actors run on GPUs: as the job says, else where reward models of the run do, if it is no function."""
     if spec.num_gpus is not None:
         return spec.num_gpus > 0
-    return isinstance(model, Classifier) and gpus > 0
+    return isinstance(model, Classifier) and device == "cuda"
 
 
 def engine_needs(

@@ -61,6 +61,11 @@ def likelihoods_folder(model: str, weights: str, origin: str) -> str:
     return f"{responses_root(model)}/likelihoods-{weights}-{origin}"
 
 
+def devices_key() -> str:
+    """File that says whether the engines and reward models of a run compute on GPUs."""
+    return f"{_ROOT}/devices.json"
+
+
 def prompt_set_key(name: str, digest: str) -> str:
     """File of a set of prompts."""
     return f"{_ROOT}/prompts/{name}-{digest}.jsonl"

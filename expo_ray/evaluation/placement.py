@@ -127,15 +127,22 @@ def place(engines: Sequence[Need], rewards: Sequence[Need], nodes: Sequence[Node
     take turns. Then groups are added one by one, up to `most`, while there is room.
 
     Args:
-        nodes: of the cluster. Where none has a GPU yet, as an autoscaled cluster may begin, all is asked for whole.
+        nodes: of the cluster.
 
     Raises:
         Problems: with each need that fits nowhere even alone.
-        JobError: if they do not fit beside each other.
+        JobError: if they do not fit beside each other, or no node has a GPU.
     """
     nodes = [node for node in nodes if node.gpus]
     if not nodes:
-        return Placement(_as_asked(engines), _as_asked(rewards), turns=False, gpus=())
+        raise JobError(
+            f"{', '.join(need.name for need in (*engines, *rewards))}: wanted on GPUs, and the cluster has none; add GPU nodes"
+            + (
+                ", or set `device: cpu` under `serving`"
+                if engines
+                else ", or set `num_gpus: 0` under `rewards`"
+            )
+        )
     card = min((node.gpu_bytes for node in nodes if node.gpu_bytes), default=None)
     problems = Collected()
     for need in (*engines, *rewards):
@@ -169,10 +176,6 @@ def _no_room(
         f"the engines of {', '.join(names)} are served at the same time and do not fit on {gpus}; serve fewer models with one job, or "
         "add GPUs"
     )
-
-
-def _as_asked(needs: Sequence[Need]) -> tuple[Place, ...]:
-    return tuple(Place(need, need.most, need.share or WHOLE) for need in needs)
 
 
 def describe(placement: Placement) -> list[str]:

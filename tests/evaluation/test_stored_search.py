@@ -18,12 +18,12 @@ from expo_ray.cli.run import print_results
 from expo_ray.config import Job, Pair, Search, load_job
 from expo_ray.errors import InputChanged
 from expo_ray.evaluation.check_job import CheckedJob, check_job
-from expo_ray.evaluation.job_report import Searches, push_winners, write_report
+from expo_ray.evaluation.job_report import push_winners, write_report
 from expo_ray.extrapolation.plan import PairPlan, plan_pair
 from expo_ray.extrapolation.plan_job import JobPlan, inspect_pairs
 from expo_ray.extrapolation.run_job import run_pairs
 from expo_ray.on_ray.extrapolation import OnRay
-from expo_ray.on_ray.pipeline import drop_replaced, publish_winners, search_pairs
+from expo_ray.on_ray.pipeline import publish_winners, search_pairs
 from expo_ray.progress import Progress
 from expo_ray.published.verify import read_manifest, verify_files
 from expo_ray.report.results import PairResult, Results
@@ -89,12 +89,6 @@ def test_pairs_that_cannot_be_published_any_more_fail_alone_and_the_report_is_wr
     checked = check_job(load_job(str(tmp_path / "job.yaml")))
     store_searches(checked)
     damage(f"{root}/replaced/dpo")
-
-    searches = Searches()
-    assert [plan.name for plan in drop_replaced(checked.plans, searches)] == [
-        name for name in NAMES if name != "replaced"
-    ]
-    assert searches.failures.keys() == {"replaced"}
 
     searches = search_pairs(checked)
     results = write_report(checked, searches, publish_winners(checked, searches))

@@ -11,6 +11,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,17 +19,15 @@ import yaml
 
 pytest.importorskip("ray")
 
-import ray
-
 from expo_ray.cli.process import main
 from expo_ray.config import Sampling, load_job
 from expo_ray.evaluation.check_job import check_job, package_versions
 from expo_ray.evaluation.job_report import write_report
+from expo_ray.evaluation.placement import Node
 from expo_ray.evaluation.records import Message, digest, seed_of
 from expo_ray.evaluation.responses.client import Answer, Client
 from expo_ray.extrapolation.step import parse_step
-from expo_ray.on_ray import pipeline
-from expo_ray.on_ray.serving.serve_models import Endpoint
+from expo_ray.on_ray import capacity, pipeline
 from expo_ray.report.report_page import PAGE
 from expo_ray.report.results_file import read_results
 from expo_ray.storage import open_store
@@ -217,8 +216,11 @@ def test_a_run_that_was_cut_short_goes_on_and_its_published_model_is_served(
     assert not (run / "results.json").exists()
     with served(folder) as url:
         # One endpoint for the whole test: the pipeline takes it for its own. The session's Ray has one CPU.
-        monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
-        monkeypatch.setattr(pipeline, "serving", lambda *_: contextlib.nullcontext(Endpoint(url, slots=4)))
+        monkeypatch.setattr(capacity, "read_nodes", lambda: [Node(0, cpus=2.0)])
+        monkeypatch.setattr(pipeline, "http_proxy", lambda _: contextlib.nullcontext((url, "/")))
+        monkeypatch.setattr(pipeline, "ingress", lambda *_: contextlib.nullcontext())
+        running = SimpleNamespace(wait=lambda _: None)
+        monkeypatch.setattr(pipeline, "deploy_group", lambda _: contextlib.nullcontext(running))
         checked = check_job(load_job(folder / "cut.yaml"))
         searches = pipeline.search_pairs(checked)
         results = write_report(checked, searches, pipeline.publish_winners(checked, searches))

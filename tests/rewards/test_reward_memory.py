@@ -20,12 +20,13 @@ from pydantic import ValidationError
 
 from expo_ray.config import RewardModel
 from expo_ray.errors import Problems, RewardError
+from expo_ray.evaluation.placement import Node, Placement
 from expo_ray.evaluation.rewards.reward_model import Classifier, check_reward, inspect_reward_model
 from expo_ray.on_ray.gpus import starting_alone
 from expo_ray.on_ray.rewards import backends, memory
 from expo_ray.on_ray.rewards.backends import load_backend
 from expo_ray.on_ray.rewards.memory import ActorNeed, check_memory
-from expo_ray.on_ray.rewards.pool import Crew, _Slot
+from expo_ray.on_ray.rewards.pool import Crew, RewardPool, _Slot
 from tests.support.tiny_reward_models import save_reward_model
 
 GB = 10**9
@@ -45,12 +46,8 @@ def need(folder: Path, numel: int, num_gpus: float = 0, **spec: Any) -> ActorNee
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What nodes, cards and node groups there are, by name; `asked` counts the questions for cards."""
-    parts: dict[str, Any] = {"nodes": [], "groups": [], "cards": [], "asked": 0}
-
-    def cards(node_ids: list[str]) -> list[int]:
-        parts["asked"] += 1
-        return list(parts["cards"][: len(node_ids)])
+    """What nodes and node groups there are, by name."""
+    parts: dict[str, Any] = {"nodes": [], "groups": []}
 
     def nodes() -> list[dict[str, Any]]:
         return [
@@ -60,7 +57,6 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     monkeypatch.setattr(ray, "nodes", nodes)
     monkeypatch.setattr(memory, "_node_groups", lambda: parts["groups"])
-    monkeypatch.setattr(memory, "_ask_cards", cards)
     return parts
 
 
@@ -103,28 +99,24 @@ def test_all_actors_on_cpus_are_compared_with_all_nodes(folder: Path, cluster: d
     check_memory([four])
 
 
-def test_weights_are_compared_with_the_cards(folder: Path, cluster: dict[str, Any]) -> None:
-    cluster["nodes"] = [{"CPU": 8.0, "memory": 500.0 * GB}, {"CPU": 8.0, "GPU": 2.0, "memory": 500.0 * GB}]
-    cluster["cards"] = [24 * GB]
-    check_memory([need(folder, 9 * GB, 1)])
-    text = refusal(need(folder, 20 * GB, 1))
-    assert (
-        "its weights take 40 GB in bf16, 40 GB on each GPU at `num_gpus: 1`, where it may fill 22.1 GB"
-        in text
-    )
-    assert "set `num_gpus: 2`" in text
-    check_memory([need(folder, 20 * GB, 2)])  # the remedy
-    text = refusal(need(folder, 9 * GB, 0.5))
-    assert "at `num_gpus: 0.5`, where it may fill 11 GB: the largest GPU has 24 GB; set `num_gpus: 1`" in text
-    assert "add larger GPUs, or give a smaller model" in refusal(need(folder, 70 * GB, 2))
-    cluster["nodes"][1]["memory"] = 30.0 * GB
-    assert "the largest node has 30 GB of memory" in refusal(need(folder, 20 * GB, 2))
-    cluster["nodes"][1]["memory"] = 500.0 * GB
-    cluster["cards"] = [0]  # its driver does not say
-    check_memory([need(folder, 70 * GB, 1)])
-    cluster |= {"cards": [24 * GB], "asked": 0, "groups": [{"CPU": 8.0, "GPU": 8.0}]}
-    check_memory([need(folder, 70 * GB, 1)])  # of a card that may come nothing is known
-    assert not cluster["asked"]
+def test_weights_are_compared_with_the_gpus(folder: Path, cluster: dict[str, Any]) -> None:
+    def find(numel: int, gpu_bytes: int | None = 24 * GB, **spec: Any) -> Placement | None:
+        checked = need(folder, numel).checked
+        asked = replace(checked, spec=checked.spec.model_copy(update=spec))
+        return RewardPool(asked, device="cuda")._find_room([Node(0, cpus=8), Node(2, gpu_bytes, 8)])
+
+    assert find(8 * GB)
+    with pytest.raises(Problems, match=r"a worker needs 37\.1 GB of GPU memory.*set `num_gpus: 2`"):
+        find(15 * GB)
+    assert find(15 * GB, num_gpus=2)  # the remedy
+    with pytest.raises(Problems, match=r"give it at least 0\.\d+ of a GPU, or leave the share out"):
+        find(6 * GB, num_gpus=0.5)
+    with pytest.raises(Problems, match="use larger GPUs"):
+        find(70 * GB)
+    assert find(70 * GB, gpu_bytes=None)  # its driver does not say
+    cluster["nodes"] = [{"CPU": 8.0, "GPU": 2.0, "memory": 10.0 * GB}]
+    with pytest.raises(Problems, match=r"the largest node has 10 GB of memory"):
+        find(9 * GB)
 
 
 @pytest.mark.parametrize(

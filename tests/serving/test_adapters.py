@@ -24,7 +24,7 @@ from expo_ray.errors import ArithmeticFault
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.step import Step
 from expo_ray.on_ray.serving.adapter_worker import AdapterWorker
-from expo_ray.on_ray.serving.serve_models import settings_for
+from expo_ray.on_ray.serving.engine_groups import settings_for
 from expo_ray.serving.adapters import adapter_arguments, merged_plan, write_adapter
 from expo_ray.serving.lease import MOST_WAITING, Busy
 from expo_ray.serving.resident_adapters import ResidentAdapters

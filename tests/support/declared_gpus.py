@@ -1,6 +1,6 @@
 """`expo-ray run` on a machine whose Ray is told of GPUs that are not there: places are real, engines and actors compute on CPUs.
 
-`python declared_gpus.py GPUS BYTES REPORT JOB.yaml`. Everything is as on GPUs but for the four functions that are replaced below.
+`python declared_gpus.py GPUS BYTES REPORT JOB.yaml`. Everything is as on GPUs but for the functions that are replaced below.
 What Ray has given to each engine and actor is appended to REPORT, a line of JSON each.
 """
 
@@ -19,9 +19,10 @@ from ray.util import placement_group_table
 from expo_ray.cli.process import main
 from expo_ray.config import Serving
 from expo_ray.evaluation.placement import Place
-from expo_ray.on_ray import cluster, gpus, pipeline
+from expo_ray.on_ray import capacity, cluster, gpus, pipeline
 from expo_ray.on_ray.rewards import pool
-from expo_ray.on_ray.serving import engine_settings, serve_models
+from expo_ray.on_ray.serving import engine_settings
+from expo_ray.on_ray.serving.engine_groups import EngineGroup, deploy_group
 
 
 def report(file: str, **line: Any) -> None:
@@ -33,7 +34,6 @@ def declare(many: int, gpu_bytes: int, file: str) -> None:
     """Let this process start a Ray with GPUs, and plan for them."""
     start, arguments = cluster._init_twice, engine_settings.engine_arguments
     bundles, environment = engine_settings._gpu_placement, engine_settings._environment
-    serving = serve_models.serving
 
     class Actor(pool.RewardActor):
         """Computes on a CPU what it was given a GPU for."""
@@ -48,14 +48,15 @@ def declare(many: int, gpu_bytes: int, file: str) -> None:
                 return super().load(probe, compares)
 
     @contextmanager
-    def observed(*given: Any) -> Iterator[Any]:
-        with serving(*given) as endpoint:
-            yield endpoint
+    def observed(group: EngineGroup) -> Iterator[Any]:
+        with deploy_group(group) as engines:
+            yield engines
+            slots = group.slots(ask=True)
             groups = [group for group in placement_group_table().values() if group["state"] == "CREATED"]
             report(
                 file,
                 kind="groups",
-                slots=endpoint.slots,
+                slots=slots,
                 groups=[[group["strategy"], [*group["bundles"].values()]] for group in groups],
             )
 
@@ -69,7 +70,8 @@ def declare(many: int, gpu_bytes: int, file: str) -> None:
     engine_settings._gpu_placement = lambda place: {**bundles(place), "accelerator_config": {"kind": "cpu"}}
     engine_settings._environment = lambda place, threads: environment(None, threads)
     pool.RewardActor = Actor  # type: ignore[misc]
-    vars(pipeline)["serving"] = observed
+    vars(pipeline)["deploy_group"] = observed
+    vars(capacity)["engine_built_for_gpus"] = lambda: True
 
 
 if __name__ == "__main__":

@@ -196,7 +196,7 @@ class RayHead(RayBox):
             "port": port,
             "node-ip-address": "127.0.0.1",
             "num-cpus": self._num_cpus,
-            "resources": json.dumps({"shard_io": self._num_cpus}),
+            "resources": json.dumps({"shard_io": self._num_cpus} if self._num_cpus else {}),
             "object-store-memory": OBJECT_STORE_BYTES,
             "include-dashboard": "true",
             "dashboard-host": "127.0.0.1",

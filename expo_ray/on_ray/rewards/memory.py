@@ -1,24 +1,16 @@
-"""Memory for reward models: what cannot fit is refused before it is downloaded."""
+"""Main memory for reward models: what cannot fit is refused before it is downloaded. For GPUs, see `evaluation.placement`."""
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import ray
-import ray._private.state
-from ray.exceptions import GetTimeoutError, RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from expo_ray.errors import Collected, RewardError
 from expo_ray.evaluation.rewards.reward_model import DTYPE_BYTES, CheckedReward, Classifier
-from expo_ray.on_ray.rewards.backends import GPU_MEMORY_SHARE
+from expo_ray.on_ray.capacity import node_groups
 from expo_ray.progress import size_text
-
-# A node that has not answered by then is not counted on.
-_ANSWER_TIMEOUT_S = 60.0
-_QUERY = ("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")
 
 
 @dataclass(frozen=True)
@@ -62,8 +54,6 @@ def check_memory(needs: Sequence[ActorNeed]) -> None:
     for need in needs:
         with problems.catching():
             _check_host(need, [node["Resources"] for node in nodes], groups)
-            if need.num_gpus and not any(map(need.fits_on, groups)):  # of a group's cards nothing is known
-                _check_cards(need, nodes)
     if not groups:
         with problems.catching():
             _check_together(needs, [node["Resources"] for node in nodes])
@@ -106,28 +96,6 @@ def _check_together(needs: Sequence[ActorNeed], nodes: Sequence[Mapping[str, flo
         )
 
 
-def _check_cards(need: ActorNeed, nodes: Sequence[Mapping[str, object]]) -> None:
-    """Compare the weights with the memory of the largest GPU; a node whose driver does not say is not counted.
-
-    Raises:
-        RewardError: if they are larger.
-    """
-    matching = [
-        node for node in nodes if isinstance(node["Resources"], dict) and need.fits_on(node["Resources"])
-    ]
-    cards = _ask_cards([str(node["NodeID"]) for node in matching])
-    if not cards or 0 in cards:
-        return
-    room = GPU_MEMORY_SHARE * min(need.num_gpus, 1) * max(cards)
-    parts = max(1, int(need.num_gpus))
-    if need.weight_bytes / parts <= room:
-        return
-    raise RewardError(
-        f"{_weights(need)}, {size_text(need.weight_bytes // parts)} on each GPU at `num_gpus: {need.num_gpus:g}`, where it may fill "
-        f"{size_text(int(room))}: the largest GPU has {size_text(max(cards))}; {_smaller(need)}{_larger_split(need, max(cards))}"
-    )
-
-
 def _weights(need: ActorNeed) -> str:
     return (
         f"{need.checked.spec.name}: its weights take {size_text(need.weight_bytes)} in {need.checked.dtype}"
@@ -138,41 +106,6 @@ def _smaller(need: ActorNeed) -> str:
     return "set `dtype: bf16`, " if need.checked.dtype == "fp32" else ""
 
 
-def _larger_split(need: ActorNeed, card: int) -> str:
-    """The number of GPUs that the weights fit on, as a remedy."""
-    model = need.checked.model
-    assert isinstance(model, Classifier)
-    for parts in range(1, model.heads + 1):
-        if model.heads % parts == 0 and need.weight_bytes / parts <= GPU_MEMORY_SHARE * card:
-            return f"set `num_gpus: {parts}`, or add larger GPUs"
-    return "add larger GPUs, or give a smaller model"
-
-
 def _node_groups() -> list[Mapping[str, float]]:
     """Resources of a node of each kind that the autoscaler can add; empty without an autoscaler."""
-    config = ray._private.state.state.get_cluster_config()
-    groups = config.node_group_configs if config else ()
-    return [dict(group.resources) for group in groups if group.max_count != 0]
-
-
-def _ask_cards(node_ids: Sequence[str]) -> list[int]:
-    """Memory in bytes of the largest GPU of each node, 0 where that is unknown. Asks for no GPU: all may be in use."""
-    ask = ray.remote(num_cpus=0, max_retries=0)(_card_bytes)
-    asked = [
-        ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False)).remote()
-        for node_id in node_ids
-    ]
-    try:
-        cards: list[int] = ray.get(asked, timeout=_ANSWER_TIMEOUT_S)
-    except (GetTimeoutError, RayError):
-        return []
-    return cards
-
-
-def _card_bytes() -> int:
-    """Memory in bytes of the largest GPU of this machine, 0 if its driver does not say. CUDA shows none to a task without a GPU."""
-    try:
-        done = subprocess.run(_QUERY, capture_output=True, text=True, timeout=30, check=True)
-        return max(int(line) for line in done.stdout.split()) << 20
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return 0
+    return [resources for resources, _ in node_groups()]

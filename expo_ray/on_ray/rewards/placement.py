@@ -6,13 +6,12 @@ import threading
 from collections.abc import Sequence
 from typing import Protocol
 
-import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from expo_ray.config import RewardModel
 from expo_ray.errors import RewardError
-from expo_ray.evaluation.placement import Place
+from expo_ray.evaluation.placement import Node, Place
 
 
 class Closable(Protocol):
@@ -85,19 +84,14 @@ def _bundle(place: Place) -> dict[str, float]:
     return {"GPU": place.gpus * place.need.workers, "CPU": place.need.cpus}
 
 
-def check_room(spec: RewardModel, num_gpus: float) -> None:
-    """Refuse actors that no node is large enough for. Without any node none is refused: an autoscaled cluster may get some.
+def check_room(spec: RewardModel, nodes: Sequence[Node]) -> None:
+    """Refuse actors on CPUs that no node is large enough for.
 
     Raises:
-        RewardError: if there are nodes, and none is large enough.
+        RewardError: if none is.
     """
-    wanted = {"CPU": spec.num_cpus, "GPU": num_gpus}
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if any(all(node.get(name, 0) >= many for name, many in wanted.items()) for node in nodes):
-        return
-    most = {name: max((node.get(name, 0) for node in nodes), default=0) for name in wanted}
-    if any(most.values()):
+    most = max((node.cpus for node in nodes), default=0)
+    if spec.num_cpus > most:
         raise RewardError(
-            f"{spec.name}: an actor wants {wanted['CPU']:g} CPU(s) and {wanted['GPU']:g} GPU(s), and no node has both "
-            f"(the largest have {most['CPU']:g} and {most['GPU']:g}); lower `num_cpus` or `num_gpus`"
+            f"{spec.name}: an actor wants {spec.num_cpus:g} CPU(s), and the largest node has {most:g}; lower `num_cpus`, or add nodes"
         )

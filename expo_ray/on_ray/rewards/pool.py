@@ -20,9 +20,11 @@ from ray.exceptions import (
 )
 from ray.util.scheduling_strategies import SchedulingStrategyT
 
+from expo_ray.config import Serving
 from expo_ray.errors import ExpoError, InputChanged, RewardError
+from expo_ray.evaluation.devices import SettledDevice
 from expo_ray.evaluation.gpu_needs import reward_need, scores_on_gpus
-from expo_ray.evaluation.placement import place
+from expo_ray.evaluation.placement import Node, Placement, place
 from expo_ray.evaluation.records import Response, Reward
 from expo_ray.evaluation.rewards.reward_function import RewardFunction, function_scorer
 from expo_ray.evaluation.rewards.reward_inputs import RewardInput, ScoreFailure
@@ -31,7 +33,8 @@ from expo_ray.evaluation.rewards.reward_model import (
     Classifier,
     inspect_reward_model,
 )
-from expo_ray.on_ray.gpus import log_placement, read_nodes, starting_alone
+from expo_ray.on_ray.capacity import await_room, usual_devices
+from expo_ray.on_ray.gpus import log_placement, starting_alone
 from expo_ray.on_ray.rewards.backends import PARITY_TEXTS, load_backend
 from expo_ray.on_ray.rewards.memory import ActorNeed, check_memory
 from expo_ray.on_ray.rewards.placement import ActorRoom, check_room
@@ -57,10 +60,18 @@ class RewardPool:
 
     Args:
         room: of the actors on GPUs; as if they had all GPUs for themselves unless given.
+        device: that reward models compute on, where the job file does not say; by the connected cluster unless given.
+
+    Attributes:
+        start_timeout: longest time in seconds to wait for machines.
     """
 
-    def __init__(self, checked: CheckedReward, room: ActorRoom | None = None) -> None:
-        self.room = room
+    start_timeout = Serving().start_timeout
+
+    def __init__(
+        self, checked: CheckedReward, room: ActorRoom | None = None, device: SettledDevice | None = None
+    ) -> None:
+        self.room, self._device = room, device
         self.checked, self.spec, self.model = checked, checked.spec, checked.model
         self._crew: Crew | None = None
 
@@ -77,19 +88,36 @@ class RewardPool:
         return self.checked.about
 
     @property
+    def on_gpus(self) -> bool:
+        """True if the actors compute on GPUs."""
+        if self._device is None:
+            self._device = usual_devices().rewards
+        return scores_on_gpus(self.spec, self.model, self._device)
+
+    @property
     def need(self) -> ActorNeed:
         """What each actor takes of the connected cluster, where it has a whole GPU if it has any."""
-        on_gpus = scores_on_gpus(self.spec, self.model, ray.cluster_resources().get("GPU", 0))
-        return ActorNeed(self.checked, (self.spec.num_gpus or 1.0) if on_gpus else 0.0)
+        return ActorNeed(self.checked, (self.spec.num_gpus or 1.0) if self.on_gpus else 0.0)
 
     def check_room(self) -> None:
-        """Refuse the model if no node of the connected cluster has room for an actor.
+        """Wait for room for an actor, and refuse the model if the connected cluster does not come to have any.
 
         Raises:
-            ExpoError: if none has, as far as that can be known before the model is downloaded.
+            ExpoError: if no node has room, as far as that can be known before the model is downloaded.
         """
-        check_room(self.spec, self.need.num_gpus)
+        await_room(self._find_room, self.start_timeout)
+
+    def _find_room(self, nodes: Sequence[Node]) -> Placement | None:
+        """Find a place on GPUs for the actors; None if they run on CPUs, and there is room.
+
+        Raises:
+            ExpoError: if there is no room.
+        """
         check_memory([self.need])
+        if self.on_gpus:
+            return place((), [reward_need(self.spec, self.model, self.checked.dtype)], nodes)
+        check_room(self.spec, nodes)
+        return None
 
     def inputs(self, responses: Sequence[Response]) -> list[RewardInput]:
         return self.checked.inputs(responses)
@@ -108,13 +136,10 @@ class RewardPool:
 
     def _start_crew(self, probe: Sequence[Sequence[int]]) -> Crew:
         """Start the actors: on GPUs where their room is, on CPUs on as many nodes as there are."""
-        self.check_room()
-        need = self.need
-        if not need.num_gpus:
-            return Crew(need, probe, ["SPREAD"] * self.spec.replicas)
         if self.room is None:
-            wanted = reward_need(self.spec, self.model, self.checked.dtype)
-            placement = place((), [wanted], read_nodes())
+            placement = await_room(self._find_room, self.start_timeout)
+            if placement is None:
+                return Crew(self.need, probe, ["SPREAD"] * self.spec.replicas)
             log_placement(placement)
             self.room = ActorRoom(placement.rewards)
         taken = self.room.place(self.name)

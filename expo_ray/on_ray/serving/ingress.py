@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from ray import serve
 from ray.serve.handle import DeploymentHandle
 from ray.serve.llm.ingress import OpenAiIngress
 from starlette.exceptions import HTTPException
@@ -29,34 +30,43 @@ ENDPOINTS: Mapping[str, Any] = {
 
 
 class Ingress(OpenAiIngress):
-    """Finds the deployment of a served name.
+    """Finds the engines of a served name.
 
     Args:
-        deployments: by the name of the pair or model.
-        pairs: the alphas to list of each pair, by name; other deployments take no alpha.
+        engines: names of the deployment and its application, by the name of the pair or model.
+        pairs: the alphas to list of each pair, by name; other models take no alpha.
+        failures: why other models have no engines, by name.
     """
 
     def __init__(
-        self, deployments: Mapping[str, DeploymentHandle[Any]], pairs: Mapping[str, Sequence[float]]
+        self,
+        engines: Mapping[str, tuple[str, str]],
+        pairs: Mapping[str, Sequence[float]],
+        failures: Mapping[str, str],
     ) -> None:
-        super().__init__(dict(deployments), {name: _card(name) for name in deployments})
-        self._handles = {name: handle.options(stream=True) for name, handle in deployments.items()}
-        self._deployments, self._pairs = deployments, pairs
+        # The engines of a search start after this: a handle looks for them at its first request.
+        self._engines = {
+            name: serve.get_deployment_handle(*address, _check_exists=False)
+            for name, address in engines.items()
+        }
+        super().__init__(dict(self._engines), {name: _card(name) for name in engines})
+        self._streams = {name: handle.options(stream=True) for name, handle in self._engines.items()}
+        self._pairs, self._failures = pairs, failures
 
     async def _get_model_id(self, model: str | None) -> str:
         return str(self._find(model))
 
     def _get_configured_serve_handle(self, model_id: str) -> DeploymentHandle[Any]:
-        return self._handles[parse_name(model_id).base]
+        return self._streams[parse_name(model_id).base]
 
     async def models(self) -> ModelList:
-        listed = [ServedName(name, None) for name in self._deployments]
+        listed = [ServedName(name, None) for name in self._engines]
         listed += [ServedName(name, Step(alpha)) for name, alphas in self._pairs.items() for alpha in alphas]
         return ModelList(data=[_card(str(name)) for name in listed])
 
     async def model_data(self, model: str) -> ModelCard:
         name = self._find(model)
-        return _card(model, await self._deployments[name.base].card.remote(str(name)))
+        return _card(model, await self._engines[name.base].card.remote(str(name)))
 
     def _find(self, model: str | None) -> ServedName:
         """Parse the name of a request and check that it is served; the result spells it in one way.
@@ -70,7 +80,9 @@ class Ingress(OpenAiIngress):
             name = parse_name(model)
         except NameFault as error:
             raise _refusal(400, str(error), "bad_alpha") from error
-        if name.base not in self._deployments:
+        if name.base in self._failures:
+            raise _refusal(404, f"{name.base} is not served: {self._failures[name.base]}", "model_not_found")
+        if name.base not in self._engines:
             raise _refusal(
                 404, f"model {model!r} is not served here; served are {self._served()}", "model_not_found"
             )
@@ -84,7 +96,7 @@ class Ingress(OpenAiIngress):
 
     def _served(self) -> str:
         return first_few(
-            [f"`{name}@ALPHA`" if name in self._pairs else f"`{name}`" for name in self._deployments]
+            [f"`{name}@ALPHA`" if name in self._pairs else f"`{name}`" for name in self._engines]
         )
 
 
