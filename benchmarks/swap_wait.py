@@ -33,9 +33,11 @@ if TYPE_CHECKING:
 
 FLOORS_WANTED = 2.0
 SHARE_WANTED = 5.0
-IN_FILES = "parents in files"
 ALPHAS = (0.1, 0.2, 0.4, 0.8)
 MEMORY, DISK, AHEAD = "parents in memory", "parents on the disk", ", made ahead"
+IN_FILES = "parents in files"
+# Nothing is made ahead where the parents are in memory.
+WAYS = (MEMORY, IN_FILES, IN_FILES + AHEAD, DISK, DISK + AHEAD)
 
 
 class MeasuredWorker(PairWorker):
@@ -129,10 +131,8 @@ def main() -> None:
     swaps = measure_swaps(engine, rounds)
     rungs: dict[str, list[Turn]] = {}
     for _ in range(max(1, rounds // 2)):
-        for where in (MEMORY, IN_FILES, DISK):
-            for ahead in (False, True):
-                name = f"{where}{AHEAD}" if ahead else where
-                rungs.setdefault(name, []).extend(rung(engine, arguments.prompts, where, ahead=ahead))
+        for name in WAYS:
+            rungs.setdefault(name, []).extend(rung(engine, arguments.prompts, name))
     engine.llm_engine.engine_core.shutdown()
     _report(swaps, rungs, load, keep=not arguments.quick)
 
@@ -158,10 +158,7 @@ def measure_swaps(engine: LLM, rounds: int) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {}
     for number in range(rounds + 1):
         step = str(ALPHAS[number % len(ALPHAS)])
-        for name in (
-            "floor",
-            *(f"{where}{ahead}" for where in (MEMORY, IN_FILES, DISK) for ahead in ("", AHEAD)),
-        ):
+        for name in ("floor", *WAYS):
             (measured,) = _measure(engine, name, step)
             if number:
                 seconds.setdefault(name, []).append(measured)
@@ -182,7 +179,7 @@ def _measure(engine: LLM, name: str, step: str) -> list[float]:
     return engine.collective_rpc("swap", args=(step,))
 
 
-def rung(engine: LLM, num_prompts: int, where: str, *, ahead: bool) -> list[Turn]:
+def rung(engine: LLM, num_prompts: int, way: str) -> list[Turn]:
     """Answer at each alpha in turn, as a search does; the wait of each turn is the swap to the next alpha."""
     from vllm import SamplingParams
 
@@ -193,8 +190,8 @@ def rung(engine: LLM, num_prompts: int, where: str, *, ahead: bool) -> list[Turn
         chats: Any = [
             [{"role": "user", "content": f"Tell me about the number {n}."}] for n in range(num_prompts)
         ]
-        engine.collective_rpc("keep_parents", args=(where,))
-        if ahead:
+        engine.collective_rpc("keep_parents", args=(way.removesuffix(AHEAD),))
+        if way.endswith(AHEAD):
             engine.collective_rpc("expo_make_ahead", args=(following,))
         began = time.monotonic()
         outputs = engine.chat(chats, sampling, use_tqdm=False)
@@ -205,7 +202,7 @@ def rung(engine: LLM, num_prompts: int, where: str, *, ahead: bool) -> list[Turn
         turns.append(
             Turn(answered - began, sum(len(output.outputs[0].token_ids) for output in outputs), waited)
         )
-        print(f"{where}{AHEAD if ahead else ''}: {turns[-1]}", file=sys.stderr, flush=True)
+        print(f"{way}: {turns[-1]}", file=sys.stderr, flush=True)
     return turns
 
 

@@ -77,6 +77,11 @@ class Slices:
             self.fills.setdefault(fill.parameter, []).append(fill)
         self.work = Work()
 
+    @property
+    def in_memory(self) -> bool:
+        """True if the parents are in memory, so that a swap reads no file."""
+        return isinstance(self.parents, HeldParents)
+
     def cut(self, most: int) -> Pieces:
         """Pieces of at most `most` elements, as `pieces`."""
         return {
@@ -133,7 +138,7 @@ class StepSlices:
     def __init__(self, slices: Slices, plan: PairPlan, alpha: float, made: Words = NOTHING) -> None:
         self.slices, self._plan, self._alpha = slices, plan, alpha
         self._tensors = tensors_of(plan)
-        self._made = dict(_whole_tensors(plan.shards, made))
+        self._made = dict(_whole_tensors(plan.shards, made)) if len(made) else {}
 
     def begin(self, outs: Mapping[str, torch.Tensor]) -> Pending:
         """Begin to fill parameters, by name: contiguous tensors of the parameter's shape and any dtype.

@@ -46,6 +46,9 @@ class ForgetfulWorker(PairWorker):
 
     def expo_forget(self, steps: Sequence[str]) -> None:
         self.forgotten = steps
+        if "parents" in steps:
+            assert self.expo_slices is not None
+            self.expo_slices.release()
         if "repack" in steps:
             engine_weights.repack_heads = lambda model: None
 
@@ -104,6 +107,8 @@ async def swapped(plan: PairPlan, settings: Serving, first: str, second: str) ->
     answers: dict[str, Any] = {"dpo": await ask(server, name)}
     answers["first"] = await ask(server, f"{name}@{first}")
     answers["second"] = await ask(server, f"{name}@{second}")
+    answers["parents"] = (await server.card(name))["parents"]
+    await server.collective_rpc("expo_forget", args=(["parents"],))
     answers["first again"] = await ask(server, f"{name}@{first}", then=f"{name}@{second}")
     await wait_until_made(server, plan)
     answers["second, made ahead"] = await ask(server, f"{name}@{second}", then=f"{name}@7")

@@ -129,7 +129,12 @@ class PairWorker:
         return self.model_config.dtype
 
     def expo_make_ahead(self, text: str) -> None:
-        """Begin to make the weights of a step, given as its text, beside the engine's work; a swap to it takes what there is."""
+        """Begin to make the weights of a step, given as its text, beside the engine's work; a swap to it takes what there is.
+
+        Not where the parents are in memory, from which a swap takes hardly longer than from finished weights.
+        """
+        if self.expo_slices is not None and self.expo_slices.in_memory:
+            return
         try:
             self.expo_ahead.begin(parse_step(text))
         except (
