@@ -174,8 +174,13 @@ def test_a_worker_swaps_by_slices_or_else_by_whole_tensors_and_says_which(
         assert differing(computed_values(model), wanted) == []
         bytes_read, elements = tensor_worker.expo_work()
         assert (bytes_read > 0, elements > 0) == (by_slices, by_slices)
+        tensor_worker.expo_make_ahead("0.25")
+        assert (tensor_worker.expo_ahead._process is None) == by_slices  # whose parents are in memory
         monkeypatch.setattr(parent_tiers, "spare_bytes", lambda: -1)
         assert tensor_worker.expo_swap("0.5") == ""
+        tensor_worker.expo_make_ahead("0.25")
+        assert tensor_worker.expo_ahead._process is not None
+        tensor_worker.expo_ahead.give_up()
         assert tensor_worker.expo_describe_swap()["parents"].startswith("files")
         assert differing(computed_values(model), wanted) == []
         with torch.no_grad():

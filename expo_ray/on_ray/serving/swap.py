@@ -131,7 +131,7 @@ class PairWorker:
     def expo_make_ahead(self, text: str) -> None:
         """Begin to make the weights of a step, given as its text, beside the engine's work; a swap to it takes what there is.
 
-        Not where the parents are in memory, from which a swap takes hardly longer than from finished weights.
+        Not where the parents are in memory, as it would save less than such a process beside the engine costs.
         """
         if self.expo_slices is not None and self.expo_slices.in_memory:
             return
