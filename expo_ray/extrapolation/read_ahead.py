@@ -24,8 +24,8 @@ from expo_ray.storage import Store
 BLOCK_BYTES = 8 << 20
 # The largest chunk, which need not fit into a block that is nearly full: no chunk lies in two blocks.
 CHUNK_BYTES = 1 << 20
-# Blocks of both parents that are being read, waiting or in use: 72 MiB.
-MOST_BLOCKS = 8
+# Blocks of both parents that are being read, waiting or in use: 63 MiB.
+MOST_BLOCKS = 7
 
 
 @dataclass(eq=False)

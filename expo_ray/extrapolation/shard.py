@@ -21,7 +21,7 @@ from expo_ray.extrapolation.stream import HELD, compute_pages
 from expo_ray.text import first_few
 
 # Memory of all outputs together for parts of uploads.
-WRITE_BYTES = 128 << 20
+WRITE_BYTES = 96 << 20
 
 # Size of a page of one output in bytes, and the futures of its hashing and its writing.
 _Appended = tuple[int, Future[None], Future[None]]

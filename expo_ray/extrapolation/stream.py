@@ -72,7 +72,7 @@ def compute_pages(
     with _Parents(plan, reading or Reading()) as parents:
         # Two pages more than threads, so that none waits while the caller takes a page that was finished out of order.
         window = parents.threads + 2 + HELD
-        page_bytes = max(PAGE_BYTES, parents.chunk_bytes)
+        page_bytes = max(PAGE_BYTES if parents.any_local else PAGE_BYTES // 2, parents.chunk_bytes)
         while page_bytes * window * len(alphas) > BUFFER_BYTES and page_bytes > mmap.PAGESIZE:
             page_bytes //= 2
         # A slot is filled again only after `window` pages, when the caller has let go of what it held: `_in_order` begins a page
@@ -120,6 +120,8 @@ class _Parents:
         self.plan = plan
         self.stores = {parent.uri: open_planned(parent.uri, parent.files) for parent in (plan.sft, plan.dpo)}
         local = [store for store in self.stores.values() if store.local_path is not None]
+        # Blocks that are read ahead must reach further than the pages that are begun.
+        self.any_local = bool(local)
         self.chunk_bytes = max((store.chunk_bytes for store in local), default=CHUNK_BYTES)
         self.threads = max((store.concurrency for store in local), default=_THREADS)
         self.ahead = ReadAhead(plan.base, plan.sft, self.stores, reading)

@@ -21,7 +21,7 @@ from expo_ray.storage.s3_connection import Connection
 LARGEST_PART_BYTES = 32 << 20
 LEAST_PART_BYTES = 5 << 20
 MAX_PARTS = 10_000
-PARTS_IN_FLIGHT = 3
+PARTS_IN_FLIGHT = 2
 
 T = TypeVar("T")
 
