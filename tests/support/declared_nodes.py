@@ -187,7 +187,7 @@ def turns(folders: Sequence[str]) -> None:
     specs = [RewardModel(model=folder, name=Path(folder).name, backend="transformers", dtype="fp32") for folder in folders]  # fmt: skip
     pools = [RewardPool(check_reward(spec), device="cuda") for spec in specs]
     for each in pools:
-        each.room = ActorRoom([Place(Need(each.name, GB), 1, 60)])
+        each.room = ActorRoom([Place(Need(each.name, GB, cpus=1), 1, 60)])
     scorers = share_scorers(pools, pools)
     texts = english(24, 200)
 
@@ -227,11 +227,15 @@ def late() -> None:
         capacity.await_room(lambda there: place([engine], (), there), 3)
     except ExpoError as error:
         show(refused=str(error))
-    joins = threading.Timer(4, nodes.add, [1])
-    joins.start()
-    placement = capacity.await_room(lambda there: place([engine], (), there), WAIT_S)
-    show(places=[(taken.need.name, taken.count, taken.share) for taken in placement.engines])
-    joins.join()
+    planned: list[Placement] = []
+    waits = threading.Thread(
+        target=lambda: planned.append(capacity.await_room(lambda there: place([engine], (), there), WAIT_S))
+    )
+    waits.start()
+    time.sleep(4)
+    nodes.add(1)  # a node can be started by the main thread alone
+    waits.join()
+    show(places=[(taken.need.name, taken.count, taken.share) for taken in planned[0].engines])
 
 
 def join(address: str, num_cpus: int) -> None:
