@@ -20,6 +20,8 @@ from expo_ray.storage.s3_connection import Connection
 # Stores count requests, so parts are as large as the memory for them allows. S3 takes no smaller ones but the last.
 LARGEST_PART_BYTES = 32 << 20
 LEAST_PART_BYTES = 5 << 20
+# A small upload has parts, too: several are under way at a time, and one that fails is repeated by itself.
+FEWEST_PARTS = 4
 MAX_PARTS = 10_000
 PARTS_IN_FLIGHT = 2
 
@@ -206,11 +208,11 @@ class S3Writer(Writer):
 
 
 def part_bytes(size: int, buffer_bytes: int) -> int:
-    """Size of the parts of an upload: as large as its memory allows, and no upload has more parts than S3 takes.
+    """Size of the parts of an upload: as large as its size and memory allow, and no upload has more parts than S3 takes.
 
     Args:
         size: of the object.
         buffer_bytes: for the part that is filled and those that are under way.
     """
     share = buffer_bytes // (PARTS_IN_FLIGHT + 1)
-    return max(LEAST_PART_BYTES, min(LARGEST_PART_BYTES, share), -(-size // MAX_PARTS))
+    return max(LEAST_PART_BYTES, min(LARGEST_PART_BYTES, share, size // FEWEST_PARTS), -(-size // MAX_PARTS))

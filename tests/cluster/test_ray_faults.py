@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.support.machines import Machine, Machines
@@ -36,9 +37,16 @@ def all_but_one(stage: Stage) -> Starter:
     return start
 
 
+def _worker_of_the_last(process: int) -> psutil.Process:
+    """The worker below a process that is in the last shard, once those of the others have ended theirs."""
+    wait_until(lambda: len(working(process)) == 1, "one worker is in a shard")
+    (worker,) = working(process)
+    return worker
+
+
 def test_a_killed_worker_costs_one_shard(stage: Stage, ray_head: RayHead, all_but_one: Starter) -> None:
     job = all_but_one(ray_head)
-    (worker,) = working(ray_head.pid)
+    worker = _worker_of_the_last(ray_head.pid)
     worker.kill()
     stage.way.release()
     assert job.wait() == 0, job.stderr
@@ -68,7 +76,7 @@ def test_a_killed_driver_costs_one_shard(stage: Stage, ray_head: RayHead, all_bu
 
 def test_a_killed_driver_takes_its_own_ray_along(stage: Stage, ray_box: RayBox, all_but_one: Starter) -> None:
     job = all_but_one(ray_box)
-    (worker,) = working(job.pid)
+    worker = _worker_of_the_last(job.pid)
     left_over = Path(worker.environ()["RAY_AUTH_TOKEN_PATH"]).parent
     job.signal(signal.SIGKILL)
     job.wait()

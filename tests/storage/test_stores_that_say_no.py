@@ -135,6 +135,8 @@ def test_a_cancelled_job_does_not_wait_for_a_store(monkeypatch: pytest.MonkeyPat
 def test_parts_are_as_large_as_their_memory_allows() -> None:
     assert part_bytes(5 << 30, 96 * MIB) == LARGEST_PART_BYTES == 32 * MIB
     assert part_bytes(5 << 30, 48 * MIB) == 16 * MIB
+    assert part_bytes(100 * MIB, 96 * MIB) == 25 * MIB
+    assert part_bytes(10 * MIB, 96 * MIB) == LEAST_PART_BYTES
     assert part_bytes(5 << 30, 5 * MIB) == LEAST_PART_BYTES
     assert part_bytes(1 << 40, 64 * MIB) * MAX_PARTS >= 1 << 40
 
