@@ -166,7 +166,7 @@ def _print_fits(fits: Sequence[Fit], skipped: Sequence[str]) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from expo_ray.report.report_page import write_report
+    from expo_ray.report.report_folder import write_report
 
     print(write_report(open_store(arguments.run)))
     return 0

@@ -12,7 +12,7 @@ from expo_ray.evaluation.check_job import CheckedJob, check_job
 from expo_ray.evaluation.job_report import push_winners, write_report
 from expo_ray.evaluation.rewards.reward_model import CheckedReward
 from expo_ray.evaluation.search.stored_searches import read_stored_searches
-from expo_ray.report.report_page import PAGE
+from expo_ray.report.report_folder import PAGE
 from expo_ray.report.results import PairResult, Results
 from expo_ray.storage import join_uri, local_path
 

@@ -13,7 +13,7 @@ from expo_ray.evaluation.check_job import CheckedJob, package_versions
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.publish import Published
 from expo_ray.published.push import push_models
-from expo_ray.report import report_page
+from expo_ray.report import report_folder
 from expo_ray.report.results import PairResult, Results
 from expo_ray.report.results_file import write_results
 from expo_ray.storage import open_store
@@ -114,7 +114,7 @@ def push_winners(results: Results, job: Job) -> Results:
 def _write(results: Results) -> None:
     store = open_store(results.output)
     write_results(store, results)
-    report_page.write_report(store, results)
+    report_folder.write_report(store, results)
 
 
 def _cost(searches: Searches, winners: Winners) -> Mapping[str, float]:

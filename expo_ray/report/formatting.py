@@ -84,7 +84,7 @@ def bounded(value: T, longest: int = _LONGEST_TEXT) -> T:
     """`value`, the results of a run or a part of them, with every text visible and cut, so that a page of it can be opened."""
     shorter: Any = value
     if isinstance(value, str):
-        shorter = visible(_cut(value, longest))
+        shorter = visible(cut(value, longest))
         if longest != _LONGEST_EXAMPLE:  # those stand in boxes that no mark of direction leaves
             shorter = _DIRECTION.sub("\ufffd", shorter)
     elif is_dataclass(value) and not isinstance(value, type):
@@ -99,7 +99,8 @@ def bounded(value: T, longest: int = _LONGEST_TEXT) -> T:
     return cast("T", shorter)
 
 
-def _cut(text: str, longest: int) -> str:
+def cut(text: str, longest: int) -> str:
+    """The beginning of `text`, and how much there is of it."""
     return text if len(text) <= longest else f"{text[:longest]}\u2026 (cut here, of {len(text):,} characters)"
 
 

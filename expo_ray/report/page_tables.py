@@ -18,14 +18,17 @@ class OverviewRow:
     """Row of a pair in the overview.
 
     Attributes:
+        link: to what the report says of the pair.
+        warnings: how many there are; empty if none.
         chosen: True if the figures are of a chosen alpha; else they are of the one that came closest.
         at: the alpha of the figures.
         gains: on the choosing prompts by the choosing model, then on the confirming prompts by every model.
     """
 
     name: str
-    anchor: str
+    link: str
     decision: str
+    warnings: str
     chosen: bool
     at: str
     gains: tuple[str, ...]
@@ -130,8 +133,9 @@ def multipliers_text(multipliers: Mapping[str, float]) -> str:
     return ", ".join(f"{group} \u00d7{alpha_text(factor)}" for group, factor in multipliers.items())
 
 
-def overview_row(pair: PairResult, anchor: str, models: Sequence[str]) -> OverviewRow:
+def overview_row(pair: PairResult, link: str, models: Sequence[str]) -> OverviewRow:
     """The row of one pair in the table over all."""
+    warnings = len(pair.warnings)
     at = pair.candidate
     chooser = pair.reward_models[0] if pair.measured else ""
     chosen = pair.measurement(at, "choose", chooser)
@@ -140,8 +144,9 @@ def overview_row(pair: PairResult, anchor: str, models: Sequence[str]) -> Overvi
     dpo, length = pair.mean_tokens.get(0.0), None if at is None else pair.mean_tokens.get(at)
     return OverviewRow(
         pair.name,
-        anchor,
+        link,
         decision_text(pair),
+        f"{warnings} warning{'s' * (warnings > 1)}" if warnings else "",
         pair.decision != 0,
         "" if at is None else alpha_text(at),
         tuple(interval(measured.gain) if measured else NONE for measured in (chosen, *confirmed)),

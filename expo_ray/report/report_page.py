@@ -1,13 +1,15 @@
-"""The page `report/index.html`: all results of a run in a file that loads nothing from elsewhere."""
+"""The pages of a report, as texts: files that load nothing from elsewhere."""
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from expo_ray.errors import JobError
-from expo_ray.report.formatting import alpha_text, bounded, cost_name, cost_value, visible
+from expo_ray.report.formatting import alpha_text, bounded, cost_name, cost_value, cut, visible
 from expo_ray.report.page_figures import draw_pair
 from expo_ray.report.page_tables import (
     AlphaRow,
@@ -25,14 +27,14 @@ from expo_ray.report.page_tables import (
     sorted_pairs,
 )
 from expo_ray.report.results import PairResult, Results
-from expo_ray.report.results_file import read_results
 from expo_ray.report.svg import Drawing
-from expo_ray.storage import Store, join_uri
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-PAGE = "report/index.html"
+# A report of so many pairs is one page, which can be sent as it is; of more, an overview and a page for each pair, as a browser
+# takes no page of 1,000 pairs with all their figures.
+ONE_PAGE_PAIRS = 6
 
 
 @dataclass(frozen=True)
@@ -50,42 +52,120 @@ class PairView:
     examples: list[ExampleView]
 
 
-def write_report(store: Store, results: Results | None = None) -> str:
-    """Write the page of the run whose output folder `store` is; gives its URI.
+@dataclass(frozen=True)
+class PageLink:
+    """The page of a pair, for the pages beside it."""
+
+    name: str
+    file: str
+
+
+@dataclass(frozen=True)
+class PairPage:
+    """All that the page of a pair shows.
+
+    Attributes:
+        before: the page of the pair with the next larger gain, if any.
+        after: the page of the pair with the next smaller gain, if any.
+        output: of the run.
+        version: of expo-ray that wrote the results.
+    """
+
+    pair: PairResult
+    before: PageLink | None
+    after: PageLink | None
+    confidence: float
+    output: str
+    version: str
+
+    @property
+    def file(self) -> str:
+        return pair_file(self.pair.name)
+
+    def text(self) -> str:
+        """Draw the page.
+
+        Raises:
+            JobError: if what draws it is not installed.
+        """
+        try:
+            template = template_environment().get_template("pair_page.html")
+            view = _view(bounded(self.pair), 1, self.confidence)
+        except ImportError as error:
+            raise _not_installed(error) from error
+        return template.render(
+            pair=view,
+            before=self.before,
+            after=self.after,
+            confidence=self.confidence,
+            output=visible(self.output),
+            version=self.version,
+        )
+
+
+def pair_pages(results: Results) -> list[PairPage]:
+    """The pages of the pairs, by falling gain; none if the overview shows the pairs itself."""
+    if not _is_split(results):
+        return []
+    pairs = sorted_pairs(results)
+    links = [None, *(PageLink(bounded(pair.name), pair_file(pair.name)) for pair in pairs), None]
+    version = results.versions.get("expo-ray", "")
+    return [
+        PairPage(pair, before, after, results.confidence, results.output, version)
+        for pair, before, after in zip(pairs, links, links[2:], strict=False)
+    ]
+
+
+def page_of(results: Results, pages: str = "pairs") -> str:
+    """The page `index.html`; the same results give the same text. Long texts are cut: `results.json` and the stored rows hold them whole.
 
     Args:
-        store: any that can be written.
-        results: of the run; None reads them from the store.
+        pages: folder of the pairs' own pages, if they have any, below that of this page.
 
     Raises:
-        OutputError: if the store has no results that this version reads.
-        JobError: if what draws the page is not installed.
+        JobError: if what draws it is not installed.
     """
-    store.put(PAGE, page_of(results or read_results(store)).encode())
-    return join_uri(store.uri, PAGE)
-
-
-def page_of(results: Results) -> str:
-    """The page; the same results give the same text. Long texts are cut: `results.json` and the stored rows hold them whole."""
-    results = bounded(results)
+    results, split = bounded(results), _is_split(results)
+    pairs = sorted_pairs(results)
     try:
         template = template_environment().get_template("page.html")
-        views = [
-            _view(pair, number, results.confidence) for number, pair in enumerate(sorted_pairs(results), 1)
-        ]
+        views = [] if split else _views(pairs, results.confidence)
     except ImportError as error:
-        raise JobError(
-            f"the report is drawn with jinja2 and matplotlib, and {error.name} is not installed; pip install 'expo-ray[evaluate]'"
-        ) from error
+        raise _not_installed(error) from error
+    links = (
+        [f"{pages}/{pair_file(pair.name)}" for pair in pairs]
+        if split
+        else [f"#{view.anchor}" for view in views]
+    )
     models = all_models(results)
     return template.render(
         results=results,
-        pairs=views,
+        confidence=results.confidence,
+        output=results.output,
+        version=results.versions.get("expo-ray", ""),
+        split=split,
+        views=views,
         models=models,
-        overview=[overview_row(view.result, view.anchor, models) for view in views],
+        overview=[overview_row(pair, link, models) for pair, link in zip(pairs, links, strict=True)],
         chances=chance_rows(results),
         improved=sum(pair.decision != 0 for pair in results.pairs),
     )
+
+
+def pair_file(name: str) -> str:
+    """The file of a pair's page: its name, with a digest where a file system or a browser might read the name in another way."""
+    plain = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip(".-")[:60]
+    if plain != name:
+        plain += f"-{hashlib.sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
+    return f"{plain}.html"
+
+
+def _is_split(results: Results) -> bool:
+    return len(results.pairs) > ONE_PAGE_PAIRS
+
+
+def _views(pairs: Sequence[PairResult], confidence: float) -> list[PairView]:
+    return [_view(pair, number, confidence) for number, pair in enumerate(pairs, 1)]
 
 
 def _view(pair: PairResult, number: int, confidence: float) -> PairView:
@@ -117,6 +197,12 @@ def template_environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"alpha": alpha_text, "cost_name": cost_name}
+    environment.filters |= {"alpha": alpha_text, "cost_name": cost_name, "cut": cut}
     environment.globals |= {"cost_value": cost_value}
     return environment
+
+
+def _not_installed(error: ImportError) -> JobError:
+    return JobError(
+        f"the report is drawn with jinja2 and matplotlib, and {error.name} is not installed; pip install 'expo-ray[evaluate]'"
+    )

@@ -28,7 +28,7 @@ from expo_ray.evaluation.records import Message, digest, seed_of
 from expo_ray.evaluation.responses.client import Answer, Client
 from expo_ray.extrapolation.step import parse_step
 from expo_ray.on_ray import capacity, pipeline
-from expo_ray.report.report_page import PAGE
+from expo_ray.report.report_folder import PAGE
 from expo_ray.report.results_file import read_results
 from expo_ray.storage import open_store
 from tests.support.paths import DATA

@@ -16,7 +16,8 @@ import yaml
 from expo_ray.cli.process import main
 from expo_ray.errors import OutputError
 from expo_ray.report.model_card import model_card
-from expo_ray.report.report_page import page_of, write_report
+from expo_ray.report.report_folder import write_report
+from expo_ray.report.report_page import page_of
 from expo_ray.report.results import GuardrailCheck, Interval, Measurement, PairResult, Results
 from expo_ray.report.results_file import RESULTS, parse_results, read_results, results_json, write_results
 from expo_ray.storage import open_store
