@@ -15,6 +15,7 @@ QUESTIONS = {
     "s3": "how fast is S3 to S3, against moving the same bytes with obstore alone?",
     "throttling": "what becomes of a job whose store admits only so many requests a second?",
     "scale": "how many shards a second does the Ray driver carry, and does its memory grow?",
+    "machines": "what does the loss of a machine cost a pipeline?",
     "rewards": "how fast are responses scored, against a transformers pipeline at batch 8?",
     "alpha_search": "how good is the alpha that the search finds, and at what price?",
     "length_rule": "which gains that come with longer responses are refused, and which honest ones?",
@@ -35,7 +36,7 @@ QUESTIONS = {
 }
 # These measure the quality of results instead of this machine's speed. They take many minutes, so they run only when named.
 ONLY_WHEN_NAMED = {
-    "adapters", "alpha_search", "coverage", "decisions", "gpu", "judgments", "length_rule", "roles", "rounding", "swap_architectures", "swap_slices",
+    "adapters", "alpha_search", "coverage", "decisions", "gpu", "judgments", "length_rule", "machines", "roles", "rounding", "swap_architectures", "swap_slices",
     "templates", "throttling",
 }  # fmt: skip
 

@@ -1,26 +1,22 @@
-"""Progress of some work: a bar on a terminal, a line every few seconds in a log, and `status.json` for operators."""
+"""Progress of some work: a bar on a terminal, a line every few seconds in a log, counts for `status.json`."""
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Self
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from expo_ray.errors import ExpoError
 from expo_ray.interrupt import begin_clean_up, raise_if_interrupted
-from expo_ray.storage import Store
-from expo_ray.text import message
+from expo_ray.status_file import StatusFile
 
 log = logging.getLogger("expo_ray")
 
@@ -96,7 +92,7 @@ class Progress(Counters):
 
     Args:
         stage: name of the work on the bar and in `status.json`.
-        status: store that receives `status.json`; None for none.
+        status: shows the counts as well; None for none.
         rows: name of the rows that are counted, such as `responses`; without one, shards and bytes are counted.
         quiet: show nothing.
 
@@ -105,7 +101,7 @@ class Progress(Counters):
     """
 
     def __init__(
-        self, stage: str, status: Store | None = None, *, rows: str = "", quiet: bool = False
+        self, stage: str, status: StatusFile | None = None, *, rows: str = "", quiet: bool = False
     ) -> None:
         super().__init__()
         self.stage, self.rewards = stage, Counters()
@@ -130,15 +126,14 @@ class Progress(Counters):
             self._pairs[pair] = text
 
     def finish(self, failures: Iterable[str] = (), *, published: int | None = None) -> None:
-        """Write the last `status.json`, after which it stays as it is.
+        """Tell `status.json` how the work has ended.
 
         Args:
             failures: names of what failed.
             published: number of models that are complete; None where none is made.
         """
-        failed = list(failures)
-        models = {} if published is None else {"published": published}
-        self._write_last("failed" if failed else "done", models | {"failed": failed})
+        if self._status is not None:
+            self._status.finish(failures, published)
 
     @property
     def line(self) -> str:
@@ -163,6 +158,8 @@ class Progress(Counters):
         return ", ".join(parts)
 
     def __enter__(self) -> Self:
+        if self._status is not None:
+            self._status.show(self.stage, self._status_counts)
         self._thread.start()
         return self
 
@@ -171,9 +168,8 @@ class Progress(Counters):
     ) -> None:
         if isinstance(error, KeyboardInterrupt):
             begin_clean_up()
-        if error is not None:
-            self._write_last("failed" if isinstance(error, Exception) else "interrupted", {})
-        self._end()
+        self._stop.set()
+        self._thread.join()
         self._log_line()
 
     def _status_counts(self) -> dict[str, Any]:
@@ -207,17 +203,8 @@ class Progress(Counters):
             done, expected, least = counts.bytes_done, counts.bytes, _TELLING_BYTES
         return seconds * (expected - done) / done if done >= least else None
 
-    def _write_last(self, state: str, more: Mapping[str, Any]) -> None:
-        self._end()
-        self._write_status(state, more)
-
-    def _end(self) -> None:
-        """Stop showing; a last `running` must not overtake the final state on its way to the store."""
-        self._stop.set()
-        self._thread.join()
-
     def _show(self) -> None:
-        """Refresh the bar often, and the line and `status.json` every few seconds, until the end."""
+        """Refresh the bar often, and the line every few seconds, until the end."""
         on_terminal = not self._quiet and sys.stderr.isatty()
         next_line = time.monotonic() + LINE_PERIOD_S
         with ExitStack() as stack:
@@ -227,7 +214,6 @@ class Progress(Counters):
                 if time.monotonic() >= next_line:
                     next_line = time.monotonic() + LINE_PERIOD_S
                     self._log_line()
-                    self._write_status("running", {})
             if on_terminal:
                 self._move_bar(stack)
 
@@ -253,32 +239,10 @@ class Progress(Counters):
         if self._bar is None and not self._quiet and (line := self.line):
             log.info("%s", line)
 
-    def _write_status(self, state: str, more: Mapping[str, Any]) -> None:
-        if self._status is None:
-            return
-        data = {
-            "state": state,
-            "stage": self.stage,
-            **self._status_counts(),
-            "updated": datetime.now(UTC).isoformat(timespec="seconds"),
-            **{key: redacted(value) for key, value in more.items()},
-        }
-        try:
-            self._status.put("status.json", (json.dumps(data, indent=1) + "\n").encode())
-        except ExpoError as error:  # a lost status line must not cost the job
-            log.warning("status.json could not be written: %s", error)
-
 
 def per_second(count: float, seconds: float) -> float:
     """The pace of `count` things in `seconds`; 0 before the clock has started."""
     return count / seconds if seconds else 0.0
-
-
-def redacted(value: Any) -> Any:
-    """`value` with every text, alone or in a list, without secrets."""
-    if isinstance(value, str):
-        return message(value)
-    return [redacted(inner) for inner in value] if isinstance(value, list) else value
 
 
 def size_text(size: float) -> str:

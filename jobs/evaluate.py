@@ -19,20 +19,22 @@ def run(job: Job) -> int:
     from expo_ray.on_ray.cluster import cluster
     from expo_ray.on_ray.rewards.pool import RewardPool
     from expo_ray.on_ray.serving.serve_models import serving
+    from expo_ray.status_file import StatusFile
     from expo_ray.storage import open_store
 
     checked = check_evaluation(job)  # everything wrong with it, before anything starts
     store_job_prompts(checked)
-    with cluster():
-        devices = find_devices(job.serving, open_store(job.output))
+    store = open_store(job.output)
+    with cluster(job.places("pairs", "models", "rewards")), StatusFile(store) as status:
+        devices = find_devices(job.serving, store)
         pools = [RewardPool(model, device=devices.rewards) for model in checked.rewards]
         for pool in pools:
             pool.check_room()
         with serving(checked.plans, job.models, settled(job.serving, devices)) as endpoint:
-            status = print_responses(respond(checked, endpoint.client()))
+            exit_status = print_responses(respond(checked, endpoint.client(), status))
         # The engines are gone, so that the reward models have the cluster for themselves.
-        rewarded = reward(checked, load_responses(checked), pools)
-    return max(status, print_rewards(rewarded))
+        rewarded = reward(checked, load_responses(checked), pools, status)
+    return max(exit_status, print_rewards(rewarded))
 
 
 def main() -> int:

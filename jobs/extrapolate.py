@@ -15,6 +15,7 @@ def run(job: Job, *, overwrite: bool, dry_run: bool) -> int:
     from expo_ray.cli.plan_table import describe
     from expo_ray.extrapolation.run_job import run_job
     from expo_ray.progress import Progress
+    from expo_ray.status_file import StatusFile
     from expo_ray.storage import open_store
 
     job_plan = plan_every_pair(job, overwrite=overwrite)  # everything wrong with it, before anything starts
@@ -26,8 +27,9 @@ def run(job: Job, *, overwrite: bool, dry_run: bool) -> int:
     from expo_ray.on_ray.extrapolation import OnRay
 
     with (
-        cluster(),
-        Progress("extrapolate", open_store(job.output)) as progress,
+        cluster(job.places("output", "pairs")),
+        StatusFile(open_store(job.output)) as status,
+        Progress("extrapolate", status) as progress,
         OnRay(progress, device=job.device) as executor,
     ):
         # Shards in parallel; each model is published when it is whole.

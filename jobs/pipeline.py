@@ -17,16 +17,20 @@ def run(job: Job, *, dry_run: bool) -> int:
     from expo_ray.on_ray.cluster import cluster
     from expo_ray.on_ray.pipeline import publish_winners, search_pairs
     from expo_ray.on_ray.search_room import describe_room
+    from expo_ray.status_file import StatusFile
+    from expo_ray.storage import open_store
 
     checked = check_job(job)  # everything wrong with it, before anything starts
     print(describe(checked), flush=True)
     if dry_run:
         print(describe_room(checked))
         return 0
-    with cluster():
-        searches = search_pairs(checked)  # of each pair, several at once: respond, score, decide; resumable
-        winners = publish_winners(checked, searches)
-    results = write_report(checked, searches, winners)
+    with cluster(job.places("output", "pairs", "rewards")), StatusFile(open_store(job.output)) as status:
+        # Of each pair, several at once: respond, score, decide; resumable.
+        searches = search_pairs(checked, status)
+        winners = publish_winners(checked, searches, status)
+        results = write_report(checked, searches, winners)
+        status.finish(sorted(results.failures))
     # Last: sending whole models may take longer than anybody waits for the report.
     return print_results(push_winners(results, job), job)
 

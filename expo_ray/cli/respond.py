@@ -24,6 +24,7 @@ from expo_ray.evaluation.responses.check_served import check_served
 from expo_ray.evaluation.responses.client import Client
 from expo_ray.evaluation.responses.response_file import ResponseFile
 from expo_ray.serving.served_models import check_model
+from expo_ray.status_file import StatusFile
 from expo_ray.storage import open_store
 
 _URL = ("http://", "https://")
@@ -64,10 +65,11 @@ def _respond_job(job: Job) -> int:
     from expo_ray.on_ray.cluster import cluster
     from expo_ray.on_ray.serving.serve_models import serving
 
-    with cluster():
-        settings = settled(job.serving, find_devices(job.serving, open_store(job.output)))
+    store = open_store(job.output)
+    with cluster(job.places("pairs", "models")), StatusFile(store) as status:
+        settings = settled(job.serving, find_devices(job.serving, store))
         with serving(checked.plans, job.models, settings) as endpoint:
-            return print_responses(respond(checked, endpoint.client()))
+            return print_responses(respond(checked, endpoint.client(), status))
 
 
 def _one_model(arguments: argparse.Namespace) -> int:
@@ -119,7 +121,8 @@ def _endpoint(url: str, models: Sequence[PublishedModel]) -> Iterator[Client]:
     from expo_ray.on_ray.cluster import cluster
     from expo_ray.on_ray.serving.serve_models import serving
 
-    with cluster(), serving([], models, Serving(port=0)) as endpoint:
+    places = {f"--model {model.name}": model.uri for model in models}
+    with cluster(places), serving([], models, Serving(port=0)) as endpoint:
         yield endpoint.client()
 
 

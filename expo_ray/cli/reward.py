@@ -18,7 +18,8 @@ from expo_ray.evaluation.rewards.reward_model import check_reward
 from expo_ray.evaluation.rewards.score_missing import ScoredResponses, summarise_rewards
 from expo_ray.on_ray.cluster import cluster
 from expo_ray.on_ray.rewards.pool import RewardPool
-from expo_ray.storage import open_output_file
+from expo_ray.status_file import StatusFile
+from expo_ray.storage import open_output_file, open_store
 
 _WITHOUT_JOB = ("responses", "reward_model", "backend", "allow_pickle", "truncate", "output")
 
@@ -48,8 +49,8 @@ def command(arguments: argparse.Namespace) -> int:
 def _reward_job(job: Job) -> int:
     checked = check_rewards(job)
     responses = load_responses(checked)
-    with cluster():
-        rewarded = reward(checked, responses, [RewardPool(model) for model in checked.rewards])
+    with cluster(job.places("rewards")), StatusFile(open_store(job.output)) as status:
+        rewarded = reward(checked, responses, [RewardPool(model) for model in checked.rewards], status)
     return print_rewards(rewarded)
 
 
@@ -63,7 +64,7 @@ def _reward_file(uri: str, spec: RewardModel, output: str) -> int:
         open_output_file(output)
     problems.raise_any()
     checked.inputs(responses)  # reports what is wrong before a cluster is started
-    with cluster():
+    with cluster({} if spec.is_function else {"--reward-model": spec.model}):
         rewarded = reward_file(output, responses, responses[0].model or uri, RewardPool(checked))
     return print_rewards(rewarded, flags={"backend", "allow_pickle", "truncate"})
 

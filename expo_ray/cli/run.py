@@ -14,7 +14,8 @@ from expo_ray.evaluation.rewards.reward_model import CheckedReward
 from expo_ray.evaluation.search.stored_searches import read_stored_searches
 from expo_ray.report.report_folder import PAGE
 from expo_ray.report.results import PairResult, Results
-from expo_ray.storage import join_uri, local_path
+from expo_ray.status_file import StatusFile
+from expo_ray.storage import join_uri, local_path, open_store
 
 
 def command(arguments: argparse.Namespace) -> int:
@@ -39,10 +40,11 @@ def run(job: Job, *, dry_run: bool) -> int:
     from expo_ray.on_ray.cluster import cluster
     from expo_ray.on_ray.pipeline import publish_winners, search_pairs
 
-    with cluster():
-        searches = search_pairs(checked)
-        winners = publish_winners(checked, searches)
-    results = write_report(checked, searches, winners)
+    with cluster(job.places("output", "pairs", "rewards")), StatusFile(open_store(job.output)) as status:
+        searches = search_pairs(checked, status)
+        winners = publish_winners(checked, searches, status)
+        results = write_report(checked, searches, winners)
+        status.finish(sorted(results.failures))
     return print_results(push_winners(results, job), job)
 
 

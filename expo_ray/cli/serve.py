@@ -30,7 +30,7 @@ def command(arguments: argparse.Namespace) -> int:
     from expo_ray.on_ray.cluster import cluster
     from expo_ray.on_ray.serving.serve_models import serving
 
-    with cluster(), serving(plans, job.models, settings) as endpoint:
+    with cluster(job.places("pairs", "models")), serving(plans, job.models, settings) as endpoint:
         print(_welcome(job, endpoint.url, endpoint.failures), flush=True)
         try:
             signal.pause()

@@ -152,6 +152,11 @@ class RewardModel(Frozen):
     truncate: bool = False
     """Score the beginning of texts that are too long for the model, instead of refusing them; they are counted."""
 
+    @property
+    def is_function(self) -> bool:
+        """True if it is a Python function."""
+        return self.model.startswith("python:")
+
     @field_validator("num_gpus")
     @classmethod
     def _check_gpus(cls, num_gpus: float | None) -> float | None:

@@ -122,6 +122,19 @@ class Job(Frozen):
                     raise ValueError(f"push_to: {error}") from error
         return self
 
+    def places(self, *sections: Literal["output", "pairs", "models", "rewards"]) -> dict[str, str]:
+        """Paths and URIs of the models in these sections, and of the output, by where the job file names them."""
+        named = {"output": self.output} if "output" in sections else {}
+        if "pairs" in sections:
+            named |= {f"pairs {pair.name}, sft": pair.sft for pair in self.pairs}
+            named |= {f"pairs {pair.name}, dpo": pair.dpo for pair in self.pairs}
+        if "models" in sections:
+            named |= {f"models {model.name}": model.uri for model in self.models}
+        if "rewards" in sections:
+            models = (model for model in self.rewards if not model.is_function)
+            named |= {f"rewards {model.name}": model.model for model in models}
+        return named
+
     def repo_of(self, pair: str) -> str | None:
         """Repository of the Hub that a pair's winner is pushed to; None if it is not."""
         return self.push_to.replace("{pair}", pair) if self.push_to is not None else None

@@ -26,16 +26,17 @@ from expo_ray.evaluation.rewards.score_missing import (
 )
 from expo_ray.evaluation.row_store import RowStore
 from expo_ray.progress import Progress
+from expo_ray.status_file import StatusFile
 from expo_ray.storage import Store, open_store
 
 
-def respond(checked: CheckedJob, client: Client) -> ResponsesByModel:
+def respond(checked: CheckedJob, client: Client, status: StatusFile | None = None) -> ResponsesByModel:
     """Ask all models of a job, behind one endpoint, for the responses that its output lacks, and store them.
 
     A model that fails does not stop the others; it is named among the failures.
     """
     store = open_store(checked.job.output)
-    with Progress("respond", store, rows="responses") as progress:
+    with Progress("respond", status, rows="responses") as progress:
         try:
             responded = ask_job_models(checked.job, checked.sets, store, client, progress)
         except StorageError as error:  # what was answered before is stored
@@ -101,7 +102,10 @@ def load_responses(checked: CheckedJob) -> list[StoredResponses]:
 
 
 def reward(
-    checked: CheckedJob, groups: Sequence[StoredResponses], scorers: Sequence[NamedScorer]
+    checked: CheckedJob,
+    groups: Sequence[StoredResponses],
+    scorers: Sequence[NamedScorer],
+    status: StatusFile | None = None,
 ) -> Rewarded:
     """Score stored responses by all reward models, and store the rewards beside them.
 
@@ -115,7 +119,7 @@ def reward(
             with problems.catching():
                 tasks.append(_plan_task(scorer, group, store))
     problems.raise_any()
-    with Progress("reward", store, rows="responses") as progress:
+    with Progress("reward", status, rows="responses") as progress:
         return _score_tasks(tasks, progress)
 
 

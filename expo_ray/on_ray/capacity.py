@@ -25,6 +25,8 @@ log = logging.getLogger("expo_ray")
 # How often what is missing is logged, and how often it is looked for.
 TELL_S = 30.0
 LOOK_S = 2.0
+# Nodes that somebody else starts join within this time of each other.
+LATE_S = 300.0
 # Nodes to count on of a group without a largest size.
 _MANY = 64
 
@@ -55,19 +57,30 @@ def cluster_nodes() -> list[Node]:
 def await_room(find: Callable[[Sequence[Node]], T], timeout_s: float) -> T:
     """Call `find` with the cluster's nodes until it finds room, and log every half minute what it misses.
 
-    A Ray of this machine alone gets no other nodes: there it is called once.
+    A Ray of this machine alone gets no other nodes: there it is called once. Nodes that an autoscaler can add are among those that
+    `find` is given, so where they do not do, only nodes that somebody else starts can, and those come soon or not at all.
 
     Raises:
-        ExpoError: of `find`, if it finds none within `timeout_s`.
+        ExpoError: of `find`, if it finds none within `timeout_s`, or no node has joined for `LATE_S`.
     """
     deadline, tell = time.monotonic() + timeout_s, time.monotonic()
+    seen, joined = list[Node](), time.monotonic()
     while True:
+        nodes, now = cluster_nodes(), time.monotonic()
+        if nodes != seen:
+            seen, joined = nodes, now
         try:
-            return find(cluster_nodes())
+            return find(nodes)
         except ExpoError as error:
-            now = time.monotonic()
             if is_private() or now >= deadline:
                 raise
+            if now - joined > LATE_S:
+                able = (
+                    "its autoscaler can add no node that helps" if node_groups() else "it has no autoscaler"
+                )
+                raise JobError(
+                    f"{in_one_line(error)}; no node has joined the cluster for {_minutes(LATE_S)}, and {able}"
+                ) from error
             if now >= tell:
                 log.info("waiting for machines, %s longer: %s", _minutes(deadline - now), in_one_line(error))
                 tell = now + TELL_S

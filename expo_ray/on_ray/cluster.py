@@ -10,7 +10,7 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,6 +24,7 @@ from ray._private.utils import get_num_cpus, read_ray_address
 
 import expo_ray
 from expo_ray.errors import JobError
+from expo_ray.on_ray.shared_paths import refuse_unshared
 from expo_ray.storage.local_writer import free_bytes
 from expo_ray.text import shown
 
@@ -48,17 +49,22 @@ OBJECT_STORE_BYTES = 256 << 20
 
 
 @contextlib.contextmanager
-def cluster() -> Iterator[None]:
+def cluster(places: Mapping[str, str] | None = None) -> Iterator[None]:
     """Connect to the cluster named by RAY_ADDRESS or started on this machine with `ray start`, or start a private one.
+
+    Args:
+        places: see `refuse_unshared`.
 
     Raises:
         JobError: if RAY_ADDRESS names a cluster that cannot be reached.
+        Problems: if one of `places` is a local path, and the cluster has a machine without it.
     """
     with contextlib.ExitStack() as stack:
         if address := _find_address():
             stack.callback(ray.shutdown)
             _connect(address)
             log.info("connected to the Ray cluster at %s", address)
+            refuse_unshared(places or {})
         else:
             _start_private(stack)
         yield
@@ -88,13 +94,14 @@ def known_cluster() -> Iterator[bool]:
 
 
 def _connect(address: str) -> None:
-    try:
-        with _signals_left_alone():
-            ray.init(address=address, logging_level=logging.WARNING, runtime_env=_code())
-    except (RuntimeError, ConnectionError, ValueError) as error:
-        raise JobError(
-            f"the Ray at {address} cannot be joined ({_first_line(error)}); correct RAY_ADDRESS, or unset it to work on this machine"
-        ) from error
+    _init_twice(
+        f"the Ray at {address} cannot be joined, tried twice ({{reason}}); look whether RAY_ADDRESS, its token (RAY_AUTH_MODE) and the "
+        "versions of Ray and Python are those of the cluster and this machine is one of its nodes, or unset RAY_ADDRESS to work on "
+        "this machine alone; a machine that is too busy may do it later",
+        address=address,
+        logging_level=logging.WARNING,
+        runtime_env=_code(),
+    )
 
 
 @contextlib.contextmanager
@@ -215,6 +222,7 @@ def _start_private(stack: contextlib.ExitStack) -> None:
     cpus = max(1, int(get_num_cpus(override_docker_cpu_warning=True)))
     stack.callback(ray.shutdown)
     _init_twice(
+        "Ray did not start on this machine, twice ({reason}); end other work and try again, or set RAY_ADDRESS to a cluster",
         address="local",
         num_cpus=cpus,
         resources={SHARD_IO: cpus},
@@ -227,8 +235,11 @@ def _start_private(stack: contextlib.ExitStack) -> None:
     log.info("started a local Ray of %d CPUs", cpus)
 
 
-def _init_twice(**options: Any) -> None:
-    """Start Ray, and try once more if it fails: on a busy machine it does not always start within its own time limit.
+def _init_twice(failure: str, **options: Any) -> None:
+    """Start or join Ray, and try once more if it fails: on a busy machine it does not always do so within its own time limit.
+
+    Args:
+        failure: text of the error, with a place for the `reason`.
 
     Raises:
         JobError: if it fails again.
@@ -244,10 +255,8 @@ def _init_twice(**options: Any) -> None:
         with _signals_left_alone():
             ray.init(**options)
     except Exception as error:
-        raise JobError(
-            f"Ray did not start on this machine, twice ({_first_line(error)}); end other work and try again, or set RAY_ADDRESS to a "
-            "cluster"
-        ) from error
+        ray.shutdown()
+        raise JobError(failure.format(reason=_first_line(error))) from error
 
 
 def _first_line(error: Exception) -> str:

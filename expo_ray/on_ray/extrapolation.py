@@ -14,11 +14,10 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayTaskError
 
 from expo_ray.arithmetic.kernels import resolve_device
-from expo_ray.config import Device
-from expo_ray.errors import JobError, TransientStorageError
+from expo_ray.config import Device, format_alpha
+from expo_ray.errors import JobError
 from expo_ray.extrapolation.in_threads import Cancelled
 from expo_ray.extrapolation.model_folder import ModelFolder
 from expo_ray.extrapolation.plan import PairPlan
@@ -26,6 +25,9 @@ from expo_ray.extrapolation.publish import Published, publish
 from expo_ray.extrapolation.run_job import Executor, Failures
 from expo_ray.extrapolation.shard import extrapolate_shard
 from expo_ray.on_ray.cluster import SHARD_IO
+from expo_ray.on_ray.reports import Reported, Reporting, note_progress, run_reported
+from expo_ray.on_ray.shared_paths import refuse_unshared_output
+from expo_ray.on_ray.watched_tasks import WatchedTasks
 from expo_ray.progress import Progress, size_text
 from expo_ray.storage.pace import in_a_hurry
 
@@ -33,14 +35,10 @@ log = logging.getLogger("expo_ray")
 
 T = TypeVar("T")
 
-# Retries of a shard after the death of its worker or node, or after a transient storage error.
-MAX_RETRIES = 5
 # Shards are bound by input and output, so several share a GPU.
 GPU_PER_SHARD = 0.25
 # Tasks kept submitted even on a small cluster, so that an autoscaler sees what is wanted.
 _FEWEST_SLOTS = 32
-_CLEAN_UP_S = 30.0
-_CANCEL_AGAIN_S = 5.0
 _LOOK_UP_S = 0.1
 
 
@@ -56,6 +54,31 @@ class ShardReport:
 
 ShardTask = Callable[[PairPlan, int, Sequence[float], str], ShardReport]
 PublishTask = Callable[[PairPlan, float], Published]
+
+
+@dataclass(frozen=True)
+class ShardCall:
+    """Arguments of a task that writes a shard; the plan is in Ray's object store.
+
+    Attributes:
+        driver: address of the driver's machine.
+    """
+
+    task: ShardTask
+    plan: ray.ObjectRef[Any]
+    index: int
+    alphas: Sequence[float]
+    device: str
+    driver: str
+
+
+@dataclass(frozen=True)
+class PublishCall:
+    """Arguments of a task that completes a model; the plan is in Ray's object store."""
+
+    task: PublishTask
+    plan: ray.ObjectRef[Any]
+    alpha: float
 
 
 class OnRay(Executor):
@@ -77,14 +100,10 @@ class OnRay(Executor):
         resources = _wait_for_resources()
         self._progress, self._device = progress, device
         self._plans: dict[str, ray.ObjectRef[Any]] = {}
-        self._refs: dict[Future[Any], ray.ObjectRef[Any]] = {}
-        options: dict[str, Any] = {
-            "num_cpus": 1,
-            "max_retries": MAX_RETRIES,
-            "retry_exceptions": [TransientStorageError],
-            "scheduling_strategy": "SPREAD",
-        }
-        self._publish = ray.remote(**options)(publish_task or _publish)
+        self._tasks, self._driver = WatchedTasks(), ray.util.get_node_ip_address()
+        options: dict[str, Any] = {"num_cpus": 1, "max_retries": 0, "scheduling_strategy": "SPREAD"}
+        self._publish_task = publish_task or _publish
+        self._run_publish = ray.remote(**options)(_run_publish)
         if SHARD_IO in resources:
             options["resources"] = {SHARD_IO: 1}
         else:
@@ -97,57 +116,33 @@ class OnRay(Executor):
         self.slots = max(_FEWEST_SLOTS, int(resources.get(SHARD_IO, resources.get("CPU", 1))))
 
     def extrapolate(self, plan: PairPlan, index: int, alphas: Sequence[float]) -> Future[Failures]:
+        name = f"{plan.name} {plan.shards[index].file}"
+
         def done(made: ShardReport) -> Failures:
             self._progress.add(bytes=made.size)
-            name = f"{plan.name} {plan.shards[index].file}"
             log.info("%s: %s in %.1f s on %s", name, size_text(made.size), made.seconds, made.node)
             return made.failures
 
-        shared = [self._share(plan)]  # in a list, it reaches the worker as a reference
-        return self._follow(
-            self._run_shard.remote(self._shard_task, shared, index, alphas, self._device), done
-        )
+        call = ShardCall(self._shard_task, self._share(plan), index, alphas, self._device, self._driver)
+        return self._tasks.run(name, self._run_shard, call, done, moves=True)
 
     def publish(self, plan: PairPlan, alpha: float) -> Future[Published]:
         def done(published: Published) -> Published:
             self._plans.pop(plan.name, None)  # nothing else of this pair needs it
             return published
 
-        return self._follow(self._publish.remote(self._share(plan), alpha), done)
+        call = PublishCall(self._publish_task, self._share(plan), alpha)
+        name = f"{plan.name} alpha={format_alpha(alpha)}"
+        return self._tasks.run(name, self._run_publish, call, done, moves=False)
 
     def cancel(self) -> None:
-        refs = list(self._refs.values())
-        self._refs.clear()  # a second call must not wait for them again
-        deadline = time.monotonic() + _CLEAN_UP_S
-        while refs and time.monotonic() < deadline:  # a cancelled task still has to remove its uploads
-            for ref in refs:  # repeatedly: Ray loses a cancellation that arrives before its task has started
-                ray.cancel(ref)
-            _, refs = ray.wait(refs, num_returns=len(refs), timeout=_CANCEL_AGAIN_S)
+        self._tasks.cancel()
 
     def _share(self, plan: PairPlan) -> ray.ObjectRef[Any]:
         """Put the plan into the object store, once however many shards it has."""
         if plan.name not in self._plans:
             self._plans[plan.name] = ray.put(plan)
         return self._plans[plan.name]
-
-    def _follow(self, ref: ray.ObjectRef[Any], done: Callable[[Any], T]) -> Future[T]:
-        """Make a future of a task: it holds what `done` returns for the result, or the task's own error without Ray's wrapping."""
-        outcome: Future[T] = Future()
-        self._refs[outcome] = ref
-
-        def settle(of_ray: Future[Any]) -> None:
-            self._refs.pop(outcome, None)
-            try:
-                result = done(of_ray.result())
-            except BaseException as error:
-                outcome.set_exception(
-                    error.cause if isinstance(error, RayTaskError) and error.cause else error
-                )
-            else:
-                outcome.set_result(result)
-
-        ref.future().add_done_callback(settle)
-        return outcome
 
 
 def check_gpus(device: Device) -> None:
@@ -177,11 +172,20 @@ def _arrive() -> None:
     """A task that any node can run."""
 
 
-def _run_shard(
-    task: ShardTask, shared: Sequence[ray.ObjectRef[Any]], index: int, alphas: Sequence[float], device: str
-) -> ShardReport:
-    """Run `task` in a Ray task, with the plan that the driver has shared."""
-    return task(_read_plan(shared[0]), index, alphas, device)
+def _run_shard(call: ShardCall, reporting: Reporting) -> Reported[ShardReport]:
+    """Write a shard in a Ray task."""
+
+    def work() -> ShardReport:
+        plan = _read_plan(call.plan)
+        refuse_unshared_output(plan, call.alphas, call.driver)
+        return call.task(plan, call.index, call.alphas, call.device)
+
+    return run_reported(work, reporting)
+
+
+def _run_publish(call: PublishCall, reporting: Reporting) -> Reported[Published]:
+    """Complete a model in a Ray task."""
+    return run_reported(lambda: call.task(_read_plan(call.plan), call.alpha), reporting)
 
 
 # Kept for the pair's other shards: to read the plan of 800 tensors takes longer than everything else that Ray does for a task.
@@ -223,6 +227,7 @@ def run_until_cancelled(work: Callable[[Callable[[int], None]], T]) -> T:
     future: Future[T] = Future()
 
     def check_cancelled(_: int) -> None:
+        note_progress()
         if cancelled.is_set():
             raise Cancelled
 

@@ -40,6 +40,7 @@ from expo_ray.on_ray.serving.engine_groups import EngineGroup, deploy_group, pai
 from expo_ray.progress import Progress
 from expo_ray.report.results import PairResult, Results
 from expo_ray.report.results_file import results_json
+from expo_ray.status_file import StatusFile
 from expo_ray.storage import open_store
 
 log = logging.getLogger("expo_ray")
@@ -48,7 +49,7 @@ log = logging.getLogger("expo_ray")
 LOOK_FOR_ROOM_S = 10.0
 
 
-def search_pairs(checked: CheckedJob) -> Searches:
+def search_pairs(checked: CheckedJob, status: StatusFile | None = None) -> Searches:
     """Choose the alpha of every pair whose search is not stored, on the connected cluster.
 
     A pair that fails does not stop the others; it is named among the failures.
@@ -61,7 +62,7 @@ def search_pairs(checked: CheckedJob) -> Searches:
     store_job_prompts(checked)
     started = time.monotonic()
     with ExitStack() as stack:
-        run = _SearchRun(checked, stack)
+        run = _SearchRun(checked, stack, status)
         run.read_stored()
         missing = [plan for plan in checked.plans if plan.name not in run.searches.results]
         try:
@@ -85,7 +86,8 @@ class _SearchRun:
         stack: closes the reward models.
     """
 
-    def __init__(self, checked: CheckedJob, stack: ExitStack) -> None:
+    def __init__(self, checked: CheckedJob, stack: ExitStack, status: StatusFile | None) -> None:
+        self._status = status
         self._checked, self._job, self._stack = checked, checked.job, stack
         self._store = open_store(checked.job.output)
         self._evaluators: list[PairEvaluator] = []
@@ -109,9 +111,9 @@ class _SearchRun:
         at_once = min(len(plans), room.pairs())
         groups = [pair_group(plan, settings, room.engine, groups=at_once) for plan in plans]
         with (
-            Progress("search", self._store, rows="responses") as progress,
+            Progress("search", self._status, rows="responses") as progress,
             http_proxy(settings) as (url, path),
-            ingress(groups, path, settings),
+            ingress(groups, url, path, settings),
         ):
             endpoint = Endpoint(url, key_variable=settings.api_key_env or KEY_VARIABLE)
             self._work_off([*zip(plans, groups, strict=True)], room, endpoint, progress)
@@ -186,7 +188,7 @@ class _SearchRun:
         return result
 
 
-def publish_winners(checked: CheckedJob, searches: Searches) -> Winners:
+def publish_winners(checked: CheckedJob, searches: Searches, status: StatusFile | None = None) -> Winners:
     """Publish the winners from the parents that were searched, with the search's results in their cards.
 
     What is published already is left alone. A pair that cannot be published is named among the failures, and the others are
@@ -195,19 +197,25 @@ def publish_winners(checked: CheckedJob, searches: Searches) -> Winners:
     started = time.monotonic()
     winners = Winners()
     if plans := _publication_plans(checked, searches, winners):
-        _publish(checked, searches, plans, winners)
+        _publish(checked, searches, plans, winners, status)
     winners.usage = _usage_since(started)
     return winners
 
 
-def _publish(checked: CheckedJob, searches: Searches, plans: Sequence[PairPlan], winners: Winners) -> None:
+def _publish(
+    checked: CheckedJob,
+    searches: Searches,
+    plans: Sequence[PairPlan],
+    winners: Winners,
+    status: StatusFile | None,
+) -> None:
     """Publish all plans on the cluster, and add the models and failures to `winners`."""
 
     def publish_with_result(plan: PairPlan, alpha: float) -> Published:
         return publish(ModelFolder(plan, alpha), searches.results[plan.name])
 
     with (
-        Progress("extrapolate", open_store(checked.job.output)) as progress,
+        Progress("extrapolate", status) as progress,
         OnRay(progress, device=checked.job.device, publish_task=publish_with_result) as executor,
     ):
         outcome = run_pairs(plans, executor, progress)

@@ -19,12 +19,14 @@ _TYPED = re.compile(r"\s*\[type=\w+.*$")
 _ERROR = re.compile(
     r"(?:^|[\s\]])((?:[A-Za-z_][\w.]*\.)?[A-Z]\w*(?:Error|Exception|Fault|Changed|NotFound)): (\S.*)$"
 )
+# A sentence that is mostly a list: vLLM gives the names of all 300 architectures that it knows after the one that it does not.
+_LISTING = re.compile(r"\s*[^.:;]*: ?(?:\w+\()?[\[({][^\[\](){}]{300,}(?:[\])}]+|$)")
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def root_cause(text: str, log: str = "") -> str:
     """The line of an error's text that gives the reason; if the text only points to a log, the last error in `log`."""
-    lines = [line for line in _ANSI.sub("", text).splitlines() if line.strip()]
+    lines = [_LISTING.sub("", line) for line in _ANSI.sub("", text).splitlines() if line.strip()]
     value_errors = [line.partition("Value error, ")[2] for line in lines if "Value error, " in line]
     if value_errors:
         return shown(_TYPED.sub("", value_errors[-1]), _MOST)
@@ -32,7 +34,8 @@ def root_cause(text: str, log: str = "") -> str:
         field = lines[-3].strip() + ": " if len(lines) > 2 else ""
         return shown(field + _TYPED.sub("", lines[-2]).strip(), _MOST)
     if any(_POINTER.search(line) for line in lines):
-        logged = [match for line in _ANSI.sub("", log).splitlines() if (match := _ERROR.search(line))]
+        errors = (_LISTING.sub("", line) for line in _ANSI.sub("", log).splitlines())
+        logged = [match for line in errors if (match := _ERROR.search(line))]
         causes = [match[2] for match in logged if not _POINTER.search(match[0])]
         if causes:
             return shown(causes[-1].strip(), _MOST)

@@ -105,6 +105,30 @@ def test_a_start_that_fails_twice_is_one_sentence_and_leaves_no_token(
     assert "RAY_AUTH_TOKEN_PATH" not in os.environ
 
 
+def test_a_cluster_that_is_joined_at_the_second_attempt_or_not_at_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[str] = []
+
+    def init(**options: object) -> None:
+        calls.append(str(options["address"]))
+        if len(calls) != 2:
+            raise Exception("The current node timed out during startup.\nmore")  # as Ray raises it
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(module, "_find_address", lambda: "10.0.0.1:6379")
+    with cluster():
+        assert calls == ["10.0.0.1:6379"] * 2
+    calls += calls
+    with (
+        pytest.raises(
+            JobError, match=r"10\.0\.0\.1:6379 cannot be joined, tried twice \(The current node timed out"
+        ),
+        cluster(),
+    ):
+        pass
+
+
 @pytest.mark.usefixtures("local")
 def test_a_sigterm_while_ray_starts_is_ours_and_leaves_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
     folders: list[str] = []

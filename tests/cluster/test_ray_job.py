@@ -10,6 +10,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -212,7 +213,7 @@ def test_a_transient_error_costs_one_shard_once_more(stage: Stage, run_here: Run
 def test_only_transient_errors_are_tried_again_and_all_arrive_as_they_are(
     stage: Stage, run_here: Run, broken_pair: Broken
 ) -> None:
-    from expo_ray.on_ray.extrapolation import MAX_RETRIES
+    from expo_ray.on_ray.watched_tasks import MAX_RETRIES
 
     stage.way.inject(Fault(Action.FLIP_WRITE, "PUT", r"model-00002.*partNumber", times=EVER))
     outcome = run_here(stage.job_file(pairs=broken_pair, alphas=[0.3]))
@@ -221,6 +222,23 @@ def test_only_transient_errors_are_tried_again_and_all_arrive_as_they_are(
     assert stage.begun_again() == {"model-00002": MAX_RETRIES}
     assert stage.shown() == []
     assert stage.unfinished() == []
+
+
+def test_a_shard_that_moves_no_byte_is_begun_again(
+    stage: Stage, run_here: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from expo_ray.on_ray import watched_tasks
+
+    monkeypatch.setattr(watched_tasks, "STALLED_S", 10.0)
+    monkeypatch.setattr(watched_tasks, "LOOK_S", 1.0)
+    stage.way.hold("PUT", r"model-00002.*partNumber")
+    with ThreadPoolExecutor(1) as thread:
+        outcome = thread.submit(run_here, stage.job_file())
+        wait_until(lambda: "it moved nothing for" in caplog.text or outcome.done(), "the shard is given up")
+        stage.way.release()
+        assert outcome.result().failures == {}
+    assert stage.complete()
+    assert stage.begun_again() == {"model-00002": 1}
 
 
 def test_a_cancelled_shard_cleans_up_undisturbed() -> None:

@@ -95,6 +95,17 @@ def test_machines_are_waited_for_until_the_deadline(
     up.clear()
     with pytest.raises(JobError, match="0 of 3 nodes"):
         capacity.await_room(find, 0)
+    monkeypatch.setattr(capacity, "LATE_S", -1.0)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    for groups, able in (
+        ([], "it has no autoscaler"),
+        ([({"CPU": 1.0}, 1)], "its autoscaler can add no node"),
+    ):
+        monkeypatch.setattr(capacity, "node_groups", lambda groups=groups: groups)
+        with pytest.raises(
+            JobError, match=f"0 of 3 nodes; no node has joined the cluster for .*, and {able}"
+        ):
+            capacity.await_room(find, 3600)
     monkeypatch.setattr(capacity, "is_private", lambda: True)  # nothing will join it
     with pytest.raises(JobError, match="0 of 3 nodes"):
         capacity.await_room(find, 3600)

@@ -18,6 +18,7 @@ from expo_ray.evaluation.search.rung_log import RungLog
 from expo_ray.evaluation.search.search_pair import halves_of, search_alpha
 from expo_ray.extrapolation.step import SFT, Step
 from expo_ray.progress import Progress
+from expo_ray.status_file import StatusFile
 from expo_ray.storage import open_store
 from tests.support.scores import scores_of
 
@@ -92,7 +93,7 @@ def test_a_rung_asks_only_for_alphas_that_need_more_prompts_and_each_set_begins_
 
 def test_the_status_of_a_search_tells_what_each_pair_is_at() -> None:
     store = open_store("memory://status-of-a-search")
-    with Progress("search", store, rows="responses") as progress:
+    with StatusFile(store) as status_file, Progress("search", status_file, rows="responses") as progress:
         progress.note("first", "ladder, alpha 0, 0.1 on 64 prompts")
         progress.expect(rows=128, kept=64)
         progress.add(rows=32, tokens=300)

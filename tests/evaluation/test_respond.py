@@ -29,6 +29,7 @@ from expo_ray.evaluation.responses.client import Client
 from expo_ray.evaluation.responses.endpoint import Card
 from expo_ray.evaluation.row_store import RowStore
 from expo_ray.progress import Counters, Progress
+from expo_ray.status_file import StatusFile
 from expo_ray.storage import open_store
 from tests.support.disks import disk, remount
 from tests.support.fake_endpoint import LINE_ENDS, Body, FakeEndpoint, fake_endpoint, text_for
@@ -156,7 +157,8 @@ def test_a_job_asks_every_alpha_dpo_itself_and_every_model() -> None:
     store = open_store(job.output)
     with (
         fake_endpoint("p@0", "p@0.5", "p@2", "m") as endpoint,
-        Progress("respond", store, rows="responses", quiet=True) as progress,
+        StatusFile(store) as status_file,
+        Progress("respond", status_file, rows="responses", quiet=True) as progress,
     ):
         endpoint.failing = lambda body: (400, "no") if body["model"] == "p@2" and "q3" in str(body) else None
         done = ask_job_models(job, sets, store, Client(endpoint.url, slots=8), progress)

@@ -28,7 +28,7 @@ FLOORS = (
     ("extrapolation",),
     ("report",),
     ("arithmetic", "checkpoint"),
-    ("progress", "home"),
+    ("progress", "status_file", "home"),
     ("storage",),
     ("config",),
     ("errors", "text", "untrusted", "time_limit", "interrupt"),

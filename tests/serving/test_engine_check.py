@@ -85,6 +85,10 @@ LOG = """(EngineCore pid=7) ERROR 11-27 20:00:00 [core.py:1] EngineCore failed t
 (EngineCore pid=7) Process EngineCore:
 RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}
 """
+UNKNOWN = (
+    "ValueError: Model architectures ['UnheardOfForCausalLM'] are not supported for now. Supported architectures: "
+    f"{dict.fromkeys(f'Number{number}ForCausalLM' for number in range(300)).keys()}"
+)
 
 
 @pytest.mark.parametrize(
@@ -100,6 +104,8 @@ RuntimeError: Engine core initialization failed. See root cause above. Failed co
         (POINTER, "\x1b[31mOSError: [Errno 28] No space left\x1b[0m\n" + POINTER, "[Errno 28] No space left"),
         (POINTER, "", "Engine core initialization failed. See root cause above. Failed core proc(s): {}"),
         ("Traceback\n  x\nRuntimeError: a short reason\n", LOG, "a short reason"),
+        (UNKNOWN, "", "Model architectures ['UnheardOfForCausalLM'] are not supported for now."),
+        (POINTER, UNKNOWN, "Model architectures ['UnheardOfForCausalLM'] are not supported for now."),
         ("", "", ""),
     ],
 )

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -158,21 +158,35 @@ class Machine:
         self.lost = True
         self._switch.ip(f"link set {self._port} down")
 
+    def heal(self) -> None:
+        """Plug the cable in again; Ray may have given the machine up meanwhile."""
+        self._switch.ip(f"link set {self._port} up")
+
+    def runs(self, part: str) -> bool:
+        """True if a process of this machine has `part` in its command."""
+        return any(part in " ".join(_command_of(child.pid)) for child in self.ray.descendants())
+
 
 class Machines(RayBox):
     """A head without CPUs, where jobs are started, and two workers with room for two shards each.
 
+    Args:
+        environment: of everything that runs on them, beside what they need.
+
     Attributes:
+        ray_folder: of Ray; each machine has its own, in memory.
         way: from the machines to the S3 server; there is no other.
         workers: those that are not lost.
     """
 
-    def __init__(self, server: SeaweedFS) -> None:
+    def __init__(self, server: SeaweedFS, **environment: str) -> None:
         nobody = {"AWS_CONFIG_FILE": "/nonexistent", "AWS_SHARED_CREDENTIALS_FILE": "/nonexistent"}
-        super().__init__(**server.environment, **nobody, **shipped_settings(), RAY_AUTH_MODE="token")
+        super().__init__(
+            **server.environment, **nobody, **shipped_settings(), RAY_AUTH_MODE="token", **environment
+        )
         self.environment["RAY_AUTH_TOKEN_PATH"] = str(self.folder / "token")
-        self._ray_folder = self.folder / "ray"
-        self._ray_folder.mkdir()
+        self.ray_folder = self.folder / "ray"
+        self.ray_folder.mkdir()
         self._server = server
         self._all: list[Machine] = []
         self._open = ExitStack()
@@ -181,15 +195,23 @@ class Machines(RayBox):
         self._switch = Switch(self)
         self.way = self._open.enter_context(SlowProxy(self._server.endpoint, self._switch.listener()))
         self.environment["AWS_ENDPOINT_URL"] = self.way.endpoint
-        self._head = self._machine()
-        self._head.start_ray(0, "--head", f"--port={_HEAD_PORT}", f"--temp-dir={self._ray_folder}")
-        self._head.wait_for_ray()
-        self.environment["RAY_ADDRESS"] = f"{self._head.address}:{_HEAD_PORT}"
+        self.make_cluster()
+
+    def make_cluster(self) -> None:
+        """Start a head, after another one was lost, and two workers."""
+        for machine in self._all:
+            if not machine.lost:
+                machine.kill()
+        self.environment.pop("RAY_ADDRESS", None)
+        self.head = self._machine()
+        self.head.start_ray(0, "--head", f"--port={_HEAD_PORT}", f"--temp-dir={self.ray_folder}")
+        self.head.wait_for_ray()
+        self.environment["RAY_ADDRESS"] = f"{self.head.address}:{_HEAD_PORT}"
         self.replace_lost()
 
     def replace_lost(self) -> None:
         """Put new workers in the place of lost ones."""
-        living = [worker for worker in self._all[1:] if not worker.lost]
+        living = [machine for machine in self._all if not machine.lost and machine is not self.head]
         new = [self._machine() for _ in range(2 - len(living))]
         for machine in new:
             machine.start_ray(2, f"--address={self.environment['RAY_ADDRESS']}")
@@ -198,14 +220,19 @@ class Machines(RayBox):
         self.workers = living + new
 
     def _machine(self) -> Machine:
-        machine = Machine(self, self._switch, len(self._all) + 1, self._ray_folder)
+        machine = Machine(self, self._switch, len(self._all) + 1, self.ray_folder)
         self._all.append(machine)
         return machine
 
     def job(self, file: Path, *arguments: str, **environment: str) -> Process:
         """Start `python jobs/extrapolate.py FILE` on the head."""
         script = str(ROOT / "jobs" / "extrapolate.py")
-        return self._head.run(sys.executable, script, str(file), *arguments, **environment)
+        return self.head.run(sys.executable, script, str(file), *arguments, **environment)
+
+    def submit(self, folder: Path, *words: str, flags: Sequence[str] = ()) -> Process:
+        """Start `ray job submit FLAGS --working-dir FOLDER -- python WORDS` on the head."""
+        command = ("ray", "job", "submit", *flags, "--working-dir", str(folder), "--", "python", *words)
+        return self.head.run(*command, RAY_ADDRESS="http://127.0.0.1:8265", PYTHONPATH="")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from asyncio import FIRST_EXCEPTION
 from collections import defaultdict
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from expo_ray.evaluation.responses.ask_question import (
 from expo_ray.evaluation.responses.client import Client
 from expo_ray.evaluation.responses.endpoint import KEY_VARIABLE, Card
 from expo_ray.evaluation.row_store import RowStore
+from expo_ray.interrupt import raise_if_interrupted
 from expo_ray.progress import Counters
 from expo_ray.storage import Store
 
@@ -36,6 +38,8 @@ Key = tuple[str, int]
 # A killed driver loses the requests in flight, and at most this many answers or the answers of this many seconds.
 PART_ROWS = 64
 PART_S = 10.0
+# How soon a signal is noticed.
+_LOOK_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -209,10 +213,19 @@ class _PartWriter:
 
 
 async def run_all(works: Sequence[Coroutine[Any, Any, None]]) -> None:
-    """Run coroutines until all have ended, or the first has failed; then cancel the others and wait for their end."""
+    """Run coroutines until all have ended, or the first has failed; then cancel the others and wait for their end.
+
+    Raises:
+        KeyboardInterrupt: soon after a signal; the next answer may be minutes away.
+    """
     tasks = [asyncio.create_task(work) for work in works]
+    pending = set(tasks)
     try:
-        await asyncio.gather(*tasks)
+        while pending:
+            raise_if_interrupted()
+            done, pending = await asyncio.wait(pending, timeout=_LOOK_S, return_when=FIRST_EXCEPTION)
+            for task in done:
+                task.result()
     finally:
         for task in tasks:
             task.cancel()

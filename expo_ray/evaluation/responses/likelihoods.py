@@ -9,6 +9,7 @@ from typing import Any
 
 from expo_ray.errors import EndpointError
 from expo_ray.evaluation.records import Response
+from expo_ray.evaluation.responses.ask_missing import run_all
 from expo_ray.evaluation.responses.client import Client, GaveUp, Refused
 from expo_ray.evaluation.responses.endpoint import KEY_VARIABLE
 from expo_ray.evaluation.row_store import RowStore
@@ -99,4 +100,10 @@ async def _ask_all(
                 *response.key, tuple(answer.prompt_logprobs[max(response.num_prompt_tokens - 1, 0) :])
             )
 
-        return list(await asyncio.gather(*map(ask, responses)))
+        measured: dict[tuple[str, int], Likelihood] = {}
+
+        async def work(response: Response) -> None:
+            measured[response.key] = await ask(response)
+
+        await run_all([work(response) for response in responses])
+        return [measured[response.key] for response in responses]

@@ -50,11 +50,6 @@ class RewardFunction:
     sources: str
 
 
-def is_function(model: str) -> bool:
-    """True if a reward model is named as a function."""
-    return model.startswith(_SCHEME)
-
-
 def load_function(uri: str, folder: str | None = None) -> RewardFunction:
     """Import `python:module:name`: a function, class, method, object with `__call__`, or `functools.partial`.
 

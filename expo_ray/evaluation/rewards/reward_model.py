@@ -17,7 +17,7 @@ from expo_ray.checkpoint.tokenizer import load_tokenizer, tokenizer_files
 from expo_ray.config import RewardModel
 from expo_ray.errors import ExpoError, Problems, RewardError
 from expo_ray.evaluation.records import Response, digest
-from expo_ray.evaluation.rewards.reward_function import RewardFunction, is_function, load_function
+from expo_ray.evaluation.rewards.reward_function import RewardFunction, load_function
 from expo_ray.evaluation.rewards.reward_inputs import (
     RewardInput,
     Tokenizer,
@@ -119,7 +119,7 @@ def inspect_reward_model(spec: RewardModel) -> Classifier | RewardFunction:
         Problems: with everything that is wrong with it.
         ExpoError: if there is no such folder or function.
     """
-    if is_function(spec.model):
+    if spec.is_function:
         return load_function(spec.model)
     store = open_store(spec.model)
     checkpoint = read_checkpoint(store, allow_pickle=spec.allow_pickle)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,8 @@ from expo_ray.evaluation.rewards.reward_model import (
     Classifier,
     inspect_reward_model,
 )
-from expo_ray.on_ray.capacity import await_room, usual_devices
+from expo_ray.interrupt import raise_if_interrupted
+from expo_ray.on_ray.capacity import LOOK_S, await_room, usual_devices
 from expo_ray.on_ray.gpus import log_placement, starting_alone
 from expo_ray.on_ray.rewards.backends import PARITY_TEXTS, load_backend
 from expo_ray.on_ray.rewards.memory import ActorNeed, check_memory
@@ -288,7 +290,7 @@ class Crew:
             while queue or under_way:
                 self._submit(queue, under_way)
                 loading = {slot.loaded: slot for slot in self._slots if not slot.ready}
-                done, _ = ray.wait([*under_way, *loading], timeout=_STALL_WARNING_S)
+                done = _wait_for_any([*under_way, *loading])
                 for ref in done:
                     if ref in loading:
                         self._finish_loading(loading[ref])
@@ -403,6 +405,20 @@ class Crew:
             ray.kill(slot.actor)
             number = self._slots.index(slot)
             self._slots[number] = self._start(number, checks=slot.checks and not slot.ready)
+
+
+def _wait_for_any(refs: Sequence[ray.ObjectRef[Any]]) -> Sequence[ray.ObjectRef[Any]]:
+    """Wait until one of some results is there; none after `_STALL_WARNING_S`.
+
+    Raises:
+        KeyboardInterrupt: soon after a signal.
+    """
+    deadline = time.monotonic() + _STALL_WARNING_S
+    while True:
+        done, _ = ray.wait([*refs], timeout=LOOK_S)
+        raise_if_interrupted()
+        if done or time.monotonic() > deadline:
+            return done
 
 
 def _death_of(error: RayError) -> str:

@@ -11,6 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -39,12 +40,13 @@ __all__ = [
     "ModelCard",
     "ModelList",
     "OpenAIHTTPException",
+    "Proxies",
     "check_version",
     "engine_slots",
     "fit_shared_memory",
     "free_shared_memory",
-    "http_address",
     "load_adapter",
+    "read_proxies",
     "refuses_adapters",
     "restore_plain_logs",
     "shut_serve_down",
@@ -83,10 +85,29 @@ def engine_version() -> str:
     return ""
 
 
-def http_address() -> tuple[str, int] | None:
-    """Host and port of the Serve that runs on this cluster; None if none runs."""
+@dataclass(frozen=True)
+class Proxies:
+    """The HTTP proxies of the Serve that runs on this cluster.
+
+    Attributes:
+        host, port: that each listens at.
+        location: `EveryNode` (that has a replica, and the head), `HeadOnly` or `Disabled`.
+    """
+
+    host: str
+    port: int
+    location: str
+
+
+def read_proxies() -> Proxies | None:
+    """Ask the Serve that runs on this cluster for its proxies; None if none runs."""
     client = _get_global_client(raise_if_no_controller_running=False)
-    return None if client is None else (client.http_config.host, client.http_config.port)
+    if client is None:
+        return None
+    location = ray.get(client._controller.get_proxy_location.remote())
+    return Proxies(
+        client.http_config.host, client.http_config.port, str(getattr(location, "value", location))
+    )
 
 
 def shut_serve_down() -> None:

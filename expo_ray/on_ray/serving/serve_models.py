@@ -44,7 +44,7 @@ def serving(
         groups = _groups(pairs, models, settings)
         failures = _start_all(groups, settings, stack)
         running = [group for group in groups if group.name not in failures]
-        stack.enter_context(ingress(running, path, settings, failures))
+        stack.enter_context(ingress(running, url, path, settings, failures))
         slots = sum(group.slots(ask=settings.device == "cuda") for group in running)
         yield Endpoint(url, slots, settings.api_key_env or KEY_VARIABLE, failures)
 
