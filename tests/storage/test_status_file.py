@@ -16,7 +16,7 @@ import pytest
 
 from expo_ray import status_file
 from expo_ray.status_file import MISSED, StatusFile, is_alive, read_status
-from expo_ray.storage import open_store
+from expo_ray.storage import FileInfo, open_store
 from tests.support.ray_cluster import wait_until
 
 RUNNING = """
@@ -61,7 +61,12 @@ def test_a_heartbeat_is_written_while_nothing_happens(uri: str, monkeypatch: pyt
     store, writes = open_store(uri), list[str]()
     with StatusFile(store):
         original = store.put
-        monkeypatch.setattr(store, "put", lambda key, data: writes.append(key) or original(key, data))
+
+        def put(key: str, data: bytes) -> FileInfo:
+            writes.append(key)
+            return original(key, data)
+
+        monkeypatch.setattr(store, "put", put)
         wait_until(lambda: len(writes) >= 3, "three heartbeats were written", 60)
     assert set(writes) == {"status.json"}
 
