@@ -17,6 +17,7 @@ QUESTIONS = {
     "scale": "how many shards a second does the Ray driver carry, and does its memory grow?",
     "machines": "what does the loss of a machine cost a pipeline?",
     "rewards": "how fast are responses scored, against a transformers pipeline at batch 8?",
+    "reward_dtypes": "by how much do rewards in 16 bits differ from fp32, and between the back ends?",
     "alpha_search": "how good is the alpha that the search finds, and at what price?",
     "length_rule": "which gains that come with longer responses are refused, and which honest ones?",
     "templates": "how often is an alpha chosen without a gain, where prompts fill templates?",
@@ -36,7 +37,8 @@ QUESTIONS = {
 }
 # These measure the quality of results instead of this machine's speed. They take many minutes, so they run only when named.
 ONLY_WHEN_NAMED = {
-    "adapters", "alpha_search", "coverage", "decisions", "gpu", "judgments", "length_rule", "machines", "roles", "rounding", "swap_architectures", "swap_slices",
+    "adapters", "alpha_search", "coverage", "decisions", "gpu", "judgments", "length_rule", "machines", "reward_dtypes", "roles", "rounding",
+    "swap_architectures", "swap_slices",
     "templates", "throttling",
 }  # fmt: skip
 

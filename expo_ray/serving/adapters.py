@@ -60,8 +60,8 @@ def reason_to_merge(plan: PairPlan, engine: Mapping[str, Any]) -> str:
         plan: of an adapter that is scaled; `match_lora_layers` has refused DoRA, biases and `modules_to_save` already.
         engine: arguments of vLLM that the job gives.
     """
-    if not engine.get("enable_lora"):
-        return "`serving.engine` does not say `enable_lora: true`"
+    if engine.get("enable_lora") is False:
+        return "`serving.engine` says `enable_lora: false`"
     layers = match_lora_layers(plan.dpo, plan.sft).layers
     vocabulary = VocabularyWeights(plan.sft)
     rules = {
@@ -102,6 +102,7 @@ def adapter_arguments(plan: PairPlan, engine: Mapping[str, Any]) -> dict[str, An
     slots = engine.get("max_loras") or min(MOST_IN_BATCH, max(LEAST_IN_BATCH, fitting))
     modules = {name.rpartition(".lora_")[0].rpartition(".")[2] for name in plan.dpo.tensors}
     return {
+        "enable_lora": True,
         "max_lora_rank": rank,
         "max_loras": slots,
         "max_cpu_loras": _KEPT_PER_SLOT * slots,

@@ -113,6 +113,7 @@ def on_machines(stage: Stage, machines: Machines) -> Stage:
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.timeout(1200)  # the first of them starts the machines
 @pytest.mark.parametrize("lose", [Machine.kill, Machine.cut])
 def test_the_shards_of_a_lost_machine_are_done_on_another(

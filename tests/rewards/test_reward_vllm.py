@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -91,6 +94,40 @@ def test_a_real_reward_model(box: RayBox) -> None:
     assert max(map(len, ids)) > 400
     assert scored_by_vllm(box, STORIES / "rm", rows, "--backend", "vllm") == pytest.approx(expected, abs=1e-4)
     assert max(expected) > 2
+
+
+SPLIT = """
+import json, sys
+from pathlib import Path
+
+import psutil
+
+from expo_ray.config import RewardModel
+from expo_ray.evaluation.rewards.reward_model import inspect_reward_model
+from expo_ray.on_ray.rewards.backends import VllmBackend
+
+if __name__ == "__main__":  # the two processes import this file again
+    model = inspect_reward_model(RewardModel(model=sys.argv[1], num_gpus=2))
+    backend = VllmBackend(model, Path(sys.argv[1]), "fp32", cuda=False, parallel=2)
+    scores = backend.score(json.loads(sys.argv[2]))
+    titles = [child.cmdline() for child in psutil.Process().children(recursive=True)]
+    workers = sum("Worker_TP" in "".join(title) for title in titles)
+    print(json.dumps({"scores": scores, "workers": workers, "titles": titles}))
+"""
+
+
+def test_a_model_split_over_two_processes_scores_as_a_whole(tmp_path: Path) -> None:
+    model = save_reward_model(tmp_path / "rm")  # two heads, one of keys and values, which both parts hold
+    ids, expected = by_hand(model, english(12, longest=150))
+    (tmp_path / "split.py").write_text(SPLIT)
+    words = [sys.executable, str(tmp_path / "split.py"), str(model), json.dumps(ids)]
+    done = subprocess.run(
+        words, capture_output=True, text=True, check=False, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["workers"] == 2, result["titles"]
+    assert result["scores"] == pytest.approx(expected, abs=1e-4)
 
 
 def published() -> dict[str, tuple[float, float]]:

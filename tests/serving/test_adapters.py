@@ -47,7 +47,7 @@ def served(
     job = {
         "output": str(folder / "out"),
         "pairs": [{"name": "lora", "sft": str(sft), "dpo": str(dpo), "alphas": [0.5], **(pair or {})}],
-        "serving": {"engine": {"enable_lora": True} | (engine or {})},
+        "serving": {"engine": engine or {}},
     }
     (folder / "job.yaml").write_text(json.dumps(job))
     (plan,) = plan_served_pairs(load_job(str(folder / "job.yaml")))
@@ -63,13 +63,13 @@ def test_engines_hold_what_is_published(tmp_path: Path) -> None:
     assert merged.notes == ()
 
 
-def test_adapters_are_merged_unless_the_job_asks_for_them(tmp_path: Path) -> None:
+def test_a_job_may_ask_for_merged_adapters(tmp_path: Path) -> None:
     plan = served(tmp_path, engine={"enable_lora": False})
     assert not plan.scaled
     settings = Serving(engine={"enable_lora": False, "max_loras": 3, "seed": 1})
     assert settings_for(settings, plan).engine == {"seed": 1}
     side_by_side = served(tmp_path / "scaled")
-    engine = settings_for(Serving(engine={"enable_lora": True, "seed": 1}), side_by_side).engine
+    engine = settings_for(Serving(engine={"seed": 1}), side_by_side).engine
     assert engine["enable_lora"]
     assert engine["worker_extension_cls"].endswith("AdapterWorker")
 
@@ -94,7 +94,7 @@ def test_answers_of_adapters_and_of_merged_weights_are_told_apart(tmp_path: Path
         ({"r": 2048}, {}, "has a rank above the 512 that vLLM holds"),
         ({"target_modules": ["q_proj", "lm_head"]}, {}, "is on an embedding or the output head"),
         ({"target_modules": ["q_proj", "embed_tokens"]}, {}, "is on an embedding or the output head"),
-        ({}, {"enable_lora": False}, "`serving.engine` does not say `enable_lora: true`"),
+        ({}, {"enable_lora": False}, "`serving.engine` says `enable_lora: false`"),
     ],
 )
 def test_what_vllm_would_answer_wrongly_is_merged_and_says_why(

@@ -27,6 +27,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.ray, pytest.mark.timeout(1200)]
 
 QUESTIONS = tuple(f"Tell me about number {number}." for number in range(6))
 ALPHAS = ("tiny", "tiny@0.5", "tiny@2")
+LONG = "Say them again: " + ", ".join(map(str, range(40)))
 
 
 @pytest.fixture(scope="session")
@@ -244,12 +245,16 @@ def test_a_published_model_and_a_lora_pair_are_served_until_sigterm_which_leaves
             "serving": {
                 "dtype": "fp32",
                 **SMALL,
-                "engine": {**SMALL["engine"], "enable_lora": True, "max_loras": 2},
+                # Fewer tokens a step than a long prompt has: vLLM on CPUs ends at one with a seed.
+                "engine": {**SMALL["engine"], "max_loras": 2, "max_num_batched_tokens": 64},
             },
         }
         with serve(box, job) as (url, process):
             running = Running(url, sft, dpo, process)
             assert running.chat("half", "Hello")
+            for model in ("half", "lora@1"):
+                drawn = [running.chat(model, LONG, temperature=1, seed=seed) for seed in (1, 2, 1)]
+                assert drawn[0] == drawn[2] != drawn[1]
             status, error = running.refusal("/v1/completions", model="half@1", prompt="Hello")
             assert status == 404
             assert "has no other alpha" in error["message"]
@@ -272,6 +277,31 @@ def test_a_published_model_and_a_lora_pair_are_served_until_sigterm_which_leaves
             process.signal(signal.SIGTERM)
             assert process.wait() == 0
         wait_until(lambda: all(map(ended, started)), "all that it started has ended", 20)
+
+
+@pytest.mark.cluster
+def test_an_adapter_that_vllm_has_no_place_for_is_merged_by_the_same_replica() -> None:
+    with RayBox() as box:
+        lora = save_chat_lora(box.folder / "lora")
+        job = {
+            "pairs": [{"name": "lora", "sft": str(lora[0]), "dpo": str(lora[1])}],
+            "serving": {
+                "dtype": "fp32",
+                **SMALL,
+                "engine": {**SMALL["engine"], "lora_target_modules": ["q_proj"]},
+            },
+        }
+        with serve(box, job) as (url, process):
+            running = Running(url, *lora, process)
+            for alpha in (0.0, 1.0):
+                expected = _adapter_answers(*lora, alpha=alpha, folder=box.folder)
+                answers = running.chats([(f"lora@{alpha:g}", question) for question in QUESTIONS])
+                assert answers == expected
+            card = running.get("/v1/models/lora@1")["metadata"]
+            assert "vLLM has no place for" in card["adapter"]
+            assert "alphas_at_once" not in card
+            process.signal(signal.SIGTERM)
+            assert process.wait() == 0
 
 
 def test_every_bad_pair_is_reported_before_anything_starts() -> None:
