@@ -244,7 +244,7 @@ _JOB = yaml.safe_dump({
     "pairs": [{"name": "a", "sft": "/x/sft", "dpo": "hf://org/name@main", "alphas": [0.5, -1], "vocab": "by-token"}],
     "models": [{"name": "m", "uri": "s3://b/m"}], "prompts": [{"source": "p.jsonl", "limit": 5}],
     "sampling": {"temperature": 0.7, "max_tokens": 20}, "serving": {"engine": {"max_num_seqs": 4}, "port": 0},
-    "rewards": [{"model": "/x/rm", "num_cpus": 1.5}], "search": {"groups": ["attention"]}, "push_to": "org/{pair}",
+    "rewards": [{"model": "/x/rm", "num_cpus": 1.5}], "search": {"method": "surface"}, "push_to": "org/{pair}",
 }, sort_keys=False).encode()  # fmt: skip
 
 

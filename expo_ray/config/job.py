@@ -101,14 +101,6 @@ class Job(Frozen):
         )
 
     @model_validator(mode="after")
-    def _check_groups(self) -> Self:
-        if self.search.groups and self.publish == "all":
-            raise ValueError(
-                "search.groups gives the winner multipliers, which `publish: all` would give to every alpha; set `publish: winners`"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _check_push_to(self) -> Self:
         if self.push_to is not None:
             if len(self.pairs) > 1 and "{pair}" not in self.push_to:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from expo_ray.config.fields import Alphas, Frozen
 from expo_ray.config.guardrails import Guardrails, Positive
@@ -65,16 +65,26 @@ class Search(Frozen):
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     """Of all intervals; alpha is above 0 only where the lower bound of its gain over dpo is."""
 
-    groups: tuple[Group, ...] = ()
-    """Groups of tensors in which alpha is multiplied by 0, 0.5 and 2 as well, once alpha is chosen; what is better than alpha
-    alone is taken. `multipliers` of the pair count first."""
-
     guardrails: Guardrails = Guardrails()
     """Limits on what an alpha may change in the responses."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_groups(cls, data: Any) -> Any:
+        """Name the remedy to job files of the time when the search also tried multipliers; an empty list asked for nothing."""
+        if not isinstance(data, dict) or "groups" not in data:
+            return data
+        if data["groups"]:
+            raise ValueError(
+                "`groups` is no longer searched: on three real pairs, no multiplier was better than alpha alone. Remove the line; to give "
+                "parts of a model more or less of alpha, set `multipliers` of the pair, such as `multipliers: {mlp: 0.5}`"
+            )
+        return {key: value for key, value in data.items() if key != "groups"}
+
     def identity(self) -> dict[str, Any]:
         """Give all that decides a search. Settings that are newer than stored searches are left out at their defaults."""
-        settings: dict[str, Any] = self.model_dump(mode="json")
+        # As it was when the search also tried multipliers, and a job asked for none.
+        settings: dict[str, Any] = self.model_dump(mode="json") | {"groups": []}
         if self.objective == "reward":
             del settings["objective"]
         if self.guardrails.bought == Guardrails().bought:

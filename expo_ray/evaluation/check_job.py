@@ -23,7 +23,6 @@ from expo_ray.evaluation.search.methods import OLDEST_SEARCH_VERSION, SEARCH_VER
 from expo_ray.extrapolation.pinned import plan_publication
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.plan_job import inspect_job, outputs_of
-from expo_ray.extrapolation.step import DPO
 from expo_ray.serving.engine_checks import check_engine, deciding_arguments
 from expo_ray.serving.served_models import plan_served_pairs
 from expo_ray.storage import open_store
@@ -135,8 +134,6 @@ def check_job(job: Job) -> CheckedJob:
             check_size(len(checked.prompts.halves()[0]))
         with problems.catching():
             _check_asked(checked, needs_all=True)
-        with problems.catching():
-            _check_groups(checked)
         with problems.catching():
             _check_outputs(checked)
     problems.raise_any()
@@ -257,19 +254,6 @@ def _check_asked(checked: CheckedJob, *, needs_all: bool = False) -> None:
     problems.raise_any()
 
 
-def _check_groups(checked: CheckedJob) -> None:
-    scaled = [
-        plan.name
-        for pair, plan in zip(checked.job.pairs, checked.plans, strict=True)
-        if plan.dpo.adapter and pair.adapter == "scale"
-    ]
-    if checked.job.search.groups and scaled:
-        raise JobError(
-            f"{', '.join(scaled)}: dpo is an adapter with one scale for all tensors, and `search.groups` gives them several; set "
-            "`adapter: merge`, or leave `groups` out"
-        )
-
-
 def _check_outputs(checked: CheckedJob) -> None:
     """Check that models which are there already are of these very pairs: the search may come to the same alphas.
 
@@ -277,15 +261,13 @@ def _check_outputs(checked: CheckedJob) -> None:
         Problems: if one is not, or if there is no room for what is certain to be published.
     """
     job = checked.job
-    if job.search.groups:  # a winner's multipliers are part of its plan, and not known yet
-        return
     problems, plans = Collected(), list[PairPlan]()
     for pair, plan in zip(job.pairs, checked.plans, strict=True):
         alphas = _published_alphas(job, pair.name) | set(pair.alphas if job.publish == "all" else ())
         if alphas:
             outputs = outputs_of(job, pair.model_copy(update={"alphas": tuple(sorted(alphas))}))
             with problems.catching():
-                plans.append(plan_publication(plan, pair, DPO, outputs))
+                plans.append(plan_publication(plan, pair, outputs))
     with problems.catching():
         inspect_job(plans)
     problems.raise_any()

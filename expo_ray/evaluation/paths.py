@@ -31,6 +31,10 @@ class ResponsesFolder:
         """File with the values that the origin is a digest of."""
         return f"{self.path}/{_ABOUT}"
 
+    def again(self, search_id: str) -> ResponsesFolder:
+        """Folder of what the same model answered at the end of a search to questions that it had answered, and of the rewards."""
+        return ResponsesFolder(f"{self.path}/again-{search_id}")
+
     @property
     def responses(self) -> str:
         """Folder of the parts that hold responses."""

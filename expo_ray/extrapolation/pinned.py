@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 from expo_ray.checkpoint.folder import Checkpoint
 from expo_ray.config import Pair
 from expo_ray.errors import ExpoError, InputChanged, Problems, problems_of
-from expo_ray.extrapolation.match import TensorPlan, matches_other_rows, tied_copies
 from expo_ray.extrapolation.plan import PairPlan, named, option_problems, plan_from_headers
-from expo_ray.extrapolation.step import Step, stepped
 from expo_ray.storage import open_store
 from expo_ray.text import first_few, shown
 
 
-def plan_publication(checked: PairPlan, pair: Pair, step: Step, outputs: Mapping[float, str]) -> PairPlan:
+def plan_publication(checked: PairPlan, pair: Pair, outputs: Mapping[float, str]) -> PairPlan:
     """Plan the models to publish from the parents that were checked, without looking at their URIs again.
 
     Args:
         checked: the pair as it was checked and searched. Engines always get it with `adapter: merge`, so it is laid out anew if
             `pair` scales an adapter.
         pair: as the job has it.
-        step: the chosen one, whose multipliers stand behind the pair's own.
         outputs: folder of the model of each alpha.
 
     Raises:
@@ -31,36 +28,10 @@ def plan_publication(checked: PairPlan, pair: Pair, step: Step, outputs: Mapping
     plan = checked
     if plan.options.adapter != pair.adapter:
         plan = plan_from_headers(pair, plan.sft, plan.dpo, outputs)
-    options = pair.model_copy(
-        update={"alphas": tuple(outputs), "multipliers": step.multipliers(pair.multipliers)}
-    )
+    options = pair.model_copy(update={"alphas": tuple(outputs)})
     if problems := option_problems(options):
         raise Problems([named(pair.name, problem) for problem in problems])
-    plan = replace(_without_frozen_partners(stepped(plan, step)), options=options, outputs=outputs)
-    return replace(plan, format_changes=tuple(_reasons_that_still_hold(plan)))
-
-
-def _without_frozen_partners(plan: PairPlan) -> PairPlan:
-    """The same plan without partners of tensors that stay at dpo: those are copied, and no statistics count them."""
-    shards = tuple(
-        replace(shard, tensors=tuple(_without_frozen_partner(tensor) for tensor in shard.tensors))
-        for shard in plan.shards
-    )
-    return replace(plan, shards=shards)
-
-
-def _without_frozen_partner(tensor: TensorPlan) -> TensorPlan:
-    return tensor if tensor.multiplier else replace(tensor, sft=None, runs=())
-
-
-def _reasons_that_still_hold(plan: PairPlan) -> Iterator[str]:
-    """Those of `plan.format_changes` that apply to tensors that still have partners.
-
-    They are part of the plan's id, which must be the one that planning the same model from scratch gives.
-    """
-    tensors = [tensor for shard in plan.shards for tensor in shard.tensors]
-    applies = {"rows": matches_other_rows(tensors), "copies": bool(tied_copies(tensors))}
-    return (reason for reason in plan.format_changes if applies.get(reason, True))
+    return replace(plan, options=options, outputs=outputs)
 
 
 def refuse_replaced_parents(plan: PairPlan) -> None:

@@ -30,7 +30,6 @@ from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.plan_job import outputs_of
 from expo_ray.extrapolation.publish import Published, publish
 from expo_ray.extrapolation.run_job import run_pairs
-from expo_ray.extrapolation.step import GROUPS, Step
 from expo_ray.on_ray.capacity import find_devices, settled
 from expo_ray.on_ray.extrapolation import OnRay, check_gpus
 from expo_ray.on_ray.rewards.pool import RewardPool
@@ -161,7 +160,7 @@ class _SearchRun:
             engines.wait(room.settings.start_timeout)
             steps = group.replicas * endpoint.alphas_at_once(plan.name)
             evaluator = PairEvaluator(
-                plan, endpoint.url, room.scorers, sampling=self._job.sampling, store=self._store, progress=progress,
+                plan, endpoint.url, room.scorers, search_id=self._checked.search_id(plan), sampling=self._job.sampling, store=self._store, progress=progress,
                 slots=group.slots(ask=room.engine is not None), at_once=steps, key_variable=endpoint.key_variable,
             )  # fmt: skip
             self._evaluators.append(evaluator)
@@ -170,7 +169,7 @@ class _SearchRun:
     def _search_pair(
         self, plan: PairPlan, evaluator: PairEvaluator, steps: int, progress: Progress
     ) -> PairResult:
-        """Choose alpha, then multipliers if the job asks for them, and store the result.
+        """Choose alpha, and store the result.
 
         Args:
             steps: that the pair's engines answer at the same time.
@@ -241,16 +240,11 @@ def _publication_plans(checked: CheckedJob, searches: Searches, winners: Winners
             continue
         outputs = outputs_of(job, pair.model_copy(update={"alphas": alphas}))
         try:
-            plans.append(plan_publication(plan, pair, _chosen_step(result), outputs))
+            plans.append(plan_publication(plan, pair, outputs))
         except ExpoError as error:
             winners.failures[pair.name] = in_one_line(error)
             log.error("%s failed: %s", pair.name, in_one_line(error))
     return plans
-
-
-def _chosen_step(result: PairResult) -> Step:
-    factors = {group: result.multipliers[group] for group in GROUPS if group in result.multipliers}
-    return Step.of(result.decision, factors)
 
 
 def _usage_since(started: float) -> Usage:

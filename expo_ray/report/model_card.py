@@ -17,7 +17,6 @@ from expo_ray.text import first_few, shown
 
 _HUB = re.compile(r"hf://([\w.-]{1,96}/[\w.-]{1,96})(?=[/@]|$)", re.ASCII)
 _TENSORS_SHOWN = 10
-_HALVES = {"confirm": "Prompts that alpha was not chosen on", "choose": "Prompts that alpha was chosen on"}
 
 
 def model_card(manifest: Mapping[str, Any], result: PairResult | None = None) -> str:
@@ -100,39 +99,34 @@ def _row(statistics: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _model_index(result: PairResult, alpha: float) -> list[dict[str, Any]]:
-    """The `model-index` of the model at `alpha`; empty if nothing was measured there.
+    """The `model-index` of the model at `alpha`; empty if no untouched prompts were asked.
 
-    Format: https://github.com/huggingface/hub-docs/blob/main/modelcard.md?plain=1. The confirming half comes first, as the one to
-    believe. Intervals are in a metric's `args`, so that its value stays a number.
+    Format: https://github.com/huggingface/hub-docs/blob/main/modelcard.md?plain=1. Intervals are in a metric's `args`, so that its value
+    stays a number.
     """
-    results = [
-        {
-            "task": {"type": "text-generation", "name": "Text generation"},
-            "dataset": {
-                "type": "prompts",
-                "name": name,
-                "split": half,
-                "args": {"num_prompts": rows[0].prompts},
-            },
-            "metrics": [metric for measurement in rows for metric in _metrics(measurement)],
-        }
-        for half, name, rows in _measured_halves(result, alpha)
-    ]
-    return (
-        [{"name": f"{shown(result.name)}, alpha {format_alpha(alpha)}", "results": results}]
-        if results
-        else []
-    )
+    rows = _confirmed(result, alpha)
+    if not rows:
+        return []
+    dataset = {
+        "type": "prompts",
+        "name": "Prompts that alpha was not chosen on",
+        "split": "confirm",
+        "args": {"num_prompts": rows[0].prompts},
+    }
+    measured = {
+        "task": {"type": "text-generation", "name": "Text generation"},
+        "dataset": dataset,
+        "metrics": [metric for measurement in rows for metric in _metrics(measurement)],
+    }
+    return [{"name": f"{shown(result.name)}, alpha {format_alpha(alpha)}", "results": [measured]}]
 
 
 def _evaluation_section(result: PairResult, alpha: float) -> list[str]:
     """The card's section about the evaluation, as Markdown; empty if nothing was measured at `alpha`."""
-    halves = list(_measured_halves(result, alpha))
-    if not halves:
+    if not any(measured.alpha == alpha for measured in result.measured):
         return []
     head = (
         "prompts",
-        "number",
         "reward model",
         "reward",
         "gain over dpo",
@@ -141,7 +135,6 @@ def _evaluation_section(result: PairResult, alpha: float) -> list[str]:
     )
     lines = [
         (
-            name,
             str(measurement.prompts),
             plain(measurement.reward_model),
             signed(measurement.reward.mean),
@@ -149,24 +142,29 @@ def _evaluation_section(result: PairResult, alpha: float) -> list[str]:
             interval(measurement.controlled_gain) if measurement.controlled_gain else "-",
             share(measurement.win_rate),
         )
-        for _, name, rows in halves
-        for measurement in rows
+        for measurement in _confirmed(result, alpha)
     ]
     return [
         "## Evaluation\n",
-        f"{_decision(result, alpha)} Gains are mean differences in reward to dpo on the same prompts and seeds; brackets hold their "
-        "confidence interval over prompts.\n",
-        table(head, lines),
+        f"{_decision(result, alpha)}\n",
+        *(
+            (
+                "On prompts that alpha was not chosen on. Gains are mean differences in reward to dpo on the same prompts and seeds; brackets hold "
+                "their confidence interval over prompts. A reward model is not a person.\n",
+                table(head, lines),
+            )
+            if lines
+            else (
+                "No gain is listed: this alpha was not asked any prompts that it was not chosen on, and those it was chosen on flatter it.\n",
+            )
+        ),
         *(f"> **Look at this first:** {plain(warning)}\n" for warning in result.warnings),
     ]
 
 
-def _measured_halves(result: PairResult, alpha: float) -> Iterator[tuple[str, str, list[Measurement]]]:
-    for half, name in _HALVES.items():
-        measured = result.chosen if alpha == result.decision else result.measured
-        rows = [each for each in measured if (each.alpha, each.half) == (alpha, half)]
-        if rows:
-            yield half, name, rows
+def _confirmed(result: PairResult, alpha: float) -> list[Measurement]:
+    """Measurements on untouched prompts, by each reward model: those that alpha was chosen on are no evidence, as selection flatters them."""
+    return [each for each in result.measured if (each.alpha, each.half) == (alpha, "confirm")]
 
 
 def _metrics(measurement: Measurement) -> Iterator[dict[str, Any]]:
@@ -195,9 +193,7 @@ def _metrics(measurement: Measurement) -> Iterator[dict[str, Any]]:
 
 def _decision(result: PairResult, alpha: float) -> str:
     if alpha == result.decision:
-        return plain(
-            " ".join([f"{result.reason}.", *([f"{result.groups.reason}."] if result.groups else [])])
-        )
+        return plain(f"{result.reason}.")
     why = result.rejected.get(alpha, "")
     other = "dpo itself was kept" if result.decision == 0 else f"alpha {format_alpha(result.decision)} was"
     return (

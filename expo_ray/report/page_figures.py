@@ -12,7 +12,7 @@ import numpy as np
 from expo_ray.config import format_alpha
 from expo_ray.config.guardrails import GUARDRAILS
 from expo_ray.report.formatting import count, guardrail_value, interval, signed
-from expo_ray.report.results import GuardrailCheck, HalfName, Measurement, PairResult, Verdict
+from expo_ray.report.results import FittedGain, GuardrailCheck, HalfName, Measurement, PairResult, Verdict
 from expo_ray.report.svg import BLUE, GREEN, GREY, ORANGE, Drawing, figure_style, inline_svg
 
 if TYPE_CHECKING:
@@ -72,8 +72,11 @@ def _drawable(pair: PairResult) -> PairResult:
     guardrails = tuple(
         check for check in pair.guardrails if _fits(check.alpha, check.value, check.limit, check.warn or 0.0)
     )
+    fitted = tuple(
+        point for point in pair.fitted if _fits(point.alpha, point.gain.mean, point.gain.low, point.gain.high)
+    )
     tokens = {alpha: mean for alpha, mean in pair.mean_tokens.items() if _fits(alpha, mean)}
-    return replace(pair, measured=measured, guardrails=guardrails, mean_tokens=tokens)
+    return replace(pair, measured=measured, guardrails=guardrails, mean_tokens=tokens, fitted=fitted)
 
 
 def _fits(*values: float) -> bool:
@@ -104,14 +107,19 @@ def _draw_reward(name: str, pair: PairResult, model: str, confidence: float) -> 
             for half in ("choose", "confirm")
         }
         choose, confirm = halves["choose"], halves["confirm"]
-        _draw_curve(axes, choose)
+        fitted = pair.fitted if model == pair.reward_models[0] else ()
+        if fitted:
+            _draw_fitted(axes, fitted)
+            _draw_points(axes, choose, "choose")
+        else:
+            _draw_curve(axes, choose)
         controlled = [(row.alpha, row.controlled_gain.mean) for row in choose if row.controlled_gain]
         if controlled:
             axes.plot(
                 *zip(*controlled, strict=True), ":D", color=GREEN, markersize=3.5, label="length-controlled"
             )
         if confirm:
-            _draw_points(axes, confirm)
+            _draw_points(axes, confirm, "confirm")
         axes.axhline(0, color=GREY, linewidth=0.9, zorder=1)
         axes.set_ylabel("gain in reward over dpo")
         _draw_alpha_axis(axes, [row.alpha for row in (*choose, *confirm)])
@@ -122,7 +130,7 @@ def _draw_reward(name: str, pair: PairResult, model: str, confidence: float) -> 
             figure,
             name,
             f"Reward by {model}",
-            f"{_describe_halves(halves)} Band and bars: {confidence:.0%} intervals of the difference to dpo on the same prompts and seeds.",
+            f"{_describe_halves(halves)} {_describe_band(confidence, is_fitted=bool(fitted))}",
             f"Gain in mean reward over dpo, by {model}, against alpha. "
             + "; ".join(f"alpha {format_alpha(row.alpha)}: {interval(row.gain)}" for row in choose)
             + f". Largest at alpha {format_alpha(best.alpha)}. {_decided(pair)}.",
@@ -140,19 +148,35 @@ def _draw_curve(axes: Axes, rows: Sequence[Measurement]) -> None:
         )
 
 
-def _draw_points(axes: Axes, rows: Sequence[Measurement]) -> None:
+def _draw_fitted(axes: Axes, points: Sequence[FittedGain]) -> None:
+    """Draw the curve through all measurements, from dpo on."""
+    alphas, gains = [0.0, *(point.alpha for point in points)], [point.gain for point in points]
+    low, mean, high = ([0.0, *(getattr(gain, end) for gain in gains)] for end in ("low", "mean", "high"))
+    axes.fill_between(alphas, low, high, color=BLUE, alpha=0.18, linewidth=0)
+    axes.plot(alphas, mean, "-", color=BLUE, label="fitted curve", zorder=3)
+
+
+def _describe_band(confidence: float, *, is_fitted: bool) -> str:
+    bars = f"{confidence:.0%} intervals of the difference to dpo on the same prompts and seeds."
+    if not is_fitted:
+        return f"Band and bars: {bars}"
+    return f"Line and band: the curve through all choosing prompts, and {confidence:.0%} of its draws at each alpha. Bars: {bars}"
+
+
+def _draw_points(axes: Axes, rows: Sequence[Measurement], half: HalfName) -> None:
     box: dict[str, Any] = {
-        "markersize": 8,
-        "markerfacecolor": "white",
+        "markersize": 8 if half == "confirm" else 5,
+        "markerfacecolor": "white" if half == "confirm" else BLUE,
         "markeredgewidth": 1.8,
-        "color": ORANGE,
+        "color": ORANGE if half == "confirm" else BLUE,
     }
+    marker = "s" if half == "confirm" else "o"
     below = [row.gain.mean - row.gain.low for row in rows]
     above = [row.gain.high - row.gain.mean for row in rows]
     axes.errorbar(
-        [row.alpha for row in rows], [row.gain.mean for row in rows], yerr=[below, above], fmt="s", capsize=5, zorder=4, **box
+        [row.alpha for row in rows], [row.gain.mean for row in rows], yerr=[below, above], fmt=marker, capsize=5, zorder=4, **box
     )  # fmt: skip
-    axes.plot([], [], "s", label=_HALVES["confirm"], **box)
+    axes.plot([], [], marker, label=_HALVES[half], **box)
 
 
 def _describe_halves(halves: Mapping[HalfName, Sequence[Measurement]]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from expo_ray.report.formatting import alpha_text, count, interval, share, signed
-from expo_ray.report.results import Example, Measurement, PairResult, Results, RoleTest
+from expo_ray.report.results import Example, LooksTaken, Measurement, PairResult, Results, RoleTest
 
 NONE = "\u2013"
 # Beyond this share, rounding has changed what alpha means.
@@ -193,7 +193,7 @@ def false_discovery_rates(p_values: Sequence[float]) -> list[float]:
 
 
 def evidence_rows(pair: PairResult) -> list[EvidenceRow]:
-    """Evidence for or against the model in question: both halves, all reward models, each with its test where it decided."""
+    """Evidence for or against the model in question: both halves, all reward models, each with its test where it decided; dpo against itself."""
     measured_halves = {measured.half for measured in pair.measured if measured.alpha == pair.candidate}
     last = "confirm" if "confirm" in measured_halves else "choose"
     rows = []
@@ -216,7 +216,51 @@ def evidence_rows(pair: PairResult) -> list[EvidenceRow]:
                         _verdict_text(measured, test) if half == last else "",
                     )
                 )
+    return rows + _asked_again_rows(pair)
+
+
+def _asked_again_rows(pair: PairResult) -> list[EvidenceRow]:
+    """The change of dpo's rewards from its stored responses to those at the end of the search, by each reward model."""
+    again = pair.asked_again
+    if again is None:
+        return []
+    same = f"{count(again.same)} of {count(again.responses)} responses the same"
+    return [
+        EvidenceRow(
+            "dpo again", model, count(again.prompts), NONE, NONE, interval(change), NONE, NONE, f"A/A, {again.confidence:.0%}",
+            f"{same}; {'changed beyond chance' if model in again.drifted else 'no change beyond chance'}",
+        )
+        for model, change in again.changes.items()
+    ]  # fmt: skip
+
+
+def course_rows(pair: PairResult) -> list[tuple[str, str]]:
+    """How the search went: where each confirmation ended, who else looked at its prompts, what it drew."""
+    rows = [("confirmation", _looks_text(looks)) for looks in pair.looks]
+    if pair.other_looks:
+        searches, looks = pair.other_looks.searches, pair.other_looks.looks
+        text = (
+            f"{count(searches)} other {'search' if searches == 1 else 'searches'} of this pair looked {count(looks)} "
+            f"{'time' if looks == 1 else 'times'} at the same untouched prompts"
+        )
+        if pair.p_value is not None and pair.looks:
+            corrected = min(1.0, pair.p_value * (1 + searches))
+            text += f"; corrected for all of them (Bonferroni), p is at most {corrected:.2g}"
+        rows.append(("other searches", text))
+    if pair.grid_generations:
+        grid = f"26 log-spaced alphas and dpo would have taken {count(pair.grid_generations)}"
+        rows.append(("responses", f"{count(pair.generations)}; {grid}"))
     return rows
+
+
+def _looks_text(looks: LooksTaken) -> str:
+    alpha, most = f"alpha {alpha_text(looks.alpha)}", count(looks.most)
+    where = f"{count(looks.prompts)} untouched prompts, at look {looks.looks}"
+    if looks.ended == "passed":
+        return f"{alpha} passed on {where}; up to {most} might have been asked"
+    if looks.ended == "futile":
+        return f"{alpha} was given up on {where}: not even the optimistic end of its gain could have passed on {most}"
+    return f"{alpha} did not pass on all {where}"
 
 
 def _role_text(test: RoleTest) -> str:

@@ -19,6 +19,7 @@ from expo_ray.report.page_tables import (
     all_models,
     alpha_rows,
     chance_rows,
+    course_rows,
     decision_text,
     evidence_rows,
     example_views,
@@ -47,6 +48,7 @@ class PairView:
     candidate: str
     drawings: list[Drawing]
     evidence: list[EvidenceRow]
+    course: list[tuple[str, str]]
     alphas: list[AlphaRow]
     groups: list[GroupRow]
     examples: list[ExampleView]
@@ -177,6 +179,7 @@ def _view(pair: PairResult, number: int, confidence: float) -> PairView:
         "" if pair.candidate is None else alpha_text(pair.candidate),
         draw_pair(pair, f"f{number}", confidence),
         evidence_rows(pair),
+        course_rows(pair),
         alpha_rows(pair),
         group_rows(pair),
         example_views(pair),

@@ -93,6 +93,70 @@ class RoleTest(Recorded):
 
 
 @dataclass(frozen=True)
+class LooksTaken(Recorded):
+    """Confirmation of an alpha on untouched prompts: how many looks it took, and where it ended.
+
+    Attributes:
+        alpha: compared with dpo.
+        looks: taken.
+        prompts: asked at the last of them.
+        most: prompts that it would have asked at most.
+        ended: `passed`; `futile`, as not even an optimistic gain could have passed later; `last`, the prompts being used up.
+    """
+
+    alpha: Number
+    looks: int
+    prompts: int
+    most: int
+    ended: Literal["passed", "futile", "last"]
+
+
+@dataclass(frozen=True)
+class OtherLooks(Recorded):
+    """Looks at the untouched prompts by other searches of the same pair, with other settings or of before.
+
+    Attributes:
+        searches: that looked.
+        looks: of all of them.
+    """
+
+    searches: int
+    looks: int
+
+
+@dataclass(frozen=True)
+class AskedAgain(Recorded):
+    """dpo asked again at the end of a search, with the same seeds, on prompts that it had answered (an A/A comparison).
+
+    Attributes:
+        prompts: asked again.
+        responses: to them.
+        same: responses with the same text as before.
+        changes: by reward model, the mean change of the reward on the same prompt.
+        confidence: of the intervals of the changes.
+    """
+
+    prompts: int
+    responses: int
+    same: int
+    changes: Mapping[str, Interval]
+    confidence: Number
+
+    @property
+    def drifted(self) -> Mapping[str, Interval]:
+        """The changes that chance does not explain."""
+        return {model: change for model, change in self.changes.items() if change.low > 0 or change.high < 0}
+
+
+@dataclass(frozen=True)
+class FittedGain(Recorded):
+    """Gain over dpo at an alpha by the curve through all that was measured, by what alpha is chosen by."""
+
+    alpha: Number
+    gain: Interval
+
+
+@dataclass(frozen=True)
 class GuardrailCheck(Recorded):
     """Result of a guardrail at an alpha.
 
@@ -131,7 +195,7 @@ class Example(Recorded):
 
 @dataclass(frozen=True)
 class GroupTrial(Recorded):
-    """Multipliers of the chosen alpha, tried on the choosing prompts.
+    """Multipliers of the chosen alpha, tried on the choosing prompts; only in files of older versions.
 
     Attributes:
         multipliers: of alpha, by group of tensors.
@@ -147,7 +211,7 @@ class GroupTrial(Recorded):
 
 @dataclass(frozen=True)
 class Groups(Recorded):
-    """The search of multipliers, after that of alpha.
+    """The search of multipliers, after that of alpha; only in files of older versions, which searched them.
 
     Attributes:
         multipliers: the chosen ones, by group of tensors; empty where alpha alone is kept.
@@ -180,10 +244,15 @@ class PairResult(Recorded):
         rounding: of the weights that were evaluated.
         warnings: what a reader should look at before using the decision.
         considered: the alpha that the search picked, whether it was chosen in the end or not; None where none was left.
-        groups: the search of multipliers; None where none were tried.
+        groups: the search of multipliers, in files of older versions; None where none were tried.
         tests: of `considered`, by each reward model in its role; none in files of older versions.
         p_value: of the confirmation, one-sided, with all its looks and reward models; 1 where none was reached. None in files of older versions.
         prompts: how many of them are near-duplicates or share a template, in a sentence; empty if none do.
+        looks: at the untouched prompts, by each alpha that was to be confirmed.
+        other_looks: at the same prompts, by other searches of the pair; None if there were none.
+        asked_again: dpo against itself; None in files of older versions.
+        fitted: the curve of the gain over alpha, of the methods that fit it, in rising order of alpha.
+        grid_generations: responses that 26 log-spaced alphas and dpo would have drawn on up to 1,000 of the choosing prompts.
     """
 
     name: str
@@ -207,6 +276,11 @@ class PairResult(Recorded):
     tests: tuple[RoleTest, ...] = field(default=(), metadata=ADDED)
     prompts: str = field(default="", metadata=ADDED)
     p_value: Number | None = field(default=None, metadata=ADDED)
+    looks: tuple[LooksTaken, ...] = field(default=(), metadata=ADDED)
+    other_looks: OtherLooks | None = field(default=None, metadata=ADDED)
+    asked_again: AskedAgain | None = field(default=None, metadata=ADDED)
+    fitted: tuple[FittedGain, ...] = field(default=(), metadata=ADDED)
+    grid_generations: int = field(default=0, metadata=ADDED)
 
     @property
     def multipliers(self) -> Mapping[str, float]:

@@ -89,16 +89,24 @@ def test_everything_wrong_with_a_job_is_reported_before_anything_starts(
     del job["pairs"][1], job["models"], job["rewards"][1]
     Path(job["pairs"][0]["sft"], "chat_template.jinja").unlink()
     job["serving"] = {"max_model_len": 1 << 20}
-    assert main(["run", str(written(job | {"search": {"groups": ["mlp"]}}, tmp_path))]) == BAD_INPUT
+    assert main(["run", str(written(job, tmp_path))]) == BAD_INPUT
     errors = capsys.readouterr().err
     assert "lora: has no chat template" in errors
     assert "lora: `serving.max_model_len` is 1048576" in errors
     assert "there are 0 prompts to choose alpha on, half of the set; a search needs at least 16" in errors
-    assert (
-        "lora: dpo is an adapter with one scale for all tensors, and `search.groups` gives them several"
-        in errors
-    )
     assert not (tmp_path / "out").exists()
+
+
+def test_a_job_that_asks_for_the_search_of_groups_is_told_what_to_write_instead(
+    job: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", str(written(job | {"search": {"groups": ["mlp"]}}, tmp_path))]) == BAD_INPUT
+    errors = capsys.readouterr().err
+    assert "`groups` is no longer searched" in errors
+    assert "set `multipliers` of the pair" in errors
+    # The remedy, and a job that asked for none.
+    job["pairs"][0] |= {"multipliers": {"mlp": 0.5}, "adapter": "merge"}
+    assert main(["run", str(written(job | {"search": {"groups": []}}, tmp_path)), "--dry-run"]) == 0
 
 
 def test_a_model_of_other_options_in_the_output_is_reported_before_the_search(

@@ -14,7 +14,7 @@ from expo_ray.config import Search
 from expo_ray.evaluation.prompts.clusters import cluster_prompts
 from expo_ray.evaluation.prompts.prompt_set import PromptSet, prompt_of
 from expo_ray.evaluation.records import Response
-from expo_ray.evaluation.search.alpha_scores import AlphaScores
+from expo_ray.evaluation.search.alpha_scores import AlphaScores, AnsweredAgain
 from expo_ray.evaluation.search.roles import Roles, role_tests
 from expo_ray.evaluation.search.search_pair import halves_of, search_alpha
 from expo_ray.extrapolation.step import Step
@@ -199,6 +199,9 @@ def test_a_search_takes_the_clusters_of_its_prompts() -> None:
             noise = np.random.default_rng(seed).normal(0, 1, len(ids))
             shift = np.array([shifts[template_of[prompt_id]] for prompt_id in ids]) * (step.alpha > 0)
             return scores_of(step.alpha, ids, {"rm": noise + shift + 1.2 * (step.alpha > 0)})
+
+        def ask_dpo_again(self, asked: PromptSet) -> AnsweredAgain:
+            raise NotImplementedError
 
     def search(clusters: dict[str, int]) -> AlphaScores:
         history, _ = search_alpha(

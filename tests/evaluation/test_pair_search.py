@@ -13,10 +13,10 @@ import pytest
 from expo_ray.config import Search
 from expo_ray.evaluation.prompts.prompt_set import PromptSet, prompt_of
 from expo_ray.evaluation.records import Response
-from expo_ray.evaluation.search.alpha_scores import AlphaScores
+from expo_ray.evaluation.search.alpha_scores import AlphaScores, AnsweredAgain
 from expo_ray.evaluation.search.rung_log import RungLog
 from expo_ray.evaluation.search.search_pair import halves_of, search_alpha
-from expo_ray.extrapolation.step import SFT, Step
+from expo_ray.extrapolation.step import DPO, SFT, Step
 from expo_ray.progress import Progress
 from expo_ray.status_file import StatusFile
 from expo_ray.storage import open_store
@@ -49,6 +49,10 @@ class Curve:
         noise = [np.random.default_rng([int(name, 16), round(1000 * (alpha + 1))]).normal() for name in ids]
         shared = [np.random.default_rng(int(name, 16)).normal() for name in ids]
         return scores_of(alpha, ids, {"rm": true + np.array(noise) + np.array(shared)})
+
+    def ask_dpo_again(self, prompts: PromptSet) -> AnsweredAgain:
+        scores = self.evaluate(DPO, prompts)
+        return AnsweredAgain(scores, scores, len(prompts), len(prompts))
 
 
 def test_a_gain_is_found_and_confirmed_on_prompts_that_did_not_choose_it() -> None:

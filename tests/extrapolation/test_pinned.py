@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from expo_ray.config import Group, Job, Pair
+from expo_ray.config import Job, Pair
 from expo_ray.errors import InputChanged, Problems, in_one_line
 from expo_ray.extrapolation import plan_job as jobs
 from expo_ray.extrapolation.in_threads import InThreads
@@ -20,7 +20,6 @@ from expo_ray.extrapolation.pinned import plan_publication
 from expo_ray.extrapolation.plan import PairPlan, plan_pair
 from expo_ray.extrapolation.plan_job import outputs_of
 from expo_ray.extrapolation.run_job import Failures, Outcome, run_pairs
-from expo_ray.extrapolation.step import DPO, Step
 from expo_ray.progress import Progress
 from expo_ray.published.verify import read_manifest, verify_files
 from expo_ray.serving.served_models import plan_served_pairs
@@ -77,30 +76,31 @@ def merged_pair(folder: Path) -> Pair:
 
 
 @pytest.mark.parametrize(
-    ("make", "groups"),
+    ("make", "multipliers"),
     [
         (plain_pair, {}),
-        (plain_pair, {"attention": 0.0, "mlp": 2.0}),
+        (plain_pair, {"attn": 0.0, "mlp": 2.0}),
         (tied_pair, {"mlp": 0.5}),
-        (tied_pair, {"embeddings": 0.0}),
-        (by_token_pair, {"attention": 0.0}),
-        (by_token_pair, {"embeddings": 0.0}),
+        (tied_pair, {"embed": 0.0}),
+        (by_token_pair, {"attn": 0.0}),
+        (by_token_pair, {"embed|lm_head": 0.0}),
         (adapter_pair, {}),
-        (merged_pair, {"attention": 0.0, "mlp": 2.0}),
+        (merged_pair, {"attn": 0.0, "mlp": 2.0}),
     ],
 )
 def test_the_plan_to_publish_is_the_one_that_planning_anew_would_give(
-    make: Callable[[Path], Pair], groups: dict[Group, float], tmp_path: Path
+    make: Callable[[Path], Pair], multipliers: dict[str, float], tmp_path: Path
 ) -> None:
-    pair, step = make(tmp_path), Step.of(ALPHA, groups)
+    pair = make(tmp_path)
+    pair = pair.model_copy(update={"multipliers": {**pair.multipliers, **multipliers}})
     job = Job(output=str(tmp_path / "out"), pairs=(pair,))
-    chosen = pair.model_copy(update={"alphas": (ALPHA,), "multipliers": step.multipliers(pair.multipliers)})
+    chosen = pair.model_copy(update={"alphas": (ALPHA,)})
     outputs = outputs_of(job, chosen)
     anew = plan_pair(chosen, outputs)
     (searched,) = plan_served_pairs(job)
     for parent in (pair.sft, pair.dpo):  # nothing is read again
         shutil.rmtree(parent)
-    plan = plan_publication(searched, pair, step, outputs)
+    plan = plan_publication(searched, pair, outputs)
     assert plan.plan_id(ALPHA) == anew.plan_id(ALPHA)
     assert replace(plan, notes=()) == replace(anew, notes=())
 
@@ -109,7 +109,7 @@ def test_a_chosen_alpha_that_a_multiplier_carries_out_of_its_range_is_refused(tm
     sft, dpo = write_pair(tmp_path)
     pair = Pair(sft=str(sft), dpo=str(dpo), name="pair", multipliers={"norm": 1e308})
     with pytest.raises(Problems, match=r"pair: alpha 3\.2 times the multiplier"):
-        plan_publication(plan_pair(pair, {}), pair, Step.of(3.2, {}), {3.2: str(tmp_path / "out")})
+        plan_publication(plan_pair(pair, {}), pair, {3.2: str(tmp_path / "out")})
 
 
 # --- parents between search and publication
@@ -140,7 +140,7 @@ class Parents:
         for name in ("first", "second", "third"):
             pair = Pair(sft=f"{self.root}/{name}/sft", dpo=f"{self.root}/{name}/dpo", name=name)
             outputs = {ALPHA: f"{self.output}/{name}"}
-            plans.append(plan_publication(plan_pair(pair, {}), pair, DPO, outputs))
+            plans.append(plan_publication(plan_pair(pair, {}), pair, outputs))
         return plans
 
     def published(self) -> list[str]:

@@ -234,9 +234,17 @@ def test_a_run_that_was_cut_short_goes_on_and_its_published_model_is_served(
     for kind in ("responses", "rewards"):
         assert set(rows(run, kind).values()) == {1}
     assert rows(run, "rewards") == rows(run, "responses") > answered
-    # What was answered before the cut is not asked again, all else once.
-    assert set(questions.values()) == {1}
-    assert len(questions) == len(rows(run, "responses")) - len(answered)
+    # What was answered before the cut is not asked again, all else once; at the end, dpo against itself.
+    again = Counter(
+        (file.relative_to(run).parts[1], row["seed"])
+        for file in run.glob("evaluation/*/*/again-*/responses/*.jsonl")
+        for row in map(json.loads, file.read_text().splitlines())
+    )
+    assert pair.asked_again
+    assert (len(again), set(again.values())) == (pair.asked_again.responses, {1})
+    asked = questions - again
+    assert set(asked.values()) == {1}
+    assert len(asked) == len(rows(run, "responses")) - len(answered)
 
 
 def answer_of(url: str, model: str) -> str:

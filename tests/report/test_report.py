@@ -404,18 +404,33 @@ def test_the_hub_reads_the_evaluation_from_the_card(results: Results) -> None:
     assert data.model_name == "zephyr-7b, alpha 0.4"
     assert {each.task_type for each in evaluations} == {"text-generation"}
     values = {(each.dataset_split, each.metric_name): each for each in evaluations}
-    for half in ("choose", "confirm"):
-        for model in MODELS:
-            measurement = measured(pair, 0.4, half, model)
-            gain = values[half, f"Gain in reward over dpo, {model}"]
-            assert gain.metric_value == measurement.gain.mean
-            assert gain.metric_args == {"low": measurement.gain.low, "high": measurement.gain.high}
-            assert gain.dataset_args == {"num_prompts": measurement.prompts}
-            assert values[half, f"Win rate over dpo, {model}"].metric_value == measurement.win_rate
-            assert values[half, f"Mean reward, {model}"].metric_value == measurement.reward.mean
-    assert evaluations[0].dataset_split == "confirm"  # the half to believe comes first
+    for model in MODELS:
+        measurement = measured(pair, 0.4, "confirm", model)
+        gain = values["confirm", f"Gain in reward over dpo, {model}"]
+        assert gain.metric_value == measurement.gain.mean
+        assert gain.metric_args == {"low": measurement.gain.low, "high": measurement.gain.high}
+        assert gain.dataset_args == {"num_prompts": measurement.prompts}
+        assert values["confirm", f"Win rate over dpo, {model}"].metric_value == measurement.win_rate
+        assert values["confirm", f"Mean reward, {model}"].metric_value == measurement.reward.mean
     assert pair.reason in card.text
     assert shown(measured(pair, 0.4, "confirm", MODELS[1]).gain) in card.text
+
+
+@pytest.mark.parametrize("alpha", [0.4, 0.2])
+def test_the_card_lists_no_gain_on_the_prompts_that_alpha_was_chosen_on(
+    results: Results, alpha: float
+) -> None:
+    pair = pair_of(results, "zephyr-7b")
+    text = model_card(manifest(alpha), pair)
+    for model in MODELS:
+        gain = measured(pair, alpha, "choose", model).gain
+        assert shown(gain) not in text
+        assert str(gain.mean) not in text
+    data = cast("hub.ModelCardData", hub.ModelCard(text).data)
+    assert {each.dataset_split for each in data.eval_results or []} == (
+        {"confirm"} if alpha == 0.4 else set()
+    )
+    assert ("No gain is listed" in text) == (alpha == 0.2)
 
 
 def test_the_card_of_an_alpha_that_was_not_chosen_says_so(results: Results) -> None:

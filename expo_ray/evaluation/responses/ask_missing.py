@@ -8,7 +8,7 @@ import time
 from asyncio import FIRST_EXCEPTION
 from collections import defaultdict
 from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -49,10 +49,12 @@ class ModelResponses:
     Attributes:
         responses: by prompt id and sample, those stored before among them.
         problems: an error for each set and reason for which prompts have no response.
+        conditions: all that decided them beside the model's weights; empty where nobody asks.
     """
 
     responses: Mapping[Key, Response]
     problems: tuple[ExpoError, ...] = ()
+    conditions: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ def ask_model(
     slots: int,
     key_variable: str = KEY_VARIABLE,
     next_name: str = "",
+    again: str = "",
 ) -> ModelResponses:
     """Ask a served model for the responses that `store` lacks, store them, and return all of them.
 
@@ -92,6 +95,7 @@ def ask_model(
         slots: requests that keep the endpoint busy.
         key_variable: environment variable with the endpoint's key.
         next_name: the model that will probably be asked for next, if known.
+        again: id of a search that asks what was answered before once more, and keeps the new responses apart.
 
     Raises:
         EndpointError: if the endpoint cannot be reached, or stops answering.
@@ -101,17 +105,26 @@ def ask_model(
     async def run() -> ModelResponses:
         async with Client(url, slots=slots, key_variable=key_variable) as client:
             client.next_models[name] = next_name
-            questions = await find_open_questions(client, name, sets, sampling, store)
+            questions = await find_open_questions(client, name, sets, sampling, store, again=again)
             progress.expect(rows=len(questions.missing), kept=len(questions.stored))
-            return await ask_open_questions(client, questions, progress, client.concurrency)
+            answers = await ask_open_questions(client, questions, progress, client.concurrency)
+        conditions = origin_fields(questions.card, sampling)
+        del conditions["weights"]
+        return replace(answers, conditions=conditions)
 
     return asyncio.run(run())
 
 
 async def find_open_questions(
-    client: Client, name: str, sets: Sequence[PromptSet], sampling: Sampling, store: Store
+    client: Client,
+    name: str,
+    sets: Sequence[PromptSet],
+    sampling: Sampling,
+    store: Store,
+    *,
+    again: str = "",
 ) -> OpenQuestions:
-    """Read a model's card and its stored responses, and record in `store` what decides its new ones.
+    """Read a model's card and its stored responses, and record in `store` what decides its new ones; `again` as for `ask_model`.
 
     Raises:
         EndpointError: if the endpoint cannot be reached, or does not serve the model.
@@ -127,6 +140,7 @@ async def find_open_questions(
         folder = ResponsesFolder.of(name, origin)
         about = json.dumps(origin_fields(card, question_sampling), indent=1) + "\n"
         await asyncio.to_thread(store.put_if_absent, folder.about, about.encode())
+        folder = folder.again(again) if again else folder
         row_stores[origin] = RowStore(store, folder.responses, response_from_row)
         rows = await asyncio.to_thread(row_stores[origin].read)
         stored |= {

@@ -103,6 +103,22 @@ class AlphaScores:
         return next(iter(self.rewards))
 
 
+@dataclass(frozen=True, eq=False)
+class AnsweredAgain:
+    """Responses of dpo to questions that it had answered before, with the same seeds.
+
+    Attributes:
+        before, again: the scores, on the same prompts.
+        responses: number of them.
+        same: those whose text is the same as before.
+    """
+
+    before: AlphaScores
+    again: AlphaScores
+    responses: int
+    same: int
+
+
 class Evaluator(Protocol):
     """Evaluates steps of one pair; safe to call from several threads."""
 
@@ -122,6 +138,13 @@ class Evaluator(Protocol):
 
         Raises:
             ExpoError: if a prompt stays unanswered, or a response without a reward.
+        """
+
+    def ask_dpo_again(self, prompts: PromptSet) -> AnsweredAgain:
+        """Ask and score dpo once more on prompts that it has answered; the new responses are stored apart, and not made twice either.
+
+        Raises:
+            ExpoError: as `evaluate`.
         """
 
 

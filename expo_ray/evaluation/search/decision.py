@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from expo_ray.config import Search, format_alpha
-from expo_ray.evaluation.search.confirmation import Look
+from expo_ray.evaluation.search.confirmation import Look, looks_of
 from expo_ray.evaluation.search.guardrails import rejection
 from expo_ray.evaluation.search.history import History, Rejected
 from expo_ray.evaluation.search.methods import Trial, outcome_of
 from expo_ray.evaluation.search.roles import prompts_needed
-from expo_ray.report.results import GuardrailCheck, RoleTest
+from expo_ray.report.results import FittedGain, GuardrailCheck, LooksTaken, RoleTest
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Decision:
         tests: of `considered`, by each reward model in its role.
         checked: the guardrails on the prompts that decided.
         p_value: of the confirmation, with all its looks and reward models; 1 where there was none.
+        looks: at the confirming half, by each alpha that came there.
+        fitted: the curve of the gain that `considered` was picked by, of the methods that fit it.
     """
 
     alpha: float
@@ -39,6 +41,8 @@ class Decision:
     tests: tuple[RoleTest, ...] = ()
     checked: tuple[GuardrailCheck, ...] = ()
     p_value: float = 1.0
+    looks: tuple[LooksTaken, ...] = ()
+    fitted: tuple[FittedGain, ...] = ()
 
 
 def decide(history: History, settings: Search) -> Decision:
@@ -56,7 +60,7 @@ def decide(history: History, settings: Search) -> Decision:
     rejected = {each.alpha: each for each in picked.rejected}
     if not outcome.trials:
         reason = f"keep dpo (alpha 0): {picked.fault}"
-        return Decision(0.0, reason, 0.0, tuple(rejected.values()), picked.warnings)
+        return Decision(0.0, reason, 0.0, tuple(rejected.values()), picked.warnings, fitted=picked.fitted)
     *given_way, last = outcome.trials
     for trial in given_way:
         rejected[trial.alpha] = Rejected(trial.alpha, "confirmation", rejection(trial.checked))
@@ -74,6 +78,25 @@ def decide(history: History, settings: Search) -> Decision:
         tests=last.tests,
         checked=last.checked,
         p_value=_p_value(last, settings),
+        looks=tuple(
+            _looks_taken(trial, trial.look, history.confirm.num_prompts, settings)
+            for trial in outcome.trials
+            if trial.look
+        ),
+        fitted=picked.fitted,
+    )
+
+
+def _looks_taken(trial: Trial, last: Look, num_prompts: int, settings: Search) -> LooksTaken:
+    """Where the confirmation of an alpha ended, on a half with this many prompts."""
+    sizes = [look.num_prompts for look in looks_of(num_prompts, settings)]
+    passed = all(test.passed for test in trial.tests)
+    return LooksTaken(
+        trial.alpha,
+        1 + sizes.index(last.num_prompts),
+        last.num_prompts,
+        sizes[-1],
+        "passed" if passed else "last" if last.is_last else "futile",
     )
 
 

@@ -14,6 +14,7 @@ from functools import lru_cache
 import numpy as np
 
 from expo_ray.evaluation.statistics import Array
+from expo_ray.report.results import FittedGain, Interval
 
 # The curve is smooth over log(1 + alpha / 0.05): dpo lies at 0, steps beyond 0.05 are steps of the logarithm.
 _LINEAR_UNTIL = 0.05
@@ -76,6 +77,15 @@ class GainCurve:
     def at(self, alpha: float) -> int:
         """Place of an alpha that the curve has."""
         return int(np.abs(self.alphas - alpha).argmin())
+
+    def fitted(self, confidence: float) -> tuple[FittedGain, ...]:
+        """The curve with a band that holds the gain at each alpha by itself, with this probability."""
+        tail = (1 - confidence) / 2
+        low, high = np.quantile(self.draws, [tail, 1 - tail], axis=1)
+        return tuple(
+            FittedGain(float(alpha), Interval(float(mean), float(below), float(above)))
+            for alpha, mean, below, above in zip(self.alphas, self.mean, low, high, strict=True)
+        )
 
 
 def deviation(slices: Sequence[Slice]) -> float:

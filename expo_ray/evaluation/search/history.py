@@ -12,7 +12,7 @@ from expo_ray.config import format_alpha
 from expo_ray.evaluation.search.alpha_scores import AlphaScores, EvaluationError, measurements
 from expo_ray.evaluation.search.roles import DEFAULT_ROLES, Criterion, Roles
 from expo_ray.evaluation.statistics import Array, at_equal_length
-from expo_ray.report.results import HalfName, Measurement
+from expo_ray.report.results import FittedGain, HalfName, Measurement
 from expo_ray.text import first_few
 
 HALF_NAMES: tuple[HalfName, HalfName] = ("choose", "confirm")
@@ -209,6 +209,7 @@ class Picked:
         rejected: all others.
         warnings: on the way, such as a climb that ended before the reward fell.
         fault: reason for alpha 0; empty if it is not 0.
+        fitted: the curve of the gain that it was picked by, of the methods that fit it.
     """
 
     alpha: float
@@ -216,3 +217,4 @@ class Picked:
     rejected: tuple[Rejected, ...]
     warnings: tuple[str, ...] = ()
     fault: str = ""
+    fitted: tuple[FittedGain, ...] = ()

@@ -10,7 +10,7 @@ from typing import Any
 
 from expo_ray.checkpoint.tokenizer import read_special_tokens, tokenizer_files
 from expo_ray.config import Sampling
-from expo_ray.errors import Problems, RewardError
+from expo_ray.errors import EndpointError, Problems, RewardError
 from expo_ray.evaluation.paths import ResponsesFolder, likelihoods_folder
 from expo_ray.evaluation.prompts.prompt_set import PromptSet
 from expo_ray.evaluation.records import Response, Reward, reward_from_row
@@ -19,11 +19,17 @@ from expo_ray.evaluation.responses.endpoint import KEY_VARIABLE
 from expo_ray.evaluation.responses.likelihoods import likelihood_from_row, measure_likelihoods
 from expo_ray.evaluation.rewards.score_missing import NamedScorer, score_responses
 from expo_ray.evaluation.row_store import RowStore
-from expo_ray.evaluation.search.alpha_scores import AlphaScores, LogProbabilities, alpha_scores
+from expo_ray.evaluation.search.alpha_scores import (
+    AlphaScores,
+    AnsweredAgain,
+    LogProbabilities,
+    alpha_scores,
+)
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.step import DPO, Step, stepped
 from expo_ray.progress import Progress
 from expo_ray.storage import Store, open_store
+from expo_ray.text import shown
 
 # Prompts on which KL divergence from dpo is measured: a few hundred tokens tell it well enough for a guardrail.
 KL_PROMPTS = 32
@@ -46,6 +52,7 @@ class PairEvaluator:
 
     Args:
         url: of the endpoint that serves the pair.
+        search_id: of the search that evaluates; what it asks again is stored under it.
         scorers: the reward models of the job; the first one chooses alpha.
         slots: requests that keep the pair's engines busy.
         store: the job's output.
@@ -64,6 +71,7 @@ class PairEvaluator:
         url: str,
         scorers: Sequence[SharedScorer],
         *,
+        search_id: str,
         sampling: Sampling,
         store: Store,
         progress: Progress,
@@ -78,6 +86,8 @@ class PairEvaluator:
         self._answering, self._at_once = threading.Semaphore(at_once), at_once
         self._expected: Sequence[Step] = ()
         self._special_tokens = special_tokens(plan)
+        self._search_id = search_id
+        self._conditions: Mapping[str, Any] = {}
         self._asking_dpo = threading.Lock()
         self.texts: dict[Step, dict[str, Response]] = {}
         self._counted: dict[tuple[Step, Hashable], int] = {}
@@ -107,7 +117,6 @@ class PairEvaluator:
         Raises:
             ExpoError: if a prompt stays unanswered, or a response without a reward.
         """
-        name = self._name(step)
         with self._answering:
             responses = self._responses(step, prompts)
             logprobs = None if step.alpha < 0 else self._logprobs(step, prompts)
@@ -115,7 +124,39 @@ class PairEvaluator:
             {response.prompt_id: response for response in responses.values() if response.sample == 0}
         )
         self._counted |= {(step, key): response.num_tokens for key, response in responses.items()}
-        rewards = {shared.scorer.name: self._rewards(name, responses, shared) for shared in self._scorers}
+        return self._score(step, prompts, responses, logprobs)
+
+    def ask_dpo_again(self, prompts: PromptSet) -> AnsweredAgain:
+        """Ask and score dpo once more on prompts that it has answered, apart from what was stored.
+
+        Raises:
+            ExpoError: if a prompt stays unanswered, or a response without a reward.
+        """
+        before = self._responses(DPO, prompts)
+        responses = self._responses(DPO, prompts, again=self._search_id)
+        self._counted |= {(DPO, ("again", key)): row.num_tokens for key, row in responses.items()}
+        same = sum(response.text == before[key].text for key, response in responses.items())
+        return AnsweredAgain(
+            self._score(DPO, prompts, before),
+            self._score(DPO, prompts, responses, again=self._search_id),
+            len(responses),
+            same,
+        )
+
+    def _score(
+        self,
+        step: Step,
+        prompts: PromptSet,
+        responses: Mapping[Hashable, Response],
+        logprobs: tuple[LogProbabilities, LogProbabilities] | None = None,
+        *,
+        again: str = "",
+    ) -> AlphaScores:
+        name = self._name(step)
+        rewards = {
+            shared.scorer.name: self._rewards(name, responses, shared, again=again)
+            for shared in self._scorers
+        }
         ids = [prompt.id for prompt in prompts.prompts]
         return alpha_scores(
             step.alpha, ids, responses, rewards, special_tokens=self._special_tokens, logprobs=logprobs
@@ -124,14 +165,33 @@ class PairEvaluator:
     def _name(self, step: Step) -> str:
         return f"{self._plan.name}@{step}"
 
-    def _responses(self, step: Step, prompts: PromptSet) -> dict[Hashable, Response]:
+    def _responses(self, step: Step, prompts: PromptSet, *, again: str = "") -> dict[Hashable, Response]:
         answers = ask_model(
             self._url, self._name(step), [prompts], self._sampling, self._store, progress=self._progress, slots=self._slots,
-            key_variable=self._key_variable, next_name=self._next_name(step),
+            key_variable=self._key_variable, next_name=self._next_name(step), again=again,
         )  # fmt: skip
         if answers.problems:
             raise Problems(answers.problems)
+        self._refuse_other_conditions(step, answers.conditions)
         return {response.key: response for response in answers.responses.values()}
+
+    def _refuse_other_conditions(self, step: Step, conditions: Mapping[str, Any]) -> None:
+        """Compare what decided these responses, beside the weights, with what decided those of the pair before: dpo's among them.
+
+        Raises:
+            EndpointError: if anything differs.
+        """
+        self._conditions = self._conditions or conditions
+        changed = [
+            f"{key} was {shown(before)} and is {shown(conditions[key])}"
+            for key, before in self._conditions.items()
+            if conditions[key] != before
+        ]
+        if changed:
+            raise EndpointError(
+                f"{self._name(step)}: the engine has changed since dpo was asked ({'; '.join(changed)}), and answers of different engines are not "
+                "compared; run the job again, which asks dpo anew where its answers are of another engine"
+            )
 
     def _logprobs(self, step: Step, prompts: PromptSet) -> tuple[LogProbabilities, LogProbabilities]:
         """Measure the log-probabilities of dpo's own responses to a few prompts, by dpo and by `step`."""
@@ -151,13 +211,14 @@ class PairEvaluator:
         )  # fmt: skip
 
     def _rewards(
-        self, name: str, responses: Mapping[Hashable, Response], shared: SharedScorer
+        self, name: str, responses: Mapping[Hashable, Response], shared: SharedScorer, *, again: str
     ) -> Mapping[Hashable, Reward]:
         """Score the responses that have no reward yet, kept apart by their origin as their folders are."""
         scorer, rewards = shared.scorer, dict[Hashable, Reward]()
         for origin in sorted({response.origin for response in responses.values()}):
             rows = [response for response in responses.values() if response.origin == origin]
-            folder = ResponsesFolder.of(name, origin).rewards(scorer.name, scorer.id)
+            place = ResponsesFolder.of(name, origin)
+            folder = (place.again(again) if again else place).rewards(scorer.name, scorer.id)
             with shared.lock:
                 scored = score_responses(
                     rows, scorer, RowStore(self._store, folder, reward_from_row), self._progress.rewards

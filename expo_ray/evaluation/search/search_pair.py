@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -13,18 +14,25 @@ from expo_ray.config import Search, format_alpha
 from expo_ray.evaluation.prompts.prompt_set import PromptSet
 from expo_ray.evaluation.search.alpha_scores import AlphaScores, Evaluator
 from expo_ray.evaluation.search.decision import Decision, decide
-from expo_ray.evaluation.search.groups import NO_CLUSTERS, StepScores, search_groups
 from expo_ray.evaluation.search.guardrails import checks
 from expo_ray.evaluation.search.history import HALF_NAMES, Half, History, Rung
 from expo_ray.evaluation.search.methods import next_rung
 from expo_ray.evaluation.search.roles import DEFAULT_ROLES, Roles
 from expo_ray.evaluation.search.rung_log import RungLog
+from expo_ray.evaluation.statistics import gain
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.extrapolation.step import DPO, SFT, Step
-from expo_ray.report.results import Example, Groups, GuardrailCheck, HalfName, PairResult
+from expo_ray.report.results import AskedAgain, Example, GuardrailCheck, HalfName, PairResult
 
 # Prompts shown in full: half of those that gained most, half of those that lost most.
 NUM_EXAMPLES = 6
+# Prompts on which dpo is asked again. Its answers should be the same, so that even few show a change.
+_ASKED_AGAIN = 32
+# Of the intervals of that change: without any, one search in a hundred warns.
+_SURE = 0.99
+# The search that every other one is compared with by its price: 26 log-spaced alphas and dpo, on as many prompts as the paper.
+_GRID_ALPHAS, _GRID_PROMPTS = 27, 1000
+_NO_CLUSTERS: Mapping[str, int] = {}
 
 
 def search_pair(
@@ -38,7 +46,7 @@ def search_pair(
     rung_log: RungLog | None = None,
     roles: Roles = DEFAULT_ROLES,
 ) -> PairResult:
-    """Choose the alpha of a pair, and multipliers of it where the settings ask for them.
+    """Choose the alpha of a pair.
 
     Args:
         announce: takes a line for each round, and the reason of each decision.
@@ -60,20 +68,9 @@ def search_pair(
         roles=roles,
         clusters=prompts.clusters,
     )
+    asked_again = _ask_again(history, halves, evaluator)
     confirming = decision.look.confidence if decision.look else None
-    groups: Groups | None = None
-    step_scores: StepScores = {}
-    if settings.groups and decision.alpha:
-        groups, step_scores = search_groups(
-            decision.alpha,
-            halves,
-            settings,
-            evaluator,
-            announce,
-            at_once=at_once,
-            roles=roles,
-            clusters=prompts.clusters,
-        )
+    on_grid = _GRID_ALPHAS * min(_GRID_PROMPTS, len(halves["choose"])) * history.choose.scores[0.0].samples
     return PairResult(
         name=plan.name,
         sft=_pinned(plan.sft.uri, plan.sft.revision),
@@ -88,16 +85,52 @@ def search_pair(
         mean_tokens={
             alpha: float(scores.lengths.mean()) for alpha, scores in sorted(history.choose.scores.items())
         },
-        examples=tuple(_examples(history.choose, decision, evaluator, groups, step_scores)),
+        examples=tuple(_examples(history.choose, decision, evaluator)),
         generations=evaluator.num_responses,
         rounding=plan.options.rounding,
-        warnings=decision.warnings,
+        warnings=(*decision.warnings, *_drift_warnings(asked_again)),
         considered=decision.considered or None,
-        groups=groups,
         tests=decision.tests,
         p_value=decision.p_value,
         prompts=_describe_clusters(prompts),
+        looks=decision.looks,
+        other_looks=rung_log.other_looks() if rung_log else None,
+        asked_again=asked_again,
+        fitted=decision.fitted,
+        grid_generations=on_grid,
     )
+
+
+def _ask_again(history: History, halves: Mapping[HalfName, PromptSet], evaluator: Evaluator) -> AskedAgain:
+    """Ask dpo again on some of the prompts that it answered, from the first of the search to its last: an A/A comparison.
+
+    An engine, its hardware or a reward model may have changed while the search was under way or interrupted. dpo's stored answers would
+    then differ from the others by more than alpha, and a tenth of a standard deviation looks like a gain.
+    """
+    answered = [
+        prompt
+        for name in HALF_NAMES
+        if 0.0 in history.half(name).scores
+        for prompt in halves[name].prompts
+        if prompt.id in history.half(name).scores[0.0].row_of
+    ]
+    spread = np.linspace(0, len(answered) - 1, min(_ASKED_AGAIN, len(answered))).round().astype(int)
+    asked = replace(halves["choose"], prompts=tuple(answered[at] for at in spread))
+    both = evaluator.ask_dpo_again(asked)
+    changes = {
+        model: gain(rewards, both.before.rewards[model], _SURE)
+        for model, rewards in both.again.rewards.items()
+    }
+    return AskedAgain(len(asked), both.responses, both.same, changes, _SURE)
+
+
+def _drift_warnings(asked_again: AskedAgain) -> Iterator[str]:
+    for model, change in asked_again.drifted.items():
+        yield (
+            f"dpo, asked again at the end on {asked_again.prompts} of its prompts, has another reward by {model} than before: {change}, beyond "
+            "chance. Engine, machine or reward model have changed, and what was compared with dpo's stored answers may be wrong: search again "
+            "in an empty output folder, on machines of one kind"
+        )
 
 
 def search_alpha(
@@ -109,7 +142,7 @@ def search_alpha(
     at_once: int,
     rung_log: RungLog | None = None,
     roles: Roles = DEFAULT_ROLES,
-    clusters: Mapping[str, int] = NO_CLUSTERS,
+    clusters: Mapping[str, int] = _NO_CLUSTERS,
 ) -> tuple[History, Decision]:
     """Choose alpha on one half of the prompts, and confirm it on the other; see `search_pair`."""
     choose, confirm = (Half(_ids(halves[name]), {}, roles, clusters) for name in HALF_NAMES)
@@ -189,21 +222,12 @@ def _guardrail_checks(half: Half, settings: Search) -> Iterator[GuardrailCheck]:
             yield from checks(*half.beside_dpo(alpha), settings.guardrails, settings.confidence, half.roles)
 
 
-def _examples(
-    half: Half,
-    decision: Decision,
-    evaluator: Evaluator,
-    groups: Groups | None,
-    step_scores: StepScores,
-) -> Iterator[Example]:
-    """The prompts whose reward changed most, either way, between dpo and the step that was chosen or came closest."""
+def _examples(half: Half, decision: Decision, evaluator: Evaluator) -> Iterator[Example]:
+    """The prompts whose reward changed most, either way, between dpo and the alpha that was chosen or came closest."""
     step = Step(decision.considered)
     if step == DPO or step.alpha not in half.scores:
         return
     scores, dpo = half.beside_dpo(step.alpha)
-    if groups and groups.multipliers:
-        step = next(step for step in step_scores if dict(step.factors) == groups.multipliers)
-        scores, dpo = step_scores[step], step_scores[DPO]
     side: Literal["chosen", "candidate"] = "chosen" if decision.alpha else "candidate"
     sft = half.scored(SFT.alpha) if SFT.alpha in half.scores else None
     sides = {"sft": (SFT, sft), "dpo": (DPO, dpo), side: (step, scores)}

@@ -198,7 +198,8 @@ class _Course:
             if alpha != picked and alpha not in self.rejected:
                 self._reject(alpha, "curve", self._below(alpha, state, picked))
         rejected = tuple(self.rejected[alpha] for alpha in sorted(self.rejected))
-        return Picked(picked, self.seen, rejected, tuple(self.warnings), state.fault)
+        fitted = state.curve.fitted(self.settings.confidence)
+        return Picked(picked, self.seen, rejected, tuple(self.warnings), state.fault, fitted)
 
     def _ask(
         self, alphas: tuple[float, ...], start: int, stop: int, stage: str
