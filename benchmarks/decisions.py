@@ -1,12 +1,12 @@
 """Which alpha does the pipeline choose on real models, and what stops it?
 
-Two studies, each through `expo-ray run`:
+Two studies, each by every method of the search, through `expo-ray run`:
 
-- SmolLM2-135M tuned for the valence of words (`examples/smollm2`): chosen by valence alone with the guardrails lifted, with the
-  guardrails, and with a reward model that never saw that training. All three share their responses.
+- SmolLM2-135M tuned for the valence of words (`examples/smollm2`): chosen by valence alone, and with a reward model that never saw that
+  training. The searches of a method share their responses.
 - With `--stories FOLDER`, three tiny pairs and their reward model, beside the table of rewards in that folder's `TABLE.md`.
 
-What an earlier run has stored below `.cache/benchmarks/decisions` is not asked for again.
+What an earlier run has stored below `.cache/benchmarks/decisions` is not asked for again, and its time is kept.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,13 @@ from benchmarks.measure import CACHE, EXPO_RAY, ROOT, run
 from benchmarks.result import report, table
 from examples.smollm2.build import build
 
-LIFTED = {
-    name: {"warn": 1e9, "reject": 1e9} for name in ("length_ratio", "cut", "repetition", "broken", "kl")
-}
 # The settings of these searches, whatever the demo's job file says.
 SAMPLING = {"max_tokens": 48}
-SEARCH = {"prompts": [48, 96], "confirm_prompts": 128}
+METHODS: Mapping[str, Mapping[str, Any]] = {
+    "surface": {"method": "surface", "confirm_prompts": 200},
+    "ladder": {"method": "ladder", "prompts": [48, 96, 200], "confirm_prompts": 200},
+    "grid": {"method": "grid", "alphas": [0.1, 0.2, 0.3, 0.4, 0.5], "prompts": [200], "confirm_prompts": 200},
+}
 STORIES = ("dpo_10pct", "dpo_20pct", "dpo_full")
 SAMPLES = 8
 
@@ -60,47 +62,59 @@ def main() -> None:
     )
 
 
+ONE, TWO = "valence", "valence, then rm"
+
+
 def smollm2() -> list[str]:
-    """The same pair searched with more and more that may object."""
-    models, output = CACHE / "smollm2", CACHE / "decisions" / "smollm2"
+    """The same pair searched by every method, with and without a model that may object."""
+    pairs = {(method, name): searched_smollm2(method, name) for method in METHODS for name in (ONE, TWO)}
+    return [
+        "## SmolLM2-135M tuned for valence\n\n"
+        + table(("method", "reward models", *HEADER), [(*key, *row(pair)) for key, pair in pairs.items()]),
+        "\n".join(f"- {method}, {name}: {pair['reason']}" for (method, name), pair in pairs.items()),
+        "Gain over dpo on the choosing prompts of `surface`, by reward model:\n\n"
+        + curve_of(pairs["surface", TWO]),
+    ]
+
+
+def searched_smollm2(method: str, reward_models: str) -> Mapping[str, Any]:
+    """The result of SmolLM2's pair by a method."""
+    models = CACHE / "smollm2"
     build(models, ("sft", "dpo_100pct", "rm"))
     example = yaml.safe_load((ROOT / "examples" / "smollm2.yaml").read_text())
     valence, rm = (reward | {"replicas": 1} for reward in example["rewards"])
     job = {
-        "output": str(output),
+        "output": str(CACHE / "decisions" / f"smollm2-{method}"),
         "pairs": [{"name": "smollm2-135m", "sft": str(models / "sft"), "dpo": str(models / "dpo_100pct")}],
         "prompts": example["prompts"],
         "sampling": SAMPLING,
         "serving": example["serving"],
+        "rewards": [valence, rm | {"model": str(models / "rm")}] if reward_models == TWO else [valence],
+        "search": METHODS[method],
     }
-    courses = {
-        "valence, guardrails lifted": ([valence], {"guardrails": LIFTED}),
-        "valence": ([valence], {}),
-        "valence, then rm": ([valence, rm | {"model": str(models / "rm")}], {}),
-    }
-    rows, lines, curve = [], [], ""
-    for name, (rewards, search) in courses.items():
-        pair = searched(job | {"rewards": rewards, "search": SEARCH | search})["smollm2-135m"]
-        rows.append(row(name, pair))
-        lines.append(f"- {name}: {pair['reason']}")
-        curve = curve_of(pair)
-    return [
-        "## SmolLM2-135M tuned for valence\n\n" + table(("may object", *HEADER), rows),
-        "\n".join(lines),
-        "Gain over dpo on the choosing prompts, by reward model:\n\n" + curve,
-    ]
+    return searched(job, of=reward_models)["smollm2-135m"]
 
 
 def stories(folder: Path) -> list[str]:
-    """Three pairs in one job, sampled as their table was."""
-    output = CACHE / "decisions" / "stories"
-    prompts = output.with_suffix(".jsonl")
+    """Three pairs by every method, sampled as their table was."""
+    pairs = {(method, name): searched_story(folder, method, name) for method in METHODS for name in STORIES}
+    beside(pairs, known_gains(folder / "TABLE.md"))
+    return [
+        f"## Stories: 150 openings, {SAMPLES} samples each, temperature 0.7\n\n"
+        + table(("method", "pair", *HEADER), [(*key, *row(pair)) for key, pair in pairs.items()]),
+        "\n".join(f"- {method}, {name}: {pair['reason']}" for (method, name), pair in pairs.items()),
+    ]
+
+
+def searched_story(folder: Path, method: str, name: str) -> Mapping[str, Any]:
+    """The result of a tiny pair by a method, in a job of its own."""
+    prompts = CACHE / "decisions" / "stories.jsonl"
     prompts.parent.mkdir(parents=True, exist_ok=True)
     texts = [row["prompt"] for row in json.loads((folder / "test_prompts.json").read_text())]
     prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     job = {
-        "output": str(output),
-        "pairs": [{"name": name, "sft": str(folder / "sft"), "dpo": str(folder / name)} for name in STORIES],
+        "output": str(CACHE / "decisions" / f"stories-{method}-{name}"),
+        "pairs": [{"name": name, "sft": str(folder / "sft"), "dpo": str(folder / name)}],
         "prompts": [{"name": "openings", "source": str(prompts)}],
         "sampling": {
             "temperature": 0.7, "top_p": 1, "top_k": 0, "presence_penalty": 0, "frequency_penalty": 0, "max_tokens": 64,
@@ -108,59 +122,63 @@ def stories(folder: Path) -> list[str]:
         },
         "serving": {"port": 0},
         "rewards": [{"name": "rm", "model": str(folder / "rm"), "backend": "transformers", "num_cpus": 0.5}],
-        "search": {"prompts": [len(texts)], "confirm_prompts": len(texts)},
+        "search": METHODS[method] | ({} if method == "surface" else {"prompts": [len(texts)], "confirm_prompts": len(texts)}),
     }  # fmt: skip
-    pairs = searched(job)
-    rows = [row(name, pairs[name]) for name in STORIES]
-    beside(pairs, known_gains(folder / "TABLE.md"))
-    return [
-        f"## Stories: {len(set(texts))} openings, {SAMPLES} samples each, temperature 0.7\n\n"
-        + table(("pair", *HEADER), rows),
-        "\n".join(f"- {name}: {pairs[name]['reason']}" for name in STORIES),
-    ]
+    return searched(job)[name]
 
 
-def beside(pairs: Mapping[str, Mapping[str, Any]], known: Mapping[str, Mapping[str, str]]) -> None:
+def beside(
+    pairs: Mapping[tuple[str, str], Mapping[str, Any]], known: Mapping[str, Mapping[str, str]]
+) -> None:
     """Print the decisions beside the folder's own table, whose figures are not ours to keep."""
-    rows = [(name, f"{pairs[name]['decision']:g}", *known[name].values()) for name in STORIES]
-    print("Gain over dpo and its standard error in TABLE.md, temperature 0.7:\n")
-    print(table(("pair", "our alpha", *(f"alpha {alpha}" for alpha in ALPHAS)), rows), end="\n\n")
+    rows = [
+        (name, *(f"{pairs[method, name]['decision']:g}" for method in METHODS), *known[name].values())
+        for name in STORIES
+    ]
+    print("Our alphas, and gain over dpo and its standard error in TABLE.md, temperature 0.7:\n")
+    print(table(("pair", *METHODS, *(f"alpha {alpha}" for alpha in ALPHAS)), rows), end="\n\n")
 
 
-def searched(job: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
-    """Results by pair, as `results.json` has them."""
+def searched(job: Mapping[str, Any], of: str = "") -> Mapping[str, Mapping[str, Any]]:
+    """Results by pair, as `results.json` has them, with the seconds that the runs took before they were stored.
+
+    Args:
+        of: names the job among those with the same output.
+    """
     output = Path(job["output"])
-    file = output.with_suffix(".yaml")
+    file = output.with_name(f"{output.name} {of}".strip().replace(",", "").replace(" ", "-") + ".yaml")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(yaml.safe_dump(dict(job)))
-    run(*EXPO_RAY, "run", file)
-    pairs = json.loads((output / "results.json").read_text())["pairs"]
-    return {pair["name"]: pair for pair in pairs}
+    finished, times = file.with_suffix(".finished.json"), file.with_suffix(".seconds")
+    if not finished.exists():
+        began = time.monotonic()
+        try:
+            run(*EXPO_RAY, "run", file)
+        finally:  # a run that is cut short is resumed, and its time counts
+            with times.open("a") as log:
+                log.write(f"{time.monotonic() - began:.0f}\n")
+        finished.write_text((output / "results.json").read_text())
+    pairs = json.loads(finished.read_text())["pairs"]
+    seconds = sum(map(int, times.read_text().split()))
+    return {pair["name"]: pair | {"seconds": seconds} for pair in pairs}
 
 
-HEADER = ("climbed to", "picked", "decided", "gain, choosing", "gain, confirming", "responses")
+HEADER = ("climbed to", "picked", "decided", "gain on untouched prompts", "responses", "seconds")
 
 
-def row(name: str, pair: Mapping[str, Any]) -> Sequence[str]:
+def row(pair: Mapping[str, Any]) -> Sequence[str]:
     tried = max(trial["alpha"] for trial in pair["measured"])
     at = pair["considered"] or 0.0
-    gains = [
-        "; ".join(
-            f"{trial['gain']['mean']:+.3f} [{trial['gain']['low']:+.3f}, {trial['gain']['high']:+.3f}] {trial['reward_model']}"
-            for trial in pair["measured"]
-            if (trial["alpha"], trial["half"]) == (at, half) and at
-        )
-        for half in ("choose", "confirm")
-    ]
-    decided = f"**{pair['decision']:g}**" if pair["decision"] else "**keep dpo**"
-    return (
-        name,
-        f"{tried:g}",
-        f"{at:g}" if at else "none",
-        decided,
-        *(gain or "-" for gain in gains),
-        f"{pair['generations']:,}",
+    gains = "; ".join(
+        f"{trial['gain']['mean']:+.3f} [{trial['gain']['low']:+.3f}, {trial['gain']['high']:+.3f}] {trial['reward_model']} ({trial['prompts']})"
+        for trial in pair["measured"]
+        if (trial["alpha"], trial["half"]) == (at, "confirm") and at
     )
+    decided = f"**{pair['decision']:g}**" if pair["decision"] else "**keep dpo**"
+    considered = f"{at:g}" if at else "none"
+    return (
+        f"{tried:g}", considered, decided, gains or "-", f"{pair['generations']:,}", f"{pair['seconds']:,}",
+    )  # fmt: skip
 
 
 def curve_of(pair: Mapping[str, Any]) -> str:
