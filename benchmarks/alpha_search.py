@@ -8,19 +8,15 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-
-# Small matrices: a thread per core costs more than it brings, and on a busy machine ten times more.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 from scipy.stats import beta
 
 from benchmarks.held_out_curves import KINDS as HELD_OUT_KINDS
 from benchmarks.held_out_curves import HeldOutPair
+from benchmarks.on_all_cores import on_all_cores
 from benchmarks.result import TARGET_HEADER, report, table, target
 from benchmarks.reward_curves import (
     BOTH_GAIN,
@@ -160,13 +156,12 @@ def main() -> None:
     )
     parser.add_argument("--held-out", type=int, default=50, help="curves of each held-out kind (%(default)s)")
     parser.add_argument("--first-seed", type=int, default=FIRST_SEED, help="of the curves (%(default)s)")
-    parser.add_argument("--processes", type=int, default=1, help="(%(default)s)")
     arguments = parser.parse_args()
     tuning = arguments.first_seed != FIRST_SEED
     count = 20 if arguments.quick else arguments.curves
     # Nothing is tuned on the held-out family, so tuning does not even see it.
     held_out = 0 if tuning else 2 if arguments.quick else arguments.held_out
-    by_way = run_all(arguments.first_seed, count, held_out, arguments.processes)
+    by_way = run_all(arguments.first_seed, count, held_out)
     report(
         "alpha_search",
         "Choosing alpha: how good, and at what price?",
@@ -179,9 +174,7 @@ def main() -> None:
     )
 
 
-def run_all(
-    first: int, count: int, held_out: int, processes: int
-) -> Mapping[tuple[str, str], Sequence[Outcome]]:
+def run_all(first: int, count: int, held_out: int) -> Mapping[tuple[str, str], Sequence[Outcome]]:
     """Run every way on every pair; the outcomes by way and kind."""
     tasks = [(way, kind, seed) for way in WAYS for kind in KINDS for seed in range(first, first + count)] + [
         (way, null + kind, seed)
@@ -190,8 +183,7 @@ def run_all(
         for kind in HELD_OUT_KINDS
         for seed in range(held_out)
     ]
-    with ProcessPoolExecutor(processes) as pool:
-        outcomes = list(pool.map(run_task, tasks, chunksize=20))
+    outcomes = on_all_cores(run_task, tasks)
     by_way: dict[tuple[str, str], list[Outcome]] = {}
     for (way, kind, _), outcome in zip(tasks, outcomes, strict=True):
         by_way.setdefault((way, kind), []).append(outcome)
@@ -224,7 +216,7 @@ def first_family(
             ("", "flat", "generations", "falling", "generations"),
             [(way, *(cell for kind in NULLS for cell in null(by_way[way, kind]))) for way in WAYS],
         ),
-        "With a second reward model, whose turn comes 1 to 8 times as early, log-uniform, and whose gain is of the same kind: which has to confirm: the attainable gain "
+        "With a second reward model, whose turn comes 1 to 8 times as early, log-uniform, and whose gain is of the same kind, and which has to confirm: the attainable gain "
         "is the first model's where the second one's is not below 0, and an alpha that the second one finds worse than dpo is worse than dpo. "
         "The searches that only compare means know the first model alone:",
         table(HEADER, [row(way, by_way[way, TWO_MODELS]) for way in WAYS]),

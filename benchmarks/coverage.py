@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-
 import numpy as np
 
+from benchmarks.on_all_cores import on_all_cores
 from benchmarks.result import TARGET_HEADER, report, table, target
 from expo_ray.evaluation.statistics import (
     Array,
@@ -134,8 +132,10 @@ SHOWN = "wider of BCa and t with two unseen prompts: shown and decided by"
 METHODS = ("BCa", "t", "studentised bootstrap", "wider of BCa and t", "wider of all three", SHOWN)
 
 
-def misses_of(kind: Kind, size: int, samples: int) -> Mapping[str, Misses]:
-    """Draw samples of a kind and count what the intervals of each method miss."""
+def misses_of(task: tuple[str, int, int]) -> Mapping[str, Misses]:
+    """Draw samples of a kind, of a size and number, and count what the intervals of each method miss."""
+    name, size, samples = task
+    kind = KINDS[name]
     generator = np.random.default_rng([20_240_501, size, round(1e6 * kind.mean)])
     counts = resample_counts(size).astype(np.float32)
     misses = {method: Misses() for method in METHODS}
@@ -158,8 +158,9 @@ def misses_of(kind: Kind, size: int, samples: int) -> Mapping[str, Misses]:
     return misses
 
 
-def clustered(size: int, per_cluster: int, samples: int) -> tuple[Misses, Misses]:
-    """Near-duplicates with an intra-cluster correlation of 0.3: intervals over prompts, and over clusters."""
+def clustered(task: tuple[int, int, int]) -> tuple[Misses, Misses]:
+    """Near-duplicates, so many to a cluster, with an intra-cluster correlation of 0.3: intervals over prompts, and over clusters."""
+    per_cluster, size, samples = task
     generator = np.random.default_rng([20_240_502, size, per_cluster])
     labels: Clusters = np.arange(size) // per_cluster
     over_prompts, over_clusters = Misses(), Misses()
@@ -172,8 +173,9 @@ def clustered(size: int, per_cluster: int, samples: int) -> tuple[Misses, Misses
     return over_prompts, over_clusters
 
 
-def length_controlled(size: int, samples: int) -> Misses:
+def length_controlled(task: tuple[int, int]) -> Misses:
     """The gain at dpo's length, where differences in reward are half made of length, and skewed."""
+    size, samples = task
     generator = np.random.default_rng([20_240_503, size])
     misses = Misses()
     for _ in range(samples):
@@ -198,14 +200,14 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=2000, help="of each kind (%(default)s)")
     arguments = parser.parse_args()
     samples = 100 if arguments.quick else arguments.samples
-    by_kind = {name: {size: misses_of(kind, size, samples) for size in SIZES} for name, kind in KINDS.items()}
-    clusters = {
-        (per_cluster, size): clustered(size, per_cluster, samples)
-        for per_cluster in (3, 10)
-        for size in SIZES
-        if size // per_cluster >= 16
-    }
-    controlled = {size: length_controlled(size, samples) for size in SIZES}
+    cells = [(name, size) for name in KINDS for size in SIZES]
+    misses = dict(zip(cells, on_all_cores(misses_of, [(*cell, samples) for cell in cells]), strict=True))
+    by_kind = {name: {size: misses[name, size] for size in SIZES} for name in KINDS}
+    near = [(per, size) for per in (3, 10) for size in SIZES if size // per >= 16]
+    clusters = dict(zip(near, on_all_cores(clustered, [(*cell, samples) for cell in near]), strict=True))
+    controlled = dict(
+        zip(SIZES, on_all_cores(length_controlled, [(size, samples) for size in SIZES]), strict=True)
+    )
     report(
         "coverage",
         "How often do intervals of gains cover the truth?",

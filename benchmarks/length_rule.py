@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from benchmarks.alpha_search import counted
+from benchmarks.on_all_cores import on_all_cores
 from benchmarks.result import report, table
 from expo_ray.config import Guardrails
 from expo_ray.evaluation.search.alpha_scores import AlphaScores
@@ -99,10 +100,15 @@ def draw(kind: Kind, size: float, seed: int) -> tuple[AlphaScores, AlphaScores]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="10 pairs of each; the result is not kept")
-    parser.add_argument("--pairs", type=int, default=40, help="of each kind and size (%(default)s)")
+    parser.add_argument("--pairs", type=int, default=280, help="of each kind and size (%(default)s)")
     arguments = parser.parse_args()
     count = 10 if arguments.quick else arguments.pairs
-    published = {(kind, size): publish(KINDS[kind], size, count) for kind in KINDS for size in SIZES}
+    cells = [(kind, size) for kind in KINDS for size in SIZES]
+    rows = on_all_cores(publish, [(*cell, seed) for cell in cells for seed in range(count)])
+    published = {
+        cell: {rule: [row[rule] for row in rows[at * count : (at + 1) * count]] for rule in RULES}
+        for at, cell in enumerate(cells)
+    }
     report(
         "length_rule",
         "A gain that comes with longer responses",
@@ -127,19 +133,18 @@ def main() -> None:
     )  # fmt: skip
 
 
-def publish(kind: Kind, size: float, count: int) -> Mapping[str, Sequence[bool]]:
-    """Which of `count` pairs each rule publishes."""
-    published: dict[str, list[bool]] = {rule: [] for rule in RULES}
-    for seed in range(count):
-        scores, dpo = draw(kind, size, seed)
-        rewards, of_dpo = scores.rewards["reward"], dpo.rewards["reward"]
-        gained = gain(rewards, of_dpo)
-        left = length_controlled_gain(rewards, of_dpo, scores.lengths, dpo.lengths)
-        ratio = scores.lengths.mean() / dpo.lengths.mean()
-        for name, rule in RULES.items():
-            as_long = abs(math.log(ratio)) <= math.log(1.05)
-            published[name].append(gained.low > 0 and (as_long or rule(gained, left, scores, dpo)))
-    return published
+def publish(task: tuple[str, float, int]) -> Mapping[str, bool]:
+    """By rule, whether it publishes the pair of a kind, size and seed."""
+    kind, size, seed = task
+    scores, dpo = draw(KINDS[kind], size, seed)
+    rewards, of_dpo = scores.rewards["reward"], dpo.rewards["reward"]
+    gained = gain(rewards, of_dpo)
+    left = length_controlled_gain(rewards, of_dpo, scores.lengths, dpo.lengths)
+    as_long = abs(math.log(scores.lengths.mean() / dpo.lengths.mean())) <= math.log(1.05)
+    return {
+        name: bool(gained.low > 0 and (as_long or rule(gained, left, scores, dpo)))
+        for name, rule in RULES.items()
+    }
 
 
 def two_rules(published: Mapping[str, Sequence[bool]]) -> str:

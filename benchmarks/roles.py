@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-
-# Small matrices: a thread per core costs more than it brings.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 
 from benchmarks.alpha_search import counted
+from benchmarks.on_all_cores import on_all_cores
 from benchmarks.result import report, table
 from benchmarks.reward_curves import RESIDUAL, Curve, Pair, draw, second
 from expo_ray.config import Search
@@ -121,7 +117,7 @@ def run_task(task: tuple[str, str, int]) -> Outcome:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="3 pairs of each; the result is not kept")
-    parser.add_argument("--pairs", type=int, default=20, help="of each scenario (%(default)s)")
+    parser.add_argument("--pairs", type=int, default=280, help="of each scenario (%(default)s)")
     parser.add_argument("--first-seed", type=int, default=0, help="of the pairs (%(default)s)")
     parser.add_argument(
         "--only", nargs="*", default=list(SETTINGS), help="these roles; the result is not kept"
@@ -130,8 +126,7 @@ def main() -> None:
     count = 3 if arguments.quick else arguments.pairs
     seeds = range(arguments.first_seed, arguments.first_seed + count)
     tasks = [(name, scenario, seed) for name in arguments.only for scenario in SCENARIOS for seed in seeds]
-    with ProcessPoolExecutor(1) as pool:
-        outcomes = list(pool.map(run_task, tasks, chunksize=20))
+    outcomes = on_all_cores(run_task, tasks)
     by_task: dict[tuple[str, str], list[Outcome]] = {}
     for (name, scenario, _), outcome in zip(tasks, outcomes, strict=True):
         by_task.setdefault((name, scenario), []).append(outcome)

@@ -7,16 +7,15 @@ finds is a lucky set of templates.
 from __future__ import annotations
 
 import argparse
-import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+from functools import cache
 
 import numpy as np
 
 from benchmarks.alpha_search import counted
+from benchmarks.on_all_cores import on_all_cores
 from benchmarks.result import report, table
 from expo_ray.config import Search
 from expo_ray.evaluation.prompts.prompt_set import PromptSet, prompt_of
@@ -32,6 +31,7 @@ PROMPTS = 2000
 # Standard deviations of the reward: of what alpha does to a template, of prompts, and of a response.
 REACTION, PROMPT_NOISE, RESIDUAL = 0.5, 2.0, 1.5
 SETS = (10, 50, 200)
+SETTINGS = Search(method="grid", alphas=(0.1, 0.2, 0.4, 0.8, 1.6, 3.2), prompts=(512,))
 
 
 def template_set(count: int, seed: int) -> tuple[PromptSet, Mapping[str, int]]:
@@ -53,10 +53,20 @@ def template_set(count: int, seed: int) -> tuple[PromptSet, Mapping[str, int]]:
     return PromptSet.of("templates", prompts), template_of
 
 
-def search(
-    prompts: PromptSet, template_of: Mapping[str, int], seed: int, *, finds: bool, settings: Search
-) -> float:
-    """Search on rewards that depend on templates alone, and return the decision."""
+@cache
+def shared_set(count: int) -> tuple[PromptSet, Mapping[str, int]]:
+    """The set that all searches with so many templates share."""
+    return template_set(count, seed=count)
+
+
+def search(task: tuple[int, bool, int]) -> float:
+    """Search on rewards that depend on templates alone, and return the decision.
+
+    Args:
+        task: number of templates, whether the search finds them, and a seed.
+    """
+    count, finds, seed = task
+    prompts, template_of = shared_set(count)
     if finds:
         halves, clusters = halves_of(prompts), prompts.clusters
     else:  # as without this knowledge: every prompt by itself
@@ -69,7 +79,7 @@ def search(
     )  # fmt: skip
     history = History(choose, confirm)
     shifts = np.random.default_rng([seed, 1]).normal(0, REACTION, max(template_of.values()) + 1)
-    while rung := next_rung(history, settings):
+    while rung := next_rung(history, SETTINGS):
         half = history.half(rung.half)
         ids = half.prompt_ids[rung.start : rung.stop]
         scores = {
@@ -77,7 +87,7 @@ def search(
             for alpha in half.missing(rung)
         }
         history = history.with_scores(rung.half, scores)
-    return decide(history, settings).alpha
+    return decide(history, SETTINGS).alpha
 
 
 def respond(
@@ -102,16 +112,16 @@ def main() -> None:
     parser.add_argument("--searches", type=int, default=200, help="of each set (%(default)s)")
     arguments = parser.parse_args()
     count = 3 if arguments.quick else arguments.searches
-    settings = Search(method="grid", alphas=(0.1, 0.2, 0.4, 0.8, 1.6, 3.2), prompts=(512,))
-    rows = []
-    for number in SETS:
-        prompts, template_of = template_set(number, seed=number)
-        chosen = {
-            finds: [search(prompts, template_of, seed, finds=finds, settings=settings) > 0 for seed in range(count)]
-            for finds in (False, True)
-        }  # fmt: skip
-        found = len(set(prompts.clusters.values()))
-        rows.append((str(number), str(found), counted(chosen[False]), counted(chosen[True])))
+    cells = [(number, finds) for number in SETS for finds in (False, True)]
+    alphas = on_all_cores(search, [(*cell, seed) for cell in cells for seed in range(count)])
+    chosen = {
+        cell: counted(alpha > 0 for alpha in alphas[at * count : (at + 1) * count])
+        for at, cell in enumerate(cells)
+    }
+    rows = [
+        (str(number), str(len(set(shared_set(number)[0].clusters.values()))), chosen[number, False], chosen[number, True])
+        for number in SETS
+    ]  # fmt: skip
     report(
         "templates",
         "Prompts that fill templates: alphas chosen without a gain",

@@ -54,7 +54,7 @@ class Search(Frozen):
         default_factory=lambda data: _CONFIRM_PROMPTS[data["method"]]
     )
     """Untouched prompts on which the picked alpha is compared with dpo at the end, by default 1,000 for `surface`, which may be content with
-    128, 256 or 512, and 512 for the others; never more than the set has."""
+    128, 256 or 512, and 512 for the others, 1,000 where a reward model guards; never more than the set has."""
 
     largest_alpha: Positive = 51.2
     """The climb goes no further."""

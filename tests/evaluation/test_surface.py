@@ -65,13 +65,22 @@ def test_a_large_gain_is_confirmed_early_and_the_interval_is_that_of_its_look() 
 @given(st.integers(16, 3000), st.integers(16, 3000), st.sampled_from([0.8, 0.95, 0.999]))
 def test_the_looks_together_spend_the_error(num_prompts: int, most: int, confidence: float) -> None:
     for method in ("surface", "ladder"):
-        looks = looks_of(num_prompts, Search(method=method, confirm_prompts=most, confidence=confidence))
+        settings = Search(method=method, confirm_prompts=most, confidence=confidence)
+        looks = looks_of(num_prompts, settings, guarded=True)
         assert sum(1 - look.confidence for look in looks) == pytest.approx(1 - confidence)
         assert [look.is_last for look in looks] == [False] * (len(looks) - 1) + [True]
         sizes = [look.num_prompts for look in looks]
         assert sizes == sorted(set(sizes))
         assert sizes[-1] == min(num_prompts, most)
     assert len(looks) == 1
+
+
+def test_a_guard_has_a_thousand_prompts_unless_the_job_names_a_number() -> None:
+    for method in ("surface", "ladder", "grid"):
+        for named, most in (({}, 1000), ({"confirm_prompts": 300}, 300)):
+            looks = looks_of(4000, Search.model_validate({"method": method, **named}), guarded=True)
+            assert looks[-1].num_prompts == most
+    assert looks_of(4000, Search(method="ladder"), guarded=False)[-1].num_prompts == 512
 
 
 def test_without_a_gain_dpo_is_kept_and_the_reason_says_what_could_have_been_seen() -> None:

@@ -25,6 +25,9 @@ _EARLY = 0.001
 # can only keep dpo, so it costs power and no error.
 _OPTIMISTIC = NORMAL.inv_cdf(0.95)
 _NEEDED = 2.0
+# Prompts that a guard takes at least, unless the job names a number: with a margin of 0.1, 1,000 pass an alpha that is as good as dpo in nine of
+# ten cases, 512 in six of ten.
+_GUARDED = 1000
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,12 @@ class Look:
     is_last: bool
 
 
-def looks_of(num_prompts: int, settings: Search) -> tuple[Look, ...]:
-    """The looks at a confirming half with this many prompts."""
-    most = min(num_prompts, settings.confirm_prompts)
+def looks_of(num_prompts: int, settings: Search, *, guarded: bool) -> tuple[Look, ...]:
+    """The looks at a confirming half with this many prompts; `guarded` where some reward model must exclude a loss."""
+    most = settings.confirm_prompts
+    if guarded and "confirm_prompts" not in settings.model_fields_set:
+        most = max(most, _GUARDED)
+    most = min(num_prompts, most)
     sequential = settings.method == "surface"
     sizes = [*(size for size in _LOOKS if size < most and sequential), most]
     error = (1 - settings.confidence) / 2
@@ -55,9 +61,9 @@ def looks_of(num_prompts: int, settings: Search) -> tuple[Look, ...]:
     )
 
 
-def confirm(half: Half, settings: Search, alpha: float) -> Generator[Rung, Rung, Look]:
+def confirm(half: Half, settings: Search, alpha: float, *, guarded: bool) -> Generator[Rung, Rung, Look]:
     """Compare an alpha with dpo on the untouched half, look by look; return the look that ended it."""
-    looks, seen = looks_of(half.num_prompts, settings), 0
+    looks, seen = looks_of(half.num_prompts, settings, guarded=guarded), 0
     for look in looks:
         count = f"confirmation on {look.num_prompts} prompts" if len(looks) > 1 else "confirmation"
         yield Rung("confirm", (0.0, alpha), seen, look.num_prompts, count)

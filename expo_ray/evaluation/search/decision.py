@@ -79,17 +79,16 @@ def decide(history: History, settings: Search) -> Decision:
         checked=last.checked,
         p_value=_p_value(last, settings),
         looks=tuple(
-            _looks_taken(trial, trial.look, history.confirm.num_prompts, settings)
-            for trial in outcome.trials
-            if trial.look
+            _looks_taken(trial, trial.look, history, settings) for trial in outcome.trials if trial.look
         ),
         fitted=picked.fitted,
     )
 
 
-def _looks_taken(trial: Trial, last: Look, num_prompts: int, settings: Search) -> LooksTaken:
-    """Where the confirmation of an alpha ended, on a half with this many prompts."""
-    sizes = [look.num_prompts for look in looks_of(num_prompts, settings)]
+def _looks_taken(trial: Trial, last: Look, history: History, settings: Search) -> LooksTaken:
+    """Where the confirmation of an alpha ended."""
+    looks = looks_of(history.confirm.num_prompts, settings, guarded=history.choose.guarded)
+    sizes = [look.num_prompts for look in looks]
     passed = all(test.passed for test in trial.tests)
     return LooksTaken(
         trial.alpha,

@@ -33,19 +33,26 @@ _AS_LONG = 1.05
 
 
 def checks(
-    scores: AlphaScores, dpo: AlphaScores, limits: Guardrails, confidence: float, roles: Roles = DEFAULT_ROLES
+    scores: AlphaScores,
+    dpo: AlphaScores,
+    limits: Guardrails,
+    confidence: float,
+    roles: Roles = DEFAULT_ROLES,
+    *,
+    suspects_only: bool = False,
 ) -> tuple[GuardrailCheck, ...]:
     """Compare an alpha with dpo on the same prompts, by every guardrail.
 
     Args:
         confidence: at which another reward model has to be below dpo, or below its margin, for its veto.
         roles: of the reward models.
+        suspects_only: leaves out the reward models that cannot reject the alpha, which need no interval then.
     """
     return (
         _check_length(scores, dpo, limits.limit("length ratio")),
         *(_check_rise(name, scores, dpo, limits.limit(name)) for name in RESPONSE_MEASURES),
         *_check_divergence(scores, limits.limit("kl")),
-        *_check_other_rewards(scores, dpo, confidence, roles),
+        *_check_other_rewards(scores, dpo, confidence, roles, suspects_only=suspects_only),
     )
 
 
@@ -69,7 +76,7 @@ def rejection(checked: Iterable[GuardrailCheck]) -> str:
 def veto(half: Half, settings: Search, alpha: float, num_prompts: int, confidence: float) -> str:
     """The guardrails' reasons to reject an alpha on those of a half's first prompts that it was asked; empty if there are none."""
     scores, dpo = half.beside_dpo(alpha, num_prompts)
-    return rejection(checks(scores, dpo, settings.guardrails, confidence, half.roles))
+    return rejection(checks(scores, dpo, settings.guardrails, confidence, half.roles, suspects_only=True))
 
 
 def objection(half: Half, alpha: float, num_prompts: int) -> str:
@@ -186,12 +193,15 @@ def _check_divergence(scores: AlphaScores, limit: Limit) -> Iterator[GuardrailCh
 
 
 def _check_other_rewards(
-    scores: AlphaScores, dpo: AlphaScores, confidence: float, roles: Roles
+    scores: AlphaScores, dpo: AlphaScores, confidence: float, roles: Roles, *, suspects_only: bool
 ) -> Iterator[GuardrailCheck]:
     """The reward models that do not choose: none of them may find the alpha worse than dpo, or worse by more than its margin."""
     for model, criterion in roles.others(scores.rewards):
+        differences = scores.rewards[model] - dpo.rewards[model]
+        limit = criterion.limit(differences)
+        if suspects_only and differences.mean() >= limit:
+            continue
         gained = gain(scores.rewards[model], dpo.rewards[model], confidence, clusters=dpo.clusters)
-        limit = criterion.limit(scores.rewards[model] - dpo.rewards[model])
         worse = gained.high < limit
         beyond = f" by more than {-limit:.3f} ({criterion.margin:g} standard deviations)" if limit else ""
         text = f"{model} finds it {'worse' if worse else 'no worse'} than dpo{beyond}: {gained}"

@@ -96,6 +96,11 @@ class Half:
         """The reward models that do not choose, each with what it asks for."""
         return self.roles.others(self.scored(0.0).rewards)
 
+    @property
+    def guarded(self) -> bool:
+        """True where some reward model asks that alpha loses no more than a margin."""
+        return any(criterion.allows_loss for _, criterion in self.others())
+
     @cached_property
     def _scales(self) -> Mapping[str, float]:
         return self.roles.scales(self.scores[0.0], self.prompt_ids)

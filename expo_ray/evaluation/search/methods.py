@@ -23,9 +23,9 @@ from expo_ray.report.results import GuardrailCheck, RoleTest
 # The fewest that a job file may ask for in a round. The standard error of a gain is then a quarter of its standard deviation.
 FEWEST_PROMPTS = 16
 # Part of what identifies a search: raised when it would go another way than before, or decide otherwise. 3: guardrails look at intervals, give
-# way to a smaller alpha, and ask what is left of a gain at dpo's length. Finished searches from the oldest version on are still read: a
+# way to a smaller alpha, and ask what is left of a gain at dpo's length. 4: guards have 1,000 prompts in every method. Finished searches from the oldest version on are still read: a
 # decision stands that was made by the rules of its time.
-SEARCH_VERSION, OLDEST_SEARCH_VERSION = 3, 2
+SEARCH_VERSION, OLDEST_SEARCH_VERSION = 4, 2
 # Alphas that are confirmed at most, each only if a guardrail rejects the one before; a smaller one is smaller by at least this factor.
 _CONFIRMED_AT_MOST, _SMALLER_BY = 3, 1.3
 
@@ -196,7 +196,7 @@ def _course(history: History, settings: Search) -> Generator[Rung, Rung, Outcome
     trials: list[Trial] = []
     alpha = picked.alpha
     while alpha:
-        look = yield from confirm(history.confirm, settings, alpha)
+        look = yield from confirm(history.confirm, settings, alpha, guarded=history.choose.guarded)
         trials.append(_trial(history.confirm, settings, alpha, look))
         goes_on = trials[-1].gives_way and len(trials) < _CONFIRMED_AT_MOST
         alpha = _next_smaller(history.choose, settings, picked, alpha) if goes_on else 0.0
