@@ -122,7 +122,7 @@ def searched_story(folder: Path, method: str, name: str) -> Mapping[str, Any]:
         },
         "serving": {"port": 0},
         "rewards": [{"name": "rm", "model": str(folder / "rm"), "backend": "transformers", "num_cpus": 0.5}],
-        "search": METHODS[method] | ({} if method == "surface" else {"prompts": [len(texts)], "confirm_prompts": len(texts)}),
+        "search": {**METHODS[method], **({} if method == "surface" else {"prompts": [len(texts)], "confirm_prompts": len(texts)})},
     }  # fmt: skip
     return searched(job)[name]
 
