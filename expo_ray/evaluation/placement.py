@@ -2,7 +2,7 @@
 
 Arithmetic over sizes and counts; nothing here asks a cluster. A worker takes a whole GPU where there are enough of them. Where not,
 several share one, each with a fraction that Ray keeps account of and vLLM keeps to. Where even that does not hold them, the reward
-models take turns.
+models take turns, and where that does not, the engines take turns with them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from expo_ray.errors import Collected, JobError
 
@@ -96,19 +97,22 @@ class Place:
         return round(UTILIZATION * self.share / WHOLE, 4)
 
 
+TakingTurns = Literal["", "rewards", "all"]
+
+
 @dataclass(frozen=True)
 class Placement:
     """Where everything runs.
 
     Attributes:
         engines, rewards: in the order in which they were given.
-        turns: whether the reward models take turns: only one of them is loaded at a time.
+        turns: who takes turns: nobody, the reward models, of which one is loaded at a time, or the engines as well.
         gpus: what each GPU of each node holds, as names and hundredths; those that take turns are all listed.
     """
 
     engines: tuple[Place, ...]
     rewards: tuple[Place, ...]
-    turns: bool
+    turns: TakingTurns
     gpus: tuple[tuple[tuple[tuple[str, int], ...], ...], ...]
 
     def of(self, name: str) -> Place:
@@ -124,7 +128,7 @@ def place(engines: Sequence[Need], rewards: Sequence[Need], nodes: Sequence[Node
     """Find a place for engines and reward models that are wanted at the same time.
 
     The first of these that fits: all on whole GPUs; reward models share GPUs; engines and reward models share GPUs; reward models
-    take turns. Then groups are added one by one, up to `most`, while there is room.
+    take turns; engines and reward models take turns. Then groups are added one by one, up to `most`, while there is room.
 
     Args:
         nodes: of the cluster.
@@ -155,23 +159,16 @@ def place(engines: Sequence[Need], rewards: Sequence[Need], nodes: Sequence[Node
             room = grown.pack(nodes)
             assert room is not None
             return Placement(grown.engines, grown.rewards, grown.turns, room.contents())
-    raise _no_room(engines, rewards, nodes, card)
+    raise _no_room(engines, nodes, card)
 
 
-def _no_room(
-    engines: Sequence[Need], rewards: Sequence[Need], nodes: Sequence[Node], card: int | None
-) -> JobError:
-    """What is wanted at the same time and does not fit, though each fits alone, and what helps."""
+def _no_room(engines: Sequence[Need], nodes: Sequence[Node], card: int | None) -> JobError:
+    """Which engines are wanted at the same time and do not fit, though each fits alone, and what helps."""
     names = [
         f"{need.name} ({f'{need.least} x ' if need.least > 1 else ''}{f'{need.workers} x ' if need.workers > 1 else ''}{_gigabytes(need.num_bytes)})"
-        for need in (*engines, *rewards)
+        for need in engines
     ]
     gpus = f"{sum(node.gpus for node in nodes)} GPU(s){_of_size(card)}"
-    if rewards:
-        return JobError(
-            f"{', '.join(names)} do not fit on {gpus}, not even with one reward model at a time; add GPUs or use larger ones, or set "
-            "`num_gpus: 0` for the reward models, which then score on CPUs"
-        )
     return JobError(
         f"the engines of {', '.join(names)} are served at the same time and do not fit on {gpus}; serve fewer models with one job, or "
         "add GPUs"
@@ -182,9 +179,14 @@ def describe(placement: Placement) -> list[str]:
     """Lines for people: one for each engine and reward model, and one if any wait for others."""
     lines = [_line(engine, "engine") for engine in placement.engines]
     lines += [_line(reward, "actor") for reward in placement.rewards]
-    if placement.turns:
+    if placement.turns == "rewards":
         lines.append(
             "the reward models take turns: each is loaded when it has answers to score, and ends for the next"
+        )
+    elif placement.turns:
+        lines.append(
+            "the engines and the reward models take turns: the engines answer a round of the search and end, then each reward model is "
+            "loaded, scores it and ends"
         )
     return lines
 
@@ -208,7 +210,7 @@ class _Plan:
 
     engines: tuple[Place, ...]
     rewards: tuple[Place, ...]
-    turns: bool
+    turns: TakingTurns
 
     def pack(self, nodes: Sequence[Node]) -> _Room | None:
         """Put everything on the nodes; None if there is no room at some time. Returns the room with all who take turns in it."""
@@ -217,9 +219,9 @@ class _Plan:
             return None
         if not self.turns:
             return room if room.take_all(self.rewards) else None
-        engines = room.copy()
+        beside = room.copy() if self.turns == "rewards" else _Room(nodes)
         for reward in self.rewards:
-            alone = engines.copy()
+            alone = beside.copy()
             if not alone.take_all([reward]):
                 return None
             room.add_contents(alone, reward.need.name)
@@ -251,12 +253,14 @@ def _plans(engines: Sequence[Need], rewards: Sequence[Need], card: int | None) -
     levels = range(WHOLE, 0, -1)
     if all(need.share for need in engines):
         levels = range(WHOLE, WHOLE - 1, -1)
-    yield _Plan(_at_level(engines, card, WHOLE), _at_level(rewards, card, WHOLE), turns=False)
+    yield _Plan(_at_level(engines, card, WHOLE), _at_level(rewards, card, WHOLE), turns="")
     for level in levels:
-        yield _Plan(_at_level(engines, card, level), _at_level(rewards, card, 0), turns=False)
+        yield _Plan(_at_level(engines, card, level), _at_level(rewards, card, 0), turns="")
     for level in levels if len(rewards) > 1 else ():
         rest = WHOLE if level == WHOLE else 0
-        yield _Plan(_at_level(engines, card, level), _at_level(rewards, card, rest), turns=True)
+        yield _Plan(_at_level(engines, card, level), _at_level(rewards, card, rest), turns="rewards")
+    if engines and rewards:
+        yield _Plan(_at_level(engines, card, WHOLE), _at_level(rewards, card, WHOLE), turns="all")
 
 
 def _at_level(needs: Sequence[Need], card: int | None, level: int) -> tuple[Place, ...]:

@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 
 import ray
 
@@ -24,6 +24,7 @@ from expo_ray.evaluation.search.roles import Roles
 from expo_ray.evaluation.search.rung_log import RungLog
 from expo_ray.evaluation.search.search_pair import search_pair
 from expo_ray.evaluation.search.stored_searches import read_stored_searches
+from expo_ray.evaluation.turns import Turn
 from expo_ray.extrapolation.model_folder import ModelFolder
 from expo_ray.extrapolation.pinned import plan_publication, refuse_replaced_parents
 from expo_ray.extrapolation.plan import PairPlan
@@ -35,7 +36,7 @@ from expo_ray.on_ray.extrapolation import OnRay, check_gpus
 from expo_ray.on_ray.rewards.pool import RewardPool
 from expo_ray.on_ray.search_room import SearchRoom, make_room
 from expo_ray.on_ray.serving.endpoint import Endpoint, http_proxy, ingress
-from expo_ray.on_ray.serving.engine_groups import EngineGroup, deploy_group, pair_group
+from expo_ray.on_ray.serving.engine_groups import EngineGroup, Engines, pair_group
 from expo_ray.progress import Progress
 from expo_ray.report.results import PairResult, Results
 from expo_ray.report.results_file import results_json
@@ -46,6 +47,8 @@ log = logging.getLogger("expo_ray")
 
 # How often a pair that waits looks for nodes that have joined.
 LOOK_FOR_ROOM_S = 10.0
+# More steps than a round of a search has.
+WHOLE_ROUND = 64
 
 
 def search_pairs(checked: CheckedJob, status: StatusFile | None = None) -> Searches:
@@ -156,29 +159,37 @@ class _SearchRun:
             ExpoError: if they do not start, or the search fails.
         """
         refuse_replaced_parents(plan)  # the last pairs begin hours after the check
-        with deploy_group(group) as engines:
-            engines.wait(room.settings.start_timeout)
-            steps = group.replicas * endpoint.alphas_at_once(plan.name)
+        with closing(Engines(group, room.settings.start_timeout)) as engines:
+            turn: AbstractContextManager[None] = nullcontext()
+            if room.turns is None:
+                engines.start()
+            else:
+                turn = Turn(room.turns, start=engines.start, end=engines.close)
+            with turn:
+                steps = group.replicas * endpoint.alphas_at_once(plan.name)
             evaluator = PairEvaluator(
                 plan, endpoint.url, room.scorers, search_id=self._checked.search_id(plan), sampling=self._job.sampling, store=self._store, progress=progress,
                 slots=group.slots(ask=room.engine is not None), at_once=steps, key_variable=endpoint.key_variable,
+                turn=turn,
             )  # fmt: skip
             self._evaluators.append(evaluator)
-            return self._search_pair(plan, evaluator, steps, progress)
+            # The next step is asked while rewards of the last are made; by turns, a round is asked whole, then scored.
+            at_once = steps + 1 if room.turns is None else WHOLE_ROUND
+            return self._search_pair(plan, evaluator, at_once, progress)
 
     def _search_pair(
-        self, plan: PairPlan, evaluator: PairEvaluator, steps: int, progress: Progress
+        self, plan: PairPlan, evaluator: PairEvaluator, at_once: int, progress: Progress
     ) -> PairResult:
         """Choose alpha, and store the result.
 
         Args:
-            steps: that the pair's engines answer at the same time.
+            at_once: steps that are asked and scored at the same time.
         """
         search_id = self._checked.search_id(plan)
         result = search_pair(
             plan, self._checked.prompts, self._job.search, evaluator,
             announce=lambda text: progress.note(plan.name, text),
-            at_once=steps + 1,  # the next step is asked while rewards of the last are made
+            at_once=at_once,
             rung_log=RungLog(self._store, rungs_key(plan.name, search_id)),
             roles=Roles.of(self._job.rewards, self._job.search),
         )  # fmt: skip

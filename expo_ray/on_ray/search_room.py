@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -12,12 +11,13 @@ from expo_ray.evaluation.check_job import CheckedJob
 from expo_ray.evaluation.gpu_needs import place_search, scores_on_gpus, workers_of
 from expo_ray.evaluation.placement import Node, Place, Placement, describe, place
 from expo_ray.evaluation.search.pair_evaluator import SharedScorer
+from expo_ray.evaluation.turns import Turn, Turns
 from expo_ray.extrapolation.plan import PairPlan
 from expo_ray.on_ray.capacity import await_room, cluster_nodes, find_devices, settled
 from expo_ray.on_ray.cluster import known_cluster
 from expo_ray.on_ray.gpus import log_placement, this_machine
 from expo_ray.on_ray.rewards.memory import check_memory
-from expo_ray.on_ray.rewards.placement import ActorRoom, Turn
+from expo_ray.on_ray.rewards.placement import ActorRoom
 from expo_ray.on_ray.rewards.pool import RewardPool
 from expo_ray.storage import open_store
 
@@ -32,6 +32,7 @@ class SearchRoom:
         engine: place of the engines of each pair; None on CPUs.
         rewards: places of the reward models on GPUs.
         for_rewards: CPUs that the reward models on CPUs take.
+        turns: of the engines with the reward models, where the GPUs hold one at a time; else None.
     """
 
     settings: Serving
@@ -39,6 +40,7 @@ class SearchRoom:
     engine: Place | None
     rewards: Sequence[Place]
     for_rewards: float
+    turns: Turns | None = None
 
     def pairs(self) -> int:
         """Count the pairs whose engines have room at the same time on the nodes that are up now or can be added; at least 1."""
@@ -50,6 +52,8 @@ class SearchRoom:
     def _pairs_on(self, nodes: Sequence[Node]) -> int:
         if self.engine is None:
             return pairs_on_cpus(self.settings, self.for_rewards, nodes)
+        if self.turns is not None:
+            return 1
         need, workers = self.engine.need, self.engine.need.workers
         most = sum(node.gpus for node in nodes) * 100 // (self.engine.share * workers)
         # As they were placed: those that run keep their shares.
@@ -87,21 +91,21 @@ def make_room(plans: Sequence[PairPlan], settings: Serving, pools: Sequence[Rewa
     together = ActorRoom(placement.rewards)
     for pool in on_gpus:
         pool.room = ActorRoom([placement.of(pool.name)]) if placement.turns else together
-    scorers = share_scorers(pools, on_gpus if placement.turns else ())
-    engine = next(iter(placement.engines), None)
+    turns = Turns()
+    scorers = share_scorers(pools, on_gpus if placement.turns else (), turns)
+    engine, by_turns = next(iter(placement.engines), None), placement.turns == "all"
     if engine is not None:
-        pairs = max(1, min(len(plans), engine.count // settings.replicas))
+        pairs = 1 if by_turns else max(1, min(len(plans), engine.count // settings.replicas))
         engine = replace(engine, count=min(settings.max_replicas or settings.replicas, engine.count // pairs))
-    return SearchRoom(settings, scorers, engine, placement.rewards, for_rewards)
+    return SearchRoom(settings, scorers, engine, placement.rewards, for_rewards, turns if by_turns else None)
 
 
-def share_scorers(pools: Sequence[RewardPool], taking_turns: Sequence[RewardPool]) -> list[SharedScorer]:
+def share_scorers(
+    pools: Sequence[RewardPool], taking_turns: Sequence[RewardPool], turns: Turns
+) -> list[SharedScorer]:
     """Make scorers that all pairs of a search use; of those that take turns, one at a time is loaded."""
-    lock = threading.Lock()
     return [
-        SharedScorer(pool, Turn(lock, [other for other in taking_turns if other is not pool]))
-        if pool in taking_turns
-        else SharedScorer(pool)
+        SharedScorer(pool, Turn(turns, end=pool.close)) if pool in taking_turns else SharedScorer(pool)
         for pool in pools
     ]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,6 +66,13 @@ class DeclaredGpus:
         assert process.wait() == 0, process.stdout + process.stderr
         return [json.loads(line) for line in report.read_text().splitlines()]
 
+    def pop_search(self) -> Any:
+        """Remove what the run has written; returns alphas and statistics of its search."""
+        (pair,) = json.loads((self.folder / "out" / "results.json").read_text())["pairs"]
+        shutil.rmtree(self.folder / "out")
+        (self.folder / "report").unlink()
+        return pair["decision"], pair["reason"], pair["measured"]
+
 
 @pytest.fixture
 def declared(tmp_path: Path) -> Iterator[DeclaredGpus]:
@@ -89,3 +98,20 @@ def test_one_gpu_holds_the_engine_and_both_reward_models(declared: DeclaredGpus)
     assert groups["slots"] == 2 * 32  # of the one engine, which on CPUs works on 32 requests
     assert "tiny: 1 engine(s), 0.6 of a GPU" in declared.log
     assert "1 of 4, as more do not fit" in declared.log
+
+
+def test_by_turns_on_a_gpu_that_holds_one_of_them_the_search_ends_as_beside_each_other(
+    declared: DeclaredGpus,
+) -> None:
+    declared.run(1, 6 * GB)
+    beside = declared.pop_search()
+    lines = declared.run(1, int(1.5 * GB))  # each needs a little more than 1 GB
+    assert "the engines and the reward models take turns" in declared.log
+    assert declared.pop_search() == beside
+    assert {line["share"] for line in lines if line["kind"] == "actor"} == {1}
+    assert {line["gpu_memory_utilization"] for line in lines if line["kind"] == "arguments"} == {0.92}
+    starts = [line["kind"] for line in lines if line["kind"] in {"engine", "actor"}]
+    rounds = "".join("E" if kind == "engine" else "a" for kind in starts)
+    # Both reward models follow the engine in each round.
+    assert re.fullmatch("E(Eaa)+E?", rounds) or re.fullmatch("(Eaa)+E?", rounds), rounds
+    assert rounds.count("a") >= 4

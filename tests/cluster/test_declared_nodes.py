@@ -43,7 +43,7 @@ def box() -> Any:
 def test_actors_are_placed_where_it_was_planned_on_one_to_eight_gpus(box: RayBox) -> None:
     layouts: list[tuple[list[int], int, dict[str, int]]] = [
         ([1], H100, {}), ([2], H100, {}), ([1, 1], H100, {}), ([4], H100, {}), ([8], H100, {}), ([2, 2, 2, 2], H100, {}),
-        ([2], RTX4090, {}), ([4, 4], H100, {"workers": 4}),
+        ([2], RTX4090, {}), ([1], RTX4090, {}), ([4, 4], H100, {"workers": 4}),
     ]  # fmt: skip
     cases: list[dict[str, Any]] = [
         {"gpus": layout, "gpu_bytes": size, "engines": [ENGINE | more], "rewards": REWARDS}
@@ -72,8 +72,8 @@ def test_actors_are_placed_where_it_was_planned_on_one_to_eight_gpus(box: RayBox
             ]
             assert sorted(cards) == sorted(filter(None, planned)), case
         else:
-            assert len(line["really"]) == len(REWARDS)
-    assert [line["turns"] for line in lines] == [False] * 6 + [True] + [False] * 4
+            assert len(line["really"]) == len(REWARDS) + (line["turns"] == "all")
+    assert [line["turns"] for line in lines] == [""] * 6 + ["rewards", "all"] + [""] * 4
 
 
 def test_reward_models_take_turns_on_one_gpu_and_leave_it(box: RayBox, tmp_path: Path) -> None:

@@ -19,9 +19,9 @@ from ray.util import placement_group_table
 from expo_ray.cli.process import main
 from expo_ray.config import Serving
 from expo_ray.evaluation.placement import Place
-from expo_ray.on_ray import capacity, cluster, gpus, pipeline
+from expo_ray.on_ray import capacity, cluster, gpus
 from expo_ray.on_ray.rewards import pool
-from expo_ray.on_ray.serving import engine_settings
+from expo_ray.on_ray.serving import engine_groups, engine_settings
 from expo_ray.on_ray.serving.engine_groups import EngineGroup, deploy_group
 
 
@@ -60,17 +60,25 @@ def declare(many: int, gpu_bytes: int, file: str) -> None:
                 groups=[[group["strategy"], [*group["bundles"].values()]] for group in groups],
             )
 
+    waited = engine_groups.Deployed.wait
+
+    def wait(engines: engine_groups.Deployed, timeout_s: float) -> None:
+        waited(engines, timeout_s)
+        if engines.what == "an engine":
+            report(file, kind="engine")
+
     def on_cpu(settings: Serving, place: Place | None, *, for_pair: bool) -> dict[str, Any]:
         report(file, kind="arguments", **arguments(settings, place, for_pair=for_pair))
         return arguments(settings, None, for_pair=for_pair)
 
-    cluster._init_twice = lambda **options: start(num_gpus=many, **options)
+    cluster._init_twice = lambda failure, **options: start(failure, num_gpus=many, **options)
     gpus.smallest_gpu_bytes = lambda: gpu_bytes
     engine_settings.engine_arguments = on_cpu
     engine_settings._gpu_placement = lambda place: {**bundles(place), "accelerator_config": {"kind": "cpu"}}
     engine_settings._environment = lambda place, threads: environment(None, threads)
     pool.RewardActor = Actor  # type: ignore[misc]
-    vars(pipeline)["deploy_group"] = observed
+    vars(engine_groups)["deploy_group"] = observed
+    engine_groups.Deployed.wait = wait  # type: ignore[method-assign, assignment]
     vars(capacity)["engine_built_for_gpus"] = lambda: True
 
 

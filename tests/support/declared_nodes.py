@@ -29,6 +29,7 @@ from expo_ray.config import RewardModel, Serving
 from expo_ray.errors import ExpoError
 from expo_ray.evaluation.placement import Need, Place, Placement, place
 from expo_ray.evaluation.rewards.reward_model import Classifier, check_reward
+from expo_ray.evaluation.turns import Turns
 from expo_ray.on_ray import capacity, gpus
 from expo_ray.on_ray.rewards import pool
 from expo_ray.on_ray.rewards.placement import ActorRoom
@@ -128,6 +129,11 @@ def place_really(placement: Placement) -> list[Any]:
         groups += more
     rooms = [placement.rewards] if not placement.turns else [[taken] for taken in placement.rewards]
     seen = []
+    if placement.turns == "all":
+        seen.append(contents(engines, shares))
+        for group in groups:
+            remove_placement_group(group)
+        engines, groups = {}, []
     for places in rooms:
         room, rewards = ActorRoom(places), dict[str, list[Any]]()
         for taken in places:
@@ -188,12 +194,12 @@ def turns(folders: Sequence[str]) -> None:
     pools = [RewardPool(check_reward(spec), device="cuda") for spec in specs]
     for each in pools:
         each.room = ActorRoom([Place(Need(each.name, GB, cpus=1), 1, 60)])
-    scorers = share_scorers(pools, pools)
+    scorers = share_scorers(pools, pools, Turns())
     texts = english(24, 200)
 
     def score(number: int, first: int) -> None:
         shared, asked = scorers[number], texts[first : first + 8]
-        with shared.lock:
+        with shared.turn, shared.lock:
             rewards = [
                 reward for batch in shared.scorer.score(shared.scorer.inputs(asked)) for reward in batch
             ]

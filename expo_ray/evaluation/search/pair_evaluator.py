@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Hashable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,10 +40,12 @@ class SharedScorer:
     """A reward model that the pairs of a search use in turn.
 
     Attributes:
-        lock: held while it scores; it may also make room for the reward model.
+        turn: entered while it scores, by several threads; makes room for it where others want the same.
+        lock: held while it scores.
     """
 
     scorer: NamedScorer
+    turn: AbstractContextManager[Any] = field(default_factory=nullcontext)
     lock: AbstractContextManager[Any] = field(default_factory=threading.Lock)
 
 
@@ -58,6 +60,7 @@ class PairEvaluator:
         store: the job's output.
         key_variable: names the variable with the key of the endpoint.
         at_once: steps that may be answered at the same time: as many as the pair's engines hold.
+        turn: entered while the engines are asked, by several threads; starts them where they have ended for a reward model.
 
     Attributes:
         texts: the first response to each prompt, by step and prompt id.
@@ -78,7 +81,9 @@ class PairEvaluator:
         slots: int,
         at_once: int,
         key_variable: str = KEY_VARIABLE,
+        turn: AbstractContextManager[Any] | None = None,
     ) -> None:
+        self._turn = turn or nullcontext()
         self._key_variable = key_variable
         self._plan, self._url, self._scorers, self._sampling = plan, url, scorers, sampling
         self._store, self._progress, self._slots = store, progress, slots
@@ -117,7 +122,7 @@ class PairEvaluator:
         Raises:
             ExpoError: if a prompt stays unanswered, or a response without a reward.
         """
-        with self._answering:
+        with self._turn, self._answering:
             responses = self._responses(step, prompts)
             logprobs = None if step.alpha < 0 else self._logprobs(step, prompts)
         self.texts.setdefault(step, {}).update(
@@ -132,8 +137,9 @@ class PairEvaluator:
         Raises:
             ExpoError: if a prompt stays unanswered, or a response without a reward.
         """
-        before = self._responses(DPO, prompts)
-        responses = self._responses(DPO, prompts, again=self._search_id)
+        with self._turn:
+            before = self._responses(DPO, prompts)
+            responses = self._responses(DPO, prompts, again=self._search_id)
         self._counted |= {(DPO, ("again", key)): row.num_tokens for key, row in responses.items()}
         same = sum(response.text == before[key].text for key, response in responses.items())
         return AnsweredAgain(
@@ -219,7 +225,7 @@ class PairEvaluator:
             rows = [response for response in responses.values() if response.origin == origin]
             place = ResponsesFolder.of(name, origin)
             folder = (place.again(again) if again else place).rewards(scorer.name, scorer.id)
-            with shared.lock:
+            with shared.turn, shared.lock:
                 scored = score_responses(
                     rows, scorer, RowStore(self._store, folder, reward_from_row), self._progress.rewards
                 )

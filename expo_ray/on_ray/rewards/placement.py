@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Protocol
 
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -12,13 +11,6 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from expo_ray.config import RewardModel
 from expo_ray.errors import RewardError
 from expo_ray.evaluation.placement import Node, Place
-
-
-class Closable(Protocol):
-    """What can be ended, and starts again when it is asked for something."""
-
-    def close(self) -> None:
-        """End it."""
 
 
 class ActorRoom:
@@ -58,26 +50,6 @@ class ActorRoom:
             if self._group is not None and not self._users:
                 remove_placement_group(self._group)
                 self._group = None
-
-
-class Turn:
-    """The turn of one of several reward models of which only one is loaded at a time; entered while it scores.
-
-    Args:
-        lock: the same for all of them.
-        others: those that are ended when this one's turn begins.
-    """
-
-    def __init__(self, lock: threading.Lock, others: Sequence[Closable]) -> None:
-        self._lock, self._others = lock, others
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-        for other in self._others:
-            other.close()
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
 
 
 def _bundle(place: Place) -> dict[str, float]:

@@ -21,7 +21,7 @@ from ray.serve.llm import build_llm_deployment
 from ray.util import placement_group_table
 
 from expo_ray.config import PublishedModel, Serving
-from expo_ray.errors import JobError, in_one_line
+from expo_ray.errors import ExpoError, JobError, in_one_line
 from expo_ray.evaluation.gpu_needs import workers_of
 from expo_ray.evaluation.placement import Place
 from expo_ray.evaluation.records import digest
@@ -278,6 +278,38 @@ def deploy_group(group: EngineGroup) -> Iterator[Deployed]:
     log.info("starting %d engine(s) of %s", group.replicas, group.name)
     with deploy(group.bound, Deployed(group.name, group.address[1])) as deployed:
         yield deployed
+
+
+class Engines:
+    """The engines of a group, which can be ended and started again.
+
+    Args:
+        timeout_s: within which they have to start each time.
+    """
+
+    def __init__(self, group: EngineGroup, timeout_s: float) -> None:
+        self._group, self._timeout_s = group, timeout_s
+        self._running = contextlib.ExitStack()
+        self._failure: ExpoError | None = None
+
+    def start(self) -> None:
+        """Start them and wait until they answer; once they have failed to start, this fails at once.
+
+        Raises:
+            ExpoError: if they do not start.
+        """
+        if self._failure is not None:
+            raise self._failure
+        try:
+            self._running.enter_context(deploy_group(self._group)).wait(self._timeout_s)
+        except ExpoError as error:
+            self._failure = error
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End them, if they run."""
+        self._running.close()
 
 
 def _read_failures(application: str) -> str:
