@@ -39,7 +39,7 @@ _CONFIRM_PROMPTS: Mapping[Method, int] = {"surface": 1000, "ladder": 512, "grid"
 class Search(Frozen):
     """The search for alpha."""
 
-    method: Method = "ladder"
+    method: Method = "surface"
     """`surface` fits the gain as a curve over alpha and asks where it tells most; `ladder` doubles alpha until the reward falls or a
     guardrail trips, and then refines around the best; `grid` tries `alphas` on the largest number of prompts."""
 

@@ -117,7 +117,7 @@ def test_the_status_of_a_search_tells_what_each_pair_is_at() -> None:
 
 def test_the_order_of_each_rung_is_known_ahead_and_the_first_alpha_of_most_next_ones() -> None:
     curve = Curve(height=3.0)
-    search_alpha(halves_of(PROMPTS), Search(prompts=(64, 128, 200)), curve, print, at_once=1)
+    search_alpha(halves_of(PROMPTS), Search(method="ladder", prompts=(64, 128, 200)), curve, print, at_once=1)
     asked = [alpha for alpha, _ in curve.asked]
     expected = [alpha for *alphas, _ in curve.expected for alpha in alphas]
     assert asked == [*expected, SFT.alpha]

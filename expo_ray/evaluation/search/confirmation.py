@@ -21,9 +21,9 @@ from expo_ray.report.results import RoleTest
 _LOOKS = (128, 256, 512)
 # Share of the one-sided error that each look but the last spends.
 _EARLY = 0.001
-# Where a gain whose one-sided upper end, at 95 %, stays below what is confirmed in half of all cases, the confirmation ends. Ending early
+# Where a gain whose one-sided upper end, at 99 %, stays below what is confirmed in half of all cases, the confirmation ends. Ending early
 # can only keep dpo, so it costs power and no error.
-_OPTIMISTIC = NORMAL.inv_cdf(0.95)
+_OPTIMISTIC = NORMAL.inv_cdf(0.99)
 _NEEDED = 2.0
 # Prompts that a guard takes at least, unless the job names a number: with a margin of 0.1, 1,000 pass an alpha that is as good as dpo in nine of
 # ten cases, 512 in six of ten.

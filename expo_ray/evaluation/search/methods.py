@@ -23,7 +23,8 @@ from expo_ray.report.results import GuardrailCheck, RoleTest
 # The fewest that a job file may ask for in a round. The standard error of a gain is then a quarter of its standard deviation.
 FEWEST_PROMPTS = 16
 # Part of what identifies a search: raised when it would go another way than before, or decide otherwise. 3: guardrails look at intervals, give
-# way to a smaller alpha, and ask what is left of a gain at dpo's length. 4: guards have 1,000 prompts in every method. Finished searches from the oldest version on are still read: a
+# way to a smaller alpha, and ask what is left of a gain at dpo's length. 4: guards have 1,000 prompts in every
+# method; `surface` fits stiffer curves, and ends by how much a better alpha could add. Finished searches from the oldest version on are still read: a
 # decision stands that was made by the rules of its time.
 SEARCH_VERSION, OLDEST_SEARCH_VERSION = 4, 2
 # Alphas that are confirmed at most, each only if a guardrail rejects the one before; a smaller one is smaller by at least this factor.

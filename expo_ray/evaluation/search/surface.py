@@ -37,10 +37,11 @@ _PLAIN_FALL, _FALL_TWICE = 4.5, 2.5
 _STEPS_BELOW = 2
 # An alpha above the best that has lost half of the best one's gain, by so many standard errors, bounds the search.
 _FALLEN = 3.0
-# Rounds, the climb among them, before the search may end: the first curve knows only steps that double.
+# Rounds, the climb among them, that a search has at least, however few sizes the settings name: the first curve knows only steps that double.
 _FEWEST_ROUNDS = 3
-# The search ends once the best measured alpha is expected to leave less than this share of its gain to a better one...
-_SHORTFALL = 0.1
+# The search ends once the best measured alpha is expected to leave less than this share of its gain to a better one, after two rounds and after
+# more, as a further round then costs twice as much...
+_SHORTFALLS = (0.01, 0.03)
 # ... or once the chance that some alpha's gain could be confirmed is below this.
 _HOPELESS = 0.05
 # The flanks that a round asks: these quantiles of where the top may lie, at least this factor away from it. The first round looks wide, as the
@@ -159,7 +160,8 @@ class _Course:
             most = float(np.quantile(highest, 0.95))
             fault += f"; with a probability of 95 %, no alpha gains more than {most:+.3f}"
         gain = float(state.worth[at]) if measured else 0.0
-        is_close = self.rounds >= _FEWEST_ROUNDS and gain > 0 and shortfall <= _SHORTFALL * gain
+        tolerated = _SHORTFALLS[min(self.rounds - 2, len(_SHORTFALLS) - 1)] if self.rounds > 1 else 0.0
+        is_close = gain > 0 and shortfall <= tolerated * gain
         asks_on = reach >= _HOPELESS and not is_close and self.rounds < len(self.ends)
         return replace(state, best=best, reach=reach, fault=fault, asks_on=asks_on)
 
