@@ -136,6 +136,7 @@ def test_an_engine_argument_that_is_not_the_users_to_set_is_refused(
 def test_engines_hold_a_scaled_adapter_as_the_model_that_merging_writes(
     job: dict[str, Any], tmp_path: Path
 ) -> None:
+    job["serving"] = {"engine": {"enable_lora": False}}
     (served,) = plan_served_pairs(load_job(str(written(job, tmp_path))))
     job["pairs"][0]["adapter"] = "merge"
     (merged,) = plan_served_pairs(load_job(str(written(job, tmp_path))))
