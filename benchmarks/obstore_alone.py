@@ -16,8 +16,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
-from expo_ray.storage.object_store import S3Store
 from expo_ray.storage.object_writer import LARGEST_PART_BYTES, PARTS_IN_FLIGHT
+from expo_ray.storage.s3_store import S3Store
 
 if TYPE_CHECKING:
     from obstore import Bytes, WritableFile

@@ -7,6 +7,8 @@ from hypothesis import settings
 
 pytest_plugins = [
     "tests.support.s3_server",
+    "tests.support.gcs_gateway",
+    "tests.support.azure_server",
     "tests.support.hub_server",
     "tests.support.ray_cluster",
     "tests.support.vllm_engine",

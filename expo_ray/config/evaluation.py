@@ -17,7 +17,7 @@ class PublishedModel(Frozen):
     """Name in requests and reports."""
 
     uri: Annotated[str, Field(min_length=1)]
-    """The folder: a path, `s3://bucket/prefix` or `hf://org/name@revision`."""
+    """The folder: a path, `s3://bucket/prefix`, `gs://...`, `az://...` or `hf://org/name@revision`."""
 
 
 class PromptSource(Frozen):

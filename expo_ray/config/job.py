@@ -17,7 +17,7 @@ class Job(Frozen):
     """A job file: where to write, which pairs to extrapolate, and how to evaluate them."""
 
     output: Annotated[str, Field(min_length=1), AfterValidator(check_output)]
-    """Root of everything written: a path or `s3://bucket/prefix`. Models land in `pairs/<pair>/alpha=<alpha>/`."""
+    """Root of everything written: a path, `s3://bucket/prefix`, `gs://...` or `az://...`. Models land in `pairs/<pair>/alpha=<alpha>/`."""
 
     pairs: tuple[Pair, ...] = ()
     """The pairs, each with at least `sft` and `dpo`."""

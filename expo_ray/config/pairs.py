@@ -62,7 +62,7 @@ class Pair(PairOptions):
     """An SFT model and the DPO/RLHF model trained from it."""
 
     sft: Annotated[str, Field(min_length=1)]
-    """Folder of the SFT model: a path, `s3://bucket/prefix` or `hf://org/name@revision`."""
+    """Folder of the SFT model: a path, `s3://bucket/prefix`, `gs://...`, `az://...` or `hf://org/name@revision`."""
 
     dpo: Annotated[str, Field(min_length=1)]
     """Folder of the DPO/RLHF model, or of a LoRA adapter trained on sft."""

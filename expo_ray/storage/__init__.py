@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache, lru_cache
-from typing import assert_never
+from typing import Literal, assert_never
 
 from expo_ray.config.fields import check_output
 from expo_ray.errors import OutputError
@@ -34,8 +34,8 @@ def open_store(uri: str) -> Store:
     """Return the store of this process for a folder, connected at its first use.
 
     Args:
-        uri: a local path, `file:///path`, `s3://bucket/folder`, `hf://org/name[@revision][/folder]` (read-only) or
-            `memory://name/folder` (this process only).
+        uri: a local path, `file:///path`, `s3://bucket/folder`, `gs://bucket/folder`, `az://container/folder`,
+            `hf://org/name[@revision][/folder]` (read-only) or `memory://name/folder` (this process only).
 
     Raises:
         StorageError: for an unknown scheme, missing credentials, or a Hub repository that cannot be seen.
@@ -87,12 +87,15 @@ def open_output_file(uri: str) -> tuple[Store, str]:
 
 def forget_stores() -> None:
     """Let the next `open_store` read the environment and its credentials anew."""
-    from expo_ray.storage.s3_connection import connect
+    from expo_ray.storage.azure_store import connect as connect_azure
+    from expo_ray.storage.gcs_store import connect as connect_gcs
+    from expo_ray.storage.s3_connection import connect as connect_s3
 
     _open.cache_clear()
     _open_planned.cache_clear()
     _looked_up.clear()
-    connect.cache_clear()
+    for connect in (connect_azure, connect_gcs, connect_s3):
+        connect.cache_clear()
     pace_of.cache_clear()
 
 
@@ -104,10 +107,8 @@ def _open(scheme: Scheme, uri: str) -> Store:
             return LocalStore(uri)
         case "memory":
             return MemoryStore(uri)
-        case "s3":
-            from expo_ray.storage.object_store import S3Store
-
-            return S3Store(uri)
+        case "s3" | "gs" | "az":
+            return _store_of(scheme)(uri)
         case "hf":
             from expo_ray.storage.hub import HubStore
 
@@ -116,6 +117,24 @@ def _open(scheme: Scheme, uri: str) -> Store:
             store = HubStore(uri)
             return _looked_up.setdefault(store.uri, store)  # a plan names it with its commit
     assert_never(scheme)
+
+
+def _store_of(cloud: Literal["s3", "gs", "az"]) -> Callable[[str], Store]:
+    """The class of the stores of a cloud."""
+    match cloud:
+        case "s3":
+            from expo_ray.storage.s3_store import S3Store
+
+            return S3Store
+        case "gs":
+            from expo_ray.storage.gcs_store import GcsStore
+
+            return GcsStore
+        case "az":
+            from expo_ray.storage.azure_store import AzureStore
+
+            return AzureStore
+    assert_never(cloud)
 
 
 # Repositories of the Hub that this process has looked at, by their URI with the commit.

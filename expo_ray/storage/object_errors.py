@@ -6,7 +6,8 @@ import re
 from typing import TYPE_CHECKING
 
 from expo_ray.errors import NotFound, SlowDown, StorageError, TransientStorageError
-from expo_ray.storage.s3_connection import NOWHERE, SET_CREDENTIALS, Connection
+from expo_ray.storage.connection import Connection
+from expo_ray.storage.s3_connection import NOWHERE
 from expo_ray.text import shown
 
 if TYPE_CHECKING:
@@ -14,7 +15,14 @@ if TYPE_CHECKING:
 
 # Answers of a store that is asked too much.
 _SLOW_DOWN_STATUS = {429, 503}
-_SLOW_DOWN_CODES = {"SlowDown", "RequestLimitExceeded", "ThrottlingException", "TooManyRequests"}
+_SLOW_DOWN_CODES = {
+    "SlowDown",
+    "RequestLimitExceeded",
+    "Throttling",
+    "ThrottlingException",
+    "ServerBusy",
+    "TooManyRequests",
+}
 # Answers after which the same request, or the same upload from its start, may succeed: overload, an upload that is gone, and damage
 # on the way (our requests to complete an upload are well-formed and name the right parts when they leave).
 TRANSIENT_STATUS = {408, 429, 500, 502, 503, 504}
@@ -29,26 +37,24 @@ TRANSIENT_CODES = {
     "NoSuchUpload",
     "RequestTimeout",
     "ServiceUnavailable",
-    "SlowDown",
     "XAmzContentChecksumMismatch",
     "XAmzContentSHA256Mismatch",
     *_SLOW_DOWN_CODES,
 }
-# Answers of a store that is asked too much.
-_SLOW_DOWN_STATUS = {429, 503}
-_SLOW_DOWN_CODES = {
-    "SlowDown",
-    "RequestLimitExceeded",
-    "Throttling",
-    "ThrottlingException",
-    "TooManyRequests",
-}
 _REGION_CODES = {"AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}
-_CREDENTIAL_CODES = {"ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch"}
+_CREDENTIAL_CODES = {
+    "AuthenticationFailed",
+    "AuthenticationRequired",
+    "ExpiredToken",
+    "InvalidAccessKeyId",
+    "InvalidToken",
+    "SignatureDoesNotMatch",
+}
+_NO_BUCKET_CODES = {"ContainerNotFound", "NoSuchBucket"}
 
 _REDIRECTS = {301, 302, 303, 307, 308}
 
-_STATUS = re.compile(r"status code: (\d{3})")
+_STATUS = re.compile(r"(?:status code|\(code): (\d{3})")  # the second of a request in a batch
 _CODE = re.compile(r"<Code>(\w+)</Code>")
 _MESSAGE = re.compile(r"<Message>([^<]{0,10000})")
 _CAUSE = re.compile(
@@ -97,7 +103,7 @@ def translate_botocore(error: Exception, uri: str, connection: Connection) -> St
         return TransientStorageError(
             f"{uri}: no complete answer from {connection.endpoint} ({type(error).__name__})"
         )
-    return StorageError(f"{uri}: {shown(error, 500)}; {SET_CREDENTIALS}")
+    return StorageError(f"{uri}: {shown(error, 500)}; {connection.cloud.credentials}")
 
 
 def code_of(error: Exception) -> str:
@@ -124,39 +130,45 @@ def _answered(status: int, code: str, message: str, uri: str, connection: Connec
         return error
     if code in _REGION_CODES or status in _REDIRECTS:
         return _elsewhere(uri, connection, bucket, said)
-    if code == "NoSuchBucket":
-        return NotFound(f"{uri}: there is no {bucket}; create it, or correct the URI or AWS_ENDPOINT_URL")
+    if code in _NO_BUCKET_CODES:
+        return NotFound(
+            f"{uri}: there is no {bucket}; create it, or correct the URI or {connection.cloud.endpoint}"
+        )
     if status == 404:
         return NotFound(f"{uri}: no such object in {bucket}")
     if status in {401, 403} or code in _CREDENTIAL_CODES:
-        return _denied(uri, bucket, code, said)
+        return _denied(uri, connection, bucket, code, said)
     return StorageError(f"{uri}: the store answered {said}")
 
 
 def _elsewhere(uri: str, connection: Connection, bucket: str, said: str = "") -> StorageError:
-    if said and not any(said.startswith(str(status)) for status in _REDIRECTS):
-        return StorageError(f"{uri}: {bucket} is in another region; set AWS_REGION to it ({said})")
+    cloud = connection.cloud
+    if cloud.region and said and not any(said.startswith(str(status)) for status in _REDIRECTS):
+        return StorageError(f"{uri}: {bucket} is in another region; set {cloud.region} to it ({said})")
+    region = f"{cloud.region} to the region of the bucket, or " if cloud.region else ""
     return StorageError(
         f"{uri}: {connection.endpoint} redirects to another host, which would get the session token and is not asked; set "
-        "AWS_REGION to the region of the bucket, or AWS_ENDPOINT_URL to the store itself"
+        f"{region}{cloud.endpoint} to the store itself"
     )
 
 
-def _denied(uri: str, bucket: str, code: str, said: str) -> StorageError:
+def _denied(uri: str, connection: Connection, bucket: str, code: str, said: str) -> StorageError:
     if code in _CREDENTIAL_CODES:
-        return StorageError(f"{uri}: {bucket} refused the credentials ({said}); {SET_CREDENTIALS}")
+        return StorageError(
+            f"{uri}: {bucket} refused the credentials ({said}); {connection.cloud.credentials}"
+        )
     if code == "RequestTimeTooSkewed":
         return StorageError(f"{uri}: {bucket} refused the request ({said}); set this machine's clock")
     return StorageError(
-        f"{uri}: permission denied by {bucket} ({said}); check the credentials, and grant them s3:ListBucket, s3:GetObject, "
-        "and for outputs s3:PutObject, s3:DeleteObject and s3:AbortMultipartUpload"
+        f"{uri}: permission denied by {bucket} ({said}); check the credentials, and {connection.cloud.rights}"
     )
 
 
 def _unanswered(error: Exception, uri: str, connection: Connection) -> StorageError:
     text = str(error)
     if "redirect without LOCATION" in text:
-        return StorageError(f"{uri}: bucket {connection.bucket!r} is in another region; set AWS_REGION to it")
+        region = connection.cloud.region or connection.cloud.endpoint
+        return StorageError(f"{uri}: bucket {connection.bucket!r} is in another region; set {region} to it")
     if NOWHERE in text and "tcp connect error" in text:
         return _elsewhere(uri, connection, connection.bucket)
     if "InvalidCertificate" in text:
@@ -167,11 +179,11 @@ def _unanswered(error: Exception, uri: str, connection: Connection) -> StorageEr
         return TransientStorageError(f"{uri}: no complete answer from {connection.endpoint} ({cause})")
     said = shown(" ".join(text.partition("Debug source")[0].split()), 500)
     if type(error).__name__ == "UnauthenticatedError":
-        return StorageError(f"{uri}: {said}; {SET_CREDENTIALS}")
+        return StorageError(f"{uri}: {said}; {connection.cloud.credentials}")
     return StorageError(f"{uri}: {said}")
 
 
 def _untrusted(uri: str, connection: Connection) -> StorageError:
     return StorageError(
-        f"{uri}: the TLS certificate of {connection.endpoint} is not trusted; set AWS_CA_BUNDLE to the file of its authority"
+        f"{uri}: the TLS certificate of {connection.endpoint} is not trusted; {connection.cloud.certificates}"
     )

@@ -1,12 +1,13 @@
-"""S3 and everything that speaks its language."""
+"""Buckets of a cloud, through obstore: what S3, Google Cloud Storage and Azure Blob Storage have in common."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from expo_ray.errors import (
     AlreadyExists,
@@ -16,13 +17,13 @@ from expo_ray.errors import (
     StorageError,
     TransientStorageError,
 )
-from expo_ray.storage.checksums import CRC_BYTES, Checksum, parse_checksum
-from expo_ray.storage.object_errors import retry_after_s, status_of, translate, translate_botocore
-from expo_ray.storage.object_writer import S3Writer
-from expo_ray.storage.protocol import BUFFER_BYTES, MOST_BYTES, FileInfo, check_size
+from expo_ray.storage.checksums import Checksum
+from expo_ray.storage.connection import Connection
+from expo_ray.storage.object_errors import status_of, translate
+from expo_ray.storage.object_writer import ObjectWriter
+from expo_ray.storage.protocol import BUFFER_BYTES, MOST_BYTES, FileInfo, Writer, check_size
 from expo_ray.storage.retry import copy_pieces, equal_pieces, read_agreed, reads_twice, retry_translated
-from expo_ray.storage.s3_connection import connect
-from expo_ray.storage.uri import check_key, split_bucket
+from expo_ray.storage.uri import Scheme, check_key, split_bucket
 from expo_ray.text import shown
 
 if TYPE_CHECKING:
@@ -37,27 +38,40 @@ _MOST_OBJECTS = 1_000_000
 T = TypeVar("T")
 
 
-class S3Store:
+class ObjectStore(ABC):
     """A folder of a bucket.
 
     Args:
-        uri: `s3://bucket` or `s3://bucket/folder`.
+        uri: `<scheme>://bucket` or `<scheme>://bucket/folder`.
+
+    Attributes:
+        scheme: of its URIs.
     """
+
+    scheme: ClassVar[Scheme]
 
     local_path: Path | None = None
     chunk_bytes = 8 << 20
     concurrency = 8
 
     def __init__(self, uri: str) -> None:
-        bucket, folder = split_bucket(uri.removeprefix("s3://"))
+        bucket, folder = split_bucket(uri.removeprefix(f"{self.scheme}://"))
         if not bucket:
-            raise StorageError(f"{uri}: the bucket is missing; write s3://bucket/folder")
-        self.uri = f"s3://{bucket}/{folder}".rstrip("/")
+            raise StorageError(f"{uri}: the bucket is missing; write {self.scheme}://bucket/folder")
+        self.uri = f"{self.scheme}://{bucket}/{folder}".rstrip("/")
         self._folder = f"{folder}/" if folder else ""
-        self._connection = connect(bucket)
+        self._connection = self._connect(bucket)
 
-    def __reduce__(self) -> tuple[type[S3Store], tuple[str]]:
-        return S3Store, (self.uri,)
+    def __reduce__(self) -> tuple[type[ObjectStore], tuple[str]]:
+        return type(self), (self.uri,)
+
+    @abstractmethod
+    def _connect(self, bucket: str) -> Connection:
+        """The connection of this process to a bucket; no request is sent to it yet.
+
+        Raises:
+            StorageError: without usable credentials or settings.
+        """
 
     @property
     def guarded(self) -> bool:
@@ -78,7 +92,7 @@ class S3Store:
                     if info.key in listed or len(listed) == _MOST_OBJECTS:
                         raise StorageError(
                             f"{uri}: the listing does not end; after {len(listed)} objects it names {shown(info.key)}. Correct "
-                            "AWS_ENDPOINT_URL, or name a folder with fewer files"
+                            f"{self._connection.cloud.endpoint}, or name a folder with fewer files"
                         )
                     listed[info.key] = info
             return list(listed.values())
@@ -134,23 +148,8 @@ class S3Store:
         )
 
     def checksum(self, info: FileInfo) -> Checksum | None:
-        client = self._connection.headers
-        wanted = {"Bucket": self._connection.bucket, "Key": self._path(info.key)}
-        uri = f"{self.uri}/{info.key}"
-        try:
-            answer: Mapping[str, Any] = retry_translated(
-                lambda: client.head_object(**wanted, ChecksumMode="ENABLED"),
-                lambda error: translate_botocore(error, uri, self._connection),
-                self._connection.pace,
-            )
-        except TransientStorageError:
-            raise
-        except StorageError:  # the caller reads on, and that says more than this request could
-            return None
-        if not _same(answer.get("ETag"), info.etag) or answer.get("ChecksumType") == "COMPOSITE":
-            return None
-        said = ((name, answer.get(f"Checksum{name}", "")) for name in CRC_BYTES)
-        return next((parse_checksum(name, text) for name, text in said if text), None)
+        """None: obstore shows no checksum of an object."""
+        return None
 
     def put(self, key: str, data: bytes) -> FileInfo:
         import obstore
@@ -159,7 +158,7 @@ class S3Store:
 
         def ask() -> FileInfo:
             result = obstore.put(self._connection.puts, path, data, use_multipart=False)
-            return FileInfo(key, len(data), result["e_tag"] or "")
+            return FileInfo(key, len(data), _quoted(result["e_tag"]))
 
         return self._retry(ask, f"{self.uri}/{key}")
 
@@ -174,19 +173,14 @@ class S3Store:
                 result = obstore.put(self._connection.puts, path, data, mode="create", use_multipart=False)
             except AlreadyExistsError:
                 return self._taken(key, data)
-            return FileInfo(key, len(data), result["e_tag"] or "")
+            return FileInfo(key, len(data), _quoted(result["e_tag"]))
 
         return self._retry(ask, f"{self.uri}/{key}")
 
-    def writer(self, key: str, size: int, *, buffer_bytes: int = BUFFER_BYTES) -> S3Writer:
-        path = self._path(key)
-        return S3Writer(
-            self._connection,
-            path,
-            lambda: self.stat(key),
-            uri=f"{self.uri}/{key}",
-            size=size,
-            buffer_bytes=buffer_bytes,
+    def writer(self, key: str, size: int, *, buffer_bytes: int = BUFFER_BYTES) -> Writer:
+        connection, uri = self._connection, f"{self.uri}/{key}"
+        return ObjectWriter(
+            connection, self._path(key), lambda: self.stat(key), uri=uri, size=size, buffer_bytes=buffer_bytes
         )
 
     def delete(self, key: str) -> None:
@@ -217,12 +211,13 @@ class S3Store:
                 self._connection.reads, path, options={"range": (start, start + size), "if_match": etag}
             )
         except PreconditionError as error:
+            obstore.head(self._connection.reads, path)  # Azurite answers so for what is gone, too
             raise InputChanged(f"{uri} was replaced since it was planned; plan again") from error
         except Exception as error:
             if status_of(error) == RANGE_NOT_SATISFIABLE:
                 raise StorageError(f"{uri} ends before byte {start}") from error
             raise
-        if not _same(answer.meta["e_tag"], etag):  # not every store looks at If-Match
+        if not same_etag(answer.meta["e_tag"], etag):  # not every store looks at If-Match
             raise InputChanged(f"{uri} was replaced since it was planned; plan again")
         end = answer.range[1]
         if end < start + size:
@@ -245,30 +240,21 @@ class S3Store:
         return retry_translated(ask, translated, self._connection.pace)
 
     def _retry_after_s(self, uri: str) -> float:
-        """Ask once more, through a client that shows the headers of an answer, how long the store wants to be left alone.
-
-        obstore drops `Retry-After`. Of a burst of refusals, the first asks for all.
-        """
-        from botocore.exceptions import BotoCoreError, ClientError
-
-        if self._connection.pace.in_refusal():
-            return 0.0
-        key = uri.removeprefix(f"s3://{self._connection.bucket}").strip("/")
-        try:
-            self._connection.headers.head_object(Bucket=self._connection.bucket, Key=key or "x")
-        except ClientError as error:
-            return retry_after_s(error)
-        except BotoCoreError:
-            return 0.0
+        """Seconds after which the store wants to be asked again; 0 where nothing says."""
         return 0.0
 
     def _info(self, meta: ObjectMeta) -> FileInfo:
-        return FileInfo(meta["path"].removeprefix(self._folder), meta["size"], meta["e_tag"] or "")
+        return FileInfo(meta["path"].removeprefix(self._folder), meta["size"], _quoted(meta["e_tag"]))
 
     def _path(self, key: str) -> str:
         return self._folder + check_key(key, self.uri)
 
 
-def _same(answered: str | None, planned: str) -> bool:
+def same_etag(answered: str | None, planned: str) -> bool:
     """True if two ETags name the same bytes; a proxy that compresses marks them as weak."""
     return (answered or "").removeprefix("W/") == planned.removeprefix("W/")
+
+
+def _quoted(etag: str | None) -> str:
+    """An ETag as requests name it; Azure's listings leave the quotation marks out."""
+    return f'"{etag}"' if etag and etag[0] not in '"W' else etag or ""

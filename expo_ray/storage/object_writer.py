@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections import deque
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from typing_extensions import Buffer
 
-from expo_ray.errors import NotFound, StorageError, TransientStorageError
-from expo_ray.storage.checksums import has_awscrt
-from expo_ray.storage.object_errors import code_of, translate_botocore
+from expo_ray.errors import NotFound, SlowDown, StorageError, TransientStorageError
+from expo_ray.storage.connection import Connection
+from expo_ray.storage.object_errors import translate
 from expo_ray.storage.protocol import FileInfo, Writer
-from expo_ray.storage.retry import retry_translated
-from expo_ray.storage.s3_connection import Connection
+
+if TYPE_CHECKING:
+    from obstore import WritableFile
 
 # Stores count requests, so parts are as large as the memory for them allows. S3 takes no smaller ones but the last.
 LARGEST_PART_BYTES = 32 << 20
@@ -25,65 +24,28 @@ FEWEST_PARTS = 4
 MAX_PARTS = 10_000
 PARTS_IN_FLIGHT = 2
 
-T = TypeVar("T")
 
-
-class _UploadGone(StorageError):
-    """The store does not know the upload: it is complete, or has to be begun anew. Asking again is in vain."""
-
-
-class S3Writer(Writer):
-    """A multipart upload, a few parts at a time; one plain PUT if it fits into a part.
-
-    Each part is repeated by itself. If the answer to the very first request is lost, or the process is killed, an upload with an
-    unknown id stays pending: as everywhere on S3, only a lifecycle rule (`AbortIncompleteMultipartUpload`) removes it.
+class Upload(Writer):
+    """What uploads to any object store have in common.
 
     Args:
-        path: key in the bucket.
         stat: looks at the object as it is now.
         uri: for messages.
         size: bytes announced.
-        buffer_bytes: memory for parts, filling and under way.
     """
 
-    def __init__(
-        self,
-        connection: Connection,
-        path: str,
-        stat: Callable[[], FileInfo],
-        *,
-        uri: str,
-        size: int,
-        buffer_bytes: int,
-    ) -> None:
-        self._connection = connection
-        self._object = {"Bucket": connection.bucket, "Key": path}
-        self._uri = uri
-        self._size = size
-        self._stat = stat
+    def __init__(self, stat: Callable[[], FileInfo], *, uri: str, size: int) -> None:
+        self._stat, self._uri, self._size = stat, uri, size
         self._written = 0
         self._open = True
         self._before = self._find()
-        self._part_bytes = part_bytes(size, buffer_bytes)
-        self._in_flight = min(PARTS_IN_FLIGHT, buffer_bytes // self._part_bytes - 1)
-        self._filling = bytearray()
-        self._upload_id = ""
-        self._checksum: dict[str, Any] = {}
-        self._parts: list[Mapping[str, Any]] = []
-        self._under_way: deque[Future[Mapping[str, Any]]] = deque()
-        self._pool = ThreadPoolExecutor(max(1, self._in_flight), "part")
 
     def write(self, data: Buffer) -> None:
         view = memoryview(data).cast("B")
         if self._written + len(view) > self._size:
             raise StorageError(f"{self._uri}: more than the {self._size} bytes announced")
         self._written += len(view)
-        while view:
-            room = self._part_bytes - len(self._filling)
-            self._filling += view[:room]
-            view = view[room:]
-            if len(self._filling) == self._part_bytes and self._size > self._part_bytes:
-                self._send()
+        self._take(view)
 
     def commit(self) -> FileInfo:
         if self._written != self._size:
@@ -99,99 +61,17 @@ class S3Writer(Writer):
             raise StorageError(f"{self._uri} has {info.size} bytes after an upload of {self._size}")
         return info
 
-    def abort(self) -> None:
-        if not self._open:
-            return
-        self._close()
-        if self._upload_id:
-            # A part that is still under way may arrive after the first attempt; the pool has waited for those.
-            with contextlib.suppress(StorageError):
-                self._ask(
-                    lambda: self._connection.headers.abort_multipart_upload(
-                        **self._object, UploadId=self._upload_id
-                    )
-                )
+    @abstractmethod
+    def _take(self, view: memoryview) -> None:
+        """Take the next bytes; `view` may be reused afterwards."""
 
-    def _close(self) -> None:
-        self._open = False
-        self._filling = bytearray()
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def _send(self) -> None:
-        """Send the part that is full, and wait until there is memory for the next."""
-        if not self._upload_id:
-            self._upload_id, self._checksum = self._begin()
-        data, number = self._filling, len(self._parts) + len(self._under_way) + 1
-        self._filling = bytearray()
-        self._under_way.append(self._pool.submit(self._send_part, number, data))
-        del data
-        while len(self._under_way) > self._in_flight:
-            self._parts.append(self._under_way.popleft().result())
-
-    def _begin(self) -> tuple[str, dict[str, Any]]:
-        """Begin the upload; returns its id, and the checksum of each part that the store is asked to compare.
-
-        With CRC64NVME the store keeps a checksum of the whole object, which readers compare. One that does not know it compares a
-        SHA256 of each part.
-        """
-        client = self._connection.headers
-        if has_awscrt():
-            try:
-                answer = self._ask(
-                    lambda: client.create_multipart_upload(
-                        **self._object, ChecksumAlgorithm="CRC64NVME", ChecksumType="FULL_OBJECT"
-                    )
-                )
-            except (TransientStorageError, NotFound):
-                raise
-            except StorageError:
-                pass  # what refuses more than the checksum refuses the request below, too
-            else:
-                return answer["UploadId"], {"ChecksumAlgorithm": "CRC64NVME"}
-        answer = self._ask(lambda: client.create_multipart_upload(**self._object, ChecksumAlgorithm="SHA256"))
-        return answer["UploadId"], {"ChecksumAlgorithm": "SHA256"}
-
-    def _send_part(self, number: int, data: bytearray) -> Mapping[str, Any]:
-        def send() -> Mapping[str, Any]:
-            if not self._open:
-                raise StorageError(f"{self._uri}: the upload was given up")
-            sent: Mapping[str, Any] = self._connection.headers.upload_part(
-                **self._object, UploadId=self._upload_id, PartNumber=number, Body=data, **self._checksum
-            )
-            return sent
-
-        answer = self._ask(send)
-        checksum = f"Checksum{self._checksum['ChecksumAlgorithm']}"
-        part = {"PartNumber": number, "ETag": answer["ETag"]}
-        return part | ({checksum: answer[checksum]} if checksum in answer else {})
-
+    @abstractmethod
     def _finish(self) -> None:
-        client = self._connection.headers
-        if not self._upload_id and self._size <= self._part_bytes:
-            checksum = {"ChecksumAlgorithm": "CRC64NVME" if has_awscrt() else "SHA256"}
-            self._ask(lambda: client.put_object(**self._object, Body=self._filling, **checksum))
-            return
-        if self._filling:
-            self._send()
-        self._parts += [part.result() for part in self._under_way]
-        self._ask(
-            lambda: client.complete_multipart_upload(
-                **self._object, UploadId=self._upload_id, MultipartUpload={"Parts": self._parts}
-            )
-        )
-        self._upload_id = ""
+        """Make the object visible, with all that was written."""
 
-    def _ask(self, ask: Callable[[], T]) -> T:
-        connection = self._connection
-
-        def translate(error: Exception) -> StorageError:
-            translated = translate_botocore(error, self._uri, connection)
-            return _UploadGone(str(translated)) if code_of(error) == "NoSuchUpload" else translated
-
-        try:
-            return retry_translated(ask, translate, connection.pace)
-        except _UploadGone as error:
-            raise TransientStorageError(str(error)) from error
+    @abstractmethod
+    def _close(self) -> None:
+        """Let go of memory and threads, and stop what is under way."""
 
     def _landed_nevertheless(self, error: StorageError) -> FileInfo:
         """Return the object, if only the acknowledgement of the upload was lost: asked again, a store may not know it any more."""
@@ -205,6 +85,68 @@ class S3Writer(Writer):
             return self._stat()
         except NotFound:
             return None
+
+
+class ObjectWriter(Upload):
+    """An upload by obstore, which sends and repeats parts itself; one plain PUT if it fits into a part.
+
+    What was sent before an `abort`, or before the process is killed, stays in the store unseen: Azure drops it after a week, and a
+    lifecycle rule (`AbortIncompleteMultipartUpload`) does so on Google Cloud Storage.
+
+    Args:
+        path: key in the bucket.
+        buffer_bytes: memory for parts, filling and under way.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        path: str,
+        stat: Callable[[], FileInfo],
+        *,
+        uri: str,
+        size: int,
+        buffer_bytes: int,
+    ) -> None:
+        import obstore
+
+        super().__init__(stat, uri=uri, size=size)
+        self._connection = connection
+        part = part_bytes(size, buffer_bytes)
+        self._file: WritableFile | None = obstore.open_writer(
+            connection.uploads, path, buffer_size=part, max_concurrency=max(1, buffer_bytes // part - 1)
+        )
+
+    def abort(self) -> None:
+        self._close()
+
+    def _take(self, view: memoryview) -> None:
+        # A copy: obstore keeps what it is given until it is sent, and the caller's buffer is filled again before that.
+        data = bytes(view)
+        self._ask(lambda file: file.write(data))
+
+    def _finish(self) -> None:
+        self._ask(lambda file: file.close())
+
+    def _close(self) -> None:
+        self._open, self._file = False, None  # one that is not closed is never seen
+
+    def _ask(self, ask: Callable[[WritableFile], object]) -> None:
+        """Call obstore once, as nobody knows how much of it was done.
+
+        Raises:
+            TransientStorageError: if the upload, begun anew, may succeed.
+        """
+        file, begun = self._file, self._connection.pace.wait_for_turn()
+        if file is None:
+            raise StorageError(f"{self._uri}: the upload was given up")
+        try:
+            ask(file)
+        except Exception as error:
+            translated = translate(error, self._uri, self._connection)
+            if isinstance(translated, SlowDown):
+                self._connection.pace.refused(begun)
+            raise translated from error
 
 
 def part_bytes(size: int, buffer_bytes: int) -> int:

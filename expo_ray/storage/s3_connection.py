@@ -16,7 +16,15 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies_environment, proxy_bypass
 
 from expo_ray.errors import StorageError
-from expo_ray.storage.pace import Pace, pace_of
+from expo_ray.storage.connection import (
+    NO_RETRIES,
+    Cloud,
+    Connection,
+    reading_options,
+    timeouts_of_writes,
+    writing_options,
+)
+from expo_ray.storage.pace import pace_of
 from expo_ray.text import remember_file_secrets, remember_secret, shown_end
 
 if TYPE_CHECKING:
@@ -26,13 +34,6 @@ if TYPE_CHECKING:
     from obstore.store import ClientConfig, S3Credential
     from obstore.store import S3Store as Client
 
-CONNECT_TIMEOUT_S = 5.0
-# A read is given up after this long without a byte, or in all: 4 MiB in a minute is 70 kB/s.
-SILENCE_TIMEOUT_S = 10.0
-READ_TIMEOUT_S = 60.0
-# obstore counts silence from the start of a request, so a body that takes longer to send would be cut off: writes have no
-# limit on silence, only one in all.
-WRITE_TIMEOUT_S = 60.0
 # Connections that the threads of a process may need for uploads at once; more wait for each other.
 _MOST_CONNECTIONS = 64
 # Below the 10 minutes that botocore keeps in hand before credentials expire.
@@ -42,33 +43,28 @@ CREDENTIAL_TTL = timedelta(minutes=5)
 # host but the endpoint's is reached through this "proxy", that is, not at all.
 NOWHERE = "127.0.0.1:0"
 
-SET_CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or run where an instance or pod role grants access"
+S3 = Cloud(
+    credentials="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or run where an instance or pod role grants access",
+    rights="grant them s3:ListBucket, s3:GetObject, and for outputs s3:PutObject, s3:DeleteObject and s3:AbortMultipartUpload",
+    endpoint="AWS_ENDPOINT_URL",
+    certificates="set AWS_CA_BUNDLE to the file of its authority",
+    region="AWS_REGION",
+)
 
 
 @dataclass(frozen=True)
-class Connection:
-    """Clients of one bucket.
+class S3Connection(Connection):
+    """Clients of one bucket of S3.
 
     Attributes:
-        endpoint: where requests go, for messages.
-        guarded: TLS guards the bytes on their way.
-        reads: for GET, HEAD and LIST; retries nothing.
-        puts: for single PUT and DELETE; retries nothing.
-        headers: botocore's client, for multipart uploads and for headers of answers; retries nothing.
-        pace: how fast this process asks.
+        headers: botocore's client, for uploads in parts and for headers of answers; retries nothing.
     """
 
-    bucket: str
-    endpoint: str
-    guarded: bool
-    reads: Client
-    puts: Client
     headers: Any
-    pace: Pace
 
 
 @cache
-def connect(bucket: str) -> Connection:
+def connect(bucket: str) -> S3Connection:
     """Make the connection of this process to `bucket`; no request is sent to it yet.
 
     Raises:
@@ -87,7 +83,7 @@ def connect(bucket: str) -> Connection:
         session = boto3.Session(region_name=os.environ.get("AWS_REGION") or None)
         credentials = session.get_credentials()
         if credentials is None or not CredentialProvider(credentials)()["access_key_id"]:
-            raise StorageError(f"s3://{bucket}: no AWS credentials found; {SET_CREDENTIALS}")
+            raise StorageError(f"s3://{bucket}: no AWS credentials found; {S3.credentials}")
         session._session._credentials = _Stripped(credentials)  # type: ignore[attr-defined]
         client = _headers_client(session)
         return _connection(session, credentials, bucket, _address(client, bucket), client)
@@ -177,11 +173,12 @@ class Address:
 def _headers_client(session: boto3.Session) -> Any:
     from botocore.config import Config
 
+    connect_timeout_s, write_timeout_s = timeouts_of_writes()
     return session.client(
         "s3",
         config=Config(
-            connect_timeout=CONNECT_TIMEOUT_S,
-            read_timeout=WRITE_TIMEOUT_S,
+            connect_timeout=connect_timeout_s,
+            read_timeout=write_timeout_s,
             retries={"total_max_attempts": 1},
             max_pool_connections=_MOST_CONNECTIONS,
             request_checksum_calculation="when_required",
@@ -235,29 +232,24 @@ def _intercept(request: AWSPreparedRequest, **_: object) -> NoReturn:
 
 def _connection(
     session: boto3.Session, credentials: Credentials, bucket: str, address: Address, client: Any
-) -> Connection:
+) -> S3Connection:
     guarded = address.endpoint.startswith("https://")
-    options: ClientConfig = {
-        "allow_http": not guarded,
-        "connect_timeout": timedelta(seconds=CONNECT_TIMEOUT_S),
-        **_no_redirects(address.endpoint),
-    }
+    options: ClientConfig = _no_redirects(address.endpoint)
     if ca_bundle := session._session.get_config_variable("ca_bundle"):
         options["root_certificate"] = Path(ca_bundle).read_text()
-    reading: ClientConfig = {
-        **options,
-        "timeout": timedelta(seconds=READ_TIMEOUT_S),
-        "read_timeout": timedelta(seconds=SILENCE_TIMEOUT_S),
-    }
-    writing: ClientConfig = {**options, "timeout": timedelta(seconds=WRITE_TIMEOUT_S)}
-    return Connection(
+    reading: ClientConfig = {**reading_options(allow_http=not guarded), **options}
+    writing: ClientConfig = {**writing_options(allow_http=not guarded), **options}
+    puts = _client(credentials, bucket, address, writing)
+    return S3Connection(
+        cloud=S3,
         bucket=bucket,
         endpoint=address.endpoint,
         guarded=guarded,
         reads=_client(credentials, bucket, address, reading),
-        puts=_client(credentials, bucket, address, writing),
-        headers=client,
+        puts=puts,
+        uploads=puts,  # botocore sends parts, as obstore does not combine their checksums
         pace=pace_of(f"{address.endpoint}/{bucket}"),
+        headers=client,
     )
 
 
@@ -285,6 +277,6 @@ def _client(credentials: Credentials, bucket: str, address: Address, options: Cl
         disable_bulk_delete=True,  # not every S3-compatible store knows DeleteObjects
         skip_signature=False,
         client_options=options,
-        retry_config={"max_retries": 0},  # `retry` repeats requests
+        retry_config=NO_RETRIES,
         credential_provider=CredentialProvider(credentials),
     )

@@ -16,11 +16,15 @@ from expo_ray.storage.missing import hub_uri
 from expo_ray.text import shown
 
 # Each has its store in `open_store`, where the type checker asks for it.
-Scheme = Literal["file", "s3", "hf", "memory"]
+Scheme = Literal["file", "s3", "gs", "az", "hf", "memory"]
 SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 # `s3://bucket/folder?X-Amz-Signature=...`; a `?` without a value behind it may be a part of a name.
 _QUERY = re.compile(r"[?#][^/]*=")
+_CREDENTIALS = (
+    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, GOOGLE_APPLICATION_CREDENTIALS, AZURE_STORAGE_CONNECTION_STRING or "
+    "HF_TOKEN instead"
+)
 _LONGEST_NAME, _LONGEST_PATH = 255, 2000
 _NOT_IN_NAMES = {"Cc", "Zl", "Zp"}
 # `s3:/b` and `s3//b` would be local folders of that name.
@@ -101,13 +105,12 @@ def _check_no_secrets(uri: str, rest: str) -> None:
     """
     if "@" in rest.partition("/")[0]:
         raise StorageError(
-            f"{uri}: credentials do not belong in a URI, it is written into logs and manifests; "
-            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or HF_TOKEN instead"
+            f"{uri}: credentials do not belong in a URI, it is written into logs and manifests; {_CREDENTIALS}"
         )
     if _QUERY.search(rest):
         raise StorageError(
             f"{uri}: a query does not belong in a URI, and a signed URL opens one file where a model has many; leave it out, and "
-            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or HF_TOKEN instead"
+            f"{_CREDENTIALS}"
         )
 
 

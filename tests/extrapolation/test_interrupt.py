@@ -21,9 +21,9 @@ from tests.support.ray_cluster import wait_until
 COMMAND = """
 import signal, sys
 from expo_ray.cli.process import main
-from expo_ray.storage import s3_connection
+from expo_ray.storage import connection
 
-s3_connection.SILENCE_TIMEOUT_S = 3.0  # obstore sees no signal before it has given up
+connection.SILENCE_TIMEOUT_S = 3.0  # obstore sees no signal before it has given up
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.exit(main(["verify", "s3://bucket/model"]))
 """

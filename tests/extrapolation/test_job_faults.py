@@ -14,7 +14,7 @@ import torch
 
 from examples.local_s3 import SeaweedFS
 from expo_ray.extrapolation import in_threads
-from expo_ray.storage import forget_stores, object_writer, retry, s3_connection
+from expo_ray.storage import connection, forget_stores, object_writer, retry
 from tests.support.fault_proxy import Action, Fault
 from tests.support.pairs import expo, moved, write_both
 from tests.support.ray_cluster import Process, RayBox, wait_until
@@ -122,8 +122,8 @@ class Job:
 def job(stage: Stage, light_pair: LightPair, monkeypatch: pytest.MonkeyPatch) -> Job:
     monkeypatch.setattr(retry, "FIRST_DELAY_S", 0.01)
     monkeypatch.setattr(in_threads, "MAX_RETRIES", 1)
-    monkeypatch.setattr(s3_connection, "SILENCE_TIMEOUT_S", 0.5)
-    monkeypatch.setattr(s3_connection, "WRITE_TIMEOUT_S", 1.5)
+    monkeypatch.setattr(connection, "SILENCE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(connection, "WRITE_TIMEOUT_S", 1.5)
     monkeypatch.setattr(object_writer, "LARGEST_PART_BYTES", 5 * MIB)
     monkeypatch.setenv("AWS_ENDPOINT_URL", stage.way.endpoint)
     forget_stores()

@@ -46,7 +46,8 @@ FILES = {
     "nested/a.json": b"[]",
 }
 
-WRITABLE = ["local", "memory", pytest.param("s3", marks=pytest.mark.s3)]
+CLOUDS = {"s3": "s3_uri", "gcs": "gcs_uri", "azure": "azure_uri"}
+WRITABLE = ["local", "memory", *(pytest.param(cloud, marks=pytest.mark.s3) for cloud in CLOUDS)]
 
 
 def _root(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> str:
@@ -54,7 +55,7 @@ def _root(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return str(tmp_path / "store")
     if kind == "memory":
         return f"memory://{uuid.uuid4().hex}/folder"
-    return str(request.getfixturevalue("s3_uri"))
+    return str(request.getfixturevalue(CLOUDS[kind]))
 
 
 @pytest.fixture(params=WRITABLE)
@@ -366,14 +367,21 @@ def test_local_uris(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert store.read("x") == b"x"
 
 
-@pytest.mark.parametrize("uri", ["gs://bucket/x", "https://host/x", "nonsense://x"])
+@pytest.mark.parametrize("uri", ["abfs://bucket/x", "https://host/x", "nonsense://x"])
 def test_an_unknown_scheme_names_the_known_ones(uri: str) -> None:
-    with pytest.raises(StorageError, match=r"file://, s3://, hf://, memory://"):
+    with pytest.raises(StorageError, match=r"file://, s3://, gs://, az://, hf://, memory://"):
         open_store(uri)
 
 
 @pytest.mark.parametrize(
-    "uri", ["s3://key:hush@bucket/x", "gs://key:hush@bucket/x", "https://h/x?sig=hush", "hf://hush@org/n"]
+    "uri",
+    [
+        "s3://key:hush@bucket/x",
+        "gs://key:hush@bucket/x",
+        "az://box/x?sig=hush",
+        "https://h/x?sig=hush",
+        "hf://hush@org/n",
+    ],
 )
 def test_credentials_in_a_uri_are_refused_and_not_repeated(uri: str) -> None:
     with pytest.raises(StorageError) as caught:
@@ -382,7 +390,18 @@ def test_credentials_in_a_uri_are_refused_and_not_repeated(uri: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "uri", ["", "s3://", "s3:///x", "memory://", "file://relative", "hf://name-only", "hf://datasets/a/b"]
+    "uri",
+    [
+        "",
+        "s3://",
+        "s3:///x",
+        "gs://",
+        "az:///x",
+        "memory://",
+        "file://relative",
+        "hf://name-only",
+        "hf://datasets/a/b",
+    ],
 )
 def test_an_incomplete_uri_is_refused(uri: str) -> None:
     with pytest.raises(StorageError):
@@ -561,7 +580,7 @@ def test_one_function_decides_what_is_local(tmp_path: Path, monkeypatch: pytest.
     assert open_store("memory://name/model").local_path is None
 
 
-@pytest.mark.parametrize("uri", ["gs://bucket/model", "az://model", "https://host/model"])
+@pytest.mark.parametrize("uri", ["abfs://box/model", "adl://model", "https://host/model"])
 def test_a_scheme_without_a_store_is_refused_with_those_that_have_one(uri: str) -> None:
     for function in (local_path, open_store, split_file):
         with pytest.raises(StorageError) as raised:

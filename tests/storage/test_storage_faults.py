@@ -13,7 +13,7 @@ import pytest
 
 from examples.local_s3 import SeaweedFS
 from expo_ray.errors import AlreadyExists, InputChanged, NotFound, StorageError, TransientStorageError
-from expo_ray.storage import FileInfo, Store, forget_stores, object_writer, open_store, retry, s3_connection
+from expo_ray.storage import FileInfo, Store, connection, forget_stores, object_writer, open_store, retry
 from expo_ray.storage.retry import ATTEMPTS, read_agreed, retry_transient
 from tests.support.fault_proxy import Action, Fault, FaultProxy
 
@@ -36,8 +36,8 @@ LOST = [
 @pytest.fixture(autouse=True)
 def impatience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry, "FIRST_DELAY_S", 0.01)
-    monkeypatch.setattr(s3_connection, "SILENCE_TIMEOUT_S", 0.5)
-    monkeypatch.setattr(s3_connection, "WRITE_TIMEOUT_S", 3.0)
+    monkeypatch.setattr(connection, "SILENCE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(connection, "WRITE_TIMEOUT_S", 3.0)
     monkeypatch.setattr(object_writer, "LARGEST_PART_BYTES", 5 * MIB)
 
 

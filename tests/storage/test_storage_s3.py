@@ -16,7 +16,7 @@ import pytest
 
 from examples.local_s3 import ACCESS_KEY, SECRET_KEY, SeaweedFS
 from expo_ray.errors import NotFound, StorageError
-from expo_ray.storage import forget_stores, open_store, s3_connection
+from expo_ray.storage import connection, forget_stores, open_store
 from expo_ray.storage.s3_connection import connect
 from tests.support.fault_proxy import FaultProxy
 
@@ -243,7 +243,7 @@ def tls_proxy(
     context.load_cert_chain(certificate)
     with FaultProxy(s3_server.endpoint, tls=context) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
-        monkeypatch.setattr(s3_connection, "SILENCE_TIMEOUT_S", 5)
+        monkeypatch.setattr(connection, "SILENCE_TIMEOUT_S", 5)
         forget_stores()
         yield proxy
 
