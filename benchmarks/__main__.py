@@ -16,6 +16,7 @@ QUESTIONS = {
     "throttling": "what becomes of a job whose store admits only so many requests a second?",
     "scale": "how many shards a second does the Ray driver carry, and does its memory grow?",
     "machines": "what does the loss of a machine cost a pipeline?",
+    "many_pairs": "what do a thousand pairs cost the driver: memory, sockets, requests, planning, the report?",
     "rewards": "how fast are responses scored, against a transformers pipeline at batch 8?",
     "reward_dtypes": "by how much do rewards in 16 bits differ from fp32, and between the back ends?",
     "alpha_search": "how good is the alpha that the search finds, and at what price?",
@@ -37,7 +38,7 @@ QUESTIONS = {
 }
 # These measure the quality of results instead of this machine's speed. They take many minutes, so they run only when named.
 ONLY_WHEN_NAMED = {
-    "adapters", "alpha_search", "coverage", "decisions", "gpu", "judgments", "length_rule", "machines", "reward_dtypes", "roles", "rounding",
+    "adapters", "alpha_search", "coverage", "decisions", "gpu", "judgments", "length_rule", "machines", "many_pairs", "reward_dtypes", "roles", "rounding",
     "swap_architectures", "swap_slices",
     "templates", "throttling",
 }  # fmt: skip

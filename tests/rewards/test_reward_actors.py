@@ -244,6 +244,58 @@ def test_a_function_that_ends_its_process_is_named_with_the_prompt(box: RayBox) 
     assert f"prompt {rows[1].prompt_id}: python:leaving:leave called sys.exit(3)" in again.stderr
 
 
+SHARED = """
+import json, threading
+from expo_ray.config import RewardModel
+from expo_ray.errors import RewardError
+from expo_ray.evaluation.rewards.reward_model import check_reward
+from expo_ray.on_ray.cluster import cluster
+from expo_ray.on_ray.rewards.pool import RewardPool
+from tests.support.tiny_reward_models import response
+
+ended, scored = [], {}
+
+def score(name, texts):
+    try:
+        inputs = pool.inputs([response(f"{name}{number}", text) for number, text in enumerate(texts)])
+        scored[name] = [reward.reward for batch in pool.score(inputs) for reward in batch]
+    except RewardError as error:
+        scored[name] = str(error)
+    ended.append(name)
+
+if __name__ == "__main__":
+    with cluster(), RewardPool(check_reward(RewardModel(model="python:deadly:length", replicas=2))) as pool:
+        score("first", ["x"])  # the actors are there
+        threads = [
+            threading.Thread(target=score, args=(name, texts))
+            for name, texts in (("many", ["x" * 7] * 600), ("few", ["x" * 5] * 20), ("deadly", ["x", "end"]))
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    print(json.dumps([ended, scored]))
+"""
+
+
+def test_pairs_share_the_actors_and_one_that_kills_them_fails_alone(box: RayBox) -> None:
+    (box.folder / "deadly.py").write_text(
+        SLOW.replace(
+            'if response == "raise"',
+            "if response == 'end':\n        os._exit(3)\n    if response == \"raise\"",
+        )
+    )
+    (box.folder / "share.py").write_text(SHARED)
+    run = box.run("python", str(box.folder / "share.py"))
+    assert run.wait() == 0, run.stderr
+    ended_in_order, scored = json.loads(run.stdout.splitlines()[-1])
+    assert sorted(scored["many"]) == [7.0] * 600
+    assert sorted(scored["few"]) == [5.0] * 20
+    assert "actors died over the response to prompt" in scored["deadly"]
+    # They do not wait for each other's rows.
+    assert ended_in_order.index("few") < ended_in_order.index("many")
+
+
 def test_a_full_disk_is_reported_once_and_what_is_stored_is_kept(box: RayBox) -> None:
     name = "python:slow_rewards:length"
     rows = list(prompts().values())[:200]

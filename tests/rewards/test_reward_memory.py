@@ -25,8 +25,9 @@ from expo_ray.evaluation.rewards.reward_model import Classifier, check_reward, i
 from expo_ray.on_ray.gpus import starting_alone
 from expo_ray.on_ray.rewards import backends, memory
 from expo_ray.on_ray.rewards.backends import load_backend
+from expo_ray.on_ray.rewards.crew import Crew, _Slot
 from expo_ray.on_ray.rewards.memory import ActorNeed, check_memory
-from expo_ray.on_ray.rewards.pool import Crew, RewardPool, _Slot
+from expo_ray.on_ray.rewards.pool import RewardPool
 from tests.support.tiny_reward_models import save_reward_model
 
 GB = 10**9

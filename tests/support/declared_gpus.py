@@ -20,7 +20,7 @@ from expo_ray.cli.process import main
 from expo_ray.config import Serving
 from expo_ray.evaluation.placement import Place
 from expo_ray.on_ray import capacity, cluster, gpus
-from expo_ray.on_ray.rewards import pool
+from expo_ray.on_ray.rewards import crew
 from expo_ray.on_ray.serving import engine_groups, engine_settings
 from expo_ray.on_ray.serving.engine_groups import EngineGroup, deploy_group
 
@@ -35,7 +35,7 @@ def declare(many: int, gpu_bytes: int, file: str) -> None:
     start, arguments = cluster._init_twice, engine_settings.engine_arguments
     bundles, environment = engine_settings._gpu_placement, engine_settings._environment
 
-    class Actor(pool.RewardActor):
+    class Actor(crew.RewardActor):
         """Computes on a CPU what it was given a GPU for."""
 
         def __init__(self, model: Any, dtype: str, num_gpus: float) -> None:
@@ -76,7 +76,7 @@ def declare(many: int, gpu_bytes: int, file: str) -> None:
     engine_settings.engine_arguments = on_cpu
     engine_settings._gpu_placement = lambda place: {**bundles(place), "accelerator_config": {"kind": "cpu"}}
     engine_settings._environment = lambda place, threads: environment(None, threads)
-    pool.RewardActor = Actor  # type: ignore[misc]
+    crew.RewardActor = Actor  # type: ignore[misc]
     vars(engine_groups)["deploy_group"] = observed
     engine_groups.Deployed.wait = wait  # type: ignore[method-assign, assignment]
     vars(capacity)["engine_built_for_gpus"] = lambda: True

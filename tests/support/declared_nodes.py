@@ -31,7 +31,7 @@ from expo_ray.evaluation.placement import Need, Place, Placement, place
 from expo_ray.evaluation.rewards.reward_model import Classifier, check_reward
 from expo_ray.evaluation.turns import Turns
 from expo_ray.on_ray import capacity, gpus
-from expo_ray.on_ray.rewards import pool
+from expo_ray.on_ray.rewards import crew
 from expo_ray.on_ray.rewards.placement import ActorRoom
 from expo_ray.on_ray.rewards.pool import RewardPool
 from expo_ray.on_ray.search_room import share_scorers
@@ -163,7 +163,7 @@ def placements(cases: Sequence[Mapping[str, Any]]) -> None:
             nodes.remove(node)
 
 
-class Actor(pool.RewardActor):
+class Actor(crew.RewardActor):
     """Computes on a CPU what it was given a GPU for, and says which others live while it loads."""
 
     def __init__(self, model: Any, dtype: str, num_gpus: float) -> None:
@@ -189,7 +189,7 @@ def turns(folders: Sequence[str]) -> None:
 
     nodes = Nodes()
     nodes.add(num_gpus=1)
-    pool.RewardActor = Actor  # type: ignore[misc]
+    crew.RewardActor = Actor  # type: ignore[misc]
     specs = [RewardModel(model=folder, name=Path(folder).name, backend="transformers", dtype="fp32") for folder in folders]  # fmt: skip
     pools = [RewardPool(check_reward(spec), device="cuda") for spec in specs]
     for each in pools:
@@ -199,7 +199,7 @@ def turns(folders: Sequence[str]) -> None:
 
     def score(number: int, first: int) -> None:
         shared, asked = scorers[number], texts[first : first + 8]
-        with shared.turn, shared.lock:
+        with shared.turn:
             rewards = [
                 reward for batch in shared.scorer.score(shared.scorer.inputs(asked)) for reward in batch
             ]

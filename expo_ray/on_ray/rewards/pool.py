@@ -1,64 +1,39 @@
-"""A reward model on a pool of Ray actors: which of them are ready, which batches each has, and which have to be replaced."""
+"""A reward model that the pairs of a search share: its actors start with the first text to score, and end with the search."""
 
 from __future__ import annotations
 
 import logging
-import os
-import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-import ray
-from ray.exceptions import (
-    ActorUnschedulableError,
-    OutOfMemoryError,
-    RayError,
-    RayTaskError,
-    RuntimeEnvSetupError,
-)
-from ray.util.scheduling_strategies import SchedulingStrategyT
-
 from expo_ray.config import Serving
-from expo_ray.errors import ExpoError, InputChanged, RewardError
 from expo_ray.evaluation.devices import SettledDevice
 from expo_ray.evaluation.gpu_needs import reward_need, scores_on_gpus
 from expo_ray.evaluation.placement import Node, Placement, place
 from expo_ray.evaluation.records import Response, Reward
-from expo_ray.evaluation.rewards.reward_function import RewardFunction, function_scorer
 from expo_ray.evaluation.rewards.reward_inputs import RewardInput, ScoreFailure
 from expo_ray.evaluation.rewards.reward_model import (
     CheckedReward,
-    Classifier,
-    inspect_reward_model,
 )
-from expo_ray.interrupt import raise_if_interrupted
-from expo_ray.on_ray.capacity import LOOK_S, await_room, usual_devices
-from expo_ray.on_ray.gpus import log_placement, starting_alone
-from expo_ray.on_ray.rewards.backends import PARITY_TEXTS, load_backend
+from expo_ray.on_ray.capacity import await_room, usual_devices
+from expo_ray.on_ray.gpus import log_placement
+from expo_ray.on_ray.rewards.backends import PARITY_TEXTS
+from expo_ray.on_ray.rewards.crew import Crew
 from expo_ray.on_ray.rewards.memory import ActorNeed, check_memory
 from expo_ray.on_ray.rewards.placement import ActorRoom, check_room
-from expo_ray.serving.node_cache import download_model
-from expo_ray.text import shown
 
 log = logging.getLogger("expo_ray")
 
 BATCH_ROWS = 64
-# Batches that an actor has been given, so that it never waits for the driver.
-_BATCHES_AHEAD = 2
-# Deaths that one batch outlives; a text that kills every actor must not be tried for ever.
-MAX_DEATHS = 5
-_DEATHS_TOGETHER = 2
-_STALL_WARNING_S = 120.0
 
 
 class RewardPool:
     """A reward model on Ray actors; see `expo_ray.evaluation.rewards.score_missing.NamedScorer`.
 
-    Nothing is loaded before something is to be scored. The actors (`Crew`) stay until the pool is closed; `score` is for one
-    thread at a time.
+    Nothing is loaded before something is to be scored. The actors (`Crew`) stay until the pool is closed. Several threads may
+    score at the same time, as the pairs of a search do.
 
     Args:
         room: of the actors on GPUs; as if they had all GPUs for themselves unless given.
@@ -76,6 +51,7 @@ class RewardPool:
         self.room, self._device = room, device
         self.checked, self.spec, self.model = checked, checked.spec, checked.model
         self._crew: Crew | None = None
+        self._starting, self._reading = threading.Lock(), threading.Lock()
 
     @property
     def name(self) -> str:
@@ -122,19 +98,20 @@ class RewardPool:
         return None
 
     def inputs(self, responses: Sequence[Response]) -> list[RewardInput]:
-        return self.checked.inputs(responses)
+        with self._reading:  # a tokenizer is not made for several threads
+            return self.checked.inputs(responses)
 
     def score(self, inputs: Sequence[RewardInput]) -> Iterator[Sequence[Reward | ScoreFailure]]:
         if not inputs:
             return
         # The longest first: what does not fit into memory fails early, and no long batch is left to run alone at the end.
         ordered = sorted(inputs, key=lambda asked: len(asked.ids) or len(asked.text), reverse=True)
-        if self._crew is None:
-            self._crew = self._start_crew(_probe(ordered))
-        size = max(1, min(BATCH_ROWS, -(-len(ordered) // (2 * self._crew.size))))
-        yield from self._crew.work_off(
-            ordered[first : first + size] for first in range(0, len(ordered), size)
-        )
+        with self._starting:
+            if self._crew is None:
+                self._crew = self._start_crew(_probe(ordered))
+            crew = self._crew
+        size = max(1, min(BATCH_ROWS, -(-len(ordered) // (2 * crew.size))))
+        yield from crew.work_off(ordered[first : first + size] for first in range(0, len(ordered), size))
 
     def _start_crew(self, probe: Sequence[Sequence[int]]) -> Crew:
         """Start the actors: on GPUs where their room is, on CPUs on as many nodes as there are."""
@@ -169,263 +146,3 @@ def _probe(ordered: Sequence[RewardInput]) -> list[Sequence[int]]:
     """Texts of all lengths, evenly spaced in `ordered`."""
     many = min(PARITY_TEXTS, len(ordered))
     return [ordered[number * (len(ordered) - 1) // max(many - 1, 1)].ids for number in range(many)]
-
-
-class RewardActor:
-    """A reward model in its own process. Its methods may be called again at any time."""
-
-    def __init__(self, model: Classifier | RewardFunction, dtype: str, num_gpus: float) -> None:
-        self._model, self._dtype, self._num_gpus = model, dtype, num_gpus
-        self._score: Any = None
-        # Nothing here may ask the terminal that the job was started from.
-        with open(os.devnull) as nothing:
-            os.dup2(nothing.fileno(), 0)
-
-    def load(self, probe: Sequence[Sequence[int]], compares: bool = False) -> str:
-        """Load the model; returns the name of the back end that computes.
-
-        Args:
-            probe: texts on which a model must agree with its definition.
-            compares: whether to load both back ends of a model for that.
-
-        Raises:
-            ExpoError: if it cannot be loaded, or they do not agree.
-        """
-        model = self._model
-        if isinstance(model, RewardFunction):
-            score = function_scorer(model)
-            self._score = lambda inputs: [score(asked) for asked in inputs]
-            return model.uri
-        now = inspect_reward_model(model.spec)
-        if not isinstance(now, Classifier) or now.identity != model.identity:
-            raise InputChanged(
-                f"{model.uri}: its files are no longer those that were looked at when the job began; run it again"
-            )
-        folder = download_model(model.uri)
-        with starting_alone(0 < self._num_gpus < 1):
-            backend = load_backend(
-                model, folder, self._dtype, num_gpus=self._num_gpus, probe=probe, compares=compares
-            )
-        self._score = lambda inputs: [
-            asked.scored(score, model.uri)
-            for asked, score in zip(inputs, backend.score([asked.ids for asked in inputs]), strict=True)
-        ]
-        return backend.name
-
-    def score(self, inputs: Sequence[RewardInput]) -> list[Reward | ScoreFailure]:
-        """Score some inputs, in their order."""
-        if self._score is None:
-            self.load(())
-        scored: list[Reward | ScoreFailure] = self._score(inputs)
-        return scored
-
-
-@dataclass(eq=False)
-class _Slot:
-    """An actor and what it has been given.
-
-    Attributes:
-        loaded: becomes ready when the actor has.
-        checks: whether it compares the back ends first.
-        batches: how many it has been given and not returned.
-    """
-
-    actor: Any
-    loaded: ray.ObjectRef[Any]
-    checks: bool
-    ready: bool = False
-    batches: int = 0
-
-
-@dataclass
-class _Batch:
-    inputs: Sequence[RewardInput]
-    deaths: int = 0
-
-    def split(self) -> list[_Batch]:
-        """Return the batch itself, or each response alone once actors have died over it twice, so that the last error names it."""
-        if self.deaths < _DEATHS_TOGETHER or len(self.inputs) == 1:
-            return [self]
-        return [_Batch([asked], self.deaths) for asked in self.inputs]
-
-
-class Crew:
-    """The actors of one reward model, from the first start to the end.
-
-    The first actor of a model compares the back ends; the others start once these agree, all at once. So nothing is loaded in
-    vain where they do not, and no reference takes memory beside another actor.
-
-    An actor that dies, alone or with its node, is replaced, and the batches it had not returned are given to another.
-
-    Args:
-        need: the model, and what each actor takes.
-        probe: texts on which the first actor answers for all that the back ends agree.
-        strategies: how Ray is to schedule each actor.
-
-    Attributes:
-        size: number of actors.
-    """
-
-    def __init__(
-        self, need: ActorNeed, probe: Sequence[Sequence[int]], strategies: Sequence[SchedulingStrategyT]
-    ) -> None:
-        self._strategies, self.size = strategies, len(strategies)
-        self._need, self._probe = need, probe
-        self._spec, self._model = need.checked.spec, need.checked.model
-        self._agreed = False
-        self._died_loading = 0
-        self._slots = [self._start(0, checks=True)]
-        if isinstance(self._model, RewardFunction):
-            self._start_others()
-
-    def work_off(self, batches: Iterable[Sequence[RewardInput]]) -> Iterator[Sequence[Reward | ScoreFailure]]:
-        """Score all batches; yields the scores of each as it returns.
-
-        Raises:
-            ExpoError: if the model cannot score at all.
-        """
-        queue = deque(map(_Batch, batches))
-        under_way: dict[ray.ObjectRef[Any], tuple[_Slot, _Batch]] = {}
-        try:
-            while queue or under_way:
-                self._submit(queue, under_way)
-                loading = {slot.loaded: slot for slot in self._slots if not slot.ready}
-                done = _wait_for_any([*under_way, *loading])
-                for ref in done:
-                    if ref in loading:
-                        self._finish_loading(loading[ref])
-                        continue
-                    slot, batch = under_way.pop(ref)
-                    slot.batches -= 1
-                    try:
-                        yield ray.get(ref)
-                    except RayError as error:
-                        self._count_death(error, batch)
-                        self._replace(slot, error)
-                        queue.extendleft(reversed(batch.split()))
-                if not done:
-                    log.warning(
-                        "%s: nothing has come back for %d s; %d batch(es) are under way, %d of %d actors are ready",
-                        self._spec.name, _STALL_WARNING_S, len(under_way), len(self._slots) - len(loading), self.size,
-                    )  # fmt: skip
-        finally:
-            for ref, (slot, _) in under_way.items():
-                ray.cancel(ref)
-                slot.batches -= 1
-
-    def close(self) -> None:
-        """End the actors."""
-        for slot in self._slots:
-            ray.kill(slot.actor)
-
-    def _start_others(self) -> None:
-        while len(self._slots) < self.size:
-            self._slots.append(self._start(len(self._slots), checks=False))
-
-    def _start(self, number: int, *, checks: bool) -> _Slot:
-        options: dict[str, Any] = {
-            "num_cpus": self._spec.num_cpus,
-            "num_gpus": self._need.num_gpus,
-            "scheduling_strategy": self._strategies[number],
-        }
-        if reserved := self._need.reserved_bytes:
-            options["memory"] = reserved
-        actor: Any = ray.remote(**options)(RewardActor).remote(
-            self._model, self._need.checked.dtype, self._need.num_gpus
-        )
-        return _Slot(actor, actor.load.remote(self._probe, checks), checks)
-
-    def _submit(
-        self, queue: deque[_Batch], under_way: dict[ray.ObjectRef[Any], tuple[_Slot, _Batch]]
-    ) -> None:
-        """Keep ready actors busy; none of them before the back ends are known to agree."""
-        for slot in self._slots if self._agreed else ():
-            while slot.ready and queue and slot.batches < _BATCHES_AHEAD:
-                batch = queue.popleft()
-                under_way[slot.actor.score.remote(batch.inputs)] = (slot, batch)
-                slot.batches += 1
-
-    def _finish_loading(self, slot: _Slot) -> None:
-        """Take note that an actor has loaded its model, or replace one that died of it."""
-        try:
-            name = ray.get(slot.loaded)
-        except RayError as error:
-            self._died_loading += 1
-            if self._died_loading > MAX_DEATHS:
-                raise RewardError(
-                    f"{self._spec.name}: {self._died_loading} actors died while they loaded it ({_death_of(error)}); "
-                    f"{self._remedy(error)}"
-                ) from error
-            self._replace(slot, error)
-        else:
-            slot.ready, self._died_loading = True, 0
-            if slot.checks:
-                self._agreed = True
-                log.info("%s: scored by %s", self._spec.name, name)
-                self._start_others()
-
-    def _count_death(self, error: RayError, batch: _Batch) -> None:
-        """Count a death over a batch.
-
-        Raises:
-            RewardError: after more than `MAX_DEATHS`, unless the error is the model's.
-        """
-        batch.deaths += 1
-        if batch.deaths > MAX_DEATHS and not isinstance(error, RayTaskError):
-            first = batch.inputs[0]
-            raise RewardError(
-                f"{self._spec.name}: {batch.deaths} actors died over the response to prompt {first.prompt_id}, sample "
-                f"{first.sample} ({_death_of(error)}); {self._remedy(error)}"
-            ) from error
-
-    def _remedy(self, error: RayError) -> str:
-        memory = "give the actors more memory, or set fewer `replicas`"
-        if isinstance(self._model, RewardFunction) and "memory" not in _death_of(error):
-            return f"look for what ends the process in {self._model.uri}: `os._exit`, a signal, a crash of compiled code; else {memory}"
-        return memory
-
-    def _replace(self, slot: _Slot, error: RayError) -> None:
-        """Start a new actor in the place of a dead one.
-
-        Raises:
-            ExpoError: the model's own error, which another actor would meet as well.
-        """
-        if isinstance(error, RayTaskError):
-            if isinstance(error.cause, ExpoError):
-                raise error.cause
-            log.error("%s failed", self._spec.name, exc_info=error)
-            raise RewardError(
-                f"{self._spec.name}: {type(error.cause).__name__}: {error.cause}; see the traceback above, and try "
-                "`backend: transformers`"
-            ) from error
-        if isinstance(error, ActorUnschedulableError | RuntimeEnvSetupError):
-            raise error
-        if slot in self._slots:  # else its other batch has seen to it
-            log.warning("%s: an actor died (%s); another takes over", self._spec.name, type(error).__name__)
-            ray.kill(slot.actor)
-            number = self._slots.index(slot)
-            self._slots[number] = self._start(number, checks=slot.checks and not slot.ready)
-
-
-def _wait_for_any(refs: Sequence[ray.ObjectRef[Any]]) -> Sequence[ray.ObjectRef[Any]]:
-    """Wait until one of some results is there; none after `_STALL_WARNING_S`.
-
-    Raises:
-        KeyboardInterrupt: soon after a signal.
-    """
-    deadline = time.monotonic() + _STALL_WARNING_S
-    while True:
-        done, _ = ray.wait([*refs], timeout=LOOK_S)
-        raise_if_interrupted()
-        if done or time.monotonic() > deadline:
-            return done
-
-
-def _death_of(error: RayError) -> str:
-    """Reason that Ray gives for the death of an actor, in a few words."""
-    text = " ".join(str(error).split())
-    if isinstance(error, OutOfMemoryError) or "NODE_OUT_OF_MEMORY" in text:
-        return "the node was out of memory"
-    # What follows is a list of all that may have been the reason.
-    detail = text.partition("Worker exit detail: ")[2].partition(". ")[0]
-    return shown(detail or type(error).__name__)
