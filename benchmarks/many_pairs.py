@@ -318,7 +318,7 @@ def _search(checked: Any, at_once: int) -> Any:
 
     def search(plan: Any) -> None:
         evaluator = PairEvaluator(
-            plan, os.environ["ENGINE"], [SharedScorer(NumberScorer())], sampling=checked.job.sampling, store=store, progress=progress,
+            plan, os.environ["ENGINE"], [SharedScorer(NumberScorer())], search_id=checked.search_id(plan), sampling=checked.job.sampling, store=store, progress=progress,
             slots=SLOTS, at_once=1,
         )  # fmt: skip
         result = search_pair(

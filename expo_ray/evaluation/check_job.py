@@ -22,7 +22,7 @@ from expo_ray.evaluation.rewards.reward_model import CheckedReward, check_reward
 from expo_ray.evaluation.search.methods import OLDEST_SEARCH_VERSION, SEARCH_VERSION, check_size
 from expo_ray.extrapolation.pinned import plan_publication
 from expo_ray.extrapolation.plan import PairPlan
-from expo_ray.extrapolation.plan_job import inspect_job, outputs_of
+from expo_ray.extrapolation.plan_job import call_for_each, inspect_job, outputs_of
 from expo_ray.serving.engine_checks import check_engine, deciding_arguments
 from expo_ray.serving.served_models import plan_served_pairs
 from expo_ray.storage import open_store
@@ -262,8 +262,9 @@ def _check_outputs(checked: CheckedJob) -> None:
     """
     job = checked.job
     problems, plans = Collected(), list[PairPlan]()
-    for pair, plan in zip(job.pairs, checked.plans, strict=True):
-        alphas = _published_alphas(job, pair.name) | set(pair.alphas if job.publish == "all" else ())
+    published = call_for_each(lambda pair: _published_alphas(job, pair.name), job.pairs)
+    for pair, plan, of_pair in zip(job.pairs, checked.plans, published, strict=True):
+        alphas = of_pair | set(pair.alphas if job.publish == "all" else ())
         if alphas:
             outputs = outputs_of(job, pair.model_copy(update={"alphas": tuple(sorted(alphas))}))
             with problems.catching():

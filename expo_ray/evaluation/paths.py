@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 _ROOT = "evaluation"
 _ABOUT = "about.json"
+# Where searches are kept.
+SEARCHES = f"{_ROOT}/searches/"
 
 
 @dataclass(frozen=True)
@@ -77,12 +79,12 @@ def prompt_set_key(name: str, digest: str) -> str:
 
 def search_key(pair: str, search_id: str) -> str:
     """File of a finished search."""
-    return f"{_ROOT}/searches/{pair}-{search_id}.json"
+    return f"{SEARCHES}{pair}-{search_id}.json"
 
 
 def rungs_key(pair: str, search_id: str) -> str:
     """File of what each rung of a search asked."""
-    return f"{_ROOT}/searches/{pair}-{search_id}.rungs.json"
+    return f"{SEARCHES}{pair}-{search_id}.rungs.json"
 
 
 def part_key(folder: str, digest: str) -> str:

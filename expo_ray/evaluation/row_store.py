@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import cache
 from typing import Any, Generic, Protocol, TypeVar, get_type_hints
@@ -19,6 +20,8 @@ from expo_ray.untrusted import TOKENIZER_BYTES, Foreign, parse_json_object, vali
 
 # A file of another kind is bad in every line; its message should stay readable.
 _LISTED_ROWS = 20
+# A search has dozens of parts for each alpha, and reads them again on every rung; each costs a round trip to the store.
+_PARTS_AT_ONCE = 8
 _REMEDY = "correct or remove it"
 
 
@@ -51,9 +54,15 @@ class RowStore(Generic[R]):
     def read(self, wanted: Callable[[R], bool] = lambda row: True) -> dict[Hashable, R]:
         """Read the wanted rows, by key; of rows with the same key, the first in the order of the parts' names."""
         rows: dict[Hashable, R] = {}
-        for info in self.store.list(f"{self.folder}/"):
-            for row in filter(wanted, read_rows(self.store, info.key, self._parse)):
-                rows.setdefault(row.key, row)
+        keys = [info.key for info in self.store.list(f"{self.folder}/")]
+
+        def read_part(key: str) -> list[R]:
+            return [row for row in read_rows(self.store, key, self._parse) if wanted(row)]
+
+        with ThreadPoolExecutor(_PARTS_AT_ONCE, "part") as threads:
+            for part in threads.map(read_part, keys):
+                for row in part:
+                    rows.setdefault(row.key, row)
         return rows
 
     def write(self, rows: Iterable[R]) -> None:

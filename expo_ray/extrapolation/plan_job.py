@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 from expo_ray.config import Job, Pair, format_alpha
 from expo_ray.errors import Collected, ExpoError, JobError, OutputError, problems_of
@@ -17,7 +18,10 @@ from expo_ray.storage import join_uri
 from expo_ray.storage.local_writer import free_bytes
 
 # Planning waits for stores: a few requests for each parent.
-PLANNING_THREADS = 8
+PLANNING_THREADS = 16
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -65,19 +69,27 @@ def plan_job(
     Raises:
         Problems: with everything that is wrong with any of them.
     """
+    planned = call_for_each(
+        lambda each: _plan_and_inspect(*each, overwrite), [*zip(pairs, outputs, strict=True)]
+    )
+    states = {key: state for _, states_of_pair in planned for key, state in states_of_pair.items()}
+    return _with_space([plan for plan, _ in planned], states)
+
+
+def call_for_each(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """Call `work` for each item, many at the same time, as it waits for stores; returns its results in order.
+
+    Raises:
+        Problems: with everything that is wrong with any of them.
+    """
     with ThreadPoolExecutor(PLANNING_THREADS, "plan") as pool:
-        planned = [
-            pool.submit(_plan_and_inspect, pair, folders, overwrite)
-            for pair, folders in zip(pairs, outputs, strict=True)
-        ]
-    problems, plans, states = Collected(), list[PairPlan](), dict[tuple[str, float], FolderState]()
-    for future in planned:
+        futures = [pool.submit(work, item) for item in items]
+    problems, results = Collected(), list[R]()
+    for future in futures:
         with problems.catching():
-            plan, states_of_pair = future.result()
-            plans.append(plan)
-            states |= states_of_pair
+            results.append(future.result())
     problems.raise_any()
-    return _with_space(plans, states)
+    return results
 
 
 def inspect_job(plans: Sequence[PairPlan]) -> JobPlan:
@@ -86,14 +98,8 @@ def inspect_job(plans: Sequence[PairPlan]) -> JobPlan:
     Raises:
         Problems: with everything that is wrong with any of them.
     """
-    problems, states = Collected(), dict[tuple[str, float], FolderState]()
-    with ThreadPoolExecutor(PLANNING_THREADS, "plan") as pool:
-        inspected = [pool.submit(_inspect, plan, overwrite=False) for plan in plans]
-    for future in inspected:
-        with problems.catching():
-            states |= future.result()
-    problems.raise_any()
-    return _with_space(plans, states)
+    inspected = call_for_each(lambda plan: _inspect(plan, overwrite=False), plans)
+    return _with_space(plans, {key: state for states in inspected for key, state in states.items()})
 
 
 def inspect_pairs(plans: Sequence[PairPlan]) -> tuple[JobPlan, dict[str, Exception]]:
@@ -105,16 +111,17 @@ def inspect_pairs(plans: Sequence[PairPlan]) -> tuple[JobPlan, dict[str, Excepti
     Returns:
         The job of those that can be written, and why others cannot, by name.
     """
-    job_plan, failures = JobPlan((), {}), dict[str, Exception]()
+    writable, failures = list[JobPlan](), dict[str, Exception]()
+    taken: dict[int, int] = {}
     with ThreadPoolExecutor(PLANNING_THREADS, "plan") as pool:
         inspected = [pool.submit(_inspect_present, plan) for plan in plans]
     for plan, future in zip(plans, inspected, strict=True):
         try:
-            states = future.result()
-            job_plan = _with_space([*job_plan.pairs, plan], {**job_plan.states, **states})
+            writable.append(_with_space([plan], future.result(), taken))
         except ExpoError as error:
             failures[plan.name] = error
-    return job_plan, failures
+    states = {key: state for job_plan in writable for key, state in job_plan.states.items()}
+    return JobPlan(tuple(plan for job_plan in writable for plan in job_plan.pairs), states), failures
 
 
 def _plan_and_inspect(
@@ -156,16 +163,24 @@ def _inspect_present(plan: PairPlan) -> dict[tuple[str, float], FolderState]:
     return states
 
 
-def _with_space(plans: Sequence[PairPlan], states: Mapping[tuple[str, float], FolderState]) -> JobPlan:
+def _with_space(
+    plans: Sequence[PairPlan],
+    states: Mapping[tuple[str, float], FolderState],
+    taken: dict[int, int] | None = None,
+) -> JobPlan:
     """The job of these pairs.
+
+    Args:
+        taken: bytes that others will write, by the disk's device number; those of these pairs are added.
 
     Raises:
         Problems: if a local disk has no room for what is to be written.
     """
     job_plan = JobPlan(tuple(plans), states)
-    problems = Collected()
-    for folder, size in _bytes_by_disk(job_plan).values():
-        free = free_bytes(folder)
+    problems, taken = Collected(), {} if taken is None else taken
+    needed = _bytes_by_disk(job_plan)
+    for device, (folder, of_these) in needed.items():
+        free, size = free_bytes(folder), of_these + taken.get(device, 0)
         if free is not None and size > free:
             problems.add(
                 OutputError(
@@ -173,6 +188,7 @@ def _with_space(plans: Sequence[PairPlan], states: Mapping[tuple[str, float], Fo
                 )
             )
     problems.raise_any()
+    taken |= {device: taken.get(device, 0) + size for device, (_, size) in needed.items()}
     return job_plan
 
 

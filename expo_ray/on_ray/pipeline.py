@@ -6,6 +6,7 @@ What each step makes is stored at a place that follows from its inputs, so a rer
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -92,7 +93,7 @@ class _SearchRun:
         self._status = status
         self._checked, self._job, self._stack = checked, checked.job, stack
         self._store = open_store(checked.job.output)
-        self._evaluators: list[PairEvaluator] = []
+        self._counting = threading.Lock()
         self.searches = Searches()
 
     def read_stored(self) -> None:
@@ -120,7 +121,6 @@ class _SearchRun:
             endpoint = Endpoint(url, key_variable=settings.api_key_env or KEY_VARIABLE)
             self._work_off([*zip(plans, groups, strict=True)], room, endpoint, progress)
             progress.finish(sorted(self.searches.failures))
-        self.searches.num_tokens += sum(evaluator.num_tokens for evaluator in self._evaluators)
 
     def _work_off(
         self,
@@ -172,10 +172,13 @@ class _SearchRun:
                 slots=group.slots(ask=room.engine is not None), at_once=steps, key_variable=endpoint.key_variable,
                 turn=turn,
             )  # fmt: skip
-            self._evaluators.append(evaluator)
             # The next step is asked while rewards of the last are made; by turns, a round is asked whole, then scored.
             at_once = steps + 1 if room.turns is None else WHOLE_ROUND
-            return self._search_pair(plan, evaluator, at_once, progress)
+            try:
+                return self._search_pair(plan, evaluator, at_once, progress)
+            finally:
+                with self._counting:
+                    self.searches.num_tokens += evaluator.num_tokens
 
     def _search_pair(
         self, plan: PairPlan, evaluator: PairEvaluator, at_once: int, progress: Progress

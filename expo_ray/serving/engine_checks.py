@@ -14,6 +14,7 @@ from expo_ray.checkpoint.small_files import read_json, text_configs
 from expo_ray.config import Serving
 from expo_ray.errors import Collected, JobError
 from expo_ray.extrapolation.plan import PairPlan
+from expo_ray.extrapolation.plan_job import call_for_each
 from expo_ray.storage import open_store
 from expo_ray.text import shown, shown_names
 
@@ -85,9 +86,9 @@ def check_engine(settings: Serving, plans: Sequence[PairPlan]) -> None:
                     f"`engine: {{{name}: {shown(str(value))}}}`: {_NOT_SWAPPED[name]}, so the weights of another alpha could not be "
                     "compared; leave it out, or publish the models and serve their folders under `models`"
                 )
-    for plan in plans if isinstance(workers, int) and workers > 1 else ():
+    if isinstance(workers, int) and workers > 1:
         with problems.catching():
-            _check_workers(plan, workers)
+            call_for_each(lambda plan: _check_workers(plan, workers), plans)
     problems.raise_any()
 
 

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from expo_ray.config import Job, Pair, format_alpha
 from expo_ray.errors import Collected, ExpoError
 from expo_ray.extrapolation.plan import PairPlan, plan_pair
-from expo_ray.extrapolation.plan_job import PLANNING_THREADS, outputs_of
+from expo_ray.extrapolation.plan_job import call_for_each, outputs_of
 from expo_ray.extrapolation.step import Step, parse_step
 from expo_ray.published.verify import refuse_foreign_files
 from expo_ray.serving.adapters import merged_plan, note_of_merging, reason_to_merge
@@ -85,15 +84,10 @@ def plan_served_pairs(job: Job) -> list[PairPlan]:
         Problems: with everything that is wrong with any pair or published model.
     """
     problems, plans = Collected(), list[PairPlan]()
-    with ThreadPoolExecutor(PLANNING_THREADS, "plan") as pool:  # it waits for stores
-        planned = [pool.submit(_plan_served, job, pair) for pair in job.pairs]
-        checked = [pool.submit(check_model, model.uri) for model in job.models]
-    for pair in planned:
-        with problems.catching():
-            plans.append(pair.result())
-    for model in checked:
-        with problems.catching():
-            model.result()
+    with problems.catching():
+        plans = call_for_each(lambda pair: _plan_served(job, pair), job.pairs)
+    with problems.catching():
+        call_for_each(lambda model: check_model(model.uri), job.models)
     problems.raise_any()
     return plans
 

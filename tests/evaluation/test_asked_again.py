@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -51,11 +51,13 @@ class Drifting:
     def __init__(self, drift: float = 0.0) -> None:
         self.drift = drift
         self.asked_again: tuple[str, ...] = ()
-        self.texts: dict[Step, dict[str, Response]] = {}
         self.num_responses = 0
 
     def expect(self, steps: Sequence[Step]) -> None:
         """Nothing is made ahead."""
+
+    def responses(self, step: Step, prompt_ids: Collection[str]) -> Mapping[str, Response]:
+        return {}
 
     def evaluate(self, step: Step, prompts: PromptSet) -> AlphaScores:
         ids = [prompt.id for prompt in prompts.prompts]

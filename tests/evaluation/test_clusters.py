@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -188,10 +188,12 @@ def test_a_search_takes_the_clusters_of_its_prompts() -> None:
 
     class ByTemplate:
         def __init__(self) -> None:
-            self.texts: dict[Step, dict[str, Response]] = {}
             self.num_responses = 0
 
         def expect(self, steps: Sequence[Step]) -> None: ...
+
+        def responses(self, step: Step, prompt_ids: Collection[str]) -> Mapping[str, Response]:
+            return {}
 
         def evaluate(self, step: Step, asked: PromptSet) -> AlphaScores:
             ids = [prompt.id for prompt in asked.prompts]

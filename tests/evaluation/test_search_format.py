@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,11 +50,15 @@ class Answers:
 
     def __init__(self, height: float) -> None:
         self.height = height
-        self.texts: dict[Step, dict[str, Response]] = {}
+        self._answers: dict[Step, dict[str, Response]] = {}
         self.num_responses = 0
 
     def expect(self, steps: Sequence[Step]) -> None:
         """Nothing is made ahead."""
+
+    def responses(self, step: Step, prompt_ids: Collection[str]) -> Mapping[str, Response]:
+        answered = self._answers.get(step, {})
+        return {prompt_id: answered[prompt_id] for prompt_id in prompt_ids if prompt_id in answered}
 
     def evaluate(self, step: Step, prompts: PromptSet) -> AlphaScores:
         alpha = step.alpha
@@ -75,7 +79,7 @@ class Answers:
                 rewards[model][response.key] = Reward(prompt.id, 0, float(share * gain + shared + own))
         by_dpo = {key: [-1.0, -0.5] for key in list(responses)[:8]}
         by_alpha = {key: [-1.0 - 0.1 * alpha, -0.5 - 0.2 * alpha] for key in by_dpo}
-        self.texts.setdefault(step, {}).update({row.prompt_id: row for row in responses.values()})
+        self._answers.setdefault(step, {}).update({row.prompt_id: row for row in responses.values()})
         self.num_responses += len(responses)
         return alpha_scores(
             alpha, [prompt.id for prompt in prompts.prompts], responses, rewards, special_tokens=["</s>"],

@@ -142,14 +142,17 @@ async def find_open_questions(
         await asyncio.to_thread(store.put_if_absent, folder.about, about.encode())
         folder = folder.again(again) if again else folder
         row_stores[origin] = RowStore(store, folder.responses, response_from_row)
-        rows = await asyncio.to_thread(row_stores[origin].read)
-        stored |= {
-            key: rows[key]
-            for key, question in questions.items()
-            if question.sampling == question_sampling and key in rows
-        }
+        asked = [key for key, question in questions.items() if question.sampling == question_sampling]
+        stored |= await asyncio.to_thread(_read_some, row_stores[origin], asked)
     missing = [question for key, question in questions.items() if key not in stored]
     return OpenQuestions(card, sets, stored, missing, row_stores)
+
+
+def _read_some(row_store: RowStore[Response], keys: Sequence[Key]) -> dict[Key, Response]:
+    """Read the stored responses with these keys, in their order; the texts of others would only take memory."""
+    wanted = set(keys)
+    rows = row_store.read(lambda row: row.key in wanted)
+    return {key: rows[key] for key in keys if key in rows}
 
 
 def questions_for(card: Card, sets: Sequence[PromptSet], sampling: Sampling) -> dict[Key, Question]:

@@ -7,7 +7,9 @@ import difflib
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from expo_ray.errors import JobError, OutputError, Problems, PromptError
 from expo_ray.evaluation.prompts.prompt_set import PromptSet
 from expo_ray.evaluation.records import Prompt
 from expo_ray.extrapolation.plan import PairPlan
+from expo_ray.extrapolation.plan_job import call_for_each
 from expo_ray.storage import FileInfo, Store, local_path, open_store
 from expo_ray.text import first_few, shown
 from expo_ray.time_limit import RENDER_S, time_limit
@@ -29,6 +32,8 @@ log = logging.getLogger("expo_ray")
 _CONTEXTS = (
     "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length", "max_seq_length", "seq_len",
 )  # fmt: skip
+# What the tokenizer's class follows from, in a configuration.
+_OF_TOKENIZER = ("model_type", "tokenizer_class", "auto_map")
 # Model types for which vLLM brings a chat template itself.
 _WITH_TEMPLATE = {
     "blip-2", "clip", "colpali", "deepseek_ocr", "deepseek_ocr2", "unlimited-ocr", "deepseek_vl_v2", "minicpmv", "minicpmv4_6",
@@ -44,6 +49,9 @@ _OTHER_FILES = {
     "hf_config_path",
     "runner",
 }
+
+Refused = tuple[Mapping[str, Sequence[str]], Sequence[str]]
+"""Names of the prompts on which a template fails, by its error, and of those that fill the context."""
 
 
 def check_served(
@@ -64,13 +72,20 @@ def check_served(
         Problems: with everything that is certain to fail.
     """
     problems: list[JobError | PromptError] = [*_unknown_arguments(settings.engine)]
-    for name, files in [
-        *((plan.name, _files_of_plan(plan)) for plan in plans),
-        *((model.name, _files_of_model(model.uri)) for model in models),
-    ]:
-        problems += _model_problems(
-            name, files, settings, [prompt for prompts in sets for prompt in prompts.prompts], needs_all
-        )
+    prompts = {prompt.id: prompt for each in sets for prompt in each.prompts}
+    rendered = _Rendered([*prompts.values()])
+
+    def check(name: str, files: Callable[[], TokenizerFiles]) -> list[JobError | PromptError]:
+        return _model_problems(name, files(), settings, rendered, needs_all)
+
+    for of_model in call_for_each(
+        lambda each: check(*each),
+        [
+            *((plan.name, partial(_files_of_plan, plan)) for plan in plans),
+            *((model.name, partial(_files_of_model, model.uri)) for model in models),
+        ],
+    ):
+        problems += of_model
     if problems:
         raise Problems(problems)
 
@@ -117,7 +132,7 @@ def longest_context(config: Mapping[str, Any]) -> float:
 
 
 def _model_problems(
-    name: str, files: TokenizerFiles, settings: Serving, prompts: Sequence[Prompt], needs_all: bool
+    name: str, files: TokenizerFiles, settings: Serving, rendered: _Rendered, needs_all: bool
 ) -> list[JobError | PromptError]:
     if _OTHER_FILES & settings.engine.keys():
         return []
@@ -134,7 +149,7 @@ def _model_problems(
                 f"{name}: `serving.max_model_len` is {limit}, and the model's context ends at {longest:.0f} tokens; set it to at most that"
             )
         )
-    if not prompts:
+    if not rendered.prompts:
         return problems
     if not _has_template(files, config):
         problems.append(
@@ -144,19 +159,17 @@ def _model_problems(
             )
         )
         return problems
-    return problems + _prompt_problems(name, files, prompts, min(limit, allowed), needs_all)
+    limit = min(limit, allowed)
+    refused = rendered.refused(name, files, config, limit)
+    return problems + _prompt_problems(name, refused, len(rendered.prompts), limit, needs_all)
 
 
 def _prompt_problems(
-    name: str, files: TokenizerFiles, prompts: Sequence[Prompt], limit: float, needs_all: bool
+    name: str, refused: Refused, num_prompts: int, limit: float, needs_all: bool
 ) -> list[JobError | PromptError]:
     """Problems with prompts on which the template fails, or that leave no room for a response."""
-    tokenizer = _load_tokenizer(name, files)
-    if tokenizer is None:
-        return []
-    distinct = list({prompt.id: prompt for prompt in prompts}.values())
-    failed, too_long = _refused_prompts(tokenizer, distinct, limit)
-    if not needs_all and sum(map(len, failed.values())) + len(too_long) < len(distinct):
+    failed, too_long = refused
+    if not needs_all and sum(map(len, failed.values())) + len(too_long) < num_prompts:
         return []  # the others are answered, and these are named then
     problems: list[JobError | PromptError] = [
         PromptError(
@@ -175,10 +188,38 @@ def _prompt_problems(
     return problems
 
 
-def _refused_prompts(
-    tokenizer: Any, prompts: Sequence[Prompt], limit: float
-) -> tuple[dict[str, list[str]], list[str]]:
-    """Render prompts. Returns the names of those on which the template fails, by its error, and those that fill `limit` tokens."""
+class _Rendered:
+    """Prompts in the templates of some models; those with the same tokenizer and template, as many pairs have, are rendered once."""
+
+    def __init__(self, prompts: Sequence[Prompt]) -> None:
+        self.prompts = prompts
+        self._lock = threading.Lock()
+        self._refused: dict[Hashable, Refused] = {}
+
+    def refused(self, name: str, files: TokenizerFiles, config: Mapping[str, Any], limit: float) -> Refused:
+        """As `_refused_prompts`, with the tokenizer in `files`; nothing if it cannot be loaded here."""
+        named = {
+            (key, info.size, _content_of(store, info))
+            for key, (store, info) in files.items()
+            if key != "config.json"
+        }
+        same = (frozenset(named), *(str(config.get(key)) for key in _OF_TOKENIZER), limit)
+        with self._lock:
+            if same not in self._refused:
+                tokenizer = _load_tokenizer(name, files)
+                self._refused[same] = (
+                    ({}, []) if tokenizer is None else _refused_prompts(tokenizer, self.prompts, limit)
+                )
+            return self._refused[same]
+
+
+def _content_of(store: Store, info: FileInfo) -> str:
+    """Names the bytes of a file; on S3 and the Hub, the same for a copy of it."""
+    return info.etag if store.uri.startswith(("s3://", "hf://")) else f"{store.uri} {info.etag}"
+
+
+def _refused_prompts(tokenizer: Any, prompts: Sequence[Prompt], limit: float) -> Refused:
+    """Render prompts, and find those that cannot be asked."""
     failed: dict[str, list[str]] = {}
     too_long: list[str] = []
     for prompt in prompts:

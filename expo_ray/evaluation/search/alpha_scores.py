@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol, TypeVar
@@ -123,10 +123,6 @@ class Evaluator(Protocol):
     """Evaluates steps of one pair; safe to call from several threads."""
 
     @property
-    def texts(self) -> Mapping[Step, Mapping[str, Response]]:
-        """The first response to each prompt, by step and prompt id."""
-
-    @property
     def num_responses(self) -> int:
         """Responses to all steps so far."""
 
@@ -145,6 +141,13 @@ class Evaluator(Protocol):
 
         Raises:
             ExpoError: as `evaluate`.
+        """
+
+    def responses(self, step: Step, prompt_ids: Collection[str]) -> Mapping[str, Response]:
+        """Read back the first response of a step to those of some prompts that it was evaluated on, by prompt id.
+
+        Raises:
+            StorageError: if they cannot be read.
         """
 
 

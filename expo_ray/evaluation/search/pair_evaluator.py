@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +13,7 @@ from expo_ray.config import Sampling
 from expo_ray.errors import EndpointError, Problems, RewardError
 from expo_ray.evaluation.paths import ResponsesFolder, likelihoods_folder
 from expo_ray.evaluation.prompts.prompt_set import PromptSet
-from expo_ray.evaluation.records import Response, Reward, reward_from_row
+from expo_ray.evaluation.records import Response, Reward, response_from_row, reward_from_row
 from expo_ray.evaluation.responses.ask_missing import ask_model
 from expo_ray.evaluation.responses.endpoint import KEY_VARIABLE
 from expo_ray.evaluation.responses.likelihoods import likelihood_from_row, measure_likelihoods
@@ -37,16 +37,14 @@ KL_PROMPTS = 32
 
 @dataclass(frozen=True)
 class SharedScorer:
-    """A reward model that the pairs of a search use in turn.
+    """A reward model that the pairs of a search share.
 
     Attributes:
         turn: entered while it scores, by several threads; makes room for it where others want the same.
-        lock: held while it scores.
     """
 
     scorer: NamedScorer
     turn: AbstractContextManager[Any] = field(default_factory=nullcontext)
-    lock: AbstractContextManager[Any] = field(default_factory=threading.Lock)
 
 
 class PairEvaluator:
@@ -62,8 +60,9 @@ class PairEvaluator:
         at_once: steps that may be answered at the same time: as many as the pair's engines hold.
         turn: entered while the engines are asked, by several threads; starts them where they have ended for a reward model.
 
+    Texts are not kept: the job's output holds them, and a driver of many pairs could not.
+
     Attributes:
-        texts: the first response to each prompt, by step and prompt id.
         num_responses: of all steps together.
         num_tokens: of all responses.
     """
@@ -94,16 +93,16 @@ class PairEvaluator:
         self._search_id = search_id
         self._conditions: Mapping[str, Any] = {}
         self._asking_dpo = threading.Lock()
-        self.texts: dict[Step, dict[str, Response]] = {}
-        self._counted: dict[tuple[Step, Hashable], int] = {}
+        self._origins: dict[Step, set[str]] = {}
+        self._counted: dict[Step, dict[Hashable, int]] = {}
 
     @property
     def num_responses(self) -> int:
-        return len(self._counted)
+        return sum(map(len, self._counted.values()))
 
     @property
     def num_tokens(self) -> int:
-        return sum(self._counted.values())
+        return sum(sum(tokens.values()) for tokens in self._counted.values())
 
     def expect(self, steps: Sequence[Step]) -> None:
         """Learn which steps will probably be evaluated, in this order; requests then name the next step of their engine."""
@@ -125,10 +124,10 @@ class PairEvaluator:
         with self._turn, self._answering:
             responses = self._responses(step, prompts)
             logprobs = None if step.alpha < 0 else self._logprobs(step, prompts)
-        self.texts.setdefault(step, {}).update(
-            {response.prompt_id: response for response in responses.values() if response.sample == 0}
+        self._origins.setdefault(step, set()).update(response.origin for response in responses.values())
+        self._counted.setdefault(step, {}).update(
+            {key: response.num_tokens for key, response in responses.items()}
         )
-        self._counted |= {(step, key): response.num_tokens for key, response in responses.items()}
         return self._score(step, prompts, responses, logprobs)
 
     def ask_dpo_again(self, prompts: PromptSet) -> AnsweredAgain:
@@ -140,7 +139,9 @@ class PairEvaluator:
         with self._turn:
             before = self._responses(DPO, prompts)
             responses = self._responses(DPO, prompts, again=self._search_id)
-        self._counted |= {(DPO, ("again", key)): row.num_tokens for key, row in responses.items()}
+        self._counted.setdefault(DPO, {}).update(
+            {("again", key): response.num_tokens for key, response in responses.items()}
+        )
         same = sum(response.text == before[key].text for key, response in responses.items())
         return AnsweredAgain(
             self._score(DPO, prompts, before),
@@ -167,6 +168,21 @@ class PairEvaluator:
         return alpha_scores(
             step.alpha, ids, responses, rewards, special_tokens=self._special_tokens, logprobs=logprobs
         )
+
+    def responses(self, step: Step, prompt_ids: Collection[str]) -> dict[str, Response]:
+        """Read back the first response of a step to each of some prompts, by prompt id.
+
+        Raises:
+            StorageError: if they cannot be read.
+        """
+        # Not all that is stored: another job may have asked more.
+        wanted = {prompt_id for prompt_id in prompt_ids if (prompt_id, 0) in self._counted.get(step, {})}
+        rows: list[Response] = []
+        for origin in sorted(self._origins.get(step, ())):
+            folder = ResponsesFolder.of(self._name(step), origin)
+            row_store = RowStore(self._store, folder.responses, response_from_row)
+            rows += row_store.read(lambda row: row.sample == 0 and row.prompt_id in wanted).values()
+        return {row.prompt_id: row for row in rows}
 
     def _name(self, step: Step) -> str:
         return f"{self._plan.name}@{step}"
@@ -225,7 +241,7 @@ class PairEvaluator:
             rows = [response for response in responses.values() if response.origin == origin]
             place = ResponsesFolder.of(name, origin)
             folder = (place.again(again) if again else place).rewards(scorer.name, scorer.id)
-            with shared.turn, shared.lock:
+            with shared.turn:
                 scored = score_responses(
                     rows, scorer, RowStore(self._store, folder, reward_from_row), self._progress.rewards
                 )

@@ -234,13 +234,10 @@ def _examples(half: Half, decision: Decision, evaluator: Evaluator) -> Iterator[
     model = scores.chooser
     order = np.argsort(scores.rewards[model] - dpo.rewards[model], kind="stable")
     ends = min(NUM_EXAMPLES, len(order)) // 2
-    for row in [*order[::-1][:ends], *order[:ends]]:
-        prompt_id = scores.prompt_ids[row]
-        answers = {
-            name: response
-            for name, (shown, _) in sides.items()
-            if (response := evaluator.texts.get(shown, {}).get(prompt_id))
-        }
+    prompt_ids = [scores.prompt_ids[row] for row in [*order[::-1][:ends], *order[:ends]]]
+    responses = {name: evaluator.responses(shown, prompt_ids) for name, (shown, _) in sides.items()}
+    for prompt_id in prompt_ids:
+        answers = {name: of_side[prompt_id] for name, of_side in responses.items() if prompt_id in of_side}
         if answers:
             yield Example(
                 prompt=next(iter(answers.values())).messages[-1]["content"],

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from expo_ray.errors import NotFound, OutputError
 from expo_ray.evaluation.check_job import CheckedJob
-from expo_ray.evaluation.paths import search_key
+from expo_ray.evaluation.paths import SEARCHES, search_key
+from expo_ray.extrapolation.plan import PairPlan
+from expo_ray.extrapolation.plan_job import call_for_each
 from expo_ray.report.results import PairResult
 from expo_ray.report.results_file import RESULTS_BYTES, parse_results
 from expo_ray.storage import Store, open_store
@@ -17,20 +19,16 @@ def read_stored_searches(checked: CheckedJob) -> dict[str, PairResult]:
         StorageError: if the output cannot be read.
     """
     store = open_store(checked.job.output)
-    results = {
-        plan.name: next(
-            filter(
-                None,
-                (
-                    _read_search(store, search_key(plan.name, each))
-                    for each in checked.stored_search_ids(plan)
-                ),
-            ),
-            None,
-        )
-        for plan in checked.plans
-    }
-    return {name: result for name, result in results.items() if result}
+    stored = {
+        info.key for info in store.list(SEARCHES)
+    }  # one request, where each pair has several possible keys
+
+    def read(plan: PairPlan) -> PairResult | None:
+        keys = (search_key(plan.name, each) for each in checked.stored_search_ids(plan))
+        return next(filter(None, (_read_search(store, key) for key in keys if key in stored)), None)
+
+    results = zip(checked.plans, call_for_each(read, checked.plans), strict=True)
+    return {plan.name: result for plan, result in results if result}
 
 
 def _read_search(store: Store, key: str) -> PairResult | None:
