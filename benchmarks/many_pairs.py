@@ -262,7 +262,7 @@ class _Steps:
                 self.requests += 1
             return wait_for_turn(pace)
 
-        Pace.wait_for_turn = counted  # type: ignore[method-assign]
+        setattr(Pace, "wait_for_turn", counted)  # noqa: B010 - a method
 
     @contextmanager
     def step(self, name: str) -> Iterator[dict[str, float]]:
@@ -314,7 +314,7 @@ def _search(checked: Any, at_once: int) -> Any:
     from expo_ray.storage import open_store
 
     store, searches = open_store(checked.job.output), Searches()
-    progress = Progress("search", store, rows="responses")
+    progress = Progress("search", rows="responses")
 
     def search(plan: Any) -> None:
         evaluator = PairEvaluator(

@@ -55,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def evaluator_of(folder: Path, store: Store, url: str) -> PairEvaluator:
     plan = plan_pair(Pair(name="pair", sft=str(folder / "sft"), dpo=str(folder / "dpo")), {})
     return PairEvaluator(
-        plan, url, [SharedScorer(Lengths())], search_id="s", sampling=Sampling(), store=store, progress=Progress("search", store, rows="responses"),
+        plan, url, [SharedScorer(Lengths())], search_id="s", sampling=Sampling(), store=store, progress=Progress("search", rows="responses"),
         slots=16, at_once=1,
     )  # fmt: skip
 
