@@ -124,6 +124,8 @@ def test_a_pipeline_that_is_killed_at_each_stage_comes_to_the_same_end(
     whole.finish()
     assert whole.result["decision"] > 0, whole.result["reason"]
     assert whole.result["pushed"].endswith(REPOSITORY)
+    again = whole.result["asked_again"]  # dpo against itself, two samples of each prompt
+    assert again["responses"] == 2 * again["prompts"] > 0
     (published,) = map(Path, whole.result["published"].values())
     card = yaml.safe_load((published / "README.md").read_text().split("---\n")[1])
     metrics = {metric["name"]: metric["value"] for metric in card["model-index"][0]["results"][0]["metrics"]}
