@@ -7,6 +7,7 @@ import itertools
 import json
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from examples.local_s3 import SeaweedFS
 from expo_ray.extrapolation import read_ahead, stream
 from expo_ray.storage import forget_stores, open_store
 from expo_ray.storage.checksums import RangeChecksum, checksum_of, joined, parse_checksum
+from expo_ray.storage.s3_store import S3Store
 from tests.support.fault_proxy import Action, Fault, FaultProxy
 from tests.support.pairs import expo, moved, write_both
 from tests.support.stage import digests_of
@@ -24,6 +26,66 @@ from tests.support.stage import digests_of
 pytest.importorskip("awscrt", reason="checksums of S3 objects need awscrt, which expo-ray[s3] installs")
 
 KINDS = {"CRC64NVME": "CRC64NVME", "CRC32C": "CRC32C", "CRC32": "CRC32"}
+
+
+# --- checksums of objects that were uploaded in parts
+
+
+def upload_in_parts(server: SeaweedFS, uri: str, parts: list[bytes], algorithm: str) -> list[dict[str, Any]]:
+    """Upload an object as boto3 does; returns its parts as AWS lists them."""
+    client, key = server.client(), f"{uri.partition(server.bucket)[2].strip('/')}/model"
+    named = {"Bucket": server.bucket, "Key": key}
+    upload = client.create_multipart_upload(**named, ChecksumAlgorithm=algorithm)["UploadId"]
+    sent = []
+    for number, data in enumerate(parts, 1):
+        answer = client.upload_part(
+            **named, UploadId=upload, PartNumber=number, Body=data, ChecksumAlgorithm=algorithm
+        )
+        sent.append(
+            {
+                "PartNumber": number,
+                "ETag": answer["ETag"],
+                f"Checksum{algorithm}": answer[f"Checksum{algorithm}"],
+            }
+        )
+    client.complete_multipart_upload(**named, UploadId=upload, MultipartUpload={"Parts": sent})
+    return [part | {"Size": len(data)} for part, data in zip(sent, parts, strict=True)]
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("algorithm", ["CRC32", "CRC32C"])
+def test_checksums_of_parts_combine_into_that_of_the_file(
+    s3_uri: str, s3_server: SeaweedFS, algorithm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = random.Random(3).randbytes(11 << 20)
+    parts = [data[: 5 << 20], data[5 << 20 : 10 << 20], data[10 << 20 :]]
+    listed = upload_in_parts(s3_server, s3_uri, parts, algorithm)
+    store = open_store(s3_uri)
+    assert isinstance(store, S3Store)
+    info = store.stat("model")
+    assert store.checksum(info) is None  # SeaweedFS lists parts without their checksums
+    # AWS lists them, in pages: https://docs.aws.amazon.com/AmazonS3/latest/API/API_GetObjectAttributes.html
+    pages = {0: (listed[:2], True), 2: (listed[2:], False)}
+
+    def attributes(*, PartNumberMarker: int = 0, **_: Any) -> dict[str, Any]:
+        page, more = pages[PartNumberMarker]
+        return {
+            "ETag": info.etag.strip('"'),
+            "ObjectParts": {
+                "Parts": page,
+                "IsTruncated": more,
+                "NextPartNumberMarker": page[-1]["PartNumber"],
+            },
+        }
+
+    monkeypatch.setattr(store._connection.headers, "get_object_attributes", attributes)
+    known = store.checksum(info)
+    assert known is not None
+    assert (known.algorithm, known.value) == (algorithm, checksum_of(algorithm, memoryview(data)))
+    # One that is missing, or parts of another version of the object: nothing is compared with them.
+    del listed[1][f"Checksum{algorithm}"]
+    assert store.checksum(info) is None
+    assert store.checksum(replace(info, etag='"other"')) is None
 
 
 # --- arithmetic of checksums
