@@ -37,18 +37,23 @@ class Reports:
 
     def moved(self, attempt: int) -> None:
         """Note that an attempt has moved bytes."""
-        self._moved[attempt] = time.monotonic()
+        if attempt in self._nodes:
+            self._moved[attempt] = time.monotonic()
 
     def read(self) -> dict[int, tuple[str, float]]:
         """The node of each attempt that has begun, and the seconds since it moved."""
         now = time.monotonic()
         return {attempt: (node, now - self._moved[attempt]) for attempt, node in self._nodes.items()}
 
+    def forget(self, attempt: int) -> None:
+        """Forget an attempt that has ended."""
+        self._nodes.pop(attempt, None)
+        self._moved.pop(attempt, None)
+
     def drop(self, attempt: int) -> None:
         """Forget an attempt, and refuse it should it only now begin."""
         self._dropped.add(attempt)
-        self._nodes.pop(attempt, None)
-        self._moved.pop(attempt, None)
+        self.forget(attempt)
 
     def refuse(self, nodes: set[str]) -> None:
         """Refuse attempts that begin on these nodes, and on no others."""
@@ -96,7 +101,10 @@ def run_reported(work: Callable[[], T], reporting: Reporting) -> Reported[T]:
         if not ray.get(reporting.reports.begin.remote(reporting.attempt, node), timeout=_ANSWER_S):
             raise NotWanted
     with _beating(reporting):
-        return Reported(node, work())
+        reported = Reported(node, work())
+    # One that fails is forgotten by the driver, which asks first where it was.
+    reporting.reports.forget.remote(reporting.attempt)
+    return reported
 
 
 @contextmanager

@@ -170,6 +170,7 @@ class WatchedTasks:
     def _failure(self, number: int, error: BaseException) -> None:
         """Begin a task again whose attempt has failed by its machine or its way to a store; another error is the task's."""
         node = self._read().get(number, ("", 0.0))[0]
+        self._reports.forget.remote(number)
         with self._lock:
             attempt = self._under_way.pop(number, None)
         if attempt is None:  # given up before

@@ -45,7 +45,7 @@ def undisturbed(machines: PipelineMachines) -> Run:
     assert run.statuses == [0], run.log[-6000:]
     assert run.twice("responses") == run.twice("rewards") == 0
     assert set(run.decisions()) == set(PAIRS)
-    assert all(decision > 0 for decision in run.decisions().values())
+    assert len(run.digests()) >= len(PAIRS)
     return run
 
 

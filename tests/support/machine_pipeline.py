@@ -111,8 +111,9 @@ class Run:
         results: dict[str, Any] = json.loads(self.read("results.json"))
         return results
 
-    def decisions(self) -> dict[str, float]:
-        return {pair["name"]: pair["decision"] for pair in self.results()["pairs"]}
+    def decisions(self) -> dict[str, tuple[float, str]]:
+        """The alpha of each pair, and the reason, with its figures."""
+        return {pair["name"]: (pair["decision"], pair["reason"]) for pair in self.results()["pairs"]}
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of every published file that does not tell when or where it was made."""
@@ -140,7 +141,7 @@ class PipelineMachines(Machines):
         for seed, name in enumerate(PAIRS, 2):
             parents = save_pair_that_learned(LETTER, self._folder / name, seed=seed)
             sft, dpo = (upload(self._bucket, parent, f"machines/{name}/{parent.name}") for parent in parents)
-            pairs.append({"name": name, "sft": sft, "dpo": dpo})
+            pairs.append({"name": name, "sft": sft, "dpo": dpo, "alphas": [0.5]})
         reward = upload(self._bucket, save_reward_model(self._folder / "second"), "machines/second")
         self._places = {"pairs": pairs, "second": reward}
         for part in ("expo_ray", "jobs"):
@@ -163,9 +164,11 @@ class PipelineMachines(Machines):
                     "model": self._places["second"],
                     "backend": "transformers",
                     "num_cpus": 0.5,
+                    "margin": 1.0,
                 },
             ],
             "search": {"method": "grid", "alphas": [0.5, 1], "prompts": [24]},
+            "publish": "all",  # so that there are bytes to compare, whatever is chosen
         }
         name = f"{'-'.join(names) or 'all'}.yaml"
         (self.checkout / name).write_text(yaml.safe_dump(job))
