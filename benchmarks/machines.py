@@ -6,7 +6,7 @@ Needs root, iproute2 and util-linux, and about 12 GB of memory. Each case takes 
 from __future__ import annotations
 
 import argparse
-import sys
+from collections.abc import Sequence
 
 from benchmarks.measure import fresh
 from benchmarks.result import report, table
@@ -34,9 +34,13 @@ def main() -> None:
         for name in names:
             machines.replace_lost()
             runs[name] = machines.run_case(name.replace(" ", "-"), CASES[name])
-            print(row_of(name, runs[name], runs["undisturbed"]), file=sys.stderr, flush=True)
-        rows = [row_of(name, run, runs["undisturbed"]) for name, run in runs.items()]
+            # After each case: what is measured stays, should a later one fail.
+            write([row_of(each, run, runs["undisturbed"]) for each, run in runs.items()])
     fresh("machines")
+
+
+def write(rows: Sequence[Sequence[str]]) -> None:
+    """Write the result, as far as it goes."""
     report(
         "machines",
         "What the loss of a machine costs a pipeline",

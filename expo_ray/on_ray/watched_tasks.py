@@ -164,24 +164,32 @@ class WatchedTasks:
                     return
                 self._failure(*failed)
             if time.monotonic() >= next_look:
-                self._look()
+                try:
+                    self._look()
+                except (
+                    Exception
+                ) as error:  # a cluster that is losing its head; the thread has to live on for the next look
+                    log.warning("the cluster was not looked at: %s", _reason(error))
                 next_look = time.monotonic() + LOOK_S
 
     def _failure(self, number: int, error: BaseException) -> None:
         """Begin a task again whose attempt has failed by its machine or its way to a store; another error is the task's."""
-        node = self._read().get(number, ("", 0.0))[0]
-        self._reports.forget.remote(number)
         with self._lock:
             attempt = self._under_way.pop(number, None)
         if attempt is None:  # given up before
             return
         cause = error.cause if isinstance(error, RayTaskError) and error.cause else error
-        if isinstance(cause, NotWanted):
-            self._begin(attempt.task)
-        elif isinstance(cause, _PASSING):
-            self._again(attempt.task, node, cause)
-        else:
-            self._settle(attempt.task, cause)
+        try:
+            node = self._read().get(number, ("", 0.0))[0]
+            self._reports.forget.remote(number)
+            if isinstance(cause, NotWanted):
+                self._begin(attempt.task)
+            elif isinstance(cause, _PASSING):
+                self._again(attempt.task, node, cause)
+            else:
+                self._settle(attempt.task, cause)
+        except Exception as mistake:  # whoever waits for the task must hear of it
+            self._settle(attempt.task, mistake)
 
     def _look(self) -> None:
         """Give up attempts on nodes that are gone, and those that do not move; end what does not stop by itself."""

@@ -19,6 +19,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.vllm, pytest.mark.ray, pytest.mar
 
 PATIENCE_S = 900.0
 LETTER = "a"
+LONGEST_REASON = 300
 REWARD = f"""
 def share(prompt: str, response: str) -> float:
     return response.count({LETTER!r}) / max(1, len(response))
@@ -101,6 +102,7 @@ def test_a_pair_that_no_engine_can_serve_fails_alone_on_a_cluster_whose_workers_
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["failures"].keys() == {"unheard"}
     assert "UnheardOfForCausalLM" in results["failures"]["unheard"]
+    assert len(results["failures"]["unheard"]) < LONGEST_REASON, "the reason, and not all that vLLM knows"
     decisions = {pair["name"]: pair["decision"] for pair in results["pairs"]}
     assert decisions.keys() == {"plain", "other"}
     for pair in results["pairs"]:

@@ -29,8 +29,9 @@ def box() -> Iterator[RayBox]:
 def run(box: RayBox, scenario: str, folder: Path) -> tuple[dict[str, Any], str]:
     process = box.run(sys.executable, "-m", "tests.support.watched_nodes", scenario, str(folder))
     assert process.wait(500) == 0, process.stderr[-4000:]
-    (line,) = process.stdout.splitlines()
-    data: dict[str, Any] = json.loads(line)
+    data: dict[str, Any] = json.loads(
+        process.stdout.splitlines()[-1]
+    )  # Ray itself reports a dead node before it
     return data, process.stderr
 
 

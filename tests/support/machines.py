@@ -38,6 +38,8 @@ _STORE = f"{_NETWORK}.1"
 _HEAD_PORT = 6379
 _TOOLS = ("ip", "unshare", "nsenter", "setpriv", "mount", "hostname")
 _ISOLATED = ("--net", "--pid", "--fork", "--kill-child", "--mount", "--mount-proc", "--uts", "--ipc")
+# The first process of a machine adopts orphans; as it ignores their end, the kernel lets none stay behind as a zombie.
+_REAPER = "exec env --ignore-signal=CHLD sleep infinity"
 _CLONE_NEWNET = 0x40000000
 
 
@@ -94,7 +96,7 @@ class Machine:
         self._box, self._switch, self._port = box, switch, f"p{number}"
         self.address = f"{_NETWORK}.{10 + number}"
         prepare = f"hostname host{number}; mount -t tmpfs none /dev/shm; mount -t tmpfs none {ray_folder}"
-        outside = box.run(*_mortal("unshare", *_ISOLATED, "sh", "-ec", f"{prepare}; exec sleep infinity"))
+        outside = box.run(*_mortal("unshare", *_ISOLATED, "sh", "-ec", f"{prepare}; {_REAPER}"))
         wait_until(lambda: self._init(outside) or not outside.running, "the machine is there")
         assert outside.running, outside.stderr
         self.init = self._init(outside)
