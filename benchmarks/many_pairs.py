@@ -7,6 +7,7 @@ answers at once with texts of 2 kB, and in place of the reward model a function 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -154,9 +155,7 @@ def engine() -> Iterator[str]:
 def _write_job(folder: Path, pairs: int) -> Path:
     prompts = folder / "prompts.jsonl"
     prompts.parent.mkdir(parents=True, exist_ok=True)
-    prompts.write_text(
-        "".join(json.dumps({"prompt": f"Write about number {i}."}) + "\n" for i in range(PROMPTS))
-    )
+    prompts.write_text("".join(json.dumps({"prompt": _question(i)}) + "\n" for i in range(PROMPTS)))
     job = {
         "output": f"s3://{BUCKET}/run",
         "pairs": [
@@ -171,6 +170,12 @@ def _write_job(folder: Path, pairs: int) -> Path:
     path = folder / "job.yaml"
     path.write_text(json.dumps(job))
     return path
+
+
+def _question(number: int) -> str:
+    """A prompt that shares no template with the others, which would count as one."""
+    words = hashlib.sha256(str(number).encode()).hexdigest()
+    return " ".join(words[start : start + 4] for start in range(0, 48, 4))
 
 
 def _upload_parents(server: SeaweedFS, folder: Path, pairs: int) -> None:
@@ -396,7 +401,6 @@ def _size_of(folder: Path) -> int:
 
 def serve(port: int) -> None:
     """Answer for every pair and alpha; texts begin with a number that grows with alpha up to 0.5 and falls behind it."""
-    import hashlib
     import random
 
     import uvicorn

@@ -231,25 +231,53 @@ def _use_plan(plan: PairPlan) -> None:
     extrapolate_shard(plan, 0, list(plan.outputs))
 
 
-def test_workers_do_not_ask_the_hub_for_what_the_driver_has_seen(
-    hub_server: HubServer, tmp_path: Path
-) -> None:
+def _plan_on_the_hub(hub: HubServer, folder: Path) -> PairPlan:
+    """Put a pair on the stand-in, and plan it; its only folder of a model is claimed."""
     commit = "a" * 40
-    for side in write_pair(tmp_path, sft_shards=1, dpo_shards=1):
+    for side in write_pair(folder, sft_shards=1, dpo_shards=1):
         files = {file.name: file.read_bytes() for file in side.iterdir()}
-        hub_server.repositories[f"org/{side.name}"] = Repository({commit: files}, {"main": commit})
+        hub.repositories[f"org/{side.name}"] = Repository({commit: files}, {"main": commit})
     pair = parse_pair({"sft": "hf://org/sft", "dpo": "hf://org/dpo", "alphas": [0.5]}, "pair")
-    plan = plan_pair(pair, {0.5: str(tmp_path / "out")})
-    looked_up = [seen.path for seen in hub_server.seen if seen.path.startswith("/api/models/")]
+    plan = plan_pair(pair, {0.5: str(folder / "out")})
+    looked_up = [seen.path for seen in hub.seen if seen.path.startswith("/api/models/")]
     assert sorted(looked_up) == ["/api/models/org/dpo", "/api/models/org/sft"]
     ModelFolder(plan, 0.5).claim()
-    hub_server.seen.clear()
-    workers = [multiprocessing.get_context("spawn").Process(target=_use_plan, args=(plan,)) for _ in range(2)]
+    hub.seen.clear()
+    return plan
+
+
+def _use_in_processes(plan: PairPlan, count: int) -> list[int | None]:
+    """Let so many processes use a plan at the same time; returns their exit statuses."""
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_use_plan, args=(plan,)) for _ in range(count)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    assert [worker.exitcode for worker in workers] == [0, 0]
+    return [worker.exitcode for worker in workers]
+
+
+def test_workers_do_not_ask_the_hub_for_what_the_driver_has_seen(
+    hub_server: HubServer, tmp_path: Path
+) -> None:
+    plan = _plan_on_the_hub(hub_server, tmp_path)
+    assert _use_in_processes(plan, 2) == [0, 0]
     assert not [seen.path for seen in hub_server.seen if seen.path.startswith("/api/")]
     resolved = [seen.path for seen in hub_server.seen if "/resolve/" in seen.path]
     assert len(resolved) == 2 * 2  # each worker asks once where each file lies
+
+
+@pytest.mark.cluster
+@pytest.mark.timeout(1200)
+def test_many_workers_stay_within_the_limits_of_the_hub_or_wait_for_its_next_window(
+    hub_server: HubServer, tmp_path: Path
+) -> None:
+    """64 processes, and a Hub with a hundredth of its limits in a thirtieth of its time."""
+    plan = _plan_on_the_hub(hub_server, tmp_path)
+    hub_server.limits, hub_server.window_s = {"api": 5, "resolvers": 30}, 10.0
+    assert _use_in_processes(plan, 64) == [0] * 64
+    assert not [seen.path for seen in hub_server.seen if seen.path.startswith("/api/")]
+    resolved = [seen.path for seen in hub_server.seen if "/resolve/" in seen.path]
+    refused = hub_server.refused["resolvers"]
+    assert len(resolved) - refused == 64 * 2
+    assert refused > 0

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -62,6 +64,10 @@ class HubServer:
         upload_faults: statuses to answer the next requests that write with, by what they ask for, such as `commit`.
         on_upload: called before each large file is taken.
         forged: headers in the place of the true ones in every answer with contents.
+        limits: requests of a kind, `api` or `resolvers`, that are answered in each window; others get 429, as the Hub documents it
+            (https://huggingface.co/docs/hub/rate-limits).
+        window_s: the Hub's has five minutes.
+        refused: how many requests of a kind were.
     """
 
     repositories: dict[str, Repository] = field(default_factory=dict)
@@ -73,11 +79,25 @@ class HubServer:
     upload_faults: dict[str, list[int | str]] = field(default_factory=dict)
     on_upload: Callable[[], None] = lambda: None
     forged: dict[str, str] = field(default_factory=dict)
+    limits: dict[str, int] = field(default_factory=dict)
+    window_s: float = 300.0
+    refused: Counter[str] = field(default_factory=Counter)
+
+    def admits(self, kind: str) -> bool:
+        """Count a request of a kind in its window of time, and say whether it is answered."""
+        with self._lock:
+            window = int(time.monotonic() / self.window_s)
+            self._in_window[kind, window] += 1
+            admitted = self._in_window[kind, window] <= self.limits.get(kind, self._in_window[kind, window])
+            self.refused[kind] += not admitted
+            return admitted
 
     def __post_init__(self) -> None:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05})
         self.served: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self._in_window: Counter[tuple[str, int]] = Counter()
 
     @property
     def port(self) -> int:
@@ -110,6 +130,11 @@ def _handler(hub: HubServer) -> type[BaseHTTPRequestHandler]:
             path = unquote(urlsplit(self.path).path)
             authorized = self.headers.get("authorization") == f"Bearer {TOKEN}"
             hub.seen.append(Seen(self.command, path, self.headers.get("range", ""), authorized))
+            kind = "api" if path.startswith("/api/") else "resolvers" if "/resolve/" in path else ""
+            if kind and not hub.admits(kind):
+                left = hub.window_s - time.monotonic() % hub.window_s
+                self._answer(429, {"RateLimit": f'"{kind}";r=0;t={math.ceil(left)}'})
+                return
             if match := re.fullmatch(r"/cdn/([\w/-]+)/(\w{40})/(\d+)/(.*)", path):
                 self._content(match[1], match[2], match[3], match[4])
             elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.*))?", path):
