@@ -28,6 +28,7 @@ from expo_ray.evaluation.records import Message, digest, seed_of
 from expo_ray.evaluation.responses.client import Answer, Client
 from expo_ray.extrapolation.step import parse_step
 from expo_ray.on_ray import capacity, pipeline
+from expo_ray.on_ray.serving import engine_groups
 from expo_ray.report.report_folder import PAGE
 from expo_ray.report.results_file import read_results
 from expo_ray.storage import open_store
@@ -220,7 +221,7 @@ def test_a_run_that_was_cut_short_goes_on_and_its_published_model_is_served(
         monkeypatch.setattr(pipeline, "http_proxy", lambda _: contextlib.nullcontext((url, "/")))
         monkeypatch.setattr(pipeline, "ingress", lambda *_: contextlib.nullcontext())
         running = SimpleNamespace(wait=lambda _: None)
-        monkeypatch.setattr(pipeline, "deploy_group", lambda _: contextlib.nullcontext(running))
+        monkeypatch.setattr(engine_groups, "deploy_group", lambda _: contextlib.nullcontext(running))
         checked = check_job(load_job(folder / "cut.yaml"))
         searches = pipeline.search_pairs(checked)
         results = write_report(checked, searches, pipeline.publish_winners(checked, searches))
