@@ -119,7 +119,7 @@ def _report(
                 ],
             ),
             f"Of the report, {sizes}; they are drawn by all cores. The search stores {steps['search']['responses']:,.0f} responses of "
-            f"{steps['search']['responses'] * TEXT_BYTES / 1e9:.1f} GB in all.",
+            f"{steps['search']['responses'] * TEXT_BYTES / 1e6:.0f} MB in all.",
             f"A node's disk that holds the parents of 3 pairs: {cached['pairs']:.0f} pairs one after the other, in {cached['seconds']:.0f} s; its copies "
             f"took at most {cached['largest'] / 1e6:.1f} of {cached['limit'] / 1e6:.1f} MB.",
         ],
@@ -305,7 +305,7 @@ def drive(path: Path, at_once: int) -> None:
     figures["pages"] = sum(info.size for info in store.list("report/pairs/"))
     print(json.dumps(figures), flush=True)
     with steps.step("cache") as figures:
-        figures.update(_fill_cache(checked.plans[: min(50, len(checked.plans))]))
+        figures.update(_fill_cache(checked.plans[: min(12, len(checked.plans))]))
 
 
 def _search(checked: Any, at_once: int) -> Any:
