@@ -143,6 +143,7 @@ def published() -> dict[str, tuple[float, float]]:
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_rewards_at_three_alphas_are_those_of_the_table(box: RayBox) -> None:
     if not STORIES.is_dir():
         pytest.skip(f"{STORIES} is not there")
